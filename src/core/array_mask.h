@@ -1,0 +1,40 @@
+// Reads one element of the array mask as a bias on the score. Minus infinity means masked, for
+// boolean masks and additive ones alike.
+#pragma once
+
+#include <limits>
+
+#include "core/float16.h"
+#include "core/problem.h"
+
+namespace wh {
+
+inline float mask_bias(const Problem& problem, const void* mask, int64_t batch_idx, int64_t head,
+                       int64_t query_idx, int64_t key_idx) {
+  const Strides& stride = problem.stride_mask;
+  const int64_t offset =
+      batch_idx * stride[0] + head * stride[1] + query_idx * stride[2] + key_idx * stride[3];
+  switch (problem.mask) {
+    case MaskKind::kNone:
+      return 0.0f;
+    case MaskKind::kBoolean:
+      return static_cast<const uint8_t*>(mask)[offset] != 0
+                 ? 0.0f
+                 : -std::numeric_limits<float>::infinity();
+    case MaskKind::kAdditiveF32:
+      return static_cast<const float*>(mask)[offset];
+    case MaskKind::kAdditiveQ:
+      break;
+  }
+  switch (problem.dtype_q) {
+    case Dtype::kF32:
+      return static_cast<const float*>(mask)[offset];
+    case Dtype::kF16:
+      return to_float(static_cast<const Half*>(mask)[offset]);
+    case Dtype::kBf16:
+      return to_float(static_cast<const Bfloat16*>(mask)[offset]);
+  }
+  return 0.0f;
+}
+
+}  // namespace wh

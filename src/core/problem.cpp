@@ -1,0 +1,225 @@
+#include "core/problem.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace wh {
+namespace {
+
+using Extents = std::array<int64_t, 4>;
+
+// Number of elements between the lowest and the highest address, or -1 on overflow.
+int64_t span_elements(const Extents& extents, const Strides& strides) {
+  __int128 span = 1;
+  for (int i = 0; i < 4; ++i) {
+    if (extents[i] == 0) return 0;
+    span += static_cast<__int128>(extents[i] - 1) * strides[i];
+  }
+  constexpr __int128 kLimit = std::numeric_limits<int64_t>::max() / 16;
+  return span > kLimit ? -1 : static_cast<int64_t>(span);
+}
+
+Status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return {};
+  return invalid(fmt::format("{} is {}; it must be between {} and {}", name, value, low, high));
+}
+
+Status check_strides(const char* name, const Extents& extents, const Strides& strides) {
+  for (int i = 0; i < 4; ++i) {
+    if (strides[i] < 0) {
+      return invalid(fmt::format("{}[{}] is {}; strides are in elements and must not be negative",
+                                 name, i, strides[i]));
+    }
+  }
+  if (span_elements(extents, strides) < 0) {
+    return invalid(fmt::format("{} spans more elements than a 64-bit byte offset can reach", name));
+  }
+  return {};
+}
+
+// Two different elements of out must not share an address: sorted by stride, each dimension must
+// step over everything below it.
+Status check_out_distinct(const Extents& extents, const Strides& strides) {
+  std::array<int, 4> order{0, 1, 2, 3};
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] < strides[b]; });
+  int64_t reach = 0;
+  for (int i : order) {
+    if (extents[i] <= 1) continue;
+    if (strides[i] <= reach) {
+      return invalid(
+          fmt::format("stride_out[{}] is {}; elements of out would overlap, it must be at least {}",
+                      i, strides[i], reach + 1));
+    }
+    reach += (extents[i] - 1) * strides[i];
+  }
+  return {};
+}
+
+#define WH_RETURN_IF_ERROR(expression) \
+  if (Status status = (expression); !status.ok()) return status
+
+struct Bytes {
+  const char* name;
+  const void* data;
+  int64_t size;
+};
+
+bool overlap(const Bytes& a, const Bytes& b) {
+  if (a.data == nullptr || b.data == nullptr || a.size == 0 || b.size == 0) return false;
+  const auto begin_a = reinterpret_cast<uintptr_t>(a.data);
+  const auto begin_b = reinterpret_cast<uintptr_t>(b.data);
+  return begin_a < begin_b + b.size && begin_b < begin_a + a.size;
+}
+
+int64_t mask_element_bytes(const Problem& problem) {
+  switch (problem.mask) {
+    case MaskKind::kNone:
+      return 0;
+    case MaskKind::kBoolean:
+      return 1;
+    case MaskKind::kAdditiveF32:
+      return 4;
+    case MaskKind::kAdditiveQ:
+      return static_cast<int64_t>(dtype_bytes(problem.dtype_q));
+  }
+  return 0;
+}
+
+Extents extents_q(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_qk}; }
+Extents extents_k(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_qk}; }
+Extents extents_v(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_v}; }
+Extents extents_out(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_v}; }
+Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.len_k}; }
+
+}  // namespace
+
+size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return "f32";
+    case Dtype::kF16:
+      return "f16";
+    case Dtype::kBf16:
+      return "bf16";
+  }
+  return "unknown";
+}
+
+Strides dense_strides(int64_t heads, int64_t length, int64_t dim) {
+  return {heads * length * dim, length * dim, dim, 1};
+}
+
+Status validate(const Problem& p) {
+  WH_RETURN_IF_ERROR(check_range("dtype_q", static_cast<int64_t>(p.dtype_q), 0, 2));
+  WH_RETURN_IF_ERROR(check_range("dtype_kv", static_cast<int64_t>(p.dtype_kv), 0, 2));
+  WH_RETURN_IF_ERROR(check_range("causal", static_cast<int64_t>(p.causal), 0, 2));
+  WH_RETURN_IF_ERROR(check_range("mask", static_cast<int64_t>(p.mask), 0, 3));
+  WH_RETURN_IF_ERROR(check_range("device", static_cast<int64_t>(p.device), 0, 1));
+  WH_RETURN_IF_ERROR(check_range("device_index", p.device_index, 0, 1023));
+  WH_RETURN_IF_ERROR(check_range("batch", p.batch, 0, kMaxLength));
+  WH_RETURN_IF_ERROR(check_range("heads_q", p.heads_q, 1, kMaxLength));
+  WH_RETURN_IF_ERROR(check_range("heads_kv", p.heads_kv, 1, kMaxLength));
+  WH_RETURN_IF_ERROR(check_range("len_q", p.len_q, 0, kMaxLength));
+  WH_RETURN_IF_ERROR(check_range("len_k", p.len_k, 0, kMaxLength));
+  WH_RETURN_IF_ERROR(check_range("dim_qk", p.dim_qk, 1, kMaxDim));
+  WH_RETURN_IF_ERROR(check_range("dim_v", p.dim_v, 1, kMaxDim));
+  if (p.heads_q % p.heads_kv != 0) {
+    return invalid(fmt::format("heads_q is {}; it must be a multiple of heads_kv, which is {}",
+                               p.heads_q, p.heads_kv));
+  }
+  WH_RETURN_IF_ERROR(check_range("window_left", p.window_left, kUnlimited, kMaxLength));
+  WH_RETURN_IF_ERROR(check_range("window_right", p.window_right, kUnlimited, kMaxLength));
+  if (!std::isfinite(p.scale)) {
+    return invalid(fmt::format("scale is {}; it must be finite", p.scale));
+  }
+  if (!std::isfinite(p.softcap) || p.softcap < 0) {
+    return invalid(fmt::format("softcap is {}; it must be positive, or 0 for none", p.softcap));
+  }
+  WH_RETURN_IF_ERROR(check_strides("stride_q", extents_q(p), p.stride_q));
+  WH_RETURN_IF_ERROR(check_strides("stride_k", extents_k(p), p.stride_k));
+  WH_RETURN_IF_ERROR(check_strides("stride_v", extents_v(p), p.stride_v));
+  WH_RETURN_IF_ERROR(check_strides("stride_out", extents_out(p), p.stride_out));
+  WH_RETURN_IF_ERROR(check_out_distinct(extents_out(p), p.stride_out));
+  if (p.mask != MaskKind::kNone) {
+    WH_RETURN_IF_ERROR(check_strides("stride_mask", extents_mask(p), p.stride_mask));
+  }
+  const __int128 rows = static_cast<__int128>(p.batch) * p.heads_q * p.len_q;
+  if (rows * p.dim_v > std::numeric_limits<int64_t>::max() / 16) {
+    return invalid("batch * heads_q * len_q * dim_v overflows a 64-bit byte offset");
+  }
+  return {};
+}
+
+Status validate(const Problem& p, const Tensors& t) {
+  const int64_t bytes_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
+  const int64_t bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
+  const Bytes out{"out", t.out, span_elements(extents_out(p), p.stride_out) * bytes_q};
+  const Bytes lse{"log_sum_exp", t.log_sum_exp, p.batch * p.heads_q * p.len_q * 4};
+  const Bytes inputs[] = {
+      {"q", t.q, span_elements(extents_q(p), p.stride_q) * bytes_q},
+      {"k", t.k, span_elements(extents_k(p), p.stride_k) * bytes_kv},
+      {"v", t.v, span_elements(extents_v(p), p.stride_v) * bytes_kv},
+      {"mask", t.mask,
+       p.mask == MaskKind::kNone
+           ? 0
+           : span_elements(extents_mask(p), p.stride_mask) * mask_element_bytes(p)},
+      {"sinks", t.sinks, p.has_sinks ? p.heads_q * 4 : 0},
+      {"key_lengths", t.key_lengths, p.has_key_lengths ? p.batch * 4 : 0},
+      {"key_starts", t.key_starts, p.has_key_starts ? p.batch * 4 : 0}};
+  if (out.size == 0) return {};  // nothing is read or written
+  if (t.out == nullptr) return invalid("out is null; it must point to the output");
+  for (const Bytes& input : inputs) {
+    if (input.size > 0 && input.data == nullptr) {
+      return invalid(fmt::format("{} is null; the problem says that it is used", input.name));
+    }
+    if (overlap(out, input) || overlap(lse, input)) {
+      return invalid(fmt::format("{} overlaps {}; an output must not share memory with an input",
+                                 overlap(out, input) ? "out" : "log_sum_exp", input.name));
+    }
+  }
+  if (p.wants_log_sum_exp && t.log_sum_exp == nullptr) {
+    return invalid("log_sum_exp is null; the problem asks for it");
+  }
+  if (p.wants_log_sum_exp && overlap(out, lse)) return invalid("out overlaps log_sum_exp");
+  if (p.device != Device::kCpu) return {};  // key lengths live on the device
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.has_key_lengths && (t.key_lengths[b] < 0 || t.key_lengths[b] > p.len_k)) {
+      return invalid(fmt::format("key_lengths[{}] is {}; it must be between 0 and len_k, {}", b,
+                                 t.key_lengths[b], p.len_k));
+    }
+    if (p.has_key_starts && t.key_starts[b] < 0) {
+      return invalid(
+          fmt::format("key_starts[{}] is {}; it must not be negative", b, t.key_starts[b]));
+    }
+  }
+  return {};
+}
+
+std::string describe(const Problem& p) {
+  std::string text;
+  if (p.batch != 1) text += fmt::format("batch {}, ", p.batch);
+  text += fmt::format("{}/{} heads, dim {}", p.heads_q, p.heads_kv, p.dim_qk);
+  if (p.dim_v != p.dim_qk) text += fmt::format("/{}", p.dim_v);
+  text += fmt::format(", {} x {}, {}", p.len_q, p.len_k, dtype_name(p.dtype_q));
+  if (p.dtype_kv != p.dtype_q) text += fmt::format(" over {}", dtype_name(p.dtype_kv));
+  if (p.causal == Causal::kBottomRight) text += ", causal";
+  if (p.causal == Causal::kTopLeft) text += ", causal top-left";
+  if (p.window_left != kUnlimited || p.window_right != kUnlimited) {
+    auto side = [](int64_t w) { return w == kUnlimited ? std::string("all") : std::to_string(w); };
+    text += fmt::format(", window {},{}", side(p.window_left), side(p.window_right));
+  }
+  if (p.softcap > 0) text += fmt::format(", softcap {}", p.softcap);
+  if (p.mask == MaskKind::kBoolean) text += ", boolean mask";
+  if (p.mask == MaskKind::kAdditiveF32 || p.mask == MaskKind::kAdditiveQ) text += ", additive mask";
+  if (p.has_sinks) text += ", sinks";
+  if (p.has_key_lengths) text += ", key lengths";
+  if (p.has_key_starts) text += ", key starts";
+  return text;
+}
+
+}  // namespace wh

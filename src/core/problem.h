@@ -1,0 +1,89 @@
+// One attention problem as plain data: what the planner decides on and what every kernel reads.
+//
+//   out = softmax(mask(softcap(scale * q k^T))) v
+//
+// docs/semantics.md states the rules; visible_keys() in key_range.h is their only implementation.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "core/status.h"
+
+namespace wh {
+
+enum class Dtype : uint8_t { kF32, kF16, kBf16 };
+enum class Device : uint8_t { kCpu, kCuda };
+enum class Causal : uint8_t { kNone, kBottomRight, kTopLeft };
+enum class MaskKind : uint8_t { kNone, kBoolean, kAdditiveF32, kAdditiveQ };
+
+constexpr int64_t kMaxDim = 1024;
+constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // key lengths are int32
+constexpr int64_t kUnlimited = -1;                      // a window side that hides nothing
+
+size_t dtype_bytes(Dtype dtype);
+const char* dtype_name(Dtype dtype);
+
+// In elements, ordered batch, heads, length, dim.
+using Strides = std::array<int64_t, 4>;
+
+struct Problem {
+  Device device = Device::kCpu;
+  int32_t device_index = 0;
+  Dtype dtype_q = Dtype::kF32;   // of q and out
+  Dtype dtype_kv = Dtype::kF32;  // of k and v
+  int64_t batch = 1;
+  int64_t heads_q = 1;
+  int64_t heads_kv = 1;
+  int64_t len_q = 0;
+  int64_t len_k = 0;
+  int64_t dim_qk = 0;
+  int64_t dim_v = 0;
+  Strides stride_q{};     // of q    [batch, heads_q, len_q, dim_qk]
+  Strides stride_k{};     // of k    [batch, heads_kv, len_k, dim_qk]
+  Strides stride_v{};     // of v    [batch, heads_kv, len_k, dim_v]
+  Strides stride_out{};   // of out  [batch, heads_q, len_q, dim_v]
+  Strides stride_mask{};  // of mask [batch, heads_q, len_q, len_k]; 0 broadcasts
+  float scale = 0;
+  float softcap = 0;  // 0: none
+  Causal causal = Causal::kNone;
+  int64_t window_left = kUnlimited;
+  int64_t window_right = kUnlimited;
+  MaskKind mask = MaskKind::kNone;
+  bool has_sinks = false;
+  bool has_key_lengths = false;
+  bool has_key_starts = false;
+  bool wants_log_sum_exp = false;
+
+  int64_t group() const { return heads_q / heads_kv; }
+  bool operator==(const Problem&) const = default;
+};
+
+// Pointers for one run of a plan. Unused ones are null.
+struct Tensors {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  void* out = nullptr;
+  const void* mask = nullptr;
+  const float* sinks = nullptr;          // [heads_q]
+  const int32_t* key_lengths = nullptr;  // [batch], each 0..len_k
+  const int32_t* key_starts = nullptr;   // [batch], each >= 0
+  float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], contiguous
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
+};
+
+// Strides of a dense row-major tensor of these extents.
+Strides dense_strides(int64_t heads, int64_t length, int64_t dim);
+
+// Answers with the first thing wrong, naming the field, its value and what would be valid.
+Status validate(const Problem& problem);
+Status validate(const Problem& problem, const Tensors& tensors);
+
+// "8/2 heads, dim 256, 512 x 4096, f16, causal": for messages and plans.
+std::string describe(const Problem& problem);
+
+}  // namespace wh

@@ -1,0 +1,123 @@
+#include "cpu/reference.h"
+
+#include <cmath>
+#include <limits>
+
+#include "core/array_mask.h"
+#include "core/key_range.h"
+
+namespace wh::cpu {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+double load(const void* data, Dtype dtype, int64_t offset) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return static_cast<const float*>(data)[offset];
+    case Dtype::kF16:
+      return to_float(static_cast<const Half*>(data)[offset]);
+    case Dtype::kBf16:
+      return to_float(static_cast<const Bfloat16*>(data)[offset]);
+  }
+  return 0;
+}
+
+void store(void* data, Dtype dtype, int64_t offset, double value) {
+  const float rounded = static_cast<float>(value);
+  switch (dtype) {
+    case Dtype::kF32:
+      static_cast<float*>(data)[offset] = rounded;
+      break;
+    case Dtype::kF16:
+      static_cast<Half*>(data)[offset] = from_float<Half>(rounded);
+      break;
+    case Dtype::kBf16:
+      static_cast<Bfloat16*>(data)[offset] = from_float<Bfloat16>(rounded);
+      break;
+  }
+}
+
+struct Row {
+  int64_t batch_idx, head_q, head_kv, query_idx;
+};
+
+// Fills scores[0..keys.size()) and the visibility of each key; returns the largest visible score.
+// NaN scores make the maximum NaN, as IEEE addition would.
+double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange keys, double* scores,
+                 double* is_visible) {
+  const int64_t q =
+      row.batch_idx * p.stride_q[0] + row.head_q * p.stride_q[1] + row.query_idx * p.stride_q[2];
+  double largest = -kInfinity;
+  for (int64_t j = keys.begin; j < keys.end; ++j) {
+    const float bias = mask_bias(p, t.mask, row.batch_idx, row.head_q, row.query_idx, j);
+    double& score = scores[j - keys.begin];
+    is_visible[j - keys.begin] = bias != -std::numeric_limits<float>::infinity();
+    if (is_visible[j - keys.begin] == 0) continue;
+    const int64_t k =
+        row.batch_idx * p.stride_k[0] + row.head_kv * p.stride_k[1] + j * p.stride_k[2];
+    double dot = 0;
+    for (int64_t d = 0; d < p.dim_qk; ++d) {
+      dot += load(t.q, p.dtype_q, q + d * p.stride_q[3]) *
+             load(t.k, p.dtype_kv, k + d * p.stride_k[3]);
+    }
+    score = dot * p.scale;
+    if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
+    score += bias;
+    if (std::isnan(score) || score > largest) largest = score;
+    if (std::isnan(largest)) largest = std::numeric_limits<double>::quiet_NaN();
+  }
+  return largest;
+}
+
+void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t row_idx,
+                   double* scratch) {
+  double* scores = scratch;
+  double* is_visible = scores + p.len_k;
+  double* sums = is_visible + p.len_k;  // [dim_v]
+  const KeyRange keys = visible_keys(p, present_keys(p, t, row.batch_idx), row.query_idx);
+  double largest = score_row(p, t, row, keys, scores, is_visible);
+  const double sink = p.has_sinks ? double{t.sinks[row.head_q]} : -kInfinity;
+  if (!(sink <= largest) && !std::isnan(largest)) largest = sink;
+  const double shift = largest == -kInfinity ? 0 : largest;
+
+  double denominator = std::exp(sink - shift);
+  for (int64_t d = 0; d < p.dim_v; ++d) sums[d] = 0;
+  for (int64_t j = keys.begin; j < keys.end; ++j) {
+    if (is_visible[j - keys.begin] == 0) continue;
+    const double weight = std::exp(scores[j - keys.begin] - shift);
+    denominator += weight;
+    const int64_t v =
+        row.batch_idx * p.stride_v[0] + row.head_kv * p.stride_v[1] + j * p.stride_v[2];
+    for (int64_t d = 0; d < p.dim_v; ++d) {
+      sums[d] += weight * load(t.v, p.dtype_kv, v + d * p.stride_v[3]);
+    }
+  }
+  const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +
+                      row.query_idx * p.stride_out[2];
+  for (int64_t d = 0; d < p.dim_v; ++d) {
+    store(t.out, p.dtype_q, out + d * p.stride_out[3],
+          denominator == 0 ? 0.0 : sums[d] / denominator);
+  }
+  if (p.wants_log_sum_exp) {
+    t.log_sum_exp[row_idx] =
+        static_cast<float>(denominator == 0 ? -kInfinity : shift + std::log(denominator));
+  }
+}
+
+}  // namespace
+
+size_t reference_workspace_bytes(const Problem& problem) {
+  return sizeof(double) * static_cast<size_t>(2 * problem.len_k + problem.dim_v);
+}
+
+void reference_rows(const Problem& p, const Tensors& t, int64_t begin, int64_t end,
+                    double* scratch) {
+  for (int64_t row_idx = begin; row_idx < end; ++row_idx) {
+    const int64_t head = row_idx / p.len_q % p.heads_q;
+    const Row row{row_idx / p.len_q / p.heads_q, head, head / p.group(), row_idx % p.len_q};
+    reference_row(p, t, row, row_idx, scratch);
+  }
+}
+
+}  // namespace wh::cpu
