@@ -1,0 +1,44 @@
+// Partial results of rows whose keys are split into chunks, and their merge by log-sum-exp.
+//
+// A chunk leaves for each row its largest score m (base 2), its sum l of 2^(s - m) and its
+// unnormalised output o. Merging runs over chunks in order, so the bits do not depend on which
+// thread finished first.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+#include "cpu/scratch.h"
+
+namespace wh::cpu {
+
+// Rows are numbered within a (batch, kv head) pair: row = query_idx * group + head in the group.
+struct RowId {
+  int64_t batch_idx, head_kv, row;
+};
+
+struct Partials {
+  int64_t chunks = 0;
+  int64_t rows = 0;  // of the whole problem
+  int64_t dim_v = 0;
+  float* m = nullptr;  // [chunks, rows]
+  float* l = nullptr;  // [chunks, rows]
+  float* o = nullptr;  // [chunks, rows, dim_v]
+
+  void carve(Carver& carver) {
+    m = carver.take<float>(chunks * rows);
+    l = carver.take<float>(chunks * rows);
+    o = carver.take<float>(chunks * rows * dim_v);
+  }
+};
+
+// Writes one finished row: out = o / l, log-sum-exp from m and l, with the sink joined in. o is
+// read with `o_stride`; a row that saw no key becomes 0 and minus infinity.
+void store_row(const Problem& problem, const Tensors& tensors, RowId id, float m, float l,
+               const float* o, int64_t o_stride);
+
+// Merges the chunks of rows [begin, end) and stores them. scratch: [dim_v].
+void merge_rows(const Problem& problem, const Tensors& tensors, const Partials& partials,
+                int64_t begin, int64_t end, float* scratch);
+
+}  // namespace wh::cpu

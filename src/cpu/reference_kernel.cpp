@@ -1,0 +1,52 @@
+// cpu_reference as an entry of the registry.
+#include <atomic>
+
+#include "cpu/reference.h"
+#include "cpu/registry.h"
+#include "cpu/scratch.h"
+#include "plan/work.h"
+
+namespace wh::cpu {
+namespace {
+
+size_t worker_bytes(const Problem& p) {
+  Carver carver(nullptr);
+  carver.take<std::byte>(static_cast<int64_t>(reference_workspace_bytes(p)));
+  return carver.used_bytes();
+}
+
+Config configure(const Query& query) {
+  Config config;
+  config.variant = "float64";
+  config.threads = query.cpu.threads(query.limits.threads);
+  return config;
+}
+
+Status run(const Launch& launch) {
+  const Problem& p = launch.problem;
+  const int64_t rows = p.batch * p.heads_q * p.len_q;
+  std::atomic<int64_t> next{0};
+  parallel(launch.executor, launch.config.threads, [&](int32_t i) {
+    auto* scratch = static_cast<std::byte*>(launch.tensors.workspace) + worker_bytes(p) * i;
+    for (int64_t row = next++; row < rows; row = next++) {
+      reference_rows(p, launch.tensors, row, row + 1, reinterpret_cast<double*>(scratch));
+    }
+  });
+  return {};
+}
+
+}  // namespace
+
+const Kernel kReference{
+    "cpu_reference", Device::kCpu, false, "float64, row by row: the oracle",
+    [](const Query&) -> std::optional<std::string> { return std::nullopt; }, configure,
+    [](const Problem& p, const Config& config) {
+      return worker_bytes(p) * static_cast<size_t>(config.threads);
+    },
+    // About 1.5 ns a multiply-add on one core: strided loads and conversions, one at a time.
+    [](const Query& query, const Config& config) {
+      return useful_flops(query.problem) / 2 * 1.5e-3 / std::min(config.threads, query.cpu.cores);
+    },
+    run};
+
+}  // namespace wh::cpu

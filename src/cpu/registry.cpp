@@ -1,0 +1,13 @@
+#include "cpu/registry.h"
+
+#include "cpu/prefill/config.h"
+#include "cpu/unfused/unfused.h"
+
+namespace wh::cpu {
+
+std::span<const Kernel* const> kernels() {
+  static const Kernel* const list[] = {&kPrefill, &kUnfused, &kReference};
+  return list;
+}
+
+}  // namespace wh::cpu

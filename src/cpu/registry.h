@@ -1,0 +1,14 @@
+// The CPU's kernels, in the order in which they are offered; the last one always works.
+#pragma once
+
+#include <span>
+
+#include "plan/kernel.h"
+
+namespace wh::cpu {
+
+extern const Kernel kReference;
+
+std::span<const Kernel* const> kernels();
+
+}  // namespace wh::cpu

@@ -1,0 +1,76 @@
+// exp2 and tanh on Highway vectors, and the loads that widen f16 and bf16. Re-included per target.
+#if defined(WH_CPU_VECTOR_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WH_CPU_VECTOR_MATH_INL_H_
+#undef WH_CPU_VECTOR_MATH_INL_H_
+#else
+#define WH_CPU_VECTOR_MATH_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include "core/float16.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace wh::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::ScalableTag<float>;
+using I32 = hn::RebindToSigned<F32>;
+using Vec = hn::Vec<F32>;
+
+// 2^x for x <= 0, exactly 0 below -126 (no denormals) and for minus infinity; NaN stays NaN.
+// Degree 6 interpolated at Chebyshev nodes on [-0.5, 0.5]: relative error 2e-8 before rounding.
+HWY_INLINE Vec exp2_nonpositive(Vec x) {
+  const F32 f32;
+  const I32 i32;
+  const auto whole = hn::Round(x);
+  const auto r = hn::Sub(x, whole);
+  auto y = hn::Set(f32, 1.54614449e-4f);
+  y = hn::MulAdd(y, r, hn::Set(f32, 1.34004280e-3f));
+  y = hn::MulAdd(y, r, hn::Set(f32, 9.61805694e-3f));
+  y = hn::MulAdd(y, r, hn::Set(f32, 5.55032715e-2f));
+  y = hn::MulAdd(y, r, hn::Set(f32, 2.40226507e-1f));
+  y = hn::MulAdd(y, r, hn::Set(f32, 6.93147182e-1f));
+  y = hn::MulAdd(y, r, hn::Set(f32, 1.0f));
+  // A product and not an addition to the exponent bits: those would turn a NaN into a number.
+  const auto biased = hn::Add(hn::ConvertTo(i32, whole), hn::Set(i32, 127));
+  y = hn::Mul(y, hn::BitCast(f32, hn::ShiftLeft<23>(biased)));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(f32, -126.0f)), y);
+}
+
+// Odd Taylor series up to z^13 below 0.4 (truncation 5e-9), 1 - 2 / (e^2z + 1) above, where the
+// subtraction no longer cancels.
+HWY_INLINE Vec tanh_vector(Vec z) {
+  const F32 f32;
+  const auto one = hn::Set(f32, 1.0f);
+  const auto magnitude = hn::Abs(z);
+  const auto square = hn::Mul(z, z);
+  auto series = hn::Set(f32, 3.59212803e-3f);
+  series = hn::MulAdd(series, square, hn::Set(f32, -8.86323553e-3f));
+  series = hn::MulAdd(series, square, hn::Set(f32, 2.18694885e-2f));
+  series = hn::MulAdd(series, square, hn::Set(f32, -5.39682540e-2f));
+  series = hn::MulAdd(series, square, hn::Set(f32, 1.33333333e-1f));
+  series = hn::MulAdd(series, square, hn::Set(f32, -3.33333333e-1f));
+  const auto small = hn::MulAdd(hn::Mul(series, square), z, z);
+  // e^-2|z| does not overflow: tanh |z| = (1 - e) / (1 + e).
+  const auto e = exp2_nonpositive(hn::Mul(magnitude, hn::Set(f32, -2.88539008f)));
+  const auto large = hn::CopySign(hn::Div(hn::Sub(one, e), hn::Add(one, e)), z);
+  return hn::IfThenElse(hn::Lt(magnitude, hn::Set(f32, 0.4f)), small, large);
+}
+
+HWY_INLINE Vec load_f32(const float* from) { return hn::LoadU(F32(), from); }
+HWY_INLINE Vec load_f32(const Half* from) {
+  const hn::Rebind<hwy::float16_t, F32> f16;
+  return hn::PromoteTo(F32(), hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(from)));
+}
+HWY_INLINE Vec load_f32(const Bfloat16* from) {
+  const hn::Rebind<uint16_t, F32> u16;
+  const hn::RebindToUnsigned<F32> u32;
+  const auto bits = hn::LoadU(u16, reinterpret_cast<const uint16_t*>(from));
+  return hn::BitCast(F32(), hn::ShiftLeft<16>(hn::PromoteTo(u32, bits)));
+}
+
+}  // namespace wh::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,21 @@
+// The CUDA backend of a build without CUDA: it has no kernels and says why.
+#include "cuda/registry.h"
+#include "plan/cuda_facts.h"
+
+namespace wh {
+
+const CudaFacts& cuda_facts(int32_t) {
+  static const CudaFacts facts = [] {
+    CudaFacts none;
+    none.unavailable =
+        "this build has no CUDA; configure with -DWIDEHEAD_CUDA=ON and a CUDA toolkit";
+    return none;
+  }();
+  return facts;
+}
+
+namespace cuda {
+std::span<const Kernel* const> kernels() { return {}; }
+}  // namespace cuda
+
+}  // namespace wh

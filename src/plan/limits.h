@@ -1,0 +1,34 @@
+// What the caller allows: the second half of the planner's input.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+namespace wh {
+
+enum class Policy : uint8_t {
+  kAutomatic,   // the fastest kernel that fits
+  kFused,       // a fused kernel or an error with the reasons
+  kFusedAbove,  // fused from Limits::fused_above keys on, unfused below: a fixed threshold
+};
+
+enum class Precision : uint8_t {
+  kNative,  // weights rounded to the input type where the hardware multiplies that type
+  kHigh,    // weights keep f32-class accuracy
+};
+
+constexpr uint64_t kNoByteLimit = std::numeric_limits<uint64_t>::max();
+
+struct Limits {
+  uint64_t workspace_bytes = kNoByteLimit;
+  Policy policy = Policy::kAutomatic;
+  int64_t fused_above = 16384;  // keys; 0: always fused
+  std::string kernel;           // forces one kernel by name; empty: the planner chooses
+  int32_t threads = 0;          // CPU threads; 0: every core
+  Precision precision = Precision::kNative;
+  bool batch_invariant = false;  // a row's bits do not depend on the batch around it
+  bool operator==(const Limits&) const = default;
+};
+
+}  // namespace wh

@@ -1,0 +1,42 @@
+#include "plan/work.h"
+
+#include <algorithm>
+
+namespace wh {
+namespace {
+
+// Sum over i in [0, count) of clamp(first + i, 0, limit), in closed form: planning must not cost
+// a loop over a million queries.
+double clamped_ramp_sum(double first, double count, double limit) {
+  const double rise_begin = std::clamp(-first, 0.0, count);
+  const double rise_end = std::clamp(limit - first, rise_begin, count);
+  const double rising = rise_end - rise_begin;
+  return rising * (first + rise_begin) + rising * (rising - 1) / 2 + (count - rise_end) * limit;
+}
+
+}  // namespace
+
+double visible_pairs(const Problem& p) {
+  const double len_q = static_cast<double>(p.len_q);
+  const double len_k = static_cast<double>(p.len_k);
+  const double offset = p.causal == Causal::kTopLeft ? 0 : len_k - len_q;
+  const double right = p.causal != Causal::kNone ? 0.0 : static_cast<double>(p.window_right);
+  double pairs =
+      right == kUnlimited ? len_q * len_k : clamped_ramp_sum(offset + right + 1, len_q, len_k);
+  if (p.window_left != kUnlimited) {
+    pairs -= clamped_ramp_sum(offset - static_cast<double>(p.window_left), len_q, len_k);
+  }
+  return std::max(0.0, pairs);
+}
+
+double useful_flops(const Problem& p) {
+  return visible_pairs(p) * static_cast<double>(p.batch * p.heads_q) * 2 *
+         static_cast<double>(p.dim_qk + p.dim_v);
+}
+
+double kv_bytes(const Problem& p) {
+  return static_cast<double>(p.batch * p.heads_kv) * static_cast<double>(p.len_k) *
+         static_cast<double>(p.dim_qk + p.dim_v) * static_cast<double>(dtype_bytes(p.dtype_kv));
+}
+
+}  // namespace wh

@@ -1,0 +1,18 @@
+// How much arithmetic and memory traffic a problem is, from its shape alone.
+#pragma once
+
+#include "core/problem.h"
+
+namespace wh {
+
+// Query-key pairs of one head of one batch entry that causal and window leave visible, with every
+// key present. Key lengths are data, not shape: they count as full.
+double visible_pairs(const Problem& problem);
+
+// Multiply-adds counted twice: 2 * (dim_qk + dim_v) a visible pair and query head.
+double useful_flops(const Problem& problem);
+
+// Bytes of K and V, each counted once: what decode streams.
+double kv_bytes(const Problem& problem);
+
+}  // namespace wh
