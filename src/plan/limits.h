@@ -5,6 +5,8 @@
 #include <limits>
 #include <string>
 
+#include "core/status.h"
+
 namespace wh {
 
 enum class Policy : uint8_t {
@@ -18,6 +20,7 @@ enum class Precision : uint8_t {
   kHigh,    // weights keep f32-class accuracy
 };
 
+constexpr int32_t kMaxThreads = 4096;
 constexpr uint64_t kNoByteLimit = std::numeric_limits<uint64_t>::max();
 
 struct Limits {
@@ -30,5 +33,7 @@ struct Limits {
   bool batch_invariant = false;  // a row's bits do not depend on the batch around it
   bool operator==(const Limits&) const = default;
 };
+
+Status validate(const Limits& limits);
 
 }  // namespace wh

@@ -1,0 +1,20 @@
+#include "plan/limits.h"
+
+#include <fmt/format.h>
+
+namespace wh {
+
+Status validate(const Limits& limits) {
+  if (limits.threads < 0 || limits.threads > kMaxThreads) {
+    return invalid(fmt::format("limits.threads is {}; valid: 0 (every core) to {}", limits.threads,
+                               kMaxThreads));
+  }
+  if (limits.fused_above < 0) {
+    return invalid(
+        fmt::format("limits.fused_above is {}; valid: 0 (always fused) or a number of keys",
+                    limits.fused_above));
+  }
+  return {};
+}
+
+}  // namespace wh

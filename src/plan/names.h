@@ -1,0 +1,13 @@
+// The names of limits' and plans' enum values, next to those of the problem's.
+#pragma once
+
+#include "core/names.h"
+#include "plan/plan.h"
+
+namespace wh {
+
+constexpr Names<Policy, 3> kPolicies{{"automatic", "fused", "fused-above"}};
+constexpr Names<Precision, 2> kPrecisions{{"native", "high"}};
+constexpr Names<Verdict, 4> kVerdicts{{"chosen", "slower", "refused", "over_budget"}};
+
+}  // namespace wh

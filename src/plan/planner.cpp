@@ -1,0 +1,142 @@
+// Enumerate, ask, discard what does not fit, take the fastest of the rest.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "core/nearest_name.h"
+#include "plan/plan.h"
+
+namespace wh {
+namespace {
+
+std::string kernel_names(std::span<const Kernel* const> kernels) {
+  std::string names;
+  for (const Kernel* kernel : kernels) {
+    if (!names.empty()) names += ", ";
+    names += kernel->name;
+  }
+  return names;
+}
+
+Status unknown_kernel(const Problem& problem, const Limits& limits, const Machine& machine) {
+  std::vector<std::string> names;
+  for (const Kernel* kernel : machine.kernels) names.push_back(kernel->name);
+  if (names.empty()) {
+    return {Code::kRefused, fmt::format("limits.kernel is \"{}\", but {}", limits.kernel,
+                                        machine.cuda.unavailable)};
+  }
+  return invalid(
+      fmt::format("limits.kernel is \"{}\", which is no kernel of {}; did you mean \"{}\"? "
+                  "Valid: {}",
+                  limits.kernel, problem.device == Device::kCpu ? "the CPU" : "CUDA",
+                  nearest_name(limits.kernel, names), kernel_names(machine.kernels)));
+}
+
+// Why the caller's policy, not the kernel itself, rules it out; empty: it does not.
+std::string policy_refusal(const Kernel& kernel, const Query& query) {
+  const Limits& limits = query.limits;
+  if (!limits.kernel.empty()) {
+    return limits.kernel == kernel.name ? "" : fmt::format("the caller forces {}", limits.kernel);
+  }
+  if (limits.policy == Policy::kFused && !kernel.is_fused) {
+    return "not fused, and the policy is fused";
+  }
+  if (limits.policy == Policy::kFusedAbove) {
+    const bool wants_fused = query.problem.len_k >= limits.fused_above;
+    if (wants_fused != kernel.is_fused) {
+      return fmt::format("the policy takes {} kernel {} {} keys",
+                         wants_fused ? "a fused" : "an unfused", wants_fused ? "from" : "below",
+                         limits.fused_above);
+    }
+  }
+  return "";
+}
+
+struct Assessment {
+  Candidate candidate;
+  Config config;
+};
+
+Assessment assess(const Kernel& kernel, const Query& query) {
+  Assessment result;
+  Candidate& candidate = result.candidate;
+  candidate.kernel = kernel.name;
+  if (const auto reason = kernel.refusal(query)) {
+    candidate.reason = *reason;
+    return result;
+  }
+  result.config = kernel.configure(query);
+  candidate.workspace_bytes = kernel.workspace_bytes(query.problem, result.config);
+  candidate.estimated_us = kernel.estimate_us(query, result.config);
+  candidate.reason = policy_refusal(kernel, query);
+  if (!candidate.reason.empty()) return result;
+  if (candidate.workspace_bytes > query.limits.workspace_bytes) {
+    candidate.verdict = Verdict::kOverBudget;
+    candidate.reason = fmt::format("wants {} of workspace, the limit is {}",
+                                   format_bytes(candidate.workspace_bytes),
+                                   format_bytes(query.limits.workspace_bytes));
+    return result;
+  }
+  candidate.verdict = Verdict::kSlower;
+  return result;
+}
+
+}  // namespace
+
+const Kernel* find_kernel(std::span<const Kernel* const> kernels, const std::string& name) {
+  for (const Kernel* kernel : kernels) {
+    if (name == kernel->name) return kernel;
+  }
+  return nullptr;
+}
+
+Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machine& machine) {
+  if (Status status = validate(problem); !status.ok()) return status;
+  if (Status status = validate(limits); !status.ok()) return status;
+  if (!limits.kernel.empty() && find_kernel(machine.kernels, limits.kernel) == nullptr) {
+    return unknown_kernel(problem, limits, machine);
+  }
+  Plan plan;
+  plan.problem = problem;
+  plan.limits = limits;
+  plan.device = problem.device == Device::kCpu ? machine.cpu.name : machine.cuda.name;
+  if (problem.device == Device::kCuda && !machine.cuda.unavailable.empty()) {
+    return Status(Code::kRefused, fmt::format("device cuda:{} cannot run: {}", problem.device_index,
+                                              machine.cuda.unavailable));
+  }
+  const Query query{problem, limits, machine.cpu, machine.cuda};
+  std::vector<Config> configs;
+  for (const Kernel* kernel : machine.kernels) {
+    Assessment assessment = assess(*kernel, query);
+    plan.candidates.push_back(std::move(assessment.candidate));
+    configs.push_back(std::move(assessment.config));
+  }
+  size_t best = plan.candidates.size();
+  for (size_t i = 0; i < plan.candidates.size(); ++i) {
+    const Candidate& candidate = plan.candidates[i];
+    if (candidate.verdict != Verdict::kSlower) continue;
+    if (best == plan.candidates.size() ||
+        candidate.estimated_us < plan.candidates[best].estimated_us) {
+      best = i;
+    }
+  }
+  if (best == plan.candidates.size()) return plan;
+  Candidate& chosen = plan.candidates[best];
+  chosen.verdict = Verdict::kChosen;
+  plan.kernel = chosen.kernel;
+  plan.config = std::move(configs[best]);
+  plan.workspace_bytes = chosen.workspace_bytes;
+  plan.estimated_us = chosen.estimated_us;
+  return plan;
+}
+
+Status runnable_status(const Plan& plan) {
+  if (plan.runnable()) return {};
+  std::string message = "no kernel is allowed for " + describe(plan.problem) + ":";
+  for (const Candidate& candidate : plan.candidates) {
+    message += fmt::format("\n  {}: {}", candidate.kernel, candidate.reason);
+  }
+  return {Code::kRefused, message};
+}
+
+}  // namespace wh
