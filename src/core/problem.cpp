@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "core/names.h"
+
 namespace wh {
 namespace {
 
@@ -97,18 +99,6 @@ Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.
 }  // namespace
 
 size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
-const char* dtype_name(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return "f32";
-    case Dtype::kF16:
-      return "f16";
-    case Dtype::kBf16:
-      return "bf16";
-  }
-  return "unknown";
-}
 
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim) {
   return {heads * length * dim, length * dim, dim, 1};
@@ -205,8 +195,8 @@ std::string describe(const Problem& p) {
   if (p.batch != 1) text += fmt::format("batch {}, ", p.batch);
   text += fmt::format("{}/{} heads, dim {}", p.heads_q, p.heads_kv, p.dim_qk);
   if (p.dim_v != p.dim_qk) text += fmt::format("/{}", p.dim_v);
-  text += fmt::format(", {} x {}, {}", p.len_q, p.len_k, dtype_name(p.dtype_q));
-  if (p.dtype_kv != p.dtype_q) text += fmt::format(" over {}", dtype_name(p.dtype_kv));
+  text += fmt::format(", {} x {}, {}", p.len_q, p.len_k, kDtypes.name(p.dtype_q));
+  if (p.dtype_kv != p.dtype_q) text += fmt::format(" over {}", kDtypes.name(p.dtype_kv));
   if (p.causal == Causal::kBottomRight) text += ", causal";
   if (p.causal == Causal::kTopLeft) text += ", causal top-left";
   if (p.window_left != kUnlimited || p.window_right != kUnlimited) {

@@ -24,7 +24,6 @@ constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // key lengths are int32
 constexpr int64_t kUnlimited = -1;                      // a window side that hides nothing
 
 size_t dtype_bytes(Dtype dtype);
-const char* dtype_name(Dtype dtype);
 
 // In elements, ordered batch, heads, length, dim.
 using Strides = std::array<int64_t, 4>;

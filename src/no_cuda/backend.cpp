@@ -1,4 +1,5 @@
 // The CUDA backend of a build without CUDA: it has no kernels and says why.
+#include "cuda/allocate.h"
 #include "cuda/registry.h"
 #include "plan/cuda_facts.h"
 
@@ -15,7 +16,14 @@ const CudaFacts& cuda_facts(int32_t) {
 }
 
 namespace cuda {
+
 std::span<const Kernel* const> kernels() { return {}; }
+
+Result<void*> allocate(int32_t, size_t, void*) {
+  return Status(Code::kRefused, cuda_facts(0).unavailable);
+}
+void release(void*, void*) noexcept {}
+
 }  // namespace cuda
 
 }  // namespace wh

@@ -55,9 +55,12 @@ std::string explain(const Plan& plan);
 
 std::string to_json(const Plan& plan);
 
-// The inverse of to_json(). Checks the problem, and that the plan is the one this library would
-// run: a kernel of `machine` that accepts the problem with this configuration and this workspace.
-Result<Plan> plan_from_json(const std::string& text, const Machine& machine);
+// The machine for problems of a device.
+using MachineOf = Machine (*)(Device device, int32_t device_index);
+
+// The inverse of to_json(). Checks that the plan is the one that would be made now: the same kernel
+// with the same configuration and workspace.
+Result<Plan> plan_from_json(const std::string& text, MachineOf machine_of);
 
 const Kernel* find_kernel(std::span<const Kernel* const> kernels, const std::string& name);
 

@@ -249,11 +249,14 @@ std::string to_json(const Plan& plan) {
   return json.dump(2, ' ', false, Json::error_handler_t::replace);
 }
 
-Result<Plan> plan_from_json(const std::string& text, const Machine& machine) {
+Result<Plan> plan_from_json(const std::string& text, MachineOf machine_of) {
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return invalid("the plan is not JSON");
   try {
     Plan plan = read_plan(json);
+    // Before the machine is asked for: a device index of the text's must be a sane one.
+    if (Status status = validate(plan.problem); !status.ok()) return status;
+    const Machine machine = machine_of(plan.problem.device, plan.problem.device_index);
     if (Status status = check_against_machine(plan, machine); !status.ok()) return status;
     return plan;
   } catch (const Malformed& error) {

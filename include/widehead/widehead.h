@@ -1,0 +1,180 @@
+/* Widehead: exact scaled dot-product attention for any head dimension, planned before it runs.
+ *
+ *   out = softmax(mask(softcap(scale * q k^T))) v
+ *
+ * A wh_problem says what is to be computed, wh_limits what the caller allows; wh_plan_create()
+ * makes a plan of the two, which can be printed, stored and run any number of times, from any
+ * thread.
+ *
+ * Every function that can fail answers with a wh_status and leaves a message that names the
+ * argument, its value and what would be valid in wh_last_error(). Nothing prints, exits, aborts or
+ * throws. Structs carry their own size, so that fields can be added: initialise them with the
+ * matching wh_*_init().
+ */
+#ifndef WIDEHEAD_WIDEHEAD_H_
+#define WIDEHEAD_WIDEHEAD_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define WH_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum wh_status {
+  WH_OK = 0,
+  WH_INVALID_ARGUMENT = 1, /* the message says which, its value and what is valid */
+  WH_REFUSED = 2,          /* the limits allow no kernel; the message lists every candidate */
+  WH_OUT_OF_MEMORY = 3,
+  WH_DEVICE_ERROR = 4, /* the message names the driver's call */
+  WH_CANCELLED = 5,
+  WH_INTERNAL_ERROR = 6
+} wh_status;
+
+enum wh_device { WH_CPU = 0, WH_CUDA = 1 };
+enum wh_dtype { WH_F32 = 0, WH_F16 = 1, WH_BF16 = 2 };
+/* Bottom-right: query i sees key j when j <= i + len_k - len_q. Top-left: when j <= i. */
+enum wh_causal { WH_CAUSAL_NONE = 0, WH_CAUSAL_BOTTOM_RIGHT = 1, WH_CAUSAL_TOP_LEFT = 2 };
+/* Boolean masks are one byte an element, nonzero attends. Additive ones are added to the scores;
+ * minus infinity masks the key. WH_MASK_ADDITIVE is of q's type. */
+enum wh_mask {
+  WH_MASK_NONE = 0,
+  WH_MASK_BOOLEAN = 1,
+  WH_MASK_ADDITIVE_F32 = 2,
+  WH_MASK_ADDITIVE = 3
+};
+enum wh_policy { WH_AUTOMATIC = 0, WH_FUSED = 1, WH_FUSED_ABOVE = 2 };
+enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
+
+/* Optional tensors and results of a problem, combined with |. */
+enum wh_uses {
+  WH_USES_SINKS = 1,       /* f32 [heads_q]: one more logit a head, in the denominator only */
+  WH_USES_KEY_LENGTHS = 2, /* int32 [batch], 0..len_k: keys from there on are not read, and the
+                              diagonal of causal and window is aligned to the length */
+  WH_USES_KEY_STARTS = 4,  /* int32 [batch], >= 0: keys before it are not read */
+  WH_USES_LOG_SUM_EXP = 8  /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+};
+
+#define WH_UNLIMITED (-1)                   /* a window side that hides nothing */
+#define WH_NO_BYTE_LIMIT ((uint64_t)-1)     /* a workspace of any size */
+#define WH_WORKSPACE_ALIGNMENT ((size_t)64) /* of wh_tensors.workspace, in bytes */
+
+/* q [batch, heads_q, len_q, dim_qk], k [batch, heads_kv, len_k, dim_qk],
+ * v [batch, heads_kv, len_k, dim_v], out [batch, heads_q, len_q, dim_v],
+ * mask [batch, heads_q, len_q, len_k]. Strides are in elements, in that order, not negative; 0
+ * broadcasts. heads_q is a multiple of heads_kv; query head h reads kv head h / (heads_q /
+ * heads_kv). Dimensions are 1..1024, other sizes 0 (heads: 1)..2^31-1. */
+typedef struct wh_problem {
+  size_t size; /* of this struct; set by wh_problem_init() */
+  int32_t device;
+  int32_t device_index;
+  int32_t dtype_q;  /* of q and out */
+  int32_t dtype_kv; /* of k and v */
+  int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+  int64_t stride_q[4], stride_k[4], stride_v[4], stride_out[4], stride_mask[4];
+  float scale;   /* finite; wh_problem_set_dense() sets 1 / sqrt(dim_qk) */
+  float softcap; /* 0: none; else scores become softcap * tanh(score / softcap) before masks */
+  int32_t causal;
+  int32_t mask;
+  int64_t window_left;  /* keys left of the diagonal that stay visible, or WH_UNLIMITED */
+  int64_t window_right; /* the same to the right; causal makes it 0 */
+  uint32_t uses;        /* of enum wh_uses */
+} wh_problem;
+
+typedef struct wh_limits {
+  size_t size;              /* of this struct; set by wh_limits_init() */
+  uint64_t workspace_bytes; /* the most that a plan may take, or WH_NO_BYTE_LIMIT */
+  int32_t policy;
+  int32_t threads;         /* CPU threads; 0: every core */
+  int64_t fused_above;     /* keys, for WH_FUSED_ABOVE: fused from there on, 0: always */
+  const char* kernel;      /* forces a kernel by name; NULL: the planner chooses */
+  int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
+  int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
+} wh_limits;
+
+/* Pointers for one run: host memory for a CPU problem, memory of the problem's device for a CUDA
+ * one. What the problem does not use stays NULL. out must not overlap an input. */
+typedef struct wh_tensors {
+  size_t size; /* of this struct; set by wh_tensors_init() */
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;
+  const void* mask;
+  const float* sinks;
+  const int32_t* key_lengths;
+  const int32_t* key_starts;
+  float* log_sum_exp;
+  void* workspace; /* at least the plan's bytes, aligned to WH_WORKSPACE_ALIGNMENT */
+  size_t workspace_bytes;
+} wh_tensors;
+
+/* Threads of the host program for CPU kernels: parallel() calls task(argument, i) once for every i
+ * in [0, count), on any threads, and returns when all are done. A serial loop is valid. */
+typedef struct wh_executor {
+  void (*parallel)(void* context, int32_t count, void (*task)(void* argument, int32_t i),
+                   void* argument);
+  void* context;
+} wh_executor;
+
+typedef struct wh_run_options {
+  size_t size;                 /* of this struct; set by wh_run_options_init() */
+  void* stream;                /* a cudaStream_t; NULL: the default stream. CPU runs ignore it */
+  const wh_executor* executor; /* NULL: oneTBB */
+} wh_run_options;
+
+typedef struct wh_plan wh_plan;
+
+WH_API const char* wh_version(void); /* "0.1.0" */
+/* Of the last call of this thread that failed; "" before the first. Valid until the next failure.
+ */
+WH_API const char* wh_last_error(void);
+
+/* Defaults: CPU, f32, batch 1, no masks, no window, sizes 0. `size` is sizeof(*problem) and so on.
+ */
+WH_API wh_status wh_problem_init(wh_problem* problem, size_t size);
+WH_API wh_status wh_limits_init(wh_limits* limits, size_t size);
+WH_API wh_status wh_tensors_init(wh_tensors* tensors, size_t size);
+WH_API wh_status wh_run_options_init(wh_run_options* options, size_t size);
+/* Sets every stride to that of a contiguous tensor, and scale to 1 / sqrt(dim_qk). */
+WH_API wh_status wh_problem_set_dense(wh_problem* problem);
+
+/* limits NULL: the defaults. Takes microseconds and reads no tensor. On WH_REFUSED *plan is a plan
+ * that cannot run but can be explained; on any other failure it is NULL. */
+WH_API wh_status wh_plan_create(const wh_problem* problem, const wh_limits* limits, wh_plan** plan);
+WH_API void wh_plan_destroy(wh_plan* plan);
+/* options NULL: the defaults. CPU: returns when out is written. CUDA: returns when the work is on
+ * the stream; capturable in a graph. Does not allocate. */
+WH_API wh_status wh_plan_run(const wh_plan* plan, const wh_tensors* tensors,
+                             const wh_run_options* options);
+WH_API const char* wh_plan_kernel(const wh_plan* plan); /* "" when none is allowed */
+WH_API uint64_t wh_plan_workspace_bytes(const wh_plan* plan);
+WH_API double wh_plan_estimated_us(const wh_plan* plan);
+/* Text for people and JSON for programs: the choice and every candidate with its verdict, reason,
+ * workspace and estimate. Owned by the plan; NULL when memory ran out. */
+WH_API const char* wh_plan_explain(const wh_plan* plan);
+WH_API const char* wh_plan_json(const wh_plan* plan);
+/* The inverse of wh_plan_json(), `length` bytes of text. A plan that this machine and version would
+ * not make is WH_INVALID_ARGUMENT: plan again. */
+WH_API wh_status wh_plan_from_json(const char* text, size_t length, wh_plan** plan);
+
+/* Plans (cached by shape and limits) and runs. Without tensors->workspace it allocates what the
+ * plan takes, for the time of the call. */
+WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
+                              const wh_tensors* tensors, const wh_run_options* options);
+
+/* The kernels of a device kind in the order in which the planner offers them; NULL past the last.
+ */
+WH_API const char* wh_kernel_name(int32_t device, size_t index);
+WH_API const char* wh_kernel_summary(int32_t device, size_t index);
+/* What the planner knows of a device, as a JSON object. Valid until the thread's next such call;
+ * NULL on failure. */
+WH_API const char* wh_device_json(int32_t device, int32_t device_index);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,75 @@
+#include "api/environment.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <cstdlib>
+
+#include "api/machine.h"
+#include "core/byte_size.h"
+#include "core/nearest_name.h"
+
+namespace wh {
+namespace {
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+Status apply_kernel(const std::string& name, Device device, Limits& limits) {
+  if (find_kernel(kernels_of(device), name) != nullptr) {
+    limits.kernel = name;
+    return {};
+  }
+  // A program may use both devices: a kernel of the other one does not concern this problem.
+  std::vector<std::string> names;
+  for (const Device each : {Device::kCpu, Device::kCuda}) {
+    for (const Kernel* kernel : kernels_of(each)) {
+      if (name == kernel->name) return {};
+      names.push_back(kernel->name);
+    }
+  }
+  return invalid(fmt::format("WIDEHEAD_KERNEL is \"{}\", which is no kernel; did you mean \"{}\"?",
+                             name, nearest_name(name, names)));
+}
+
+}  // namespace
+
+const Environment& environment() {
+  static const Environment values{variable("WIDEHEAD_KERNEL"), variable("WIDEHEAD_FUSED_ABOVE"),
+                                  variable("WIDEHEAD_WORKSPACE_LIMIT"), variable("WIDEHEAD_LOG")};
+  return values;
+}
+
+Status apply(const Environment& environment, Device device, Limits& limits) {
+  if (!environment.kernel.empty()) {
+    if (Status status = apply_kernel(environment.kernel, device, limits); !status.ok()) {
+      return status;
+    }
+  }
+  if (const std::string& text = environment.fused_above; !text.empty()) {
+    int64_t keys = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), keys);
+    if (error != std::errc() || end != text.data() + text.size() || keys < 0) {
+      return invalid(fmt::format(
+          "WIDEHEAD_FUSED_ABOVE is \"{}\"; valid: 0 (always fused) or a number of keys", text));
+    }
+    limits.policy = Policy::kFusedAbove;
+    limits.fused_above = keys;
+  }
+  if (const std::string& text = environment.workspace_limit; !text.empty()) {
+    const auto bytes = parse_bytes(text);
+    if (!bytes) {
+      return invalid(fmt::format(
+          "WIDEHEAD_WORKSPACE_LIMIT is \"{}\"; valid: bytes, or a size as in 512MiB", text));
+    }
+    limits.workspace_bytes = *bytes;
+  }
+  if (!environment.log.empty() && !environment.logs_plans()) {
+    return invalid(fmt::format("WIDEHEAD_LOG is \"{}\"; valid: plan", environment.log));
+  }
+  return {};
+}
+
+}  // namespace wh

@@ -1,0 +1,28 @@
+// The environment variables that steer a program which cannot be changed. Read here and nowhere
+// else, once.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "plan/plan.h"
+
+namespace wh {
+
+struct Environment {
+  std::string kernel;           // WIDEHEAD_KERNEL: forces it wherever the device has it
+  std::string fused_above;      // WIDEHEAD_FUSED_ABOVE: keys
+  std::string workspace_limit;  // WIDEHEAD_WORKSPACE_LIMIT: "512MiB" or bytes
+  std::string log;              // WIDEHEAD_LOG: "plan" prints a line for each new plan on stderr
+
+  bool logs_plans() const { return log == "plan"; }
+};
+
+// Of this process, as it was at the first call.
+const Environment& environment();
+
+// Overrides what the caller set: the variables exist for programs whose calls cannot be changed.
+// Answers with an error that names the variable when its value makes no sense.
+Status apply(const Environment& environment, Device device, Limits& limits);
+
+}  // namespace wh

@@ -1,0 +1,13 @@
+// This machine, as the planner wants it.
+#pragma once
+
+#include "plan/plan.h"
+
+namespace wh {
+
+std::span<const Kernel* const> kernels_of(Device device);
+
+// Facts and kernels for problems of `device`.
+Machine this_machine(Device device, int32_t device_index);
+
+}  // namespace wh
