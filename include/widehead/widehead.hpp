@@ -1,0 +1,274 @@
+// Widehead for C++20: views, options, plans and one call, header-only on top of the C ABI.
+//
+//   widehead::attention(q, k, v, out, {.causal = widehead::Causal::kBottomRight});
+//
+//   const auto plan = widehead::plan(widehead::problem(q, k, v, out, options), {});
+//   std::cout << plan.explain();
+//   plan.run(q, k, v, out);
+//
+// Failures throw widehead::Error with the C API's status and message.
+#pragma once
+
+#include <widehead/widehead.h>
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace widehead {
+
+class Error : public std::runtime_error {
+ public:
+  Error(wh_status status, const std::string& message)
+      : std::runtime_error(message), status_(status) {}
+  wh_status status() const noexcept { return status_; }
+
+ private:
+  wh_status status_;
+};
+
+// Throws Error unless `status` is WH_OK.
+inline void check(wh_status status) {
+  if (status == WH_OK) return;
+  if (status == WH_OUT_OF_MEMORY) throw std::bad_alloc();
+  throw Error(status, wh_last_error());
+}
+
+enum class Dtype : int32_t { kF32 = WH_F32, kF16 = WH_F16, kBf16 = WH_BF16 };
+enum class Device : int32_t { kCpu = WH_CPU, kCuda = WH_CUDA };
+enum class Causal : int32_t {
+  kNone = WH_CAUSAL_NONE,
+  kBottomRight = WH_CAUSAL_BOTTOM_RIGHT,
+  kTopLeft = WH_CAUSAL_TOP_LEFT
+};
+enum class MaskKind : int32_t {
+  kBoolean = WH_MASK_BOOLEAN,
+  kAdditiveF32 = WH_MASK_ADDITIVE_F32,
+  kAdditive = WH_MASK_ADDITIVE
+};
+enum class Policy : int32_t {
+  kAutomatic = WH_AUTOMATIC,
+  kFused = WH_FUSED,
+  kFusedAbove = WH_FUSED_ABOVE
+};
+enum class Precision : int32_t { kNative = WH_NATIVE, kHigh = WH_HIGH };
+
+using Extents = std::array<int64_t, 4>;
+
+// Strides of a contiguous tensor, in elements.
+constexpr Extents dense_strides(const Extents& shape) {
+  return {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
+}
+
+// A tensor that somebody else owns: [batch, heads, length, dim], strides in elements.
+struct TensorView {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kF32;
+  Extents shape{};
+  Extents strides{};
+
+  TensorView() = default;
+  TensorView(const void* tensor, Dtype type, const Extents& extents)
+      : TensorView(tensor, type, extents, dense_strides(extents)) {}
+  TensorView(const void* tensor, Dtype type, const Extents& extents, const Extents& steps)
+      : data(const_cast<void*>(tensor)), dtype(type), shape(extents), strides(steps) {}
+};
+
+// [batch, heads_q, len_q, len_k]; a stride of 0 broadcasts.
+struct MaskView {
+  const void* data = nullptr;
+  MaskKind kind = MaskKind::kBoolean;
+  Extents strides{};
+};
+
+// What to compute beyond softmax(scale * q k^T) v.
+struct Options {
+  std::optional<float> scale;  // default 1 / sqrt(dim_qk)
+  float softcap = 0;           // 0: none
+  Causal causal = Causal::kNone;
+  int64_t window_left = WH_UNLIMITED;
+  int64_t window_right = WH_UNLIMITED;
+  std::optional<MaskView> mask;
+  const float* sinks = nullptr;          // [heads_q]
+  const int32_t* key_lengths = nullptr;  // [batch]
+  const int32_t* key_starts = nullptr;   // [batch]
+  float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written
+  Device device = Device::kCpu;
+  int32_t device_index = 0;
+};
+
+// What the caller allows.
+struct Limits {
+  uint64_t workspace_bytes = WH_NO_BYTE_LIMIT;
+  Policy policy = Policy::kAutomatic;
+  int64_t fused_above = 16384;
+  std::string kernel;   // forces one by name
+  int32_t threads = 0;  // 0: every core
+  Precision precision = Precision::kNative;
+  bool batch_invariant = false;
+
+  wh_limits c_limits() const {
+    wh_limits limits;
+    check(wh_limits_init(&limits, sizeof(limits)));
+    limits.workspace_bytes = workspace_bytes;
+    limits.policy = static_cast<int32_t>(policy);
+    limits.fused_above = fused_above;
+    limits.kernel = kernel.empty() ? nullptr : kernel.c_str();
+    limits.threads = threads;
+    limits.precision = static_cast<int32_t>(precision);
+    limits.batch_invariant = batch_invariant;
+    return limits;
+  }
+};
+
+// The problem that these tensors and options are. Throws Error when the shapes disagree.
+inline wh_problem problem(const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& out, const Options& options = {}) {
+  const auto expect = [](const char* name, const Extents& shape, const Extents& expected) {
+    if (shape == expected) return;
+    const auto text = [](const Extents& e) {
+      return "[" + std::to_string(e[0]) + ", " + std::to_string(e[1]) + ", " +
+             std::to_string(e[2]) + ", " + std::to_string(e[3]) + "]";
+    };
+    throw Error(WH_INVALID_ARGUMENT, std::string(name) + " is " + text(shape) +
+                                         "; the others make it " + text(expected));
+  };
+  expect("k", k.shape, {q.shape[0], k.shape[1], k.shape[2], q.shape[3]});
+  expect("v", v.shape, {q.shape[0], k.shape[1], k.shape[2], v.shape[3]});
+  expect("out", out.shape, {q.shape[0], q.shape[1], q.shape[2], v.shape[3]});
+  if (out.dtype != q.dtype) throw Error(WH_INVALID_ARGUMENT, "out must have the type of q");
+  if (v.dtype != k.dtype) throw Error(WH_INVALID_ARGUMENT, "v must have the type of k");
+  wh_problem problem;
+  check(wh_problem_init(&problem, sizeof(problem)));
+  problem.device = static_cast<int32_t>(options.device);
+  problem.device_index = options.device_index;
+  problem.dtype_q = static_cast<int32_t>(q.dtype);
+  problem.dtype_kv = static_cast<int32_t>(k.dtype);
+  problem.batch = q.shape[0];
+  problem.heads_q = q.shape[1];
+  problem.heads_kv = k.shape[1];
+  problem.len_q = q.shape[2];
+  problem.len_k = k.shape[2];
+  problem.dim_qk = q.shape[3];
+  problem.dim_v = v.shape[3];
+  const auto set = [](int64_t(&to)[4], const Extents& from) {
+    for (size_t i = 0; i < 4; ++i) to[i] = from[i];
+  };
+  set(problem.stride_q, q.strides);
+  set(problem.stride_k, k.strides);
+  set(problem.stride_v, v.strides);
+  set(problem.stride_out, out.strides);
+  problem.scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(problem.dim_qk)));
+  problem.softcap = options.softcap;
+  problem.causal = static_cast<int32_t>(options.causal);
+  problem.window_left = options.window_left;
+  problem.window_right = options.window_right;
+  if (options.mask) {
+    problem.mask = static_cast<int32_t>(options.mask->kind);
+    set(problem.stride_mask, options.mask->strides);
+  }
+  if (options.sinks != nullptr) problem.uses |= WH_USES_SINKS;
+  if (options.key_lengths != nullptr) problem.uses |= WH_USES_KEY_LENGTHS;
+  if (options.key_starts != nullptr) problem.uses |= WH_USES_KEY_STARTS;
+  if (options.log_sum_exp != nullptr) problem.uses |= WH_USES_LOG_SUM_EXP;
+  return problem;
+}
+
+// The pointers of one run. The workspace, at least plan.workspace_bytes() and aligned to
+// WH_WORKSPACE_ALIGNMENT, is the caller's to add.
+inline wh_tensors tensors(const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& out, const Options& options = {}) {
+  wh_tensors tensors;
+  check(wh_tensors_init(&tensors, sizeof(tensors)));
+  tensors.q = q.data;
+  tensors.k = k.data;
+  tensors.v = v.data;
+  tensors.out = out.data;
+  tensors.mask = options.mask ? options.mask->data : nullptr;
+  tensors.sinks = options.sinks;
+  tensors.key_lengths = options.key_lengths;
+  tensors.key_starts = options.key_starts;
+  tensors.log_sum_exp = options.log_sum_exp;
+  return tensors;
+}
+
+// Where a run gets its threads or its stream from.
+struct RunOptions {
+  void* stream = nullptr;                 // a cudaStream_t
+  const wh_executor* executor = nullptr;  // null: oneTBB
+
+  wh_run_options c_options() const {
+    wh_run_options options;
+    check(wh_run_options_init(&options, sizeof(options)));
+    options.stream = stream;
+    options.executor = executor;
+    return options;
+  }
+};
+
+// A plan: immutable, movable, runnable from any number of threads at once.
+class Plan {
+ public:
+  Plan(const wh_problem& problem, const Limits& limits) {
+    const wh_limits c_limits = limits.c_limits();
+    wh_plan* plan = nullptr;
+    const wh_status status = wh_plan_create(&problem, &c_limits, &plan);
+    plan_.reset(plan);  // a refused plan can still be explained, but not here: it throws
+    check(status);
+  }
+  static Plan from_json(std::string_view text) {
+    wh_plan* plan = nullptr;
+    check(wh_plan_from_json(text.data(), text.size(), &plan));
+    return Plan(plan);
+  }
+
+  std::string kernel() const { return wh_plan_kernel(plan_.get()); }
+  uint64_t workspace_bytes() const { return wh_plan_workspace_bytes(plan_.get()); }
+  double estimated_us() const { return wh_plan_estimated_us(plan_.get()); }
+  // Every candidate with its verdict, reason, workspace and estimate.
+  std::string explain() const { return text(wh_plan_explain(plan_.get())); }
+  std::string json() const { return text(wh_plan_json(plan_.get())); }
+
+  // The tensors must have the types, shapes and strides that the plan was made for. CPU: done when
+  // it returns. CUDA: on the stream.
+  void run(const wh_tensors& tensors, const RunOptions& options = {}) const {
+    const wh_run_options c_options = options.c_options();
+    check(wh_plan_run(plan_.get(), &tensors, &c_options));
+  }
+
+ private:
+  explicit Plan(wh_plan* plan) : plan_(plan) {}
+  static std::string text(const char* made) {
+    if (made == nullptr) throw std::bad_alloc();
+    return made;
+  }
+  struct Destroy {
+    void operator()(wh_plan* plan) const noexcept { wh_plan_destroy(plan); }
+  };
+  std::unique_ptr<wh_plan, Destroy> plan_;
+};
+
+inline Plan plan(const wh_problem& problem, const Limits& limits = {}) {
+  return Plan(problem, limits);
+}
+
+// Plans (cached), allocates the workspace for the time of the call, and runs.
+inline void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                      const TensorView& out, const Options& options = {}, const Limits& limits = {},
+                      const RunOptions& run = {}) {
+  const wh_problem c_problem = problem(q, k, v, out, options);
+  const wh_limits c_limits = limits.c_limits();
+  const wh_tensors c_tensors = tensors(q, k, v, out, options);
+  const wh_run_options c_options = run.c_options();
+  check(wh_attention(&c_problem, &c_limits, &c_tensors, &c_options));
+}
+
+}  // namespace widehead
