@@ -91,12 +91,12 @@ struct MaskView {
 
 // What to compute beyond softmax(scale * q k^T) v.
 struct Options {
-  std::optional<float> scale;  // default 1 / sqrt(dim_qk)
+  std::optional<float> scale{};  // default 1 / sqrt(dim_qk)
   float softcap = 0;           // 0: none
   Causal causal = Causal::kNone;
   int64_t window_left = WH_UNLIMITED;
   int64_t window_right = WH_UNLIMITED;
-  std::optional<MaskView> mask;
+  std::optional<MaskView> mask{};
   const float* sinks = nullptr;          // [heads_q]
   const int32_t* key_lengths = nullptr;  // [batch]
   const int32_t* key_starts = nullptr;   // [batch]
@@ -110,7 +110,7 @@ struct Limits {
   uint64_t workspace_bytes = WH_NO_BYTE_LIMIT;
   Policy policy = Policy::kAutomatic;
   int64_t fused_above = 16384;
-  std::string kernel;   // forces one by name
+  std::string kernel{};  // forces one by name
   int32_t threads = 0;  // 0: every core
   Precision precision = Precision::kNative;
   bool batch_invariant = false;
