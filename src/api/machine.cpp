@@ -1,5 +1,6 @@
 #include "api/machine.h"
 
+#include "api/profile_store.h"
 #include "cpu/registry.h"
 #include "cuda/registry.h"
 
@@ -12,8 +13,11 @@ std::span<const Kernel* const> kernels_of(Device device) {
 Machine this_machine(Device device, int32_t device_index) {
   // Asking for a CUDA device starts the driver: a CPU problem must not pay for that.
   static const CudaFacts none;
-  return {cpu_facts(), device == Device::kCuda ? cuda_facts(device_index) : none,
-          kernels_of(device)};
+  const CudaFacts& cuda = device == Device::kCuda ? cuda_facts(device_index) : none;
+  if (!cuda.unavailable.empty()) return {cpu_facts(), cuda, kernels_of(device)};
+  const LoadedProfile& loaded = loaded_profile(device, device_index);
+  return {cpu_facts(), cuda, kernels_of(device), loaded.is_valid ? &loaded.profile : nullptr,
+          loaded.description};
 }
 
 }  // namespace wh

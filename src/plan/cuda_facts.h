@@ -9,6 +9,7 @@ namespace wh {
 struct CudaFacts {
   std::string unavailable;  // why no kernel can run there; empty: it can
   std::string name;
+  std::string driver;  // its version, "13.0"
   int32_t index = 0;
   int32_t compute_capability = 0;  // 90 for sm_90
   int32_t sms = 0;

@@ -35,6 +35,7 @@ std::string explain(const Plan& plan) {
   } else {
     text += "kernel     none is allowed by the limits\n";
   }
+  text += fmt::format("estimates  {}\n", plan.estimates);
   size_t width = 6;
   for (const Candidate& candidate : plan.candidates)
     width = std::max(width, candidate.kernel.size());

@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "plan/kernel.h"
+#include "plan/profile.h"
 
 namespace wh {
 
@@ -30,6 +32,7 @@ struct Plan {
   Config config;
   uint64_t workspace_bytes = 0;
   double estimated_us = 0;
+  std::string estimates;              // where the times come from: formula, or which profile
   std::vector<Candidate> candidates;  // in the registry's order
 
   bool runnable() const { return !kernel.empty(); }
@@ -41,6 +44,8 @@ struct Machine {
   const CpuFacts& cpu;
   const CudaFacts& cuda;
   std::span<const Kernel* const> kernels;
+  const Profile* profile = nullptr;  // measured costs; null: the kernels' formulas alone
+  std::string_view estimates = "formula";
 };
 
 // Answers with a plan that is not runnable when the limits allow no kernel, and with an error when

@@ -2,8 +2,8 @@
 #include <fmt/format.h>
 
 #include <nlohmann/json.hpp>
-#include <utility>
 
+#include "core/json_reader.h"
 #include "plan/names.h"
 #include "plan/plan.h"
 
@@ -11,67 +11,6 @@ namespace wh {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-struct Malformed {
-  std::string message;
-};
-
-// Reads the members of one object; what is missing or of another type throws Malformed, which
-// plan_from_json() catches.
-class Reader {
- public:
-  Reader(const Json& object, std::string path) : object_(object), path_(std::move(path)) {
-    if (!object.is_object()) throw Malformed{path_ + " is not an object"};
-  }
-
-  const Json& member(const char* name) const {
-    const auto found = object_.find(name);
-    if (found == object_.end()) throw Malformed{path_ + "." + name + " is missing"};
-    return *found;
-  }
-  template <typename T>
-  void read(const char* name, T& value) const {
-    value = convert<T>(member(name), path_ + "." + name);
-  }
-  template <typename Enum, size_t kCount>
-  void read(const char* name, const Names<Enum, kCount>& table, Enum& value) const {
-    const auto text = convert<std::string>(member(name), path_ + "." + name);
-    const auto found = table.value(text);
-    if (!found) {
-      throw Malformed{fmt::format("{}.{} is \"{}\"; valid: {}", path_, name, text, table.list())};
-    }
-    value = *found;
-  }
-
- private:
-  template <typename T>
-  static T convert(const Json& json, const std::string& path) {
-    if constexpr (std::is_same_v<T, bool>) {
-      if (!json.is_boolean()) throw Malformed{path + " is not true or false"};
-      return json.get<bool>();
-    } else if constexpr (std::is_same_v<T, std::string>) {
-      if (!json.is_string()) throw Malformed{path + " is not a string"};
-      return json.get<std::string>();
-    } else if constexpr (std::is_same_v<T, Strides>) {
-      if (!json.is_array() || json.size() != 4) throw Malformed{path + " is not four integers"};
-      Strides strides;
-      for (size_t i = 0; i < 4; ++i) strides[i] = convert<int64_t>(json[i], path);
-      return strides;
-    } else if constexpr (std::is_floating_point_v<T>) {
-      if (!json.is_number()) throw Malformed{path + " is not a number"};
-      return json.get<T>();
-    } else {
-      if (!json.is_number_integer()) throw Malformed{path + " is not an integer"};
-      const bool fits = json.is_number_unsigned() ? std::in_range<T>(json.get<uint64_t>())
-                                                  : std::in_range<T>(json.get<int64_t>());
-      if (!fits) throw Malformed{path + " is out of range"};
-      return json.get<T>();
-    }
-  }
-
-  const Json& object_;
-  std::string path_;
-};
 
 Json problem_json(const Problem& p) {
   return {{"device", kDevices.name(p.device)},
@@ -103,7 +42,7 @@ Json problem_json(const Problem& p) {
 }
 
 Problem read_problem(const Json& json) {
-  const Reader reader(json, "problem");
+  const JsonReader reader(json, "problem");
   Problem p;
   reader.read("device", kDevices, p.device);
   reader.read("device_index", p.device_index);
@@ -148,7 +87,7 @@ Json limits_json(const Limits& limits) {
 }
 
 Limits read_limits(const Json& json) {
-  const Reader reader(json, "limits");
+  const JsonReader reader(json, "limits");
   Limits limits;
   if (!reader.member("workspace_bytes").is_null()) {
     reader.read("workspace_bytes", limits.workspace_bytes);
@@ -171,7 +110,7 @@ Json config_json(const Config& config) {
 }
 
 Config read_config(const Json& json) {
-  const Reader reader(json, "config");
+  const JsonReader reader(json, "config");
   Config config;
   reader.read("variant", config.variant);
   reader.read("threads", config.threads);
@@ -182,7 +121,7 @@ Config read_config(const Json& json) {
 }
 
 Candidate read_candidate(const Json& json, size_t index) {
-  const Reader reader(json, fmt::format("candidates[{}]", index));
+  const JsonReader reader(json, fmt::format("candidates[{}]", index));
   Candidate candidate;
   reader.read("kernel", candidate.kernel);
   reader.read("verdict", kVerdicts, candidate.verdict);
@@ -193,7 +132,7 @@ Candidate read_candidate(const Json& json, size_t index) {
 }
 
 Plan read_plan(const Json& json) {
-  const Reader reader(json, "plan");
+  const JsonReader reader(json, "plan");
   Plan plan;
   plan.problem = read_problem(reader.member("problem"));
   plan.limits = read_limits(reader.member("limits"));
@@ -202,8 +141,9 @@ Plan read_plan(const Json& json) {
   reader.read("kernel", plan.kernel);
   reader.read("workspace_bytes", plan.workspace_bytes);
   reader.read("estimated_us", plan.estimated_us);
+  reader.read("estimates", plan.estimates);
   const Json& candidates = reader.member("candidates");
-  if (!candidates.is_array()) throw Malformed{"plan.candidates is not an array"};
+  if (!candidates.is_array()) throw MalformedJson{"plan.candidates is not an array"};
   for (size_t i = 0; i < candidates.size(); ++i) {
     plan.candidates.push_back(read_candidate(candidates[i], i));
   }
@@ -245,6 +185,7 @@ std::string to_json(const Plan& plan) {
                   {"config", config_json(plan.config)},
                   {"workspace_bytes", plan.workspace_bytes},
                   {"estimated_us", plan.estimated_us},
+                  {"estimates", plan.estimates},
                   {"candidates", candidates}};
   return json.dump(2, ' ', false, Json::error_handler_t::replace);
 }
@@ -259,7 +200,7 @@ Result<Plan> plan_from_json(const std::string& text, MachineOf machine_of) {
     const Machine machine = machine_of(plan.problem.device, plan.problem.device_index);
     if (Status status = check_against_machine(plan, machine); !status.ok()) return status;
     return plan;
-  } catch (const Malformed& error) {
+  } catch (const MalformedJson& error) {
     return invalid("the plan is malformed: " + error.message);
   }
 }

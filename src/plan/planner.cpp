@@ -57,7 +57,13 @@ struct Assessment {
   Config config;
 };
 
-Assessment assess(const Kernel& kernel, const Query& query) {
+// A profile holds for every core of its machine: with fewer threads the formula knows better.
+bool profile_holds(const Machine& machine, const Limits& limits, Device device) {
+  return machine.profile != nullptr &&
+         (device == Device::kCuda || machine.cpu.threads(limits.threads) == machine.cpu.cores);
+}
+
+Assessment assess(const Kernel& kernel, const Query& query, const Profile* profile) {
   Assessment result;
   Candidate& candidate = result.candidate;
   candidate.kernel = kernel.name;
@@ -68,6 +74,10 @@ Assessment assess(const Kernel& kernel, const Query& query) {
   result.config = kernel.configure(query);
   candidate.workspace_bytes = kernel.workspace_bytes(query.problem, result.config);
   candidate.estimated_us = kernel.estimate_us(query, result.config);
+  if (profile != nullptr) {
+    candidate.estimated_us *=
+        profile->correction(candidate.kernel, CostFeatures::of(query.problem));
+  }
   candidate.reason = policy_refusal(kernel, query);
   if (!candidate.reason.empty()) return result;
   if (candidate.workspace_bytes > query.limits.workspace_bytes) {
@@ -105,9 +115,14 @@ Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machi
                                               machine.cuda.unavailable));
   }
   const Query query{problem, limits, machine.cpu, machine.cuda};
+  const Profile* profile =
+      profile_holds(machine, limits, problem.device) ? machine.profile : nullptr;
+  plan.estimates = profile != nullptr || machine.profile == nullptr
+                       ? std::string(machine.estimates)
+                       : "formula, as the profile is for every core";
   std::vector<Config> configs;
   for (const Kernel* kernel : machine.kernels) {
-    Assessment assessment = assess(*kernel, query);
+    Assessment assessment = assess(*kernel, query, profile);
     plan.candidates.push_back(std::move(assessment.candidate));
     configs.push_back(std::move(assessment.config));
   }

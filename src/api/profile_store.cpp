@@ -1,0 +1,150 @@
+#include "api/profile_store.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <mutex>
+#include <sstream>
+
+#include "api/shipped_profiles.h"
+
+namespace wh {
+namespace {
+
+constexpr uintmax_t kMostBytes = 16 << 20;
+
+Status io_error(const char* action, const std::filesystem::path& path) {
+  return {Code::kInternal,
+          fmt::format("cannot {} {}: {}", action, path.string(), std::strerror(errno))};
+}
+
+// Writes and flushes to the disk: a full one shows here and not after the rename.
+Status write_file(const std::filesystem::path& path, const std::string& text) {
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (file < 0) return io_error("create", path);
+  size_t written = 0;
+  while (written < text.size()) {
+    const ssize_t count = write(file, text.data() + written, text.size() - written);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) break;
+    written += static_cast<size_t>(count);
+  }
+  const bool complete = written == text.size() && fsync(file) == 0;
+  const Status status = complete ? Status() : io_error("write", path);
+  close(file);
+  return status;
+}
+
+// A shipped profile stands for a class of machines: it is chosen by instruction set alone.
+bool load_shipped(const ProfileIdentity& here, LoadedProfile& loaded) {
+  for (const char* text : shipped_profiles()) {
+    Result<Profile> shipped = Profile::from_json(text);
+    if (!shipped.ok() || shipped->identity().isa != here.isa) continue;
+    loaded.description =
+        fmt::format("shipped profile for {}, measured on {}", here.isa, shipped->identity().device);
+    loaded.profile = std::move(*shipped);
+    loaded.is_valid = true;
+    return true;
+  }
+  return false;
+}
+
+LoadedProfile load(Device device, int32_t device_index) {
+  LoadedProfile loaded;
+  const ProfileIdentity here = this_identity(device, device_index);
+  const std::filesystem::path path = profile_path(device, device_index);
+  std::error_code error;
+  std::string ignored;
+  if (!path.empty() && std::filesystem::exists(path, error)) {
+    Result<Profile> cached = read_profile(path);
+    ignored = cached.ok() ? difference(cached->identity(), here) : cached.status().message();
+    if (ignored.empty()) {
+      loaded.description =
+          fmt::format("profile of this machine, measured {}", cached->measured_on());
+      loaded.profile = std::move(*cached);
+      loaded.is_valid = true;
+      return loaded;
+    }
+    ignored = fmt::format("; {} is ignored: {}", path.string(), ignored);
+  }
+  if (!load_shipped(here, loaded)) loaded.description = "formula";
+  loaded.description += ignored;
+  return loaded;
+}
+
+}  // namespace
+
+std::filesystem::path profile_path(Device device, int32_t device_index) {
+  std::filesystem::path folder;
+  const char* cache = std::getenv("XDG_CACHE_HOME");
+  if (cache != nullptr && *cache == '/') {
+    folder = cache;
+  } else if (const char* home = std::getenv("HOME"); home != nullptr && *home == '/') {
+    folder = std::filesystem::path(home) / ".cache";
+  } else {
+    return {};
+  }
+  const std::string name =
+      device == Device::kCpu ? "cpu.json" : fmt::format("cuda{}.json", device_index);
+  return folder / "widehead" / name;
+}
+
+ProfileIdentity this_identity(Device device, int32_t device_index) {
+  if (device == Device::kCpu) {
+    const CpuFacts& cpu = cpu_facts();
+    return {cpu.name, cpu.isa, "", cpu.cores, WIDEHEAD_VERSION};
+  }
+  const CudaFacts& cuda = cuda_facts(device_index);
+  return {cuda.name, fmt::format("sm_{}", cuda.compute_capability), cuda.driver, cuda.sms,
+          WIDEHEAD_VERSION};
+}
+
+Result<Profile> read_profile(const std::filesystem::path& path) {
+  std::error_code error;
+  const uintmax_t bytes = std::filesystem::file_size(path, error);
+  if (error) {
+    return invalid(fmt::format("cannot read {}: {}", path.string(), error.message()));
+  }
+  if (bytes > kMostBytes) {
+    return invalid(
+        fmt::format("{} has {} bytes; a profile has at most {}", path.string(), bytes, kMostBytes));
+  }
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  if (!file) return io_error("read", path);
+  return Profile::from_json(text.str());
+}
+
+Status write_profile(const std::filesystem::path& path, const Profile& profile) {
+  std::error_code error;
+  std::filesystem::create_directories(path.parent_path(), error);
+  if (error) {
+    return {Code::kInternal,
+            fmt::format("cannot create {}: {}", path.parent_path().string(), error.message())};
+  }
+  // The process id keeps two writers apart; whichever renames last wins, whole.
+  const std::filesystem::path temporary = path.string() + fmt::format(".{}", getpid());
+  Status status = write_file(temporary, profile.to_json());
+  if (status.ok() && std::rename(temporary.c_str(), path.c_str()) != 0) {
+    status = io_error("rename to", path);
+  }
+  if (!status.ok()) std::filesystem::remove(temporary, error);
+  return status;
+}
+
+const LoadedProfile& loaded_profile(Device device, int32_t device_index) {
+  static std::mutex mutex;
+  static std::map<std::pair<Device, int32_t>, LoadedProfile> profiles;
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] = profiles.try_emplace({device, device_index});
+  if (is_new) entry->second = load(device, device_index);
+  return entry->second;
+}
+
+}  // namespace wh
