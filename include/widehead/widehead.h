@@ -91,6 +91,7 @@ typedef struct wh_limits {
   int64_t fused_above;     /* keys, for WH_FUSED_ABOVE: fused from there on, 0: always */
   const char* kernel;      /* forces a kernel by name; NULL: the planner chooses */
   int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
+  double longest_step_us;  /* of a piece that cannot be cancelled; 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
 } wh_limits;
 
@@ -123,6 +124,10 @@ typedef struct wh_run_options {
   size_t size;                 /* of this struct; set by wh_run_options_init() */
   void* stream;                /* a cudaStream_t; NULL: the default stream. CPU runs ignore it */
   const wh_executor* executor; /* NULL: oneTBB */
+  /* Reports the fraction done, 0..1, between two steps, from any worker but never from two at once;
+   * anything but 0 cancels the run, which then answers WH_CANCELLED and says what out holds. */
+  int32_t (*progress)(void* context, double fraction);
+  void* progress_context;
 } wh_run_options;
 
 typedef struct wh_plan wh_plan;

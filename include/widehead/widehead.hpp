@@ -113,6 +113,7 @@ struct Limits {
   std::string kernel{};  // forces one by name
   int32_t threads = 0;  // 0: every core
   Precision precision = Precision::kNative;
+  double longest_step_us = 0;  // of a piece that cannot be cancelled; 0: any
   bool batch_invariant = false;
 
   wh_limits c_limits() const {
@@ -124,6 +125,7 @@ struct Limits {
     limits.kernel = kernel.empty() ? nullptr : kernel.c_str();
     limits.threads = threads;
     limits.precision = static_cast<int32_t>(precision);
+    limits.longest_step_us = longest_step_us;
     limits.batch_invariant = batch_invariant;
     return limits;
   }
@@ -204,12 +206,16 @@ inline wh_tensors tensors(const TensorView& q, const TensorView& k, const Tensor
 struct RunOptions {
   void* stream = nullptr;                 // a cudaStream_t
   const wh_executor* executor = nullptr;  // null: oneTBB
+  int32_t (*progress)(void* context, double fraction) = nullptr;  // anything but 0 cancels
+  void* progress_context = nullptr;
 
   wh_run_options c_options() const {
     wh_run_options options;
     check(wh_run_options_init(&options, sizeof(options)));
     options.stream = stream;
     options.executor = executor;
+    options.progress = progress;
+    options.progress_context = progress_context;
     return options;
   }
 };

@@ -156,6 +156,7 @@ Status read_limits(const wh_limits* from, Device device, Limits& to) {
     WH_RETURN_IF_ERROR(
         read_enum("limits.batch_invariant", c.batch_invariant, 1, to.batch_invariant));
     to.workspace_bytes = c.workspace_bytes;
+    to.longest_step_us = c.longest_step_us;
     to.fused_above = c.fused_above;
     to.threads = c.threads;
     if (c.kernel != nullptr) to.kernel = c.kernel;
@@ -174,6 +175,8 @@ Status read_tensors(const wh_tensors* from, Tensors& to) {
 struct RunOptions {
   Executor executor = default_executor();
   void* stream = nullptr;
+  Progress::Callback progress = nullptr;
+  void* progress_context = nullptr;
 };
 
 Status read_run_options(const wh_run_options* from, RunOptions& to) {
@@ -181,6 +184,8 @@ Status read_run_options(const wh_run_options* from, RunOptions& to) {
   wh_run_options c{};
   WH_RETURN_IF_ERROR(read_sized("run_options", from, c));
   to.stream = c.stream;
+  to.progress = c.progress;
+  to.progress_context = c.progress_context;
   if (c.executor != nullptr) {
     if (c.executor->parallel == nullptr) {
       return invalid("run_options.executor.parallel is null; it must run count tasks");
@@ -238,7 +243,8 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   const Problem& p = plan.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
   const Kernel* kernel = find_kernel(kernels_of(p.device), plan.kernel);
-  return kernel->run({p, plan.config, used, options.executor, options.stream});
+  Progress progress(options.progress, options.progress_context);
+  return kernel->run({p, plan.config, used, options.executor, &progress, options.stream});
 }
 
 PlanCache& plan_cache() {

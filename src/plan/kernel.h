@@ -9,6 +9,7 @@
 
 #include "core/executor.h"
 #include "core/problem.h"
+#include "core/progress.h"
 #include "core/status.h"
 #include "plan/cpu_facts.h"
 #include "plan/cuda_facts.h"
@@ -38,6 +39,7 @@ struct Launch {
   const Config& config;
   const Tensors& tensors;
   const Executor& executor;
+  Progress* progress = nullptr;  // null: nobody watches
   void* stream = nullptr;  // cudaStream_t of a CUDA kernel; null is the default stream
 };
 
@@ -52,6 +54,8 @@ struct Kernel {
   size_t (*workspace_bytes)(const Problem&, const Config&);  // exact
   double (*estimate_us)(const Query&, const Config&);
   Status (*run)(const Launch&);
+  // Of the longest piece between two looks at Launch::progress. Null: the whole call is one.
+  double (*step_us)(const Query&, const Config&) = nullptr;
 };
 
 }  // namespace wh

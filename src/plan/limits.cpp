@@ -14,6 +14,10 @@ Status validate(const Limits& limits) {
         fmt::format("limits.fused_above is {}; valid: 0 (always fused) or a number of keys",
                     limits.fused_above));
   }
+  if (!(limits.longest_step_us >= 0) || limits.longest_step_us > 1e15) {
+    return invalid(fmt::format("limits.longest_step_us is {}; valid: 0 (any) or microseconds",
+                               limits.longest_step_us));
+  }
   return {};
 }
 

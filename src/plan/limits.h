@@ -30,6 +30,7 @@ struct Limits {
   std::string kernel;           // forces one kernel by name; empty: the planner chooses
   int32_t threads = 0;          // CPU threads; 0: every core
   Precision precision = Precision::kNative;
+  double longest_step_us = 0;    // of a piece that cannot be cancelled; 0: any
   bool batch_invariant = false;  // a row's bits do not depend on the batch around it
   bool operator==(const Limits&) const = default;
 };

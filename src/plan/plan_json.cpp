@@ -79,6 +79,7 @@ Json limits_json(const Limits& limits) {
             {"kernel", limits.kernel},
             {"threads", limits.threads},
             {"precision", kPrecisions.name(limits.precision)},
+            {"longest_step_us", limits.longest_step_us},
             {"batch_invariant", limits.batch_invariant}};
   // JSON has no infinity, and 2^64 - 1 would read as a wish for 16 EiB.
   json["workspace_bytes"] =
@@ -97,6 +98,7 @@ Limits read_limits(const Json& json) {
   reader.read("kernel", limits.kernel);
   reader.read("threads", limits.threads);
   reader.read("precision", kPrecisions, limits.precision);
+  reader.read("longest_step_us", limits.longest_step_us);
   reader.read("batch_invariant", limits.batch_invariant);
   return limits;
 }

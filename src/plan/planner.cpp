@@ -52,6 +52,18 @@ std::string policy_refusal(const Kernel& kernel, const Query& query) {
   return "";
 }
 
+// Why the kernel cannot stop often enough; empty: it can.
+std::string step_refusal(const Kernel& kernel, const Query& query, const Config& config,
+                         double estimated_us) {
+  const double limit_us = query.limits.longest_step_us;
+  if (limit_us == 0) return "";
+  const double step_us =
+      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config);
+  if (step_us <= limit_us) return "";
+  return fmt::format("its longest step takes about {}, the limit is {}", format_us(step_us),
+                     format_us(limit_us));
+}
+
 struct Assessment {
   Candidate candidate;
   Config config;
@@ -79,6 +91,9 @@ Assessment assess(const Kernel& kernel, const Query& query, const Profile* profi
         profile->correction(candidate.kernel, CostFeatures::of(query.problem));
   }
   candidate.reason = policy_refusal(kernel, query);
+  if (candidate.reason.empty()) {
+    candidate.reason = step_refusal(kernel, query, result.config, candidate.estimated_us);
+  }
   if (!candidate.reason.empty()) return result;
   if (candidate.workspace_bytes > query.limits.workspace_bytes) {
     candidate.verdict = Verdict::kOverBudget;
