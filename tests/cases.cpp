@@ -1,0 +1,230 @@
+#include "cases.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+namespace wh {
+namespace {
+
+struct Dims {
+  int64_t qk, v;
+};
+
+constexpr Dims kDims[] = {{1, 1},     {7, 7},     {40, 40},   {64, 64},   {72, 72},
+                          {80, 80},   {96, 96},   {100, 100}, {112, 112}, {128, 128},
+                          {160, 160}, {192, 128}, {192, 192}, {192, 256}, {256, 256},
+                          {320, 256}, {512, 512}, {576, 512}, {13, 5},    {1024, 1024}};
+// Around the edges of every tile: SIMD vectors, panels of 24 and 48 rows, tiles of 64 to 128 keys.
+constexpr int64_t kLengths[] = {1,  2,   3,   7,   8,   9,   15,  16,  17,  23,  24,  25, 31,
+                                32, 33,  47,  48,  49,  63,  64,  65,  79,  80,  81,  95, 96,
+                                97, 112, 127, 128, 129, 143, 145, 191, 193, 255, 257, 300};
+constexpr int64_t kGroups[] = {1, 1, 2, 3, 4, 5, 8, 16, 32, 64};
+
+// The float64 reference takes about 3 ns a multiply-add: 12 ms a case at most.
+constexpr double kMostMultiplyAdds = 4e6;
+
+class Generator {
+ public:
+  Generator(Device device, uint64_t seed) : device_(device), random_(seed) {}
+
+  Case next(int64_t index) {
+    Case c;
+    do {
+      c = draw();
+    } while (multiply_adds(c.problem) > kMostMultiplyAdds || !validate(c.problem).ok());
+    c.seed = random_();
+    c.name = fmt::format("{}: {}", index, describe(c.problem));
+    return c;
+  }
+
+ private:
+  template <typename T, size_t kCount>
+  T pick(const T (&list)[kCount]) {
+    return list[random_() % kCount];
+  }
+  bool chance(double probability) {
+    return std::uniform_real_distribution<double>(0, 1)(random_) < probability;
+  }
+  int64_t between(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_);
+  }
+  static double multiply_adds(const Problem& p) {
+    return static_cast<double>(p.batch * p.heads_q * (p.dim_qk + p.dim_v)) *
+           static_cast<double>(p.len_q * p.len_k);
+  }
+
+  void draw_types(Problem& p) {
+    constexpr Dtype kTypes[] = {Dtype::kF32, Dtype::kF16, Dtype::kBf16};
+    p.dtype_q = pick(kTypes);
+    p.dtype_kv = p.dtype_q;
+    // f32 queries over a 16-bit cache, on the CPU alone.
+    if (device_ == Device::kCpu && p.dtype_q == Dtype::kF32 && chance(0.3)) {
+      p.dtype_kv = chance(0.5) ? Dtype::kF16 : Dtype::kBf16;
+    }
+  }
+
+  void draw_shape(Problem& p) {
+    const Dims dims = pick(kDims);
+    p.dim_qk = dims.qk;
+    p.dim_v = dims.v;
+    p.batch = chance(0.7) ? 1 : between(2, 3);
+    p.heads_kv = chance(0.6) ? 1 : between(2, 3);
+    p.heads_q = p.heads_kv * pick(kGroups);
+    p.len_k = pick(kLengths);
+    p.len_q = chance(0.35) ? between(1, 16) : pick(kLengths);
+    if (chance(0.02)) p.len_k = 0;
+    if (chance(0.01)) p.len_q = 0;
+    p.scale = (chance(0.9) ? 1.0f : -0.5f) / std::sqrt(static_cast<float>(p.dim_qk));
+  }
+
+  void draw_features(Case& c) {
+    Problem& p = c.problem;
+    constexpr Causal kCausals[] = {Causal::kNone, Causal::kNone, Causal::kBottomRight,
+                                   Causal::kBottomRight, Causal::kTopLeft};
+    p.causal = pick(kCausals);
+    if (chance(0.3)) p.window_left = between(0, p.len_k + 1);
+    if (chance(0.2)) p.window_right = between(0, p.len_k + 1);
+    if (chance(0.2)) p.softcap = chance(0.5) ? 30.0f : 1.5f;
+    if (chance(0.3)) {
+      constexpr MaskKind kKinds[] = {MaskKind::kBoolean, MaskKind::kAdditiveF32,
+                                     MaskKind::kAdditiveQ};
+      p.mask = pick(kKinds);
+      constexpr MaskPattern kPatterns[] = {MaskPattern::kRandom, MaskPattern::kWholeRows,
+                                           MaskPattern::kAlternatingKeys};
+      c.mask_pattern = pick(kPatterns);
+    }
+    p.has_sinks = chance(0.2);
+    p.has_key_lengths = chance(0.25);
+    p.has_key_starts = chance(0.15);
+    p.wants_log_sum_exp = chance(0.5);
+    for (int64_t b = 0; p.has_key_lengths && b < p.batch; ++b) {
+      c.key_lengths.push_back(static_cast<int32_t>(between(0, p.len_k)));
+    }
+    for (int64_t b = 0; p.has_key_starts && b < p.batch; ++b) {
+      c.key_starts.push_back(static_cast<int32_t>(between(0, p.len_k + 2)));
+    }
+    c.has_visible_nan = chance(0.05);
+  }
+
+  static Strides strides(Layout layout, int64_t heads, int64_t length, int64_t dim) {
+    switch (layout) {
+      case Layout::kDense:
+      case Layout::kSharedHeads:
+        break;
+      case Layout::kLengthFirst:
+        return {length * heads * dim, dim, heads * dim, 1};
+      case Layout::kPadded: {
+        const int64_t row = dim + 3;
+        return {heads * (length * row + 5), length * row + 5, row, 1};
+      }
+      case Layout::kDimStrided:
+        return {heads * length * dim * 2, length * dim * 2, dim * 2, 2};
+    }
+    return dense_strides(heads, length, dim);
+  }
+
+  void draw_strides(Problem& p) {
+    constexpr Layout kLayouts[] = {Layout::kDense,  Layout::kDense,       Layout::kLengthFirst,
+                                   Layout::kPadded, Layout::kSharedHeads, Layout::kDimStrided};
+    const Layout layout = pick(kLayouts);
+    p.stride_q = strides(layout, p.heads_q, p.len_q, p.dim_qk);
+    p.stride_k = strides(layout, p.heads_kv, p.len_k, p.dim_qk);
+    p.stride_v = strides(layout, p.heads_kv, p.len_k, p.dim_v);
+    p.stride_out = strides(layout, p.heads_q, p.len_q, p.dim_v);
+    if (layout == Layout::kSharedHeads) p.stride_k[1] = p.stride_v[1] = 0;
+    if (p.mask == MaskKind::kNone) return;
+    p.stride_mask = dense_strides(p.heads_q, p.len_q, p.len_k);
+    for (int i = 0; i < 3; ++i) {
+      if (chance(0.4)) p.stride_mask[i] = 0;
+    }
+  }
+
+  Case draw() {
+    Case c;
+    c.problem.device = device_;
+    draw_types(c.problem);
+    draw_shape(c.problem);
+    draw_features(c);
+    draw_strides(c.problem);
+    c.limits.threads = static_cast<int32_t>(between(1, 3));
+    c.limits.precision = chance(0.2) ? Precision::kHigh : Precision::kNative;
+    c.limits.batch_invariant = chance(0.2);
+    return c;
+  }
+
+  Device device_;
+  std::mt19937_64 random_;
+};
+
+Problem dense(Device device, Dtype dtype, int64_t heads_q, int64_t heads_kv, int64_t len_q,
+              int64_t len_k, int64_t dim) {
+  Problem p;
+  p.device = device;
+  p.dtype_q = p.dtype_kv = dtype;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.len_q = len_q;
+  p.len_k = len_k;
+  p.dim_qk = p.dim_v = dim;
+  p.stride_q = p.stride_out = dense_strides(heads_q, len_q, dim);
+  p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
+  p.scale = 1 / std::sqrt(static_cast<float>(dim));
+  return p;
+}
+
+std::vector<Case> corner_cases(Device device) {
+  std::vector<Case> cases;
+  const auto add = [&](const std::string& name, const Problem& problem) -> Case& {
+    Case& c = cases.emplace_back();
+    c.name = name;
+    c.problem = problem;
+    c.seed = cases.size();
+    return c;
+  };
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
+    // ggml's f16 accumulator is off by 32-46 % here.
+    add("V of mean 1 over 32768 keys", dense(device, dtype, 2, 1, 1, 32768, 64)).mean_v = 1;
+    add("V of mean 1, prefill", dense(device, dtype, 1, 1, 32, 32768, 64)).mean_v = 1;
+    Problem p = dense(device, dtype, 2, 1, 70, 20, 64);
+    p.causal = Causal::kBottomRight;
+    p.wants_log_sum_exp = true;
+    add("more queries than keys: the first rows see nothing", p);
+    p = dense(device, dtype, 16, 1, 4, 9000, 128);
+    p.window_left = 100;
+    p.causal = Causal::kBottomRight;
+    add("a short window at the end of a long cache", p);
+    p = dense(device, dtype, 4, 2, 33, 2500, 64);
+    p.causal = Causal::kTopLeft;
+    add("top-left: most keys are never seen", p);
+    p = dense(device, dtype, 2, 2, 3, 3000, 40);
+    p.batch = 2;
+    p.stride_q = p.stride_out = dense_strides(2, 3, 40);
+    p.stride_k = p.stride_v = dense_strides(2, 3000, 40);
+    p.has_key_lengths = p.has_key_starts = p.wants_log_sum_exp = true;
+    Case& c = add("an empty cache beside a full one", p);
+    c.key_lengths = {0, 3000};
+    c.key_starts = {0, 2999};
+    p = dense(device, dtype, 8, 1, 20, 5000, 64);
+    p.mask = MaskKind::kBoolean;
+    p.stride_mask = {0, 0, 0, 1};
+    add("one mask row for all, over several chunks", p).mask_pattern =
+        MaskPattern::kAlternatingKeys;
+  }
+  return cases;
+}
+
+}  // namespace
+
+std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed) {
+  if (set == CaseSet::kCorner) return corner_cases(device);
+  const int64_t count = set == CaseSet::kSmoke ? 200 : (set == CaseSet::kCi ? 3400 : 30000);
+  Generator generator(device, seed);
+  std::vector<Case> cases;
+  for (int64_t i = 0; i < count; ++i) cases.push_back(generator.next(i));
+  return cases;
+}
+
+}  // namespace wh

@@ -1,0 +1,43 @@
+// THE case table: problems that every kernel is checked on, generated from a seed.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan/limits.h"
+#include "plan/plan.h"
+
+namespace wh {
+
+enum class CaseSet : uint8_t {
+  kSmoke,   // some 200 small ones, for sanitizers
+  kCi,      // 3,400: every lists' values, in random combinations
+  kFull,    // 30,000 of the same
+  kCorner,  // few, each for one thing that went wrong somewhere
+};
+
+enum class Layout : uint8_t {
+  kDense,        // [batch, heads, length, dim]
+  kLengthFirst,  // [batch, length, heads, dim]
+  kPadded,       // rows padded to an odd stride
+  kSharedHeads,  // every kv head reads the same K and V: stride 0
+  kDimStrided,   // every second element
+};
+
+enum class MaskPattern : uint8_t { kRandom, kWholeRows, kAlternatingKeys };
+
+struct Case {
+  std::string name;
+  Problem problem;
+  Limits limits;
+  std::vector<int32_t> key_lengths, key_starts;  // empty: not used
+  MaskPattern mask_pattern = MaskPattern::kRandom;
+  float mean_v = 0;
+  bool has_visible_nan = false;  // some K and V that rows do see hold NaN
+  uint64_t seed = 0;             // of the data
+};
+
+std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed);
+
+}  // namespace wh
