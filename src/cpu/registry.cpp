@@ -1,12 +1,13 @@
 #include "cpu/registry.h"
 
+#include "cpu/decode/config.h"
 #include "cpu/prefill/config.h"
 #include "cpu/unfused/unfused.h"
 
 namespace wh::cpu {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kPrefill, &kUnfused, &kReference};
+  static const Kernel* const list[] = {&kPrefill, &kDecode, &kUnfused, &kReference};
   return list;
 }
 

@@ -60,8 +60,22 @@ HWY_INLINE Vec tanh_vector(Vec z) {
 
 HWY_INLINE Vec load_f32(const float* from) { return hn::LoadU(F32(), from); }
 HWY_INLINE Vec load_f32(const Half* from) {
+#if (HWY_ARCH_X86 && HWY_TARGET > HWY_AVX2) || HWY_TARGET == HWY_SCALAR
+  // Without an instruction for it Highway 1.0 turns infinity and NaN into numbers. As to_float().
+  const hn::Rebind<uint16_t, F32> u16;
+  const hn::RebindToUnsigned<F32> u32;
+  const auto bits = hn::PromoteTo(u32, hn::LoadU(u16, reinterpret_cast<const uint16_t*>(from)));
+  const auto magnitude = hn::And(bits, hn::Set(u32, 0x7fffu));
+  const auto scaled = hn::BitCast(u32, hn::Mul(hn::BitCast(F32(), hn::ShiftLeft<13>(magnitude)),
+                                               hn::Set(F32(), 0x1p112f)));
+  const auto is_special = hn::Gt(magnitude, hn::Set(u32, 0x7bffu));
+  const auto exponent = hn::IfThenElseZero(is_special, hn::Set(u32, 0x7f800000u));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(u32, 0x8000u)));
+  return hn::BitCast(F32(), hn::Or(hn::Or(scaled, exponent), sign));
+#else
   const hn::Rebind<hwy::float16_t, F32> f16;
   return hn::PromoteTo(F32(), hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(from)));
+#endif
 }
 HWY_INLINE Vec load_f32(const Bfloat16* from) {
   const hn::Rebind<uint16_t, F32> u16;

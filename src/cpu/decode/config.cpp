@@ -1,0 +1,135 @@
+#include "cpu/decode/config.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cpu/decode/kernel.h"
+#include "plan/work.h"
+
+namespace wh::cpu {
+namespace {
+
+// More rows than this belong to prefill, whose tiles of queries amortise every load of K and V.
+constexpr int64_t kMostRows = 128;
+constexpr int64_t kTileKeys = 64;  // 32 KB of f16 at dim 256: K in L2, softmax 2 % of the time
+constexpr int64_t kColumnRounding = 16;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+std::optional<std::string> refusal(const Query& query) {
+  const int64_t rows = query.problem.len_q * query.problem.group();
+  if (rows <= kMostRows) return std::nullopt;
+  return fmt::format("takes at most {} query rows a kv head, these are {}", kMostRows, rows);
+}
+
+// Enough chunks for every core of a large machine, but none so short that its partial rows show
+// next to the keys that it reads. The rule looks at the shape and not at the threads: the bits of a
+// row must not depend on those.
+Config configure(const Query& query) {
+  const Problem& p = query.problem;
+  Config config;
+  config.variant = query.cpu.isa + " f32";
+  config.threads = query.cpu.threads(query.limits.threads);
+  config.tile_k = kTileKeys;
+  const int64_t batch = query.limits.batch_invariant ? 1 : std::max<int64_t>(1, p.batch);
+  const int64_t least = std::max<int64_t>(512, 32 * p.len_q * p.group());
+  const int64_t keys = most_visible_keys(p);
+  const int64_t wanted = std::min(divide_up(128, batch * p.heads_kv), keys / least);
+  if (wanted > 1) config.chunk_keys = round_up(divide_up(keys, wanted), kTileKeys);
+  return config;
+}
+
+size_t workspace_bytes(const Problem& p, const Config& config) {
+  return DecodeWorkspace(p, config, nullptr).bytes(config.threads);
+}
+
+double estimate_us(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  const double threads = std::min<double>(config.threads, query.cpu.cores);
+  const double items = static_cast<double>(DecodeShape(p, config).items);
+  const double rows = static_cast<double>(p.len_q * p.group());
+  const double busy = std::max(1.0, std::min(threads, items));
+  const double read_us = kv_bytes(p) * static_cast<double>(most_visible_keys(p)) /
+                         std::max(1.0, static_cast<double>(p.len_k)) /
+                         (query.cpu.read_gbytes_per_s * busy / query.cpu.cores * 1e3);
+  // One row uses two loads a multiply-add, eight rows less than one.
+  const double share = rows >= 8 ? 0.6 : (rows >= 4 ? 0.5 : 0.25);
+  const double flops_us = visible_pairs(p) * static_cast<double>(p.batch * p.heads_q) * 2 *
+                          static_cast<double>(p.dim_qk + p.dim_v) /
+                          (query.cpu.gflops_per_core * busy * share * 1e3);
+  return std::max(read_us, flops_us) + 2;
+}
+
+Status run(const Launch& launch) { return run_decode(launch); }
+
+double step_us(const Query& query, const Config& config) {
+  const double items = static_cast<double>(DecodeShape(query.problem, config).items);
+  const double threads = std::min<double>(config.threads, query.cpu.cores);
+  return estimate_us(query, config) / std::max(1.0, items / threads);
+}
+
+}  // namespace
+
+DecodeShape::DecodeShape(const Problem& p, const Config& config)
+    : rows(p.len_q * p.group()),
+      tile_k(config.tile_k),
+      chunks(config.chunk_keys > 0 ? divide_up(most_visible_keys(p), config.chunk_keys) : 1),
+      chunk_keys(chunks > 1 ? config.chunk_keys : p.len_k),
+      items(p.batch * p.heads_kv * chunks),
+      columns_qk(round_up(p.dim_qk, kColumnRounding)),
+      columns_v(round_up(p.dim_v, kColumnRounding)) {}
+
+DecodeScratch::DecodeScratch(Carver& carver, const DecodeShape& shape) {
+  q = carver.take<float>(shape.rows * shape.columns_qk);
+  o = carver.take<float>(shape.rows * shape.columns_v);
+  k = carver.take<float>(shape.tile_k * shape.columns_qk);
+  v = carver.take<float>(shape.tile_k * shape.columns_v);
+  s = carver.take<float>(shape.rows * shape.tile_k);
+  m = carver.take<float>(shape.rows);
+  l = carver.take<float>(shape.rows);
+  alpha = carver.take<float>(shape.rows);
+  first = carver.take<int32_t>(shape.rows);
+  last = carver.take<int32_t>(shape.rows);
+}
+
+DecodeWorkspace::DecodeWorkspace(const Problem& p, const Config& config, void* base)
+    : shape(p, config), chunks_left(nullptr), base_(static_cast<std::byte*>(base)) {
+  Carver carver(base);
+  partials.chunks = shape.chunks;
+  if (shape.chunks > 1) {
+    partials.rows = p.batch * p.heads_kv * shape.rows;
+    partials.dim_v = p.dim_v;
+    partials.carve(carver);
+    chunks_left = carver.take<std::atomic<int32_t>>(p.batch * p.heads_kv);
+  }
+  shared_bytes_ = carver.used_bytes();
+  Carver measure(nullptr);
+  DecodeScratch(measure, shape);
+  worker_bytes_ = measure.used_bytes();
+}
+
+DecodeScratch DecodeWorkspace::scratch(int32_t worker) const {
+  Carver carver(base_ + shared_bytes_ + worker_bytes_ * static_cast<size_t>(worker));
+  return DecodeScratch(carver, shape);
+}
+
+size_t DecodeWorkspace::bytes(int32_t workers) const {
+  return shared_bytes_ + worker_bytes_ * static_cast<size_t>(workers);
+}
+
+const Kernel kDecode{"cpu_decode",
+                     Device::kCpu,
+                     true,
+                     "few queries, keys split into chunks, each read once for a whole group",
+                     refusal,
+                     configure,
+                     workspace_bytes,
+                     estimate_us,
+                     run,
+                     step_us};
+
+}  // namespace wh::cpu

@@ -1,0 +1,61 @@
+// cpu_decode, the planner's side. docs/cpu-decode.md describes the kernel.
+#pragma once
+
+#include <atomic>
+
+#include "cpu/partial.h"
+#include "plan/kernel.h"
+
+namespace wh::cpu {
+
+extern const Kernel kDecode;
+
+// How a problem is cut into items; the same for planning and running. An item is all rows of one
+// (batch, kv head) pair and one chunk of the keys that any of them may see.
+struct DecodeShape {
+  int64_t rows;  // of an item: len_q * group
+  int64_t tile_k;
+  int64_t chunks;  // a (batch, kv head) pair has; 1: keys are not split
+  int64_t chunk_keys;
+  int64_t items;       // batch * heads_kv * chunks
+  int64_t columns_qk;  // dim_qk rounded up to whole vectors
+  int64_t columns_v;
+
+  DecodeShape(const Problem& problem, const Config& config);
+};
+
+// One worker's scratch.
+struct DecodeScratch {
+  float* q;        // [rows, columns_qk], scale folded in
+  float* o;        // [rows, columns_v], unnormalised
+  float* k;        // [tile_k, columns_qk]: a tile that cannot be read in place, widened
+  float* v;        // [tile_k, columns_v]
+  float* s;        // [rows, tile_k]: scores, then weights
+  float* m;        // [rows], base 2
+  float* l;        // [rows]
+  float* alpha;    // [rows]
+  int32_t* first;  // [rows]: first visible key
+  int32_t* last;   // [rows]: one past the last
+
+  DecodeScratch(Carver& carver, const DecodeShape& shape);
+};
+
+// Where the pieces of a workspace lie.
+class DecodeWorkspace {
+ public:
+  DecodeWorkspace(const Problem& problem, const Config& config, void* base);
+
+  DecodeScratch scratch(int32_t worker) const;
+  size_t bytes(int32_t workers) const;
+
+  DecodeShape shape;
+  Partials partials;
+  std::atomic<int32_t>* chunks_left;  // [batch * heads_kv]; only with several chunks
+
+ private:
+  std::byte* base_;
+  size_t shared_bytes_ = 0;
+  size_t worker_bytes_ = 0;
+};
+
+}  // namespace wh::cpu
