@@ -34,8 +34,10 @@ CaseResult run_case(const Case& c, CaseData& data, const Expected& expected,
   tensors.workspace_bytes = plan->workspace_bytes;
   if (Status status = validate(c.problem, tensors); !status.ok()) return wrong(status.message());
   if (c.problem.batch > 0 && c.problem.len_q > 0) {
-    const Status status = find_kernel(machine.kernels, plan->kernel)
-                              ->run({plan->problem, plan->config, tensors, default_executor()});
+    Progress unwatched;
+    const Status status =
+        find_kernel(machine.kernels, plan->kernel)
+            ->run({plan->problem, plan->config, tensors, default_executor(), unwatched});
     if (!status.ok()) return wrong(status.message());
   }
   if (!workspace.guards_intact() ||

@@ -244,7 +244,7 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   if (p.batch == 0 || p.len_q == 0) return {};
   const Kernel* kernel = find_kernel(kernels_of(p.device), plan.kernel);
   Progress progress(options.progress, options.progress_context);
-  return kernel->run({p, plan.config, used, options.executor, &progress, options.stream});
+  return kernel->run({p, plan.config, used, options.executor, progress, options.stream});
 }
 
 PlanCache& plan_cache() {

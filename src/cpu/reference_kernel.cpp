@@ -25,14 +25,17 @@ Config configure(const Query& query) {
 Status run(const Launch& launch) {
   const Problem& p = launch.problem;
   const int64_t rows = p.batch * p.heads_q * p.len_q;
+  Progress& progress = launch.progress;
+  progress.start(rows);
   std::atomic<int64_t> next{0};
   parallel(launch.executor, launch.config.threads, [&](int32_t i) {
     auto* scratch = static_cast<std::byte*>(launch.tensors.workspace) + worker_bytes(p) * i;
-    for (int64_t row = next++; row < rows; row = next++) {
+    for (int64_t row = next++; row < rows && !progress.is_cancelled(); row = next++) {
       reference_rows(p, launch.tensors, row, row + 1, reinterpret_cast<double*>(scratch));
+      progress.step_done();
     }
   });
-  return {};
+  return progress.status("partly written");
 }
 
 }  // namespace
@@ -47,6 +50,10 @@ const Kernel kReference{
     [](const Query& query, const Config& config) {
       return useful_flops(query.problem) / 2 * 1.5e-3 / std::min(config.threads, query.cpu.cores);
     },
-    run};
+    run,
+    [](const Query& query, const Config&) {
+      const Problem& p = query.problem;
+      return static_cast<double>(p.len_k * (p.dim_qk + p.dim_v)) * 1.5e-3;
+    }};
 
 }  // namespace wh::cpu

@@ -39,7 +39,7 @@ struct Launch {
   const Config& config;
   const Tensors& tensors;
   const Executor& executor;
-  Progress* progress = nullptr;  // null: nobody watches
+  Progress& progress;
   void* stream = nullptr;  // cudaStream_t of a CUDA kernel; null is the default stream
 };
 

@@ -470,8 +470,7 @@ Status run_decode(const Launch& launch) {
       new (workspace.chunks_left + i) std::atomic<int32_t>(static_cast<int32_t>(shape.chunks));
     }
   }
-  Progress unwatched;
-  Progress& progress = launch.progress == nullptr ? unwatched : *launch.progress;
+  Progress& progress = launch.progress;
   progress.start(shape.items);
   std::atomic<int64_t> next{0};
   const auto run_item_here = HWY_DYNAMIC_DISPATCH(run_item);

@@ -374,10 +374,10 @@ class PrefillWorker {
 };
 
 void run_worker(const Problem& p, const Tensors& t, const PrefillShape& shape,
-                const PrefillScratch& scratch, const Partials& partials,
-                std::atomic<int64_t>& next) {
+                const PrefillScratch& scratch, const Partials& partials, std::atomic<int64_t>& next,
+                Progress& progress) {
   PrefillWorker worker(p, t, shape, scratch, partials);
-  for (int64_t i = next++; i < shape.items; i = next++) {
+  for (int64_t i = next++; i < shape.items && !progress.is_cancelled(); i = next++) {
     // Last query tiles first: with causal they see the most keys, and the longest work should not
     // start last. Heads vary fastest so that neighbours differ in memory, not in length.
     const int64_t heads = p.batch * p.heads_kv;
@@ -392,6 +392,7 @@ void run_worker(const Problem& p, const Tensors& t, const PrefillShape& shape,
     item.keys = {chunk * shape.chunk_keys, std::min(p.len_k, (chunk + 1) * shape.chunk_keys)};
     item.chunk = chunk;
     worker.run(item);
+    progress.step_done();
   }
 }
 
@@ -450,12 +451,15 @@ Status run_prefill(const Launch& launch) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
   const PrefillWorkspace workspace(p, launch.config, t.workspace);
+  Progress& progress = launch.progress;
+  progress.start(workspace.shape.items);
   std::atomic<int64_t> next{0};
   parallel(launch.executor, launch.config.threads, [&](int32_t i) {
     HWY_DYNAMIC_DISPATCH(run_worker)
-    (p, t, workspace.shape, workspace.scratch(p, i), workspace.partials, next);
+    (p, t, workspace.shape, workspace.scratch(p, i), workspace.partials, next, progress);
   });
-  if (workspace.partials.chunks == 1) return {};
+  if (workspace.partials.chunks == 1) return progress.status("partly written");
+  if (progress.is_cancelled()) return progress.status("untouched");
   std::atomic<int64_t> next_row{0};
   parallel(launch.executor, launch.config.threads, [&](int32_t i) {
     float* row_scratch = workspace.scratch(p, i).o;

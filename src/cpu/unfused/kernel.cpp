@@ -235,6 +235,7 @@ Status run(const Launch& launch) {
   Carver carver(t.workspace);
   const Workspace w(carver, p);
   const GemmThreads threads(launch.config.threads);
+  launch.progress.start(p.batch * p.heads_q);
   for (int64_t b = 0; b < p.batch; ++b) {
     KeyRange present = present_keys(p, t, b);
     present.begin = std::min(present.begin, present.end);
@@ -248,6 +249,7 @@ Status run(const Launch& launch) {
                                        p.stride_v, present.size(), p.dim_v, w.v);
       for (int64_t g = 0; g < p.group(); ++g) {
         run_head(launch, {b, h * p.group() + g, present, finite}, w);
+        if (!launch.progress.step_done()) return launch.progress.status("partly written");
       }
     }
   }
@@ -300,7 +302,12 @@ const Kernel kUnfused{"cpu_unfused",
                       configure,
                       workspace_bytes,
                       estimate_us,
-                      run};
+                      run,
+                      [](const Query& query, const Config& config) {
+                        const int64_t heads = query.problem.batch * query.problem.heads_q;
+                        return estimate_us(query, config) /
+                               static_cast<double>(std::max<int64_t>(1, heads));
+                      }};
 
 }  // namespace wh::cpu
 #endif
