@@ -3,27 +3,64 @@
 #include <cmath>
 #include <limits>
 
-#include "core/float16.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/partial.cpp"
+#include <hwy/foreach_target.h>  // IWYU pragma: keep
+#include <hwy/highway.h>
 
+#include "cpu/vector_math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace wh::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <typename T>
+void store_scaled_as(const float* o, float factor, int64_t dim, T* out, int64_t stride) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  int64_t d = 0;
+  if (stride == 1) {
+    for (; d + lanes <= dim; d += lanes) {
+      store_as(hn::Mul(load_f32(o + d), hn::Set(F32(), factor)), out + d);
+    }
+  }
+  for (; d < dim; ++d) out[d * stride] = from_float<T>(o[d] * factor);
+}
+
+// out[offset + d * stride] = o[d] * factor.
+void store_scaled(const float* o, float factor, int64_t dim, void* out, Dtype dtype, int64_t offset,
+                  int64_t stride) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return store_scaled_as(o, factor, dim, static_cast<float*>(out) + offset, stride);
+    case Dtype::kF16:
+      return store_scaled_as(o, factor, dim, static_cast<Half*>(out) + offset, stride);
+    case Dtype::kBf16:
+      return store_scaled_as(o, factor, dim, static_cast<Bfloat16*>(out) + offset, stride);
+  }
+}
+
+// sum[d] += o[d] * weight.
+void add_weighted(const float* HWY_RESTRICT o, float weight, int64_t dim, float* HWY_RESTRICT sum) {
+  for (int64_t d = 0; d < dim; ++d) sum[d] += o[d] * weight;
+}
+
+}  // namespace wh::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
 namespace wh::cpu {
+HWY_EXPORT(store_scaled);
+HWY_EXPORT(add_weighted);
+
 namespace {
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-template <typename T>
-void store_scaled(T* out, int64_t out_stride, const float* o, int64_t o_stride, int64_t dim,
-                  float factor) {
-  for (int64_t d = 0; d < dim; ++d) {
-    out[d * out_stride] = from_float<T>(o[d * o_stride] * factor);
-  }
-}
-
 }  // namespace
 
-void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, const float* o,
-               int64_t o_stride) {
+void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, const float* o) {
   const int64_t group = p.group();
   const int64_t query = id.row / group;
   const int64_t head = id.head_kv * group + id.row % group;
@@ -40,20 +77,8 @@ void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, c
   const float scale = is_empty ? 0 : factor / l;
   const int64_t offset =
       id.batch_idx * p.stride_out[0] + head * p.stride_out[1] + query * p.stride_out[2];
-  switch (p.dtype_q) {
-    case Dtype::kF32:
-      store_scaled(static_cast<float*>(t.out) + offset, p.stride_out[3], o, o_stride, p.dim_v,
-                   scale);
-      break;
-    case Dtype::kF16:
-      store_scaled(static_cast<Half*>(t.out) + offset, p.stride_out[3], o, o_stride, p.dim_v,
-                   scale);
-      break;
-    case Dtype::kBf16:
-      store_scaled(static_cast<Bfloat16*>(t.out) + offset, p.stride_out[3], o, o_stride, p.dim_v,
-                   scale);
-      break;
-  }
+  HWY_DYNAMIC_DISPATCH(store_scaled)
+  (o, scale, p.dim_v, t.out, p.dtype_q, offset, p.stride_out[3]);
   if (p.wants_log_sum_exp) {
     t.log_sum_exp[(id.batch_idx * p.heads_q + head) * p.len_q + query] =
         is_empty ? -kInfinity : (m + std::log2(l)) * kLn2;
@@ -76,13 +101,13 @@ void merge_rows(const Problem& p, const Tensors& t, const Partials& partials, in
       if (partials.l[i] == 0) continue;  // the chunk saw none of this row's keys
       const float weight = std::exp2(partials.m[i] - shift);
       l += partials.l[i] * weight;
-      const float* o = partials.o + i * p.dim_v;
-      for (int64_t d = 0; d < p.dim_v; ++d) scratch[d] += o[d] * weight;
+      HWY_DYNAMIC_DISPATCH(add_weighted)(partials.o + i * p.dim_v, weight, p.dim_v, scratch);
     }
     const int64_t head = row / rows_per_head;
     const RowId id{head / p.heads_kv, head % p.heads_kv, row % rows_per_head};
-    store_row(p, t, id, m, l, scratch, 1);
+    store_row(p, t, id, m, l, scratch);
   }
 }
 
 }  // namespace wh::cpu
+#endif

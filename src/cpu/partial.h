@@ -32,10 +32,10 @@ struct Partials {
   }
 };
 
-// Writes one finished row: out = o / l, log-sum-exp from m and l, with the sink joined in. o is
-// read with `o_stride`; a row that saw no key becomes 0 and minus infinity.
+// Writes one finished row: out = o / l, log-sum-exp from m and l, with the sink joined in. A
+// row that saw no key becomes 0 and minus infinity.
 void store_row(const Problem& problem, const Tensors& tensors, RowId id, float m, float l,
-               const float* o, int64_t o_stride);
+               const float* o);
 
 // Merges the chunks of rows [begin, end) and stores them. scratch: [dim_v].
 void merge_rows(const Problem& problem, const Tensors& tensors, const Partials& partials,

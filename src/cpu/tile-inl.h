@@ -15,6 +15,9 @@
 
 #include <hwy/highway.h>
 
+#include <limits>
+
+#include "core/array_mask.h"
 #include "cpu/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -29,6 +32,26 @@ constexpr int kTileRows = 4;
 #endif
 
 #define WH_UNROLL _Pragma("GCC unroll 24")
+
+#if HWY_TARGET != HWY_SCALAR
+using F32x4 = hn::FixedTag<float, 4>;
+using Vec4 = hn::Vec<F32x4>;
+struct Four {
+  Vec4 a, b, c, d;
+};
+
+HWY_INLINE Four transpose_four(const float* from, ptrdiff_t stride) {
+  const F32x4 d;
+  const auto row_0 = hn::LoadU(d, from), row_1 = hn::LoadU(d, from + stride);
+  const auto row_2 = hn::LoadU(d, from + 2 * stride), row_3 = hn::LoadU(d, from + 3 * stride);
+  const auto low_01 = hn::InterleaveLower(d, row_0, row_1);
+  const auto low_23 = hn::InterleaveLower(d, row_2, row_3);
+  const auto high_01 = hn::InterleaveUpper(d, row_0, row_1);
+  const auto high_23 = hn::InterleaveUpper(d, row_2, row_3);
+  return {hn::ConcatLowerLower(d, low_23, low_01), hn::ConcatUpperUpper(d, low_23, low_01),
+          hn::ConcatLowerLower(d, high_23, high_01), hn::ConcatUpperUpper(d, high_23, high_01)};
+}
+#endif
 
 // kVectors * Lanes(F32) query lanes, kTileRows keys. Rows of k are k_stride apart.
 template <int kVectors>
@@ -88,32 +111,164 @@ HWY_INLINE void value_tile(const float* HWY_RESTRICT p_panel, const float* HWY_R
   }
 }
 
-// Widens rows of one K or V tile to f32, zero-fills columns up to `columns`, and answers whether
-// every element is finite: only then may a masked key be left to a weight of zero.
+// 4 rows of `from` become 4 neighbouring lanes: to[c][0..4) = from[0..4)[c]. Moves bits, so pairs
+// of bf16 pass as well.
+HWY_INLINE void transpose_into_lanes(const float* HWY_RESTRICT from, ptrdiff_t from_stride,
+                                     int64_t columns, float* HWY_RESTRICT to, ptrdiff_t to_stride) {
+  int64_t c = 0;
+#if HWY_TARGET != HWY_SCALAR
+  for (; c + 4 <= columns; c += 4) {
+    const Four t = transpose_four(from + c, from_stride);
+    hn::StoreU(t.a, F32x4(), to + c * to_stride);
+    hn::StoreU(t.b, F32x4(), to + (c + 1) * to_stride);
+    hn::StoreU(t.c, F32x4(), to + (c + 2) * to_stride);
+    hn::StoreU(t.d, F32x4(), to + (c + 3) * to_stride);
+  }
+#endif
+  for (; c < columns; ++c) {
+    for (int i = 0; i < 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
+  }
+}
+
+// The way back: to[0..4)[c] = from[c][0..4).
+HWY_INLINE void transpose_from_lanes(const float* HWY_RESTRICT from, ptrdiff_t from_stride,
+                                     int64_t columns, float* HWY_RESTRICT to, ptrdiff_t to_stride) {
+  int64_t c = 0;
+#if HWY_TARGET != HWY_SCALAR
+  for (; c + 4 <= columns; c += 4) {
+    const Four t = transpose_four(from + c * from_stride, from_stride);
+    hn::StoreU(t.a, F32x4(), to + c);
+    hn::StoreU(t.b, F32x4(), to + to_stride + c);
+    hn::StoreU(t.c, F32x4(), to + 2 * to_stride + c);
+    hn::StoreU(t.d, F32x4(), to + 3 * to_stride + c);
+  }
+#endif
+  for (; c < columns; ++c) {
+    for (int i = 0; i < 4; ++i) to[i * to_stride + c] = from[c * from_stride + i];
+  }
+}
+
+// Adds 4 rows of biases to 4 neighbouring lanes of scores; a bias of minus infinity hides the key
+// whatever the score is.
+HWY_INLINE void add_lanes(const float* HWY_RESTRICT bias, ptrdiff_t bias_stride, int64_t keys,
+                          float* HWY_RESTRICT s, ptrdiff_t s_stride) {
+  constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+  int64_t j = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const F32x4 f32x4;
+  const auto masked = hn::Set(f32x4, kMinusInfinity);
+  const auto add = [&](Vec4 from, float* to) {
+    const auto sum = hn::Add(hn::LoadU(f32x4, to), from);
+    hn::StoreU(hn::IfThenElse(hn::Eq(from, masked), masked, sum), f32x4, to);
+  };
+  for (; j + 4 <= keys; j += 4) {
+    const Four t = transpose_four(bias + j, bias_stride);
+    add(t.a, s + j * s_stride);
+    add(t.b, s + (j + 1) * s_stride);
+    add(t.c, s + (j + 2) * s_stride);
+    add(t.d, s + (j + 3) * s_stride);
+  }
+#endif
+  for (; j < keys; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      const float from = bias[i * bias_stride + j];
+      float& to = s[j * s_stride + i];
+      to = from == kMinusInfinity ? from : to + from;
+    }
+  }
+}
+
+// Biases in base 2 of keys [begin, begin + keys) for one query row.
+inline void load_mask_row(const Problem& p, const void* mask, int64_t batch_idx, int64_t head,
+                          int64_t query_idx, int64_t begin, int64_t keys, float* HWY_RESTRICT to) {
+  const F32 f32;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
+  constexpr float kLog2e = 1.44269504f;
+  int64_t j = 0;
+  if (p.stride_mask[3] == 1 && p.mask == MaskKind::kBoolean) {
+    const auto* from = static_cast<const uint8_t*>(mask) + batch_idx * p.stride_mask[0] +
+                       head * p.stride_mask[1] + query_idx * p.stride_mask[2] + begin;
+    const hn::Rebind<uint8_t, F32> u8;
+    const I32 i32;
+    const auto masked = hn::Set(f32, -std::numeric_limits<float>::infinity());
+    for (; j + lanes <= keys; j += lanes) {
+      const auto is_hidden = hn::Eq(hn::PromoteTo(i32, hn::LoadU(u8, from + j)), hn::Zero(i32));
+      hn::StoreU(hn::IfThenElseZero(hn::RebindMask(f32, is_hidden), masked), f32, to + j);
+    }
+  } else if (p.stride_mask[3] == 1) {
+    const int64_t offset = batch_idx * p.stride_mask[0] + head * p.stride_mask[1] +
+                           query_idx * p.stride_mask[2] + begin;
+    const auto log2e = hn::Set(f32, kLog2e);
+    const Dtype dtype = p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
+    for (; j + lanes <= keys; j += lanes) {
+      hn::StoreU(hn::Mul(load_f32(mask, dtype, offset + j), log2e), f32, to + j);
+    }
+  }
+  for (; j < keys; ++j) {
+    to[j] = mask_bias(p, mask, batch_idx, head, query_idx, begin + j) * kLog2e;
+  }
+}
+
+// Widens one row to f32. Answers whether every element is finite.
 template <typename T>
-bool widen_rows(const T* HWY_RESTRICT from, int64_t row_stride, int64_t column_stride, int64_t rows,
-                int64_t dim, int64_t columns, float* HWY_RESTRICT to) {
+HWY_INLINE bool widen_row(const T* HWY_RESTRICT from, int64_t stride, int64_t dim,
+                          float* HWY_RESTRICT to) {
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
   const auto zero = hn::Zero(f32);
   auto finite = zero;  // stays 0 while everything is finite: x * 0 is NaN for infinity and NaN
   float finite_tail = 0;
-  for (int64_t i = 0; i < rows; ++i, from += row_stride, to += columns) {
-    int64_t d = 0;
-    if (column_stride == 1) {
-      for (; d + lanes <= dim; d += lanes) {
-        const auto x = load_f32(from + d);
-        finite = hn::MulAdd(x, zero, finite);
-        hn::StoreU(x, f32, to + d);
-      }
+  int64_t d = 0;
+  if (stride == 1) {
+    for (; d + lanes <= dim; d += lanes) {
+      const auto x = load_f32(from + d);
+      finite = hn::MulAdd(x, zero, finite);
+      hn::StoreU(x, f32, to + d);
     }
-    for (; d < dim; ++d) {
-      to[d] = to_float(from[d * column_stride]);
-      finite_tail += to[d] * 0.0f;
-    }
-    for (; d < columns; ++d) to[d] = 0.0f;
+  }
+  for (; d < dim; ++d) {
+    to[d] = to_float(from[d * stride]);
+    finite_tail += to[d] * 0.0f;
   }
   return hn::AllTrue(f32, hn::Eq(finite, zero)) && finite_tail == 0.0f;
+}
+
+inline bool widen_row(const void* from, Dtype dtype, int64_t stride, int64_t dim, float* to) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return widen_row(static_cast<const float*>(from), stride, dim, to);
+    case Dtype::kF16:
+      return widen_row(static_cast<const Half*>(from), stride, dim, to);
+    case Dtype::kBf16:
+      break;
+  }
+  return widen_row(static_cast<const Bfloat16*>(from), stride, dim, to);
+}
+
+// Widens rows of K or V from element `first` on into rows of `columns`, zero-filled. Answers
+// whether every element is finite: only then may a masked key be left to a weight of zero.
+template <typename T>
+bool widen_rows(const T* HWY_RESTRICT from, const Strides& stride, int64_t rows, int64_t dim,
+                int64_t columns, float* HWY_RESTRICT to) {
+  bool is_finite = true;
+  for (int64_t i = 0; i < rows; ++i, from += stride[2], to += columns) {
+    is_finite &= widen_row(from, stride[3], dim, to);
+    for (int64_t d = dim; d < columns; ++d) to[d] = 0.0f;
+  }
+  return is_finite;
+}
+
+inline bool widen_rows(const void* from, Dtype dtype, int64_t first, const Strides& stride,
+                       int64_t rows, int64_t dim, int64_t columns, float* to) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return widen_rows(static_cast<const float*>(from) + first, stride, rows, dim, columns, to);
+    case Dtype::kF16:
+      return widen_rows(static_cast<const Half*>(from) + first, stride, rows, dim, columns, to);
+    case Dtype::kBf16:
+      break;
+  }
+  return widen_rows(static_cast<const Bfloat16*>(from) + first, stride, rows, dim, columns, to);
 }
 
 }  // namespace wh::cpu::HWY_NAMESPACE

@@ -9,6 +9,7 @@
 #include <hwy/highway.h>
 
 #include "core/float16.h"
+#include "core/problem.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
@@ -20,23 +21,38 @@ using Vec = hn::Vec<F32>;
 
 // 2^x for x <= 0, exactly 0 below -126 (no denormals) and for minus infinity; NaN stays NaN.
 // Degree 6 interpolated at Chebyshev nodes on [-0.5, 0.5]: relative error 2e-8 before rounding.
-HWY_INLINE Vec exp2_nonpositive(Vec x) {
+HWY_INLINE Vec exp2_fraction(Vec r) {
   const F32 f32;
-  const I32 i32;
-  const auto whole = hn::Round(x);
-  const auto r = hn::Sub(x, whole);
-  auto y = hn::Set(f32, 1.54614449e-4f);
-  y = hn::MulAdd(y, r, hn::Set(f32, 1.34004280e-3f));
+  auto y = hn::MulAdd(hn::Set(f32, 1.54614449e-4f), r, hn::Set(f32, 1.34004280e-3f));
   y = hn::MulAdd(y, r, hn::Set(f32, 9.61805694e-3f));
   y = hn::MulAdd(y, r, hn::Set(f32, 5.55032715e-2f));
   y = hn::MulAdd(y, r, hn::Set(f32, 2.40226507e-1f));
   y = hn::MulAdd(y, r, hn::Set(f32, 6.93147182e-1f));
-  y = hn::MulAdd(y, r, hn::Set(f32, 1.0f));
-  // A product and not an addition to the exponent bits: those would turn a NaN into a number.
-  const auto biased = hn::Add(hn::ConvertTo(i32, whole), hn::Set(i32, 127));
-  y = hn::Mul(y, hn::BitCast(f32, hn::ShiftLeft<23>(biased)));
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(f32, -126.0f)), y);
+  return hn::MulAdd(y, r, hn::Set(f32, 1.0f));
 }
+
+#if HWY_TARGET == HWY_AVX3
+// VREDUCEPS and VSCALEFPS do in one instruction each what takes two and five elsewhere.
+HWY_INLINE Vec exp2_nonpositive(Vec x) {
+  const Vec r{_mm512_reduce_ps(x.raw, 0)};
+  const Vec y = exp2_fraction(r);
+  const auto keep = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return Vec{_mm512_maskz_scalef_ps(keep, y.raw, _mm512_sub_ps(x.raw, r.raw))};
+}
+#else
+HWY_INLINE Vec exp2_nonpositive(Vec x) {
+  const F32 f32;
+  const I32 i32;
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const auto magic = hn::Set(f32, 12582912.0f);
+  const auto shifted = hn::Add(x, magic);
+  const auto y = exp2_fraction(hn::Sub(x, hn::Sub(shifted, magic)));
+  // A product and not an addition to the exponent bits: those would turn a NaN into a number.
+  const auto exponent = hn::ShiftLeft<23>(hn::Add(hn::BitCast(i32, shifted), hn::Set(i32, 127)));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(f32, -126.0f)),
+                            hn::Mul(y, hn::BitCast(f32, exponent)));
+}
+#endif
 
 // Odd Taylor series up to z^13 below 0.4 (truncation 5e-9), 1 - 2 / (e^2z + 1) above, where the
 // subtraction no longer cancels.
@@ -66,8 +82,8 @@ HWY_INLINE Vec load_f32(const Half* from) {
   const hn::RebindToUnsigned<F32> u32;
   const auto bits = hn::PromoteTo(u32, hn::LoadU(u16, reinterpret_cast<const uint16_t*>(from)));
   const auto magnitude = hn::And(bits, hn::Set(u32, 0x7fffu));
-  const auto scaled = hn::BitCast(u32, hn::Mul(hn::BitCast(F32(), hn::ShiftLeft<13>(magnitude)),
-                                               hn::Set(F32(), 0x1p112f)));
+  const auto scaled = hn::BitCast(
+      u32, hn::Mul(hn::BitCast(F32(), hn::ShiftLeft<13>(magnitude)), hn::Set(F32(), 0x1p112f)));
   const auto is_special = hn::Gt(magnitude, hn::Set(u32, 0x7bffu));
   const auto exponent = hn::IfThenElseZero(is_special, hn::Set(u32, 0x7f800000u));
   const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(u32, 0x8000u)));
@@ -82,6 +98,36 @@ HWY_INLINE Vec load_f32(const Bfloat16* from) {
   const hn::RebindToUnsigned<F32> u32;
   const auto bits = hn::LoadU(u16, reinterpret_cast<const uint16_t*>(from));
   return hn::BitCast(F32(), hn::ShiftLeft<16>(hn::PromoteTo(u32, bits)));
+}
+
+HWY_INLINE Vec load_f32(const void* from, Dtype dtype, int64_t offset) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return load_f32(static_cast<const float*>(from) + offset);
+    case Dtype::kF16:
+      return load_f32(static_cast<const Half*>(from) + offset);
+    case Dtype::kBf16:
+      break;
+  }
+  return load_f32(static_cast<const Bfloat16*>(from) + offset);
+}
+
+HWY_INLINE void store_as(Vec value, float* to) { hn::StoreU(value, F32(), to); }
+HWY_INLINE void store_as(Vec value, Half* to) {
+  const hn::Rebind<hwy::float16_t, F32> f16;
+  hn::StoreU(hn::DemoteTo(f16, value), f16, reinterpret_cast<hwy::float16_t*>(to));
+}
+// To nearest even. A NaN keeps its sign and its upper payload, with the quiet bit set.
+HWY_INLINE void store_as(Vec value, Bfloat16* to) {
+  const hn::RebindToUnsigned<F32> u32;
+  const hn::Rebind<uint16_t, F32> u16;
+  const auto bits = hn::BitCast(u32, value);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u32, 1));
+  const auto rounded = hn::Add(hn::Add(bits, odd), hn::Set(u32, 0x7fff));
+  const auto quiet = hn::Or(bits, hn::Set(u32, 0x400000));
+  const auto is_nan = hn::RebindMask(u32, hn::Ne(value, value));
+  const auto upper = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+  hn::StoreU(hn::DemoteTo(u16, hn::BitCast(I32(), upper)), u16, reinterpret_cast<uint16_t*>(to));
 }
 
 }  // namespace wh::cpu::HWY_NAMESPACE

@@ -253,7 +253,7 @@ class DecodeWorker {
       if (k_in_place) {
         scores(k, p_.dim_qk);
       } else {
-        widen_rows(k.data, k.row_stride, p_.stride_k[3], count, p_.dim_qk, shape_.columns_qk, w_.k);
+        widen_rows(k.data, p_.stride_k, count, p_.dim_qk, shape_.columns_qk, w_.k);
         scores(Matrix<float>{w_.k, shape_.columns_qk}, shape_.columns_qk);
       }
       softmax();
@@ -267,7 +267,7 @@ class DecodeWorker {
         continue;
       }
       const bool is_finite =
-          widen_rows(v.data, v.row_stride, p_.stride_v[3], count, p_.dim_v, shape_.columns_v, w_.v);
+          widen_rows(v.data, p_.stride_v, count, p_.dim_v, shape_.columns_v, w_.v);
       if (is_finite || !has_hidden) {
         values(Matrix<float>{w_.v, shape_.columns_v});
       } else {
@@ -425,7 +425,7 @@ class DecodeWorker {
     for (int64_t row = 0; row < shape_.rows; ++row) {
       const float* o = w_.o + row * shape_.columns_v;
       if (partials_.chunks == 1) {
-        store_row(p_, t_, {batch_idx_, head_kv_, row}, w_.m[row], w_.l[row], o, 1);
+        store_row(p_, t_, {batch_idx_, head_kv_, row}, w_.m[row], w_.l[row], o);
         continue;
       }
       const int64_t i =

@@ -4,18 +4,11 @@
 #include <cmath>
 
 #include "cpu/prefill/kernel.h"
+#include "cpu/rounding.h"
 #include "plan/work.h"
 
 namespace wh::cpu {
 namespace {
-
-constexpr int64_t kPanelVectors = 3;
-constexpr int64_t kRowRounding = 8;  // register tiles cover 4 or 8 broadcast rows
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 int64_t panel_lanes(int64_t simd_floats) { return kPanelVectors * simd_floats; }
 
@@ -81,41 +74,12 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return prefill_workspace_bytes(p, config);
+  return PrefillWorkspace(p, config, PrefillArithmetic::kF32, nullptr).bytes(config.threads);
 }
 
 Status run(const Launch& launch) { return run_prefill(launch); }
 
 }  // namespace
-
-PrefillShape::PrefillShape(const Problem& p, const Config& config, int64_t simd_floats)
-    : lanes(panel_lanes(simd_floats)),
-      rows_per_head(p.len_q * p.group()),
-      tile_q(config.tile_q),
-      tile_k(config.tile_k),
-      q_tiles(divide_up(rows_per_head, tile_q)),
-      chunks(config.chunk_keys > 0 ? std::max<int64_t>(1, divide_up(p.len_k, config.chunk_keys))
-                                   : 1),
-      chunk_keys(chunks > 1 ? config.chunk_keys : p.len_k),
-      items(p.batch * p.heads_kv * q_tiles * chunks) {}
-
-PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillShape& shape)
-    : k_columns(round_up(p.dim_qk, 16) + 16), v_columns(round_up(p.dim_v, 16) + 16) {
-  const int64_t panels = divide_up(shape.tile_q, shape.lanes);
-  // One register tile more than the keys: the last one may run past them.
-  const int64_t keys = round_up(shape.tile_k, kRowRounding) + kRowRounding;
-  q = carver.take<float>(panels * p.dim_qk * shape.lanes);
-  o = carver.take<float>(panels * round_up(p.dim_v, kRowRounding) * shape.lanes);
-  k = carver.take<float>(keys * k_columns);
-  v = carver.take<float>(keys * v_columns);
-  s = carver.take<float>(keys * shape.lanes);
-  bias = p.mask == MaskKind::kNone ? nullptr : carver.take<float>(keys * shape.lanes);
-  m = carver.take<float>(panels * shape.lanes);
-  l = carver.take<float>(panels * shape.lanes);
-  alpha = carver.take<float>(shape.lanes);
-  first = carver.take<int32_t>(panels * shape.lanes);
-  last = carver.take<int32_t>(panels * shape.lanes);
-}
 
 const Kernel kPrefill{"cpu_prefill",
                       Device::kCpu,

@@ -36,20 +36,9 @@ HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-bool widen(const void* from, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
+bool widen(const void* from, Dtype dtype, int64_t first, const Strides& stride, int64_t rows,
            int64_t dim, float* to) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return widen_rows(static_cast<const float*>(from), row_stride, column_stride, rows, dim, dim,
-                        to);
-    case Dtype::kF16:
-      return widen_rows(static_cast<const Half*>(from), row_stride, column_stride, rows, dim, dim,
-                        to);
-    case Dtype::kBf16:
-      break;
-  }
-  return widen_rows(static_cast<const Bfloat16*>(from), row_stride, column_stride, rows, dim, dim,
-                    to);
+  return widen_rows(from, dtype, first, stride, rows, dim, dim, to);
 }
 
 RowSums softmax_row(float* s, int64_t keys) {
@@ -147,16 +136,13 @@ void for_rows(const Launch& launch, int64_t rows, Body&& body) {
   });
 }
 
-const std::byte* at(const void* data, Dtype dtype, int64_t element) {
-  return static_cast<const std::byte*>(data) + element * static_cast<int64_t>(dtype_bytes(dtype));
-}
-
-bool widen_matrix(const Launch& launch, const void* from, Dtype dtype, const Strides& stride,
-                  int64_t rows, int64_t dim, float* to) {
+// Rows from element `first` on.
+bool widen_matrix(const Launch& launch, const void* from, Dtype dtype, int64_t first,
+                  const Strides& stride, int64_t rows, int64_t dim, float* to) {
   std::atomic<bool> finite{true};
   for_rows(launch, rows, [&](int64_t begin, int64_t end) {
-    if (!HWY_DYNAMIC_DISPATCH(widen)(at(from, dtype, begin * stride[2]), dtype, stride[2],
-                                     stride[3], end - begin, dim, to + begin * dim)) {
+    if (!HWY_DYNAMIC_DISPATCH(widen)(from, dtype, first + begin * stride[2], stride, end - begin,
+                                     dim, to + begin * dim)) {
       finite = false;
     }
   });
@@ -206,9 +192,8 @@ void run_head(const Launch& launch, const Head& head, const Workspace& w) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
   const int64_t keys = head.present.size();
-  widen_matrix(launch,
-               at(t.q, p.dtype_q, head.batch_idx * p.stride_q[0] + head.head_q * p.stride_q[1]),
-               p.dtype_q, p.stride_q, p.len_q, p.dim_qk, w.q);
+  widen_matrix(launch, t.q, p.dtype_q, head.batch_idx * p.stride_q[0] + head.head_q * p.stride_q[1],
+               p.stride_q, p.len_q, p.dim_qk, w.q);
   if (keys > 0) {
     gemm(p.len_q, keys, p.dim_qk, p.scale, {w.q, p.dim_qk}, {w.k, p.dim_qk}, Transpose::kYes, w.s,
          keys);
@@ -224,7 +209,7 @@ void run_head(const Launch& launch, const Head& head, const Workspace& w) {
       if (keys == 0 || !head.v_is_finite) add_values_one_by_one(p, t, head, i, w);
       const int64_t group = p.group();
       const RowId id{head.batch_idx, head.head_q / group, i * group + head.head_q % group};
-      store_row(p, t, id, w.m[i], w.l[i], w.o + i * p.dim_v, 1);
+      store_row(p, t, id, w.m[i], w.l[i], w.o + i * p.dim_v);
     }
   });
 }
@@ -243,10 +228,10 @@ Status run(const Launch& launch) {
       const auto first = [&](const Strides& stride) {
         return b * stride[0] + h * stride[1] + present.begin * stride[2];
       };
-      widen_matrix(launch, at(t.k, p.dtype_kv, first(p.stride_k)), p.dtype_kv, p.stride_k,
-                   present.size(), p.dim_qk, w.k);
-      const bool finite = widen_matrix(launch, at(t.v, p.dtype_kv, first(p.stride_v)), p.dtype_kv,
-                                       p.stride_v, present.size(), p.dim_v, w.v);
+      widen_matrix(launch, t.k, p.dtype_kv, first(p.stride_k), p.stride_k, present.size(), p.dim_qk,
+                   w.k);
+      const bool finite = widen_matrix(launch, t.v, p.dtype_kv, first(p.stride_v), p.stride_v,
+                                       present.size(), p.dim_v, w.v);
       for (int64_t g = 0; g < p.group(); ++g) {
         run_head(launch, {b, h * p.group() + g, present, finite}, w);
         if (!launch.progress.step_done()) return launch.progress.status("partly written");

@@ -1,0 +1,70 @@
+#include "cpu/prefill/layout.h"
+
+#include <algorithm>
+
+#include "cpu/rounding.h"
+#include "cpu/simd.h"
+
+namespace wh::cpu {
+
+PrefillShape::PrefillShape(const Problem& p, const Config& config, int64_t simd_floats)
+    : lanes(kPanelVectors * simd_floats),
+      rows_per_head(p.len_q * p.group()),
+      tile_q(config.tile_q),
+      tile_k(config.tile_k),
+      q_tiles(divide_up(rows_per_head, tile_q)),
+      chunks(config.chunk_keys > 0 ? std::max<int64_t>(1, divide_up(p.len_k, config.chunk_keys))
+                                   : 1),
+      chunk_keys(chunks > 1 ? config.chunk_keys : p.len_k),
+      items(p.batch * p.heads_kv * q_tiles * chunks) {}
+
+PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillShape& shape,
+                               PrefillArithmetic arithmetic) {
+  const bool is_bf16 = arithmetic != PrefillArithmetic::kF32;
+  const int64_t panels = divide_up(shape.tile_q, shape.lanes);
+  // One register tile more than the keys: the last one may run past them.
+  const int64_t keys = round_up(shape.tile_k, kMostBroadcastRows) + kMostBroadcastRows;
+  q_rows = is_bf16 ? divide_up(p.dim_qk, 2) : p.dim_qk;
+  k_columns = round_up(q_rows, 16) + 16;
+  v_columns = round_up(p.dim_v, 16) + 16;
+  staged_columns = round_up(std::max({p.dim_qk, p.dim_v, keys}), 16);
+  q = carver.take<float>(panels * q_rows * shape.lanes);
+  o = carver.take<float>(panels * round_up(p.dim_v, kMostBroadcastRows) * shape.lanes);
+  k = carver.take<float>(keys * k_columns);
+  v = carver.take<float>((is_bf16 ? keys / 2 : keys) * v_columns);
+  s = carver.take<float>(keys * shape.lanes);
+  p_low = arithmetic == PrefillArithmetic::kBf16High ? carver.take<float>(keys / 2 * shape.lanes)
+                                                     : nullptr;
+  staged = carver.take<float>(4 * staged_columns);
+  m = carver.take<float>(panels * shape.lanes);
+  l = carver.take<float>(panels * shape.lanes);
+  alpha = carver.take<float>(shape.lanes);
+  first = carver.take<int32_t>(panels * shape.lanes);
+  last = carver.take<int32_t>(panels * shape.lanes);
+}
+
+PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config,
+                                   PrefillArithmetic arithmetic, void* base)
+    : shape(p, config, simd_floats()),
+      problem_(p),
+      arithmetic_(arithmetic),
+      base_(static_cast<std::byte*>(base)) {
+  Carver carver(base);
+  partials.chunks = shape.chunks;
+  if (shape.chunks > 1) {
+    partials.rows = p.batch * p.heads_kv * shape.rows_per_head;
+    partials.dim_v = p.dim_v;
+    partials.carve(carver);
+  }
+  partials_bytes_ = carver.used_bytes();
+  Carver measure(nullptr);
+  PrefillScratch(measure, p, shape, arithmetic);
+  worker_bytes_ = measure.used_bytes();
+}
+
+PrefillScratch PrefillWorkspace::scratch(int32_t worker) const {
+  Carver carver(base_ + partials_bytes_ + worker_bytes_ * static_cast<size_t>(worker));
+  return PrefillScratch(carver, problem_, shape, arithmetic_);
+}
+
+}  // namespace wh::cpu

@@ -1,0 +1,78 @@
+// How a prefill problem is laid over items, panels, chunks and scratch: the same for planning and
+// running, and for both prefill kernels.
+#pragma once
+
+#include "cpu/partial.h"
+#include "plan/kernel.h"
+
+namespace wh::cpu {
+
+// What multiplies. It decides how queries, keys, values and weights lie in the scratch.
+enum class PrefillArithmetic : uint8_t {
+  kF32,       // everything widened
+  kBf16,      // pairs of bf16, weights rounded
+  kBf16High,  // pairs of bf16, weights as the sum of two
+};
+
+constexpr int64_t kPanelVectors = 3;       // SIMD vectors of query rows in a full panel
+constexpr int64_t kMostBroadcastRows = 8;  // register tiles cover 4 or 8 broadcast rows
+
+struct PrefillShape {
+  int64_t lanes;          // query rows of a full panel
+  int64_t rows_per_head;  // len_q * group: the query rows that share a kv head
+  int64_t tile_q;         // rows of an item
+  int64_t tile_k;
+  int64_t q_tiles;  // items a (batch, kv head) pair has
+  int64_t chunks;   // 1: keys are not split
+  int64_t chunk_keys;
+  int64_t items;  // batch * heads_kv * q_tiles * chunks
+
+  PrefillShape(const Problem& problem, const Config& config, int64_t simd_floats);
+};
+
+// One worker's scratch. A dword is an f32 or a pair of bf16.
+struct PrefillScratch {
+  float* q;        // [panels, q_rows, lanes] dwords: the queries of an item, transposed
+  float* o;        // [panels, dim_v rounded up, lanes], unnormalised
+  float* k;        // [keys, k_columns] dwords: a tile that cannot be read in place
+  float* v;        // [keys or pairs of them, v_columns] dwords
+  float* s;        // [keys, lanes]: scores, then weights
+  float* p_low;    // [pairs of keys, lanes]: what rounding took from the weights; kBf16High only
+  float* staged;   // [4, staged_columns]: rows on their way into or out of a panel
+  float* m;        // [panels, lanes], base 2
+  float* l;        // [panels, lanes]
+  float* alpha;    // [lanes]
+  int32_t* first;  // [panels, lanes]: first visible key of each row
+  int32_t* last;   // [panels, lanes]: one past its last
+
+  int64_t q_rows;                // dwords of a query
+  int64_t k_columns, v_columns;  // row strides, padded against set conflicts
+  int64_t staged_columns;
+
+  PrefillScratch(Carver& carver, const Problem& problem, const PrefillShape& shape,
+                 PrefillArithmetic arithmetic);
+};
+
+// Where the pieces of a workspace lie: partial rows first, then one scratch for each worker.
+class PrefillWorkspace {
+ public:
+  PrefillWorkspace(const Problem& problem, const Config& config, PrefillArithmetic arithmetic,
+                   void* base);
+
+  PrefillScratch scratch(int32_t worker) const;
+  size_t bytes(int32_t workers) const {
+    return partials_bytes_ + worker_bytes_ * static_cast<size_t>(workers);
+  }
+
+  PrefillShape shape;
+  Partials partials;
+
+ private:
+  const Problem& problem_;
+  PrefillArithmetic arithmetic_;
+  std::byte* base_;
+  size_t partials_bytes_ = 0;
+  size_t worker_bytes_ = 0;
+};
+
+}  // namespace wh::cpu

@@ -1,0 +1,353 @@
+// What both prefill kernels do with an item: load queries, walk over tiles of keys, softcap, masks,
+// online softmax, store. The products of a tile, and how their operands lie, are the kernel's own:
+// it hands in a class with
+//
+//   void load_query(const void* row, float* to)          one query as dwords, contiguous
+//   bool load_tile(batch_idx, head_kv, tile)             false: V holds an infinity or NaN
+//   void scores<kVectors>(q_panel, key, keys, s)         base 2, of keys [key, key + keys)
+//   Vec  keep<kVectors>(even, odd, row, vector)          stores weights of two keys; returns what
+//                                                        they add to the row's sum
+//   void values<kVectors>(key, keys, o)                  `key` is even
+//   float weight(row, lane, width), value(key, d)        one by one, for the rare path
+#if defined(WH_CPU_PREFILL_WORKER_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WH_CPU_PREFILL_WORKER_INL_H_
+#undef WH_CPU_PREFILL_WORKER_INL_H_
+#else
+#define WH_CPU_PREFILL_WORKER_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "core/array_mask.h"
+#include "core/key_range.h"
+#include "core/progress.h"
+#include "cpu/prefill/layout.h"
+#include "cpu/tile-inl.h"
+#include "cpu/vector_math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace wh::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+struct PrefillItem {
+  int64_t batch_idx, head_kv;
+  int64_t row_begin, row_end;  // within the head's len_q * group rows
+  KeyRange keys;               // of its chunk
+  int64_t chunk;
+};
+
+template <typename Products>
+class PrefillWorker {
+ public:
+  PrefillWorker(const Problem& p, const Tensors& t, const PrefillShape& shape,
+                const PrefillScratch& scratch, const Partials& partials)
+      : p_(p), t_(t), shape_(shape), w_(scratch), partials_(partials), products_(p, t, scratch) {}
+
+  void run(const PrefillItem& item) {
+    item_ = item;
+    rows_ = item.row_end - item.row_begin;
+    panels_ = (rows_ + shape_.lanes - 1) / shape_.lanes;
+    const KeyRange keys = load_ranges();
+    load_queries();
+    // Tiles sit at multiples of tile_k, so a row meets the same tiles whatever item it is in.
+    for (int64_t k0 = keys.begin / shape_.tile_k * shape_.tile_k; k0 < keys.end;
+         k0 += shape_.tile_k) {
+      tile_ = {std::max(k0, keys.begin), std::min(k0 + shape_.tile_k, keys.end)};
+      v_is_finite_ = products_.load_tile(item.batch_idx, item.head_kv, tile_);
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        switch (panel_vectors(panel)) {
+          case 1:
+            run_panel<1>(panel);
+            break;
+          case 2:
+            run_panel<2>(panel);
+            break;
+          default:
+            run_panel<3>(panel);
+            break;
+        }
+      }
+    }
+    store();
+  }
+
+ private:
+  static constexpr float kLog2e = 1.44269504f;
+  static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+  static int64_t vector_lanes() { return static_cast<int64_t>(hn::Lanes(F32())); }
+  // Panels are full but for the last, which takes as few vectors as hold its rows.
+  int64_t panel_rows(int64_t panel) const {
+    return std::min(shape_.lanes, rows_ - panel * shape_.lanes);
+  }
+  int64_t panel_vectors(int64_t panel) const {
+    return (panel_rows(panel) + vector_lanes() - 1) / vector_lanes();
+  }
+  int64_t padded_dim_v() const { return (p_.dim_v + 7) / 8 * 8; }
+  float* q_panel(int64_t panel) const { return w_.q + panel * w_.q_rows * shape_.lanes; }
+  float* o_panel(int64_t panel) const { return w_.o + panel * padded_dim_v() * shape_.lanes; }
+  int64_t query_of(int64_t slot) const { return (item_.row_begin + slot) / p_.group(); }
+  int64_t head_of(int64_t slot) const {
+    return item_.head_kv * p_.group() + (item_.row_begin + slot) % p_.group();
+  }
+
+  // Each row's visible keys within the chunk; answers with the range that covers them all.
+  KeyRange load_ranges() {
+    const KeyRange present = present_keys(p_, t_, item_.batch_idx);
+    KeyRange keys{std::numeric_limits<int64_t>::max(), 0};
+    for (int64_t slot = 0; slot < panels_ * shape_.lanes; ++slot) {
+      w_.m[slot] = kMinusInfinity;
+      w_.l[slot] = 0;
+      w_.first[slot] = w_.last[slot] = 0;  // an empty lane sees nothing
+      if (slot >= rows_) continue;
+      const KeyRange visible = visible_keys(p_, present, query_of(slot));
+      const int64_t end = std::max<int64_t>(std::min(visible.end, item_.keys.end), 0);
+      const int64_t begin = std::min(std::max(visible.begin, item_.keys.begin), end);
+      w_.first[slot] = static_cast<int32_t>(begin);
+      w_.last[slot] = static_cast<int32_t>(end);
+      if (begin >= end) continue;
+      keys.begin = std::min(keys.begin, begin);
+      keys.end = std::max(keys.end, end);
+    }
+    return keys.empty() ? KeyRange{0, 0} : keys;
+  }
+
+  void load_queries() {
+    const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
+    const auto* q = static_cast<const std::byte*>(t_.q) + item_.batch_idx * p_.stride_q[0] * bytes;
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t width = panel_vectors(panel) * vector_lanes();
+      for (int64_t lane = 0; lane < width; lane += 4) {
+        for (int64_t i = 0; i < 4; ++i) {
+          const int64_t slot = panel * shape_.lanes + lane + i;
+          float* staged = w_.staged + i * w_.staged_columns;
+          if (slot < rows_) {
+            const int64_t offset = head_of(slot) * p_.stride_q[1] + query_of(slot) * p_.stride_q[2];
+            products_.load_query(q + offset * bytes, staged);
+          } else {
+            std::fill_n(staged, w_.q_rows, 0.0f);
+          }
+        }
+        transpose_into_lanes(w_.staged, w_.staged_columns, w_.q_rows, q_panel(panel) + lane, width);
+      }
+      std::fill_n(o_panel(panel), padded_dim_v() * width, 0.0f);
+    }
+  }
+
+  // The keys of the tile that rows of a panel see.
+  struct PanelKeys {
+    int64_t begin, end;                // that some row sees; begin is even
+    int64_t common_begin, common_end;  // that every row sees
+  };
+
+  PanelKeys panel_keys(int64_t panel) const {
+    const int64_t slot = panel * shape_.lanes;
+    PanelKeys keys{tile_.end, 0, 0, tile_.end};
+    for (int64_t i = slot; i < slot + panel_rows(panel); ++i) {
+      keys.common_begin = std::max<int64_t>(keys.common_begin, w_.first[i]);
+      keys.common_end = std::min<int64_t>(keys.common_end, w_.last[i]);
+      if (w_.first[i] >= w_.last[i]) continue;
+      keys.begin = std::min<int64_t>(keys.begin, w_.first[i]);
+      keys.end = std::max<int64_t>(keys.end, w_.last[i]);
+    }
+    keys.begin = std::max(tile_.begin, keys.begin);
+    keys.end = std::min(tile_.end, keys.end);
+    // Sums run over pairs of keys. Pairs start at even keys wherever the range starts, so that a
+    // row's bits do not depend on the rows that share its panel.
+    if (keys.begin % 2 != 0) keys.common_begin = std::max(keys.common_begin, keys.begin--);
+    return keys;
+  }
+
+  template <int kVectors>
+  void run_panel(int64_t panel) {
+    const int64_t width = kVectors * vector_lanes();
+    const PanelKeys range = panel_keys(panel);
+    if (range.begin >= range.end) return;
+    const int64_t keys = range.end - range.begin;
+    const int64_t absent = range.begin < tile_.begin ? 1 : 0;  // the first half of a pair
+    products_.template scores<kVectors>(q_panel(panel), range.begin + absent, keys - absent,
+                                        w_.s + absent * width);
+    if (p_.softcap > 0) apply_softcap<kVectors>(keys);
+    if (p_.mask != MaskKind::kNone) apply_array_mask<kVectors>(panel, range.begin, keys);
+    const bool is_edge = range.common_begin > range.begin || range.common_end < range.end;
+    if (is_edge) apply_key_range<kVectors>(panel, range);
+    if (keys % 2 != 0) std::fill_n(w_.s + keys * width, width, kMinusInfinity);
+    softmax<kVectors>(panel * shape_.lanes, keys);
+    if (v_is_finite_ || (!is_edge && p_.mask == MaskKind::kNone)) {
+      products_.template values<kVectors>(range.begin, keys, o_panel(panel));
+    } else {
+      add_values_one_by_one<kVectors>(panel, range.begin, keys);
+    }
+  }
+
+  template <int kVectors>
+  void apply_softcap(int64_t keys) {
+    const F32 f32;
+    const auto cap = hn::Set(f32, p_.softcap * kLog2e);
+    for (float* s = w_.s; s < w_.s + keys * kVectors * vector_lanes(); s += vector_lanes()) {
+      hn::Store(hn::Mul(cap, tanh_vector(hn::Load(f32, s))), f32, s);
+    }
+  }
+
+  template <int kVectors>
+  void apply_array_mask(int64_t panel, int64_t begin, int64_t keys) {
+    const int64_t width = kVectors * vector_lanes();
+    for (int64_t lane = 0; lane < width; lane += 4) {
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t slot = panel * shape_.lanes + lane + i;
+        float* staged = w_.staged + i * w_.staged_columns;
+        if (slot >= rows_) {
+          std::fill_n(staged, keys, 0.0f);
+        } else {
+          load_mask_row(p_, t_.mask, item_.batch_idx, head_of(slot), query_of(slot), begin, keys,
+                        staged);
+        }
+      }
+      add_lanes(w_.staged, w_.staged_columns, keys, w_.s + lane, width);
+    }
+  }
+
+  // Hides keys outside each row's range, touching only keys that some row does not see.
+  template <int kVectors>
+  void apply_key_range(int64_t panel, const PanelKeys& range) {
+    const F32 f32;
+    const I32 i32;
+    const auto masked = hn::Set(f32, kMinusInfinity);
+    const int64_t slot = panel * shape_.lanes;
+    const auto hide = [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; ++key) {
+        const auto key_vector = hn::Set(i32, static_cast<int32_t>(key));
+        float* s = w_.s + (key - range.begin) * kVectors * vector_lanes();
+        for (int64_t c = 0; c < kVectors; ++c, s += vector_lanes()) {
+          const auto first = hn::Load(i32, w_.first + slot + c * vector_lanes());
+          const auto last = hn::Load(i32, w_.last + slot + c * vector_lanes());
+          const auto is_before = hn::RebindMask(f32, hn::Gt(first, key_vector));
+          const auto is_visible = hn::RebindMask(f32, hn::Gt(last, key_vector));
+          const auto score = hn::IfThenElse(is_visible, hn::Load(f32, s), masked);
+          hn::Store(hn::IfThenElse(is_before, masked, score), f32, s);
+        }
+      }
+    };
+    const int64_t head_end = std::min(range.common_begin, range.end);
+    hide(range.begin, head_end);
+    hide(std::max({range.common_end, head_end, range.begin}), range.end);
+  }
+
+  // Turns scores into weights, updates m and l, leaves the rescale factor of O in alpha.
+  template <int kVectors>
+  void softmax(int64_t slot, int64_t keys) {
+    const F32 f32;
+    const ptrdiff_t lanes = vector_lanes(), width = kVectors * lanes;
+    for (int c = 0; c < kVectors; ++c) {
+      const float* column = w_.s + c * lanes;
+      const auto m_old = hn::Load(f32, w_.m + slot + c * lanes);
+      auto m_even = m_old, m_odd = m_old;
+      for (int64_t j = 0; j < keys; j += 2) {
+        m_even = hn::Max(m_even, hn::Load(f32, column + j * width));
+        m_odd = hn::Max(m_odd, hn::Load(f32, column + (j + 1) * width));
+      }
+      const auto m_new = hn::Max(m_even, m_odd);
+      // A row that has seen nothing yet subtracts 0: minus infinity less itself would be NaN.
+      const auto shift = hn::IfThenZeroElse(hn::Eq(m_new, hn::Set(f32, kMinusInfinity)), m_new);
+      const auto alpha = exp2_nonpositive(hn::Sub(m_old, shift));
+      auto sum = hn::Zero(f32);
+      for (int64_t j = 0; j < keys; j += 2) {
+        const auto even = exp2_nonpositive(hn::Sub(hn::Load(f32, column + j * width), shift));
+        const auto odd = exp2_nonpositive(hn::Sub(hn::Load(f32, column + (j + 1) * width), shift));
+        sum = hn::Add(sum, products_.template keep<kVectors>(even, odd, j, c));
+      }
+      float* l = w_.l + slot + c * lanes;
+      hn::Store(hn::MulAdd(hn::Load(f32, l), alpha, sum), f32, l);
+      hn::Store(m_new, f32, w_.m + slot + c * lanes);
+      hn::Store(alpha, f32, w_.alpha + c * lanes);
+    }
+  }
+
+  // The rare tile where V holds an infinity or NaN and some key is hidden: a weight of zero would
+  // not hide it, so hidden keys are skipped one by one.
+  template <int kVectors>
+  void add_values_one_by_one(int64_t panel, int64_t begin, int64_t keys) {
+    const int64_t width = kVectors * vector_lanes();
+    for (int64_t r = 0; r < panel_rows(panel); ++r) {
+      const int64_t slot = panel * shape_.lanes + r;
+      float* o = o_panel(panel) + r;
+      for (int64_t d = 0; d < p_.dim_v; ++d) o[d * width] *= w_.alpha[r];
+      for (int64_t key = std::max<int64_t>(begin, w_.first[slot]);
+           key < std::min<int64_t>(begin + keys, w_.last[slot]); ++key) {
+        if (mask_bias(p_, t_.mask, item_.batch_idx, head_of(slot), query_of(slot), key) ==
+            kMinusInfinity) {
+          continue;
+        }
+        const float weight = products_.weight(key - begin, r, width);
+        for (int64_t d = 0; d < p_.dim_v; ++d) {
+          o[d * width] = std::fma(weight, products_.value(key, d), o[d * width]);
+        }
+      }
+    }
+  }
+
+  void store() {
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t width = panel_vectors(panel) * vector_lanes();
+      for (int64_t lane = 0; lane < panel_rows(panel); lane += 4) {
+        transpose_from_lanes(o_panel(panel) + lane, width, p_.dim_v, w_.staged, w_.staged_columns);
+        for (int64_t i = 0; i < std::min<int64_t>(4, panel_rows(panel) - lane); ++i) {
+          store_staged(panel * shape_.lanes + lane + i, w_.staged + i * w_.staged_columns);
+        }
+      }
+    }
+  }
+
+  void store_staged(int64_t slot, const float* o) {
+    const RowId id{item_.batch_idx, item_.head_kv, item_.row_begin + slot};
+    if (partials_.chunks == 1) return store_row(p_, t_, id, w_.m[slot], w_.l[slot], o);
+    const int64_t row = (id.batch_idx * p_.heads_kv + id.head_kv) * shape_.rows_per_head + id.row;
+    const int64_t i = item_.chunk * partials_.rows + row;
+    partials_.m[i] = w_.m[slot];
+    partials_.l[i] = w_.l[slot];
+    std::copy_n(o, p_.dim_v, partials_.o + i * p_.dim_v);
+  }
+
+  const Problem& p_;
+  const Tensors& t_;
+  const PrefillShape& shape_;
+  const PrefillScratch& w_;
+  const Partials& partials_;
+  Products products_;
+  PrefillItem item_{};
+  int64_t rows_ = 0, panels_ = 0;
+  KeyRange tile_{};
+  bool v_is_finite_ = true;
+};
+
+// Takes items from the counter until there are none.
+template <typename Products>
+void run_prefill_worker(const Problem& p, const Tensors& t, const PrefillWorkspace& workspace,
+                        int32_t worker_idx, std::atomic<int64_t>& next, Progress& progress) {
+  const PrefillShape& shape = workspace.shape;
+  const PrefillScratch scratch = workspace.scratch(worker_idx);
+  PrefillWorker<Products> worker(p, t, shape, scratch, workspace.partials);
+  for (int64_t i = next++; i < shape.items && !progress.is_cancelled(); i = next++) {
+    // Last query tiles first: with causal they see the most keys, and the longest work should not
+    // start last. Heads vary fastest so that neighbours differ in memory, not in length.
+    const int64_t heads = p.batch * p.heads_kv;
+    const int64_t head = i % heads;
+    const int64_t chunk = i / heads % shape.chunks;
+    const int64_t q_tile = shape.q_tiles - 1 - i / heads / shape.chunks;
+    const int64_t row_begin = q_tile * shape.tile_q;
+    const KeyRange keys{chunk * shape.chunk_keys,
+                        std::min(p.len_k, (chunk + 1) * shape.chunk_keys)};
+    worker.run({head / p.heads_kv, head % p.heads_kv, row_begin,
+                std::min(row_begin + shape.tile_q, shape.rows_per_head), keys, chunk});
+    progress.step_done();
+  }
+}
+
+}  // namespace wh::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

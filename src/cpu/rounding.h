@@ -1,0 +1,13 @@
+// Integer division and rounding upwards, for tiles and chunks.
+#pragma once
+
+#include <cstdint>
+
+namespace wh::cpu {
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return divide_up(value, multiple) * multiple;
+}
+
+}  // namespace wh::cpu
