@@ -1,0 +1,47 @@
+#include "cuda/common/attention_args.h"
+
+#include <algorithm>
+
+namespace wh::cuda {
+
+bool fits_int32(const Problem& p) {
+  return std::max({p.batch * p.heads_q, p.len_q, p.len_k}) <= kMaxExtent;
+}
+
+Scores scores_of(const Problem& p) {
+  if (p.mask != MaskKind::kNone) return Scores::kMasked;
+  // A scale this small could turn a hidden key's minus infinity into 0 * inf.
+  constexpr float kLeastScale = 1e-30f;
+  return p.softcap > 0 || p.scale < kLeastScale ? Scores::kTransformed : Scores::kPlain;
+}
+
+AttentionArgs attention_args(const Problem& p, const Tensors& t) {
+  AttentionArgs args{};
+  args.heads_q = static_cast<int32_t>(p.heads_q);
+  args.group = static_cast<int32_t>(p.group());
+  args.len_q = static_cast<int32_t>(p.len_q);
+  args.len_k = static_cast<int32_t>(p.len_k);
+  args.dim_qk = static_cast<int32_t>(p.dim_qk);
+  args.dim_v = static_cast<int32_t>(p.dim_v);
+  args.causal = p.causal;
+  args.mask_kind = p.mask;
+  // A window beyond the longest length hides nothing more.
+  args.window_left = static_cast<int32_t>(std::min(p.window_left, kMaxExtent));
+  args.window_right =
+      static_cast<int32_t>(p.causal != Causal::kNone ? 0 : std::min(p.window_right, kMaxExtent));
+  args.scale = p.scale;
+  args.softcap = p.softcap;
+  args.v = t.v;
+  args.out = t.out;
+  args.mask = t.mask;
+  args.sinks = p.has_sinks ? t.sinks : nullptr;
+  args.key_lengths = p.has_key_lengths ? t.key_lengths : nullptr;
+  args.key_starts = p.has_key_starts ? t.key_starts : nullptr;
+  args.log_sum_exp = p.wants_log_sum_exp ? t.log_sum_exp : nullptr;
+  std::copy_n(p.stride_v.begin(), 3, args.stride_v);
+  std::copy_n(p.stride_out.begin(), 3, args.stride_out);
+  std::copy_n(p.stride_mask.begin(), 4, args.stride_mask);
+  return args;
+}
+
+}  // namespace wh::cuda

@@ -1,0 +1,48 @@
+// What every attention kernel reads of a problem, as plain data that is passed by value.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+
+namespace wh::cuda {
+
+// How a score becomes an exponent. Each is a compile-time variant, so that the plain one pays
+// nothing for the others.
+enum class Scores : int32_t {
+  kPlain,        // the scale is folded into the exponential
+  kTransformed,  // softcap, or a scale that is not positive (the largest score is then no maximum)
+  kMasked,       // an array mask on top
+};
+
+struct AttentionArgs {
+  int32_t heads_q;
+  int32_t group;  // query heads of one kv head
+  int32_t len_q, len_k;
+  int32_t dim_qk, dim_v;
+  Causal causal;
+  MaskKind mask_kind;
+  int32_t window_left, window_right;  // kUnlimited: hides nothing; causal is window_right 0
+  float scale, softcap;
+  const void* v;
+  void* out;
+  const void* mask;
+  const float* sinks;          // [heads_q]
+  const int32_t* key_lengths;  // [batch]
+  const int32_t* key_starts;   // [batch]
+  float* log_sum_exp;          // [batch, heads_q, len_q]
+  int64_t stride_v[3];         // batch, heads, length
+  int64_t stride_out[3];
+  int64_t stride_mask[4];
+};
+
+// Needs fits_int32().
+AttentionArgs attention_args(const Problem& problem, const Tensors& tensors);
+
+// Whether lengths and heads are so small that sums of three never wrap: at most kMaxExtent.
+constexpr int64_t kMaxExtent = int64_t{1} << 29;
+bool fits_int32(const Problem& problem);
+
+Scores scores_of(const Problem& problem);
+
+}  // namespace wh::cuda

@@ -1,0 +1,70 @@
+#include "cuda/common/launch.h"
+
+#include <fmt/format.h>
+
+#include <mutex>
+#include <set>
+#include <shared_mutex>
+#include <utility>
+
+namespace wh::cuda {
+namespace {
+
+// Kernels that may use more than 48 KB, by device: the attribute costs 1 us a call.
+class SharedMemoryOptIns {
+ public:
+  Status allow(const void* function, int bytes) {
+    int device = 0;
+    if (Status status = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
+      return status;
+    }
+    const std::pair key{function, device};
+    {
+      const std::shared_lock lock(mutex_);
+      if (done_.contains(key)) return {};
+    }
+    const std::unique_lock lock(mutex_);
+    Status status = cuda_status(
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+    if (status.ok()) done_.insert(key);
+    return status;
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::set<std::pair<const void*, int>> done_;
+};
+
+}  // namespace
+
+Status cuda_status(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return {};
+  return {Code::kDeviceError,
+          fmt::format("{}: {} ({})", call, cudaGetErrorString(error), cudaGetErrorName(error))};
+}
+
+Status launch_kernel(const KernelLaunch& launch) {
+  static SharedMemoryOptIns opt_ins;
+  constexpr int kSharedBytesOfAll = 48 << 10;
+  if (launch.shared_bytes > kSharedBytesOfAll) {
+    if (Status status = opt_ins.allow(launch.function, launch.shared_bytes); !status.ok()) {
+      return status;
+    }
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+  config.stream = launch.stream;
+  config.attrs = &attribute;
+  config.numAttrs = launch.cluster > 1 ? 1 : 0;
+  return cuda_status(cudaLaunchKernelExC(&config, launch.function, launch.parameters),
+                     "cudaLaunchKernelExC");
+}
+
+}  // namespace wh::cuda

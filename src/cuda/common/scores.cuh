@@ -1,0 +1,111 @@
+// What happens to a tile of scores before softmax: scale, softcap and masks, in the accumulator
+// layout that online_softmax.cuh describes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/common/key_range.h"
+#include "cuda/ptx/math.cuh"
+
+namespace wh::cuda {
+
+// One query of one head, as far as masks are concerned.
+struct ScoreRow {
+  int32_t first_key;   // that the row may see
+  uint32_t key_count;  // from there on
+  const char* mask;    // its row of the array mask, key 0
+};
+
+__device__ __forceinline__ ScoreRow score_row(const AttentionArgs& args, Keys present,
+                                              int32_t batch_idx, int32_t head, int32_t query_idx) {
+  const Keys keys = visible_keys(args, present, query_idx);
+  ScoreRow row{keys.begin, static_cast<uint32_t>(max(0, keys.end - keys.begin)), nullptr};
+  if (args.mask_kind != MaskKind::kNone) {
+    const int64_t element_bytes = args.mask_kind == MaskKind::kBoolean       ? 1
+                                  : args.mask_kind == MaskKind::kAdditiveF32 ? 4
+                                                                             : 2;
+    row.mask = static_cast<const char*>(args.mask) +
+               (batch_idx * args.stride_mask[0] + head * args.stride_mask[1] +
+                query_idx * args.stride_mask[2]) *
+                   element_bytes;
+  }
+  return row;
+}
+
+// The bias of a key that the row may see; minus infinity hides it.
+template <typename T>
+__device__ __forceinline__ float mask_bias(const AttentionArgs& args, const ScoreRow& row,
+                                           int32_t key_idx) {
+  const int64_t offset = key_idx * args.stride_mask[3];
+  switch (args.mask_kind) {
+    case MaskKind::kNone:
+      return 0;
+    case MaskKind::kBoolean:
+      return row.mask[offset] != 0 ? 0 : -INFINITY;
+    case MaskKind::kAdditiveF32:
+      return reinterpret_cast<const float*>(row.mask)[offset];
+    case MaskKind::kAdditiveQ:
+      return static_cast<float>(reinterpret_cast<const T*>(row.mask)[offset]);
+  }
+  return 0;
+}
+
+// Scale and softcap: what follows works in natural units.
+template <int kCount>
+__device__ __forceinline__ void transform_scores(float (&s)[kCount], const AttentionArgs& args) {
+  if (args.softcap > 0) {
+    const float inner = args.scale / args.softcap;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] = args.softcap * ptx::tanh_accurate(s[i] * inner);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] *= args.scale;
+  }
+}
+
+// Hides the keys of the tile that starts at `tile_key` from rows that may not see them. Whatever
+// was there, NaN too, is replaced.
+template <int kCount>
+__device__ __forceinline__ void hide_keys(float (&s)[kCount], const ScoreRow (&rows)[2],
+                                          int32_t tile_key) {
+  const int32_t thread_key = tile_key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t offset = thread_key - rows[r].first_key;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      if (offset + 8 * i >= rows[r].key_count) s[4 * i + 2 * r] = -INFINITY;
+      if (offset + 8 * i + 1 >= rows[r].key_count) s[4 * i + 2 * r + 1] = -INFINITY;
+    }
+  }
+}
+
+// The same under an array mask, whose bias is added to the visible ones.
+template <typename T, int kCount>
+__device__ __forceinline__ void mask_scores(float (&s)[kCount], const AttentionArgs& args,
+                                            const ScoreRow (&rows)[2], int32_t tile_key) {
+  const int32_t thread_key = tile_key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t offset = thread_key - rows[r].first_key;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = s[4 * i + 2 * r + e];
+        float bias = -INFINITY;
+        if (offset + 8 * i + e < rows[r].key_count) {
+          bias = mask_bias<T>(args, rows[r], thread_key + 8 * i + e);
+        }
+        score = bias == -INFINITY ? -INFINITY : score + bias;
+      }
+    }
+  }
+}
+
+}  // namespace wh::cuda

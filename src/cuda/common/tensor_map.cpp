@@ -1,0 +1,76 @@
+#include "cuda/common/tensor_map.h"
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+namespace wh::cuda {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// Through the runtime, so that the library does not link the driver and loads without one.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<Encode>(function);
+}
+
+}  // namespace
+
+std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
+                                              const std::array<int64_t, 4>& shape) {
+  static constexpr const char* kNames[] = {"batch", "head", "length", "dim"};
+  constexpr int64_t kElementBytes = 2;
+  if (strides[3] != 1 && shape[3] > 1) {
+    return fmt::format("{} has a {} stride of {}; TMA needs 1", name, kNames[3], strides[3]);
+  }
+  if (shape[3] % 8 != 0) {
+    return fmt::format("{} has a dim of {}; TMA needs a multiple of 8", name, shape[3]);
+  }
+  for (int i = 0; i < 3; ++i) {
+    if (shape[i] <= 1) continue;
+    const int64_t bytes = strides[i] * kElementBytes;
+    if (bytes < 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) {
+      return fmt::format(
+          "{} has a {} stride of {} elements; TMA needs a positive multiple of 8 below 2^39", name,
+          kNames[i], strides[i]);
+    }
+  }
+  return std::nullopt;
+}
+
+Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shape) {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) {
+    return Status(Code::kDeviceError,
+                  "the driver has no cuTensorMapEncodeTiled; it must be 12.0 or newer");
+  }
+  CUtensorMap map;
+  cuuint64_t extent[5];
+  cuuint64_t stride_bytes[4];
+  cuuint32_t box[5];
+  constexpr cuuint32_t kSteps[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < shape.rank; ++i) {
+    extent[i] = static_cast<cuuint64_t>(shape.extent[i]);
+    box[i] = static_cast<cuuint32_t>(shape.box[i]);
+    if (i == 0) continue;
+    // The stride of a dimension of one is never used, but must be valid.
+    stride_bytes[i - 1] = shape.extent[i] > 1 ? static_cast<cuuint64_t>(shape.stride[i]) * 2 : 16;
+  }
+  const CUtensorMapDataType type = shape.dtype == Dtype::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(&map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data), extent,
+             stride_bytes, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    return Status(Code::kDeviceError,
+                  fmt::format("cuTensorMapEncodeTiled answered {}", static_cast<int>(result)));
+  }
+  return map;
+}
+
+}  // namespace wh::cuda

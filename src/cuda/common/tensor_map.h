@@ -1,0 +1,37 @@
+// Tensor maps: how TMA is told the shape and strides of a tensor in global memory.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/problem.h"
+#include "core/status.h"
+
+namespace wh::cuda {
+
+// Columns of one swizzled panel: 128 bytes of a 16-bit type.
+constexpr int kPanelColumns = 64;
+
+// Why TMA cannot describe a [batch, heads, length, dim] tensor of a 16-bit type with these strides;
+// nullopt: it can.
+std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
+                                              const std::array<int64_t, 4>& shape);
+
+// Dimensions innermost first, the first one dense; strides in elements from the second one on.
+struct TensorMapShape {
+  Dtype dtype;
+  int rank;
+  std::array<int64_t, 5> extent;
+  std::array<int64_t, 5> stride;
+  std::array<int32_t, 5> box;
+};
+
+// `data` must be aligned to 16 bytes. Costs about 0.3 us; a map holds the address, so it is made
+// anew for every call.
+Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shape);
+
+}  // namespace wh::cuda

@@ -1,0 +1,486 @@
+// sm90_prefill: many queries, heads up to 256 wide, on Hopper.
+//
+// Schedule. A block is persistent and takes one tile of 128 or 192 query rows after another, the
+// longest first, from a counter (or in turn where all are equally long). One thread of the producer
+// warpgroup loads Q and then K and V tiles by TMA, two stages each, from the last visible key to
+// the first. Each consumer warpgroup owns 64 rows: it issues S = Q K(n)^T, then O += P V(n+1), and
+// works on softmax of S(n) while the second product runs; P stays in registers. The output goes
+// from registers to memory, so that the next Q is on its way as soon as the last S is done. A
+// second warp of the producer warpgroup cleans V tiles in which some key is hidden from some row.
+//
+// Causal, windows, key lengths and starts and ragged ends are key ranges computed per tile: tiles
+// outside are not loaded, tiles inside are not masked.
+//
+// Roofline: tensor cores, 4096 flops a clock and SM. 128 rows read a K and V tile from L2 once: 128
+// flops a byte, 5.1 TB/s at 650 TFLOP/s, just inside what L2 gives (64 rows would not be). Softmax
+// costs 128 / (dim_qk + dim_v) of the tensor time in exponentials alone: all of it at dim 64, a
+// quarter at 256.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/clean_values.cuh"
+#include "cuda/common/key_range.h"
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/scores.cuh"
+#include "cuda/common/tensor_map.h"
+#include "cuda/common/tile_order.h"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/prefill/kernel.h"
+#include "cuda/sm90/prefill/tiles.h"
+
+namespace wh::cuda {
+
+// Which of the stages is next, and the parity of its barriers.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+struct PrefillBlock {
+  using T = std::conditional_t<kDtype == Dtype::kF16, __half, __nv_bfloat16>;
+  static constexpr HeadDims kDims{kDimQk, kDimV};
+  static constexpr PrefillTile kTile = prefill_tile(kDims, kScores);
+  static constexpr PrefillMemory kMemory{kDims, kTile};
+  static constexpr int kTileQ = kTile.tile_q();
+  static constexpr int kTileK = kTile.tile_k;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kWarpgroups = kTile.warpgroups;
+  static constexpr int kRoundRow = 16;  // query rows of one warp
+  // Where O is wide, its rescaling hides behind S = Q K^T; where it is narrow, behind P V.
+  static constexpr bool kRescaleEarly = kDimV > 128;
+  static_assert(kMemory.bytes <= 232448);
+
+  // Barriers, 8 bytes each.
+  enum Barrier {
+    kQFull,
+    kQFree,
+    kKFull,
+    kKFree = kKFull + kStages,
+    kVFull = kKFree + kStages,  // and clean
+    kVFree = kVFull + kStages,
+    kVLoaded = kVFree + kStages,  // but not yet cleaned
+    kBarriers = kVLoaded + kStages,
+  };
+
+  // Words that the producer warpgroup hands to the consumers.
+  struct Mailbox {
+    int32_t tile;        // index in the order; negative: no more
+    int32_t dropped[2];  // whether cleaning lost anything, by the parity of the tile's number
+  };
+  static_assert(kBarriers * 8 + sizeof(Mailbox) <= 256);
+
+  const PrefillMaps& maps;
+  const AttentionArgs& args;
+  const TileOrder& order;
+  unsigned char* s_memory;
+  uint32_t s_q;  // the same in the shared window, where Q comes first
+
+  __device__ __forceinline__ uint32_t barrier(int which) const {
+    return s_q + kMemory.barrier_offset + which * 8;
+  }
+  __device__ __forceinline__ uint32_t s_k(int stage) const {
+    return s_q + kMemory.k_offset + stage * kMemory.k_bytes;
+  }
+  __device__ __forceinline__ uint32_t s_v(int stage) const {
+    return s_q + kMemory.v_offset + stage * kMemory.v_bytes;
+  }
+  __device__ __forceinline__ volatile Mailbox* mailbox() const {
+    return reinterpret_cast<volatile Mailbox*>(s_memory + kMemory.barrier_offset + kBarriers * 8);
+  }
+
+  __device__ __forceinline__ void init_barriers() const {
+    ptx::mbarrier_init(barrier(kQFull), 1);
+    ptx::mbarrier_init(barrier(kQFree), 4 * kWarpgroups + 1);
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(barrier(kKFull + i), 1);
+      ptx::mbarrier_init(barrier(kVFull + i), 1);
+      ptx::mbarrier_init(barrier(kVLoaded + i), 1);
+      ptx::mbarrier_init(barrier(kKFree + i), 4 * kWarpgroups);
+      ptx::mbarrier_init(barrier(kVFree + i), 4 * kWarpgroups);
+    }
+    ptx::mbarrier_init_fence();
+  }
+
+  // A tile's place in the problem and the keys it works on.
+  struct Work {
+    QueryTile at;
+    Keys present;
+    KeyTiles keys;
+  };
+  __device__ __forceinline__ Work work(int32_t index) const {
+    Work w;
+    w.at = query_tile(order, args.heads_q, index);
+    w.present = present_keys(args, w.at.batch_idx);
+    const int32_t last = min(args.len_q, w.at.first_query + order.tile_queries) - 1;
+    w.keys = key_tiles(args, w.present, w.at.first_query, last, kTileK);
+    return w;
+  }
+
+  // --- producer: one thread ---
+
+  __device__ __forceinline__ void produce() const {
+    Ring<kStages> ring;
+    uint32_t q_parity = 1;
+    const uint32_t q_bytes = order.packed_heads * order.tile_queries * 128 * kMemory.panels_qk;
+    for (int32_t index = blockIdx.x;; index = next_tile(index)) {
+      const bool is_last = index >= order.tiles;
+      ptx::mbarrier_wait(barrier(kQFree), q_parity);
+      q_parity ^= 1;
+      mailbox()->tile = is_last ? -1 : index;
+      if (is_last) {
+        ptx::mbarrier_arrive(barrier(kQFull));
+        return;
+      }
+      const Work w = work(index);
+      ptx::mbarrier_expect(barrier(kQFull), q_bytes);
+      const int32_t head_kv = w.at.first_head / args.group;
+#pragma unroll
+      for (int i = 0; i < kMemory.panels_qk; ++i) {
+        ptx::tma_load_5d(s_q + i * kTileQ * 128, &maps.q, barrier(kQFull), i * kPanelColumns,
+                         w.at.first_head - head_kv * args.group, w.at.first_query, head_kv,
+                         w.at.batch_idx, ptx::CacheHint::kEvictFirst);
+      }
+#pragma unroll 1
+      for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
+        const TileAt at{n * kTileK, head_kv, w.at.batch_idx};
+        load<kMemory.panels_qk>(maps.k, at, s_k(ring.stage), ring.parity,
+                                barrier(kKFree + ring.stage), barrier(kKFull + ring.stage));
+        const int full = w.keys.is_clean(n) ? kVFull : kVLoaded;
+        load<kMemory.panels_v>(maps.v, at, s_v(ring.stage), ring.parity,
+                               barrier(kVFree + ring.stage), barrier(full + ring.stage));
+        ring.next();
+      }
+    }
+  }
+
+  __device__ __forceinline__ int32_t next_tile(int32_t index) const {
+    if (order.next == nullptr) return index + gridDim.x;
+    return gridDim.x + atomicAdd(order.next, 1);
+  }
+
+  struct TileAt {
+    int32_t key, head_kv, batch_idx;
+  };
+  template <int kPanels>
+  __device__ __forceinline__ void load(const CUtensorMap& map, const TileAt& at, uint32_t to,
+                                       uint32_t parity, uint32_t free, uint32_t full) const {
+    ptx::mbarrier_wait(free, parity ^ 1);
+    ptx::mbarrier_expect(full, kPanels * kTileK * 128);
+#pragma unroll 1
+    for (int i = 0; i < kPanels; ++i) {
+      ptx::tma_load_4d(to + i * kTileK * 128, &map, full, i * kPanelColumns, at.key, at.head_kv,
+                       at.batch_idx, ptx::CacheHint::kEvictLast);
+    }
+  }
+
+  // --- cleaner: one warp ---
+
+  __device__ __forceinline__ void clean() const {
+    Ring<kStages> ring;
+    uint32_t loaded_parity = 0;  // a bit a stage: only tiles to be cleaned complete this barrier
+    uint32_t q_parity = 0;
+    for (uint32_t number = 0;; ++number) {
+      ptx::mbarrier_wait(barrier(kQFull), q_parity);
+      q_parity ^= 1;
+      const int32_t index = mailbox()->tile;
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        mailbox()->dropped[number % 2] = 0;
+        ptx::mbarrier_arrive(barrier(kQFree));
+      }
+      if (index < 0) return;
+      const Work w = work(index);
+#pragma unroll 1
+      for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
+        if (!w.keys.is_clean(n)) {
+          ptx::mbarrier_wait(barrier(kVLoaded + ring.stage), loaded_parity >> ring.stage & 1);
+          loaded_parity ^= 1u << ring.stage;
+          const bool dropped = clean_values<T, kMemory.panels_v, kTileK>(
+              s_memory + kMemory.v_offset + ring.stage * kMemory.v_bytes, w.present, n * kTileK);
+          if (dropped) mailbox()->dropped[number % 2] = 1;
+          ptx::async_proxy_fence();
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier(kVFull + ring.stage));
+        }
+        ring.next();
+      }
+    }
+  }
+
+  // --- consumers: a warpgroup has 64 rows ---
+
+  struct Consumer {
+    const PrefillBlock& block;
+    int warpgroup;
+    Ring<kStages> ring;
+    OnlineSoftmax softmax;
+    float r_o[kDimV / 2];      // [64 rows, kDimV] of the warpgroup, unnormalised
+    uint32_t r_p[kTileK / 4];  // [64 rows, kTileK], rounded to T
+    ScoreRow rows[2];
+    float scale_log2;
+
+    __device__ __forceinline__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
+
+    __device__ __forceinline__ void issue_scores(float (&s)[kTileK / 2]) {
+      ptx::mbarrier_wait(block.barrier(kKFull + ring.stage), ring.parity);
+      const uint64_t q = ptx::panel_descriptor(block.s_q + warpgroup * 64 * 128);
+      const uint64_t k = ptx::panel_descriptor(block.s_k(ring.stage));
+      ptx::keep(s);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kDimQk / 16; ++i) {
+        const int panel = i / 4, within = i % 4 * 32;
+        ptx::Wgmma<kTileK, T>::template ss<0>(
+            s, q + ptx::descriptor_offset(panel * kTileQ * 128 + within),
+            k + ptx::descriptor_offset(panel * kTileK * 128 + within), i != 0);
+      }
+      ptx::wgmma_commit();
+    }
+
+    __device__ __forceinline__ void issue_values(int stage, uint32_t parity) {
+      ptx::mbarrier_wait(block.barrier(kVFull + stage), parity);
+      const uint64_t v = ptx::panel_descriptor(block.s_v(stage), kTileK * 128);
+      ptx::keep(r_o);
+      ptx::keep(r_p);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kTileK / 16; ++i) {
+        ptx::Wgmma<kDimV, T>::template rs<1>(r_o, r_p + 4 * i,
+                                             v + ptx::descriptor_offset(i * 16 * 128), 1);
+      }
+      ptx::wgmma_commit();
+    }
+
+    __device__ __forceinline__ void release(int which) {
+      if (is_first_lane()) ptx::mbarrier_arrive(block.barrier(which));
+    }
+
+    template <bool kHides>
+    __device__ __forceinline__ void weigh(float (&s)[kTileK / 2], int32_t tile) {
+      if constexpr (kScores != Scores::kPlain) transform_scores(s, block.args);
+      if constexpr (kScores == Scores::kMasked) {
+        mask_scores<T>(s, block.args, rows, tile * kTileK);
+      } else if constexpr (kHides) {
+        hide_keys(s, rows, tile * kTileK);
+      }
+      softmax.update(s, scale_log2);
+    }
+
+    __device__ __forceinline__ void pack(const float (&s)[kTileK / 2]) {
+#pragma unroll
+      for (int i = 0; i < kTileK / 4; ++i) r_p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
+    }
+
+    __device__ __forceinline__ void rescale() {
+#pragma unroll
+      for (int i = 0; i < kDimV / 2; ++i) r_o[i] *= softmax.correction[i / 2 % 2];
+    }
+
+    __device__ __forceinline__ void first_tile(int32_t tile) {
+      float s[kTileK / 2];
+      issue_scores(s);
+      ptx::wgmma_wait<0>();
+      ptx::keep(s);
+      release(kKFree + ring.stage);
+      weigh<true>(s, tile);
+      pack(s);
+    }
+
+    // Scores of `tile` beside the values of the tile before.
+    template <bool kHides>
+    __device__ __forceinline__ void next_tile(int32_t tile) {
+      const int v_stage = ring.stage;
+      const uint32_t v_parity = ring.parity;
+      ring.next();
+      float s[kTileK / 2];
+      issue_scores(s);
+      if constexpr (kRescaleEarly) rescale();
+      issue_values(v_stage, v_parity);
+      ptx::wgmma_wait<1>();
+      ptx::keep(s);
+      release(kKFree + ring.stage);
+      weigh<kHides>(s, tile);
+      ptx::wgmma_wait<0>();
+      ptx::keep(r_o);
+      release(kVFree + v_stage);
+      pack(s);
+      if constexpr (!kRescaleEarly) rescale();
+    }
+
+    __device__ __forceinline__ void last_values() {
+      if constexpr (kRescaleEarly) rescale();
+      issue_values(ring.stage, ring.parity);
+      ptx::wgmma_wait<0>();
+      ptx::keep(r_o);
+      release(kVFree + ring.stage);
+      ring.next();
+    }
+
+    // Row `r` of this thread as an index in the tile.
+    __device__ __forceinline__ int32_t tile_row(int r) const {
+      return warpgroup * 64 + threadIdx.x % 128 / 32 * kRoundRow + threadIdx.x % 32 / 4 + 8 * r;
+    }
+
+    struct RowPlace {
+      int32_t head, query;
+      bool exists;
+    };
+    __device__ __forceinline__ RowPlace place(const QueryTile& at, int32_t row) const {
+      const int32_t query = row / block.order.packed_heads;
+      return {at.first_head + row - query * block.order.packed_heads, at.first_query + query,
+              query < block.order.tile_queries && at.first_query + query < block.args.len_q};
+    }
+
+    __device__ __forceinline__ T* out_row(const QueryTile& at, const RowPlace& row) const {
+      const int64_t(&stride)[3] = block.args.stride_out;
+      return static_cast<T*>(block.args.out) + at.batch_idx * stride[0] + row.head * stride[1] +
+             row.query * stride[2];
+    }
+
+    // O times the correction, lane pairs swapping halves so that a quad fills 32 bytes of a row.
+    __device__ __forceinline__ void store(const QueryTile& at) {
+      const AttentionArgs& args = block.args;
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowPlace row = place(at, tile_row(r));
+        const float sink = args.sinks != nullptr && row.exists ? args.sinks[row.head] : -INFINITY;
+        const float log_sum = softmax.finish(r, scale_log2, sink);
+        const float norm = softmax.correction[r];
+        if (args.log_sum_exp != nullptr && row.exists && lane % 4 == 0) {
+          args.log_sum_exp[(static_cast<int64_t>(at.batch_idx) * args.heads_q + row.head) *
+                               args.len_q +
+                           row.query] = log_sum;
+        }
+        const int32_t column = lane % 2 * 8 + lane % 4 / 2 * 4;
+        T* out = out_row(at, row) + column;
+#pragma unroll
+        for (int i = 0; i < kDimV / 8; i += 2) {
+          const float* o = r_o + 4 * i + 2 * r;
+          const uint32_t low = ptx::pack<T>(o[0] * norm, o[1] * norm);
+          const uint32_t high = ptx::pack<T>(o[4] * norm, o[5] * norm);
+          const uint32_t other = __shfl_xor_sync(~0u, lane % 2 != 0 ? low : high, 1);
+          const uint2 four = lane % 2 != 0 ? make_uint2(other, high) : make_uint2(low, other);
+          if (row.exists && 8 * i + column < args.dim_v) {
+            *reinterpret_cast<uint2*>(out + 8 * i) = four;
+          }
+        }
+      }
+    }
+
+    // What cleaning dropped from V, added to the rows that see it. Rare: speed does not matter.
+    __device__ __forceinline__ void restore(const Work& w) {
+      const AttentionArgs& args = block.args;
+      ptx::named_sync(1 + warpgroup, 128);  // the whole warpgroup's rows are stored
+      const T* v = static_cast<const T*>(args.v) + w.at.batch_idx * args.stride_v[0] +
+                   w.at.first_head / args.group * args.stride_v[1];
+      const Keys left{max(w.present.begin, w.keys.begin * kTileK),
+                      min(w.present.end, w.keys.full_begin * kTileK)};
+      const Keys right{max(w.present.begin, max(w.keys.full_begin, w.keys.clean_end) * kTileK),
+                       min(w.present.end, w.keys.end * kTileK)};
+#pragma unroll 1
+      for (int32_t i = 0; i < 64; ++i) {
+        const RowPlace row = place(w.at, warpgroup * 64 + i);
+        if (!row.exists) continue;
+        const ScoreRow range = score_row(args, w.present, w.at.batch_idx, row.head, row.query);
+        T* out = out_row(w.at, row);
+#pragma unroll 1
+        for (int32_t column = threadIdx.x % 128; column < args.dim_v; column += 128) {
+          restore_values<T>(args, range, left, v, out, column);
+          restore_values<T>(args, range, right, v, out, column);
+        }
+      }
+    }
+
+    __device__ __forceinline__ void run() {
+      scale_log2 = kScores == Scores::kPlain ? block.args.scale * kLog2E : kLog2E;
+      uint32_t q_parity = 0;
+      for (uint32_t number = 0;; ++number) {
+        ptx::mbarrier_wait(block.barrier(kQFull), q_parity);
+        q_parity ^= 1;
+        const int32_t index = block.mailbox()->tile;
+        if (index < 0) return;
+        const Work w = block.work(index);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          RowPlace row = place(w.at, tile_row(r));
+          rows[r] = score_row(block.args, w.present, w.at.batch_idx,
+                              min(row.head, block.args.heads_q - 1),
+                              min(row.query, block.args.len_q - 1));
+        }
+        softmax = OnlineSoftmax{};
+#pragma unroll
+        for (int i = 0; i < kDimV / 2; ++i) r_o[i] = 0;
+        int32_t n = w.keys.end - 1;
+        if (n >= w.keys.begin) {
+          first_tile(n--);
+          // Two bodies in two loops: one that tests for the mask in between would keep products
+          // from overlapping.
+          while (n >= w.keys.begin) {
+#pragma unroll 1
+            for (; n >= w.keys.begin && !w.keys.is_full(n); --n) next_tile<true>(n);
+#pragma unroll 1
+            for (; n >= w.keys.full_begin && n >= w.keys.begin && w.keys.is_full(n); --n) {
+              next_tile<false>(n);
+            }
+          }
+          __syncwarp();
+          release(kQFree);
+          last_values();
+        } else {
+          __syncwarp();
+          release(kQFree);
+        }
+        store(w.at);
+        if (block.mailbox()->dropped[number % 2] != 0) restore(w);
+      }
+    }
+  };
+};
+
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+__global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads(), 1)
+    sm90_prefill(const __grid_constant__ PrefillMaps maps,
+                 const __grid_constant__ AttentionArgs args,
+                 const __grid_constant__ TileOrder order) {
+  using Block = PrefillBlock<kDimQk, kDimV, kDtype, kScores>;
+  constexpr PrefillTile kTile = Block::kTile;
+  extern __shared__ __align__(1024) unsigned char s_memory[];
+  const Block block{maps, args, order, s_memory, ptx::shared_address(s_memory)};
+  if (threadIdx.x == 0) {
+    block.init_barriers();
+    ptx::tma_prefetch(&maps.q);
+    ptx::tma_prefetch(&maps.k);
+    ptx::tma_prefetch(&maps.v);
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::registers_give<kTile.producer_registers>();
+    if (threadIdx.x == 0) {
+      block.produce();
+    } else if (threadIdx.x / 32 == 1) {
+      block.clean();
+    }
+  } else {
+    ptx::registers_take<kTile.consumer_registers>();
+    typename Block::Consumer consumer{block, warpgroup - 1};
+    consumer.run();
+  }
+}
+
+}  // namespace wh::cuda

@@ -1,0 +1,66 @@
+// Tile sizes of sm90_prefill by head dimensions, and what they cost in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/attention_args.h"
+
+namespace wh::cuda {
+
+// A pair of head dimensions that a kernel is compiled for. Smaller ones run in it too: TMA fills
+// the columns they lack with zeros.
+struct HeadDims {
+  int dim_qk, dim_v;
+  constexpr bool operator==(const HeadDims&) const = default;
+};
+
+// src/cuda/CMakeLists.txt compiles one file for each of these.
+constexpr HeadDims kPrefillDims[] = {{64, 64},   {80, 80},   {96, 96},   {112, 112}, {128, 128},
+                                     {160, 160}, {192, 128}, {192, 192}, {192, 256}, {256, 256}};
+
+struct PrefillTile {
+  int warpgroups;  // consumers, 64 query rows each
+  int tile_k;
+  int stages;              // of K and of V
+  int producer_registers;  // a thread; consumer_registers * warpgroups + this <= 504 or 512
+  int consumer_registers;
+
+  constexpr int tile_q() const { return 64 * warpgroups; }
+  constexpr int threads() const { return 128 * (1 + warpgroups); }
+};
+
+// The widest K tile whose accumulators fit the registers: a consumer thread holds tile_k / 2
+// scores, tile_k / 4 packed weights and dim_v / 2 sums. Below 80 keys Q K^T is bound by shared
+// memory. At dim 64 three warpgroups of 64 rows share each K tile; 48 bytes of spill there halve
+// the speed.
+constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
+  if (dims.dim_v <= 64 && dims.dim_qk <= 64 && scores == Scores::kPlain) {
+    return {3, 128, 2, 32, 160};
+  }
+  if (dims.dim_v <= 128 && dims.dim_qk <= 128) {
+    return {2, scores == Scores::kPlain ? 176 : 128, 2, 40, 232};
+  }
+  if (dims.dim_v <= 128) return {2, 128, 2, 40, 232};
+  if (dims.dim_v <= 192) return {2, 112, 2, 40, 232};
+  return {2, 80, 2, 40, 232};
+}
+
+// Rows of 64 columns, 128 bytes each: Q, then the stages of K, then those of V, then barriers.
+struct PrefillMemory {
+  int panels_qk, panels_v;
+  int q_bytes, k_bytes, v_bytes;  // of one tile
+  int k_offset, v_offset, barrier_offset, bytes;
+
+  constexpr PrefillMemory(HeadDims dims, PrefillTile tile)
+      : panels_qk((dims.dim_qk + 63) / 64),
+        panels_v((dims.dim_v + 63) / 64),
+        q_bytes(panels_qk * tile.tile_q() * 128),
+        k_bytes(panels_qk * tile.tile_k * 128),
+        v_bytes(panels_v * tile.tile_k * 128),
+        k_offset(q_bytes),
+        v_offset(k_offset + tile.stages * k_bytes),
+        barrier_offset(v_offset + tile.stages * v_bytes),
+        bytes(barrier_offset + 256) {}
+};
+
+}  // namespace wh::cuda

@@ -1,0 +1,68 @@
+#include "cuda/sm90/refusal.h"
+
+#include <fmt/format.h>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/common/tensor_map.h"
+
+namespace wh::cuda {
+namespace {
+
+std::optional<std::string> out_refusal(const Problem& p) {
+  if (p.stride_out[3] != 1) {
+    return fmt::format("out has a dim stride of {}; vector stores need 1", p.stride_out[3]);
+  }
+  const int64_t extents[] = {p.batch, p.heads_q, p.len_q};
+  for (int i = 0; i < 3; ++i) {
+    if (extents[i] > 1 && p.stride_out[i] % 4 != 0) {
+      return fmt::format("out has a stride of {} elements; vector stores need a multiple of 4",
+                         p.stride_out[i]);
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<std::string> sm90_refusal(const Query& query) {
+  const Problem& p = query.problem;
+  if (query.cuda.compute_capability != 90) {
+    return fmt::format("needs compute capability 9.0 (Hopper); this card has {}.{}",
+                       query.cuda.compute_capability / 10, query.cuda.compute_capability % 10);
+  }
+  if (p.dtype_q != p.dtype_kv || p.dtype_q == Dtype::kF32) {
+    return "needs q, k and v in one 16-bit type, f16 or bf16";
+  }
+  if (query.limits.precision == Precision::kHigh) {
+    return "rounds the weights to the input type; precision high forbids that";
+  }
+  if (!fits_int32(p)) {
+    return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
+  }
+  if (auto reason = tensor_map_refusal("q", p.stride_q, {p.batch, p.heads_q, p.len_q, p.dim_qk})) {
+    return reason;
+  }
+  if (auto reason = tensor_map_refusal("k", p.stride_k, {p.batch, p.heads_kv, p.len_k, p.dim_qk})) {
+    return reason;
+  }
+  if (auto reason = tensor_map_refusal("v", p.stride_v, {p.batch, p.heads_kv, p.len_k, p.dim_v})) {
+    return reason;
+  }
+  return out_refusal(p);
+}
+
+Status check_alignment(const Problem& p, const Tensors& t) {
+  const auto misaligned = [](const char* name, const void* pointer, uintptr_t bytes) -> Status {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
+    return invalid(fmt::format("{} is at {}; this kernel needs it aligned to {} bytes", name,
+                               fmt::ptr(pointer), bytes));
+  };
+  if (Status status = misaligned("q", t.q, 16); !status.ok()) return status;
+  if (p.len_k > 0) {
+    if (Status status = misaligned("k", t.k, 16); !status.ok()) return status;
+    if (Status status = misaligned("v", t.v, 16); !status.ok()) return status;
+  }
+  return misaligned("out", t.out, 8);
+}
+
+}  // namespace wh::cuda
