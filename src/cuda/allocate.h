@@ -1,4 +1,4 @@
-// Device memory in the order of a stream, for calls that bring no workspace.
+// Device memory for callers that bring none, and copies to it.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,15 @@
 
 namespace wh::cuda {
 
-// From the device's own memory pool; kOutOfMemory with the bytes wanted, or kDeviceError.
+// In the order of the stream, from the device's memory pool; kOutOfMemory with the bytes wanted, or
+// kDeviceError with the driver's words.
 Result<void*> allocate(int32_t device_index, size_t bytes, void* stream);
 void release(void* data, void* stream) noexcept;
+
+// Either way between host and device; done when it returns.
+Status copy(void* to, const void* from, size_t bytes, void* stream);
+
+// Waits for the stream and answers with what went wrong on it.
+Status synchronize(void* stream);
 
 }  // namespace wh::cuda

@@ -23,6 +23,10 @@ Result<void*> allocate(int32_t, size_t, void*) {
   return Status(Code::kRefused, cuda_facts(0).unavailable);
 }
 void release(void*, void*) noexcept {}
+Status copy(void*, const void*, size_t, void*) {
+  return {Code::kRefused, cuda_facts(0).unavailable};
+}
+Status synchronize(void*) { return {Code::kRefused, cuda_facts(0).unavailable}; }
 
 }  // namespace cuda
 

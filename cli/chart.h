@@ -1,0 +1,23 @@
+// Line charts as SVG: a line a series, logarithmic axes, no dependencies.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace wh::cli {
+
+struct Series {
+  std::string name;
+  std::vector<std::pair<double, double>> points;  // positive
+};
+
+struct Chart {
+  std::string title, x_label, y_label;
+  std::vector<Series> series;
+};
+
+// Series without points are left out; a chart without any is only its title.
+std::string to_svg(const Chart& chart);
+
+}  // namespace wh::cli

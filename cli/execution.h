@@ -1,0 +1,36 @@
+// A planned request with its tensors where the device wants them, ready to run again and again.
+#pragma once
+
+#include "api/workspace.h"
+#include "plan/plan.h"
+#include "tensors.h"
+
+namespace wh::cli {
+
+class Execution {
+ public:
+  // Plans, and copies the tensors to the device. `host` must outlive this.
+  static Result<Execution> prepare(const Problem& problem, const Limits& limits, HostTensors& host);
+
+  const Plan& plan() const { return plan_; }
+  // Runs and waits.
+  Status run(Progress::Callback callback = nullptr, void* context = nullptr);
+  // Brings out and log-sum-exp back to the host's tensors.
+  Status fetch();
+
+  // Paints the workspace, so that peak_workspace_bytes() can see what a run touched.
+  void paint_workspace();
+  uint64_t peak_workspace_bytes() const;
+
+ private:
+  Execution(Plan plan, HostTensors& host, Workspace workspace);
+  Status copy_to_device();
+
+  Plan plan_;
+  HostTensors* host_;
+  Workspace workspace_;
+  Tensors tensors_;
+  std::vector<Workspace> device_copies_;
+};
+
+}  // namespace wh::cli

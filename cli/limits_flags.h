@@ -1,0 +1,22 @@
+// LIMITS of the command line.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <string>
+
+#include "plan/limits.h"
+
+namespace wh::cli {
+
+// As written; empty: not given.
+struct LimitsFlags {
+  std::string workspace, policy, kernel, precision;
+  int32_t threads = 0;
+  double step_ms = 0;
+  bool batch_invariant = false;
+};
+
+void add_limits_flags(CLI::App& app, LimitsFlags& flags);
+Result<Limits> read_limits(const LimitsFlags& flags);
+
+}  // namespace wh::cli

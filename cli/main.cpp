@@ -1,0 +1,78 @@
+// widehead: plan, run, check, measure and tune attention from a shell.
+#include <cstdio>
+
+#include "core/nearest_name.h"
+#include "session.h"
+
+namespace {
+
+using wh::cli::Action;
+
+// CLI11 says which argument it does not know; this says what was perhaps meant.
+std::string suggestion(const CLI::App& app, const std::vector<std::string>& arguments) {
+  const auto verbs = app.get_subcommands([](const CLI::App* verb) { return verb->parsed(); });
+  std::vector<std::string> names;
+  if (verbs.empty()) {
+    for (const CLI::App* verb : app.get_subcommands([](const CLI::App*) { return true; })) {
+      names.push_back(verb->get_name());
+    }
+  } else {
+    for (const CLI::Option* option : verbs.front()->get_options()) {
+      names.push_back(option->get_name(false));
+    }
+  }
+  for (const std::string& argument : arguments) {
+    if (verbs.empty() || argument.starts_with("--")) {
+      return "; did you mean " + wh::nearest_name(argument.substr(0, argument.find('=')), names) +
+             "?";
+    }
+  }
+  return "";
+}
+
+int main_guarded(int argc, char** argv) {
+  CLI::App app{"Exact attention for any head dimension, planned before it runs."};
+  app.name("widehead");
+  app.set_version_flag("--version", WIDEHEAD_VERSION);
+  app.require_subcommand(1);
+  Action action;
+  wh::cli::add_plan(app, action);
+  wh::cli::add_run(app, action);
+  wh::cli::add_check(app, action);
+  wh::cli::add_bench(app, action);
+  wh::cli::add_tune(app, action);
+  wh::cli::add_list(app, action);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
+  } catch (const CLI::CallForVersion& version) {
+    return app.exit(version);
+  } catch (const CLI::ParseError& error) {
+    std::vector<std::string> unknown = app.remaining(true);
+    std::string message = error.what();
+    if (argc > 1 && dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
+      message += suggestion(app, unknown);
+    } else if (argc > 1 && dynamic_cast<const CLI::RequiredError*>(&error) != nullptr &&
+               app.get_subcommands().empty()) {
+      message = std::string("\"") + argv[1] + "\" is no verb" + suggestion(app, {argv[1]});
+    }
+    std::fprintf(stderr, "widehead: %s\n`widehead --help` and `widehead VERB --help` say more.\n",
+                 message.c_str());
+    return wh::cli::kBadUsage;
+  }
+  return action();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return main_guarded(argc, argv);
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "widehead: not enough memory\n");
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "widehead: %s\n", error.what());
+  }
+  return wh::cli::kDeviceFailed;
+}

@@ -1,0 +1,69 @@
+// widehead plan: every candidate with its verdict, reason, workspace and estimate.
+#include "plan/plan.h"
+
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "api/machine.h"
+#include "limits_flags.h"
+#include "plan/work.h"
+#include "problem_flags.h"
+#include "session.h"
+
+namespace wh::cli {
+namespace {
+
+struct PlanFlags {
+  ProblemFlags problem;
+  LimitsFlags limits;
+  bool json = false;
+};
+
+int run_plan(const PlanFlags& flags) {
+  const auto limits = read_limits(flags.limits);
+  if (!limits.ok()) return report(limits.status());
+  const auto requests = read_requests(flags.problem);
+  if (!requests.ok()) return report(requests.status());
+  int code = kFine;
+  Json documents = Json::array();
+  std::string text;
+  for (const Request& request : *requests) {
+    const Problem& p = request.problem;
+    const Result<Plan> plan = make_plan(p, *limits, this_machine(p.device, p.device_index));
+    if (!plan.ok()) return report(plan.status());
+    if (!plan->runnable()) code = kNoKernel;
+    Json document = Json::parse(to_json(*plan));
+    if (!request.label.empty()) {
+      document["layers"] = request.label;
+      document["kv_bytes_per_layer"] = kv_bytes(p);
+      text += fmt::format("{}layers     {}\nKV cache   {} a layer\n", text.empty() ? "" : "\n",
+                          request.label, format_bytes(static_cast<uint64_t>(kv_bytes(p))));
+    }
+    documents.push_back(std::move(document));
+    text += explain(*plan);
+  }
+  if (flags.json) {
+    const Json& shown = flags.problem.model.empty() ? documents.front() : documents;
+    fmt::print("{}\n", shown.dump(2));
+  } else {
+    fmt::print("{}", text);
+  }
+  if (code == kNoKernel) {
+    fmt::print(stderr, "widehead: the limits allow no kernel; the reasons are in the table\n");
+  }
+  return code;
+}
+
+}  // namespace
+
+void add_plan(CLI::App& app, Action& action) {
+  auto flags = std::make_shared<PlanFlags>();
+  CLI::App* verb = app.add_subcommand("plan", "Say which kernel would run, and why no other");
+  add_problem_flags(*verb, flags->problem);
+  add_limits_flags(*verb, flags->limits);
+  verb->add_flag("--json", flags->json, "print one JSON document");
+  verb->callback([flags, &action] { action = [flags] { return run_plan(*flags); }; });
+}
+
+}  // namespace wh::cli

@@ -1,0 +1,97 @@
+#include "probe.h"
+
+#include <chrono>
+#include <cstring>
+
+#include "core/executor.h"
+#include "tensors.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "probe.cpp"
+#include <hwy/foreach_target.h>  // IWYU pragma: keep
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace wh::cli::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// 12 independent chains: two pipes of four cycles need eight.
+double multiply_add(int64_t repetitions) {
+  const hn::ScalableTag<float> f32;
+  const auto factor = hn::Set(f32, 0.999f);
+  const auto term = hn::Set(f32, 0.001f);
+  hn::Vec<decltype(f32)> chain[12];
+  for (int i = 0; i < 12; ++i) chain[i] = hn::Set(f32, static_cast<float>(i));
+  for (int64_t r = 0; r < repetitions; ++r) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) chain[i] = hn::MulAdd(chain[i], factor, term);
+  }
+  auto sum = chain[0];
+  for (int i = 1; i < 12; ++i) sum = hn::Add(sum, chain[i]);
+  return hn::GetLane(hn::SumOfLanes(f32, sum));
+}
+
+int64_t flops_each() { return 12 * 2 * static_cast<int64_t>(hn::Lanes(hn::ScalableTag<float>())); }
+
+double sum_floats(const float* from, int64_t count) {
+  const hn::ScalableTag<float> f32;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(f32));
+  auto a = hn::Zero(f32), b = a, c = a, d = a;
+  for (int64_t i = 0; i + 4 * lanes <= count; i += 4 * lanes) {
+    a = hn::Add(a, hn::Load(f32, from + i));
+    b = hn::Add(b, hn::Load(f32, from + i + lanes));
+    c = hn::Add(c, hn::Load(f32, from + i + 2 * lanes));
+    d = hn::Add(d, hn::Load(f32, from + i + 3 * lanes));
+  }
+  return hn::GetLane(hn::SumOfLanes(f32, hn::Add(hn::Add(a, b), hn::Add(c, d))));
+}
+
+}  // namespace wh::cli::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace wh::cli {
+HWY_EXPORT(multiply_add);
+HWY_EXPORT(flops_each);
+HWY_EXPORT(sum_floats);
+
+namespace {
+
+volatile double sink;  // keeps the probes' results alive
+
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+}  // namespace
+
+double multiply_add_gflops(int32_t threads, double us) {
+  // At 3 GHz with two pipes the 12 chains of a repetition take 6 cycles, 2 ns.
+  const auto repetitions = static_cast<int64_t>(us * 500);
+  const auto begin = std::chrono::steady_clock::now();
+  parallel(default_executor(), threads,
+           [&](int32_t) { sink = HWY_DYNAMIC_DISPATCH(multiply_add)(repetitions); });
+  const double flops = static_cast<double>(repetitions) *
+                       static_cast<double>(HWY_DYNAMIC_DISPATCH(flops_each)()) * threads;
+  return flops / seconds_since(begin) * 1e-9;
+}
+
+double read_gbytes_per_s(int32_t threads) {
+  constexpr int64_t kBytes = 512 << 20;
+  const HostBuffer buffer(kBytes);
+  std::memset(buffer.data(), 1, kBytes);
+  double best = 0;
+  for (int round = 0; round < 5; ++round) {
+    const auto begin = std::chrono::steady_clock::now();
+    parallel(default_executor(), threads, [&](int32_t i) {
+      const int64_t floats = kBytes / 4 / threads;
+      sink = HWY_DYNAMIC_DISPATCH(sum_floats)(
+          reinterpret_cast<const float*>(buffer.data()) + i * (floats / 64 * 64), floats / 64 * 64);
+    });
+    best = std::max(best, static_cast<double>(kBytes) / seconds_since(begin) * 1e-9);
+  }
+  return best;
+}
+
+}  // namespace wh::cli
+#endif

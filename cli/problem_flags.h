@@ -1,0 +1,37 @@
+// PROBLEM of the command line: one set of words for flags, suites and model tables.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <vector>
+
+#include "core/problem.h"
+#include "core/status.h"
+#include "embedded.h"
+
+namespace wh::cli {
+
+// As written; empty: not given.
+struct ProblemFlags {
+  std::string batch, heads, dim, queries, keys, dtype, kv_dtype, causal, window, softcap, scale,
+      mask, sinks, key_lengths, key_starts, log_sum_exp, layout, device, model, context;
+};
+
+// A problem with the values that its shape alone does not hold.
+struct Request {
+  std::string label;  // of a model's layer; empty: the problem speaks for itself
+  Problem problem;
+  std::vector<int32_t> key_lengths, key_starts;
+
+  std::string name() const { return label.empty() ? describe(problem) : label; }
+};
+
+void add_problem_flags(CLI::App& app, ProblemFlags& flags);
+
+// One problem, or with --model one for each kind of the model's layers.
+Result<std::vector<Request>> read_requests(const ProblemFlags& flags);
+
+// The rows of a suite, with its lists multiplied out. `overrides` win over a row's own values.
+Result<std::vector<Request>> read_suite(const std::string& suite, const ProblemFlags& overrides);
+
+}  // namespace wh::cli

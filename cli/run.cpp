@@ -1,0 +1,209 @@
+// widehead run: one problem, from a file or random, timed and compared.
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cmath>
+#include <memory>
+
+#include "execution.h"
+#include "limits_flags.h"
+#include "measure.h"
+#include "plan/work.h"
+#include "problem_flags.h"
+#include "safetensors.h"
+#include "session.h"
+
+namespace wh::cli {
+namespace {
+
+struct RunFlags {
+  std::string file, out;
+  ProblemFlags problem;
+  LimitsFlags limits;
+  uint64_t seed = 1;
+  bool json = false;
+};
+
+struct Agreement {
+  double relative_rms = 0;
+  double largest_error = 0;
+  bool is_right = true;
+};
+
+// The contract's bounds for the output's type; log-sum-exp to 1e-4 of its size.
+Agreement compare(const std::vector<float>& have, const StoredTensor& want, double tolerance) {
+  const auto* wanted = reinterpret_cast<const float*>(want.bytes.data());
+  double errors = 0, squares = 0;
+  Agreement agreement;
+  for (size_t i = 0; i < have.size(); ++i) {
+    if (std::isinf(wanted[i]) && have[i] == wanted[i]) continue;  // a row that sees no key
+    const double error = std::fabs(static_cast<double>(have[i]) - wanted[i]);
+    errors += error * error;
+    squares += static_cast<double>(wanted[i]) * wanted[i];
+    if (!(error <= agreement.largest_error)) agreement.largest_error = error;
+  }
+  agreement.relative_rms = squares > 0 ? std::sqrt(errors / squares) : std::sqrt(errors);
+  agreement.is_right = agreement.relative_rms <= tolerance;  // NaN is not
+  return agreement;
+}
+
+double out_tolerance(Dtype dtype) {
+  return dtype == Dtype::kF32 ? 4e-6 : (dtype == Dtype::kF16 ? 9e-4 : 7e-3);
+}
+
+class Runner {
+ public:
+  explicit Runner(const RunFlags& flags) : flags_(flags) {}
+
+  int run() {
+    const auto limits = read_limits(flags_.limits);
+    if (!limits.ok()) return report(limits.status());
+    if (!flags_.file.empty()) {
+      Result<StoredProblem> stored = read_problem_file(flags_.file);
+      if (!stored.ok()) return report(stored.status());
+      return run_one(stored->request, *limits, stored->tensors, &*stored);
+    }
+    const auto requests = read_requests(flags_.problem);
+    if (!requests.ok()) return report(requests.status());
+    for (const Request& request : *requests) {
+      HostTensors tensors = random_tensors(request, flags_.seed);
+      if (const int code = run_one(request, *limits, tensors, nullptr); code != kFine) return code;
+    }
+    if (flags_.json) {
+      const bool is_one = documents_.size() == 1;
+      fmt::print("{}\n", (is_one ? documents_.front() : documents_).dump(2));
+    }
+    return kFine;
+  }
+
+ private:
+  int run_one(const Request& request, const Limits& limits, HostTensors& tensors,
+              const StoredProblem* stored) {
+    Result<Execution> execution = Execution::prepare(request.problem, limits, tensors);
+    if (!execution.ok()) return report(execution.status());
+    const Plan& plan = execution->plan();
+    if (!flags_.json) fmt::print("{}\n", explain(plan));
+    execution->paint_workspace();
+    const auto samples = time(*execution);
+    if (!samples.ok()) return report(samples.status());
+    if (Status status = execution->fetch(); !status.ok()) return report(status);
+    Json document = describe_run(plan, *samples, execution->peak_workspace_bytes());
+    if (!flags_.json) print_run(document);
+    int code = kFine;
+    if (stored != nullptr) code = compare_stored(*stored, tensors, document);
+    if (!flags_.out.empty()) {
+      if (Status status = write_out(request.problem, tensors); !status.ok()) return report(status);
+    }
+    documents_.push_back(document);
+    if (flags_.json && stored != nullptr) fmt::print("{}\n", document.dump(2));
+    return code;
+  }
+
+  Result<Samples> time(Execution& execution) {
+    const double estimate_us = execution.plan().estimated_us;
+    if (estimate_us < 1e6) {
+      const Guard guard(cpu_facts().threads(flags_.limits.threads));
+      auto samples = measure({[&] { return execution.run(); }}, guard, {9, 5});
+      if (!samples.ok()) return samples.status();
+      return (*samples)[0];
+    }
+    // Long enough to watch, and to need no second sample.
+    ProgressLine line(true);
+    const auto begin = std::chrono::steady_clock::now();
+    const Status status = execution.run(
+        [](void* context, double fraction) {
+          static_cast<ProgressLine*>(context)->show(fmt::format("{:3.0f} %", fraction * 100));
+          return 0;
+        },
+        &line);
+    if (!status.ok()) return status;
+    Samples samples;
+    samples.is_guarded = false;
+    samples.us.push_back(
+        std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
+            .count());
+    return samples;
+  }
+
+  static Json describe_run(const Plan& plan, const Samples& samples, uint64_t peak_bytes) {
+    const Problem& p = plan.problem;
+    return {{"problem", describe(p)},
+            {"kernel", plan.kernel},
+            {"best_us", samples.best()},
+            {"median_us", samples.median()},
+            {"samples", samples.us.size()},
+            {"guarded", samples.is_guarded},
+            {"estimated_us", plan.estimated_us},
+            {"gflops", useful_flops(p) / samples.best() * 1e-3},
+            {"kv_gbytes_per_s", kv_bytes(p) / samples.best() * 1e-3},
+            {"workspace_bytes", plan.workspace_bytes},
+            {"peak_workspace_bytes", peak_bytes}};
+  }
+
+  static void print_run(const Json& run) {
+    fmt::print("time       {} best, {} median of {}\n", format_us(run["best_us"]),
+               format_us(run["median_us"]), run["samples"].get<int64_t>());
+    fmt::print("rate       {:.0f} GFLOP/s on visible pairs, {:.1f} GB/s of K and V\n",
+               run["gflops"].get<double>(), run["kv_gbytes_per_s"].get<double>());
+    fmt::print("workspace  {} planned, {} used\n", format_bytes(run["workspace_bytes"]),
+               format_bytes(run["peak_workspace_bytes"]));
+  }
+
+  int compare_stored(const StoredProblem& stored, const HostTensors& tensors, Json& document) {
+    const Problem& p = stored.request.problem;
+    bool is_right = true;
+    const auto add = [&](const char* name, const char* field, const Agreement& agreement,
+                         double tolerance) {
+      is_right = is_right && agreement.is_right;
+      document[field] = agreement.relative_rms;
+      if (flags_.json) return;
+      fmt::print(
+          "{:<10} {} the stored answer: relative RMS error {:.2e}, at most {:.0e} is right; "
+          "largest error {:.2e}\n",
+          name, agreement.is_right ? "agrees with" : "DIFFERS from", agreement.relative_rms,
+          tolerance, agreement.largest_error);
+    };
+    if (stored.out) {
+      const double tolerance = out_tolerance(p.dtype_q);
+      add("out", "relative_rms", compare(read_out(p, tensors), *stored.out, tolerance), tolerance);
+    }
+    if (stored.log_sum_exp) {
+      const float* lse = tensors.tensors.log_sum_exp;
+      const std::vector<float> have(lse, lse + p.batch * p.heads_q * p.len_q);
+      add("LSE", "log_sum_exp_relative_rms", compare(have, *stored.log_sum_exp, 1e-6), 1e-6);
+    }
+    return is_right ? kFine : kWrongNumbers;
+  }
+
+  Status write_out(const Problem& p, const HostTensors& tensors) {
+    const std::vector<float> out = read_out(p, tensors);
+    std::vector<TensorToStore> stored{
+        {"out", "F32", {p.batch, p.heads_q, p.len_q, p.dim_v}, std::as_bytes(std::span(out))}};
+    if (p.wants_log_sum_exp) {
+      stored.push_back({"log_sum_exp",
+                        "F32",
+                        {p.batch, p.heads_q, p.len_q},
+                        {tensors.log_sum_exp.data(), tensors.log_sum_exp.size()}});
+    }
+    return write_safetensors(flags_.out, stored);
+  }
+
+  const RunFlags& flags_;
+  Json documents_ = Json::array();
+};
+
+}  // namespace
+
+void add_run(CLI::App& app, Action& action) {
+  auto flags = std::make_shared<RunFlags>();
+  CLI::App* verb = app.add_subcommand("run", "Run a problem from a file, or on random data");
+  verb->add_option("file", flags->file, "a .safetensors file with q, k, v");
+  add_problem_flags(*verb, flags->problem);
+  add_limits_flags(*verb, flags->limits);
+  verb->add_option("--seed", flags->seed, "of the random data");
+  verb->add_option("--out", flags->out, "write out (f32) to this .safetensors file");
+  verb->add_flag("--json", flags->json, "print one JSON document");
+  verb->callback([flags, &action] { action = [flags] { return Runner(*flags).run(); }; });
+}
+
+}  // namespace wh::cli

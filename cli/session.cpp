@@ -1,0 +1,42 @@
+#include "session.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+
+namespace wh::cli {
+
+int exit_code(const Status& status) {
+  switch (status.code()) {
+    case Code::kOk:
+      return kFine;
+    case Code::kInvalidArgument:
+      return kBadUsage;
+    case Code::kRefused:
+      return kNoKernel;
+    case Code::kOutOfMemory:
+    case Code::kDeviceError:
+    case Code::kCancelled:
+    case Code::kInternal:
+      break;
+  }
+  return kDeviceFailed;
+}
+
+int report(const Status& status) {
+  std::fprintf(stderr, "widehead: %s\n", status.message().c_str());
+  return exit_code(status);
+}
+
+ProgressLine::ProgressLine(bool enabled) : is_shown_(enabled && isatty(STDERR_FILENO) != 0) {}
+
+ProgressLine::~ProgressLine() { show(""); }
+
+void ProgressLine::show(const std::string& text) {
+  if (!is_shown_) return;
+  std::fprintf(stderr, "\r%-*s\r%s", static_cast<int>(width_), "", text.c_str());
+  std::fflush(stderr);
+  width_ = text.size();
+}
+
+}  // namespace wh::cli

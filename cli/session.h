@@ -1,0 +1,49 @@
+// What every verb shares: output, exit codes, errors.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <string>
+
+#include "core/status.h"
+#include "embedded.h"
+
+namespace wh::cli {
+
+enum ExitCode {
+  kFine = 0,
+  kWrongNumbers = 1,
+  kBadUsage = 2,
+  kNoKernel = 3,
+  kDeviceFailed = 4,
+};
+
+// The exit code that a status means.
+int exit_code(const Status& status);
+
+// Prints "widehead: message" on stderr and answers with the exit code.
+int report(const Status& status);
+
+// A line that is rewritten in place on a terminal and silent elsewhere; on stderr, so that stdout
+// stays a table or a document.
+class ProgressLine {
+ public:
+  explicit ProgressLine(bool enabled);
+  ~ProgressLine();
+  void show(const std::string& text);
+
+ private:
+  bool is_shown_;
+  size_t width_ = 0;
+};
+
+// Each verb adds its subcommand and leaves in `action` what to do when it is the one called.
+using Action = std::function<int()>;
+void add_plan(CLI::App& app, Action& action);
+void add_run(CLI::App& app, Action& action);
+void add_check(CLI::App& app, Action& action);
+void add_bench(CLI::App& app, Action& action);
+void add_tune(CLI::App& app, Action& action);
+void add_list(CLI::App& app, Action& action);
+
+}  // namespace wh::cli
