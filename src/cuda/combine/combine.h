@@ -1,0 +1,37 @@
+// Rows whose keys were split between blocks: what each split leaves behind, and the kernel that
+// merges it by log-sum-exp.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/common/attention_args.h"
+
+namespace wh::cuda {
+
+// More than one wave of the largest card's multiprocessors would only cost traffic.
+constexpr int32_t kMostSplits = 160;
+
+// A row is (batch_idx * heads_q + head) * len_q + query_idx: its place in log_sum_exp too. A split
+// that saw no key of a row leaves minus infinity in log_sum_exp and may leave `sums` unwritten.
+struct Partials {
+  float* sums = nullptr;         // [splits, rows, columns]: normalised weights times V
+  float* log_sum_exp = nullptr;  // [splits, rows], natural
+  int64_t rows = 0;
+  int32_t splits = 1;
+  int32_t columns = 0;  // dim_v in whole float4
+
+  // Lays the arrays out from `base` on, which is aligned to 16 bytes. One split leaves nothing.
+  static Partials at(void* base, const Problem& problem, int32_t splits);
+  size_t bytes() const;
+};
+
+// Merges in the order of the splits, so that the same splits give the same bits, adds the sinks,
+// and writes out and log_sum_exp. Starts while the kernel in front still runs (programmatic
+// dependent launch) and waits for it.
+cudaError_t launch_combine(const AttentionArgs& args, Dtype dtype, const Partials& partials,
+                           cudaStream_t stream);
+
+}  // namespace wh::cuda

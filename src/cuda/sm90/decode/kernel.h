@@ -1,0 +1,44 @@
+// sm90_decode, the running side.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/combine/combine.h"
+#include "cuda/common/attention_args.h"
+#include "plan/kernel.h"
+
+namespace wh::cuda {
+
+// Whether V is the first columns of K (absorbed latent attention); K's tile then serves both
+// products and is read once.
+enum class Values : int32_t { kOwn, kInKeys };
+
+struct DecodeArgs {
+  AttentionArgs attention;
+  const void* q;
+  const void* k;
+  int64_t stride_q[3];  // batch, heads, length
+  int64_t stride_k[3];
+  bool q_is_aligned;    // to 16 bytes, every row of it
+  bool out_is_aligned;  // to 4 bytes
+  Scores scores;
+  Values values;
+  // TMA has no strides of 0: a broadcast dimension has an extent of 1 there, and a step of 0.
+  int32_t k_head_step, k_batch_step, v_head_step, v_batch_step;
+  int32_t heads_kv;
+  int32_t row_tiles;  // of a (batch, kv head) pair
+  Partials partials;
+};
+
+struct DecodeMaps {
+  CUtensorMap k;  // [batch, heads_kv, key, dim], a box is one panel of a tile
+  CUtensorMap v;
+};
+
+// The kernel compiled for these dimensions; instance.cu.in defines them.
+template <int kDimQk, int kDimV, Dtype kDtype>
+const void* decode_instance();
+
+Status run_decode(const Launch& launch);
+
+}  // namespace wh::cuda

@@ -1,0 +1,39 @@
+// Tile sizes of sm90_decode by head dimensions, and what they cost in shared memory.
+#pragma once
+
+namespace wh::cuda {
+
+constexpr int kDecodeTileQ = 64;  // wgmma's M
+
+// One instantiation. Narrower problems use it too: TMA fills the columns they lack with zeros
+// without reading anything, and the tensor cores have slack.
+template <int kDimQk_, int kDimV_>
+struct DecodeTile {
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr int kTileQ = kDecodeTileQ;
+  // As many keys as make a step worth its barriers, in slots small enough for a deep ring.
+  static constexpr int kTileK = kDimV > 256 ? 32 : kDimQk <= 64 ? 128 : 64;
+  // 64 x 256 f32 sums are 128 registers a thread: wider V takes a second warpgroup, which repeats
+  // the scores.
+  static constexpr int kWarpgroups = kDimV > 256 ? 2 : 1;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  // A lone producer warp is free beside one warpgroup; beside two it would cost them registers
+  // that only a whole producer warpgroup can give back.
+  static constexpr int kThreads = kConsumers + (kWarpgroups == 1 ? 32 : 128);
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kColumns = kDimV / kWarpgroups;  // of V, a warpgroup
+
+  static constexpr int kQueryBytes = kTileQ * kDimQk * 2;
+  static constexpr int kSlotBytes = kTileK * (kDimQk > kDimV ? kDimQk : kDimV) * 2;
+  static constexpr int kBarrierBytes = 16;  // of a slot
+  static constexpr int kMostSharedBytes = 232448;
+  static constexpr int kFittingSlots =
+      (kMostSharedBytes - kQueryBytes) / (kSlotBytes + kBarrierBytes);
+  static constexpr int kSlots = kFittingSlots < 12 ? kFittingSlots : 12;
+  static constexpr int kSharedBytes = kQueryBytes + kSlots * (kSlotBytes + kBarrierBytes);
+
+  static_assert(kDimQk % 64 == 0 && kDimV % 64 == 0 && kDimV <= kDimQk && kColumns <= 256);
+  static_assert(kSlots >= 4);
+};
+
+}  // namespace wh::cuda
