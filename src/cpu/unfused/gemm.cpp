@@ -1,5 +1,7 @@
 #include "cpu/unfused/gemm.h"
 
+#include <mutex>
+
 #if defined(WIDEHEAD_HAS_CBLAS)
 #include <cblas.h>
 // Weak: any CBLAS links, OpenBLAS also lets us set its thread count.
@@ -24,16 +26,32 @@ void gemm(int64_t m, int64_t n, int64_t k, float alpha, GemmOperand a, GemmOpera
 
 bool gemm_uses_cblas() { return true; }
 
-GemmThreads::GemmThreads(int32_t threads) {
-  if (openblas_set_num_threads == nullptr || openblas_get_num_threads == nullptr) return;
-  previous_ = openblas_get_num_threads();
-  if (previous_ != threads) openblas_set_num_threads(threads);
+namespace {
+
+// Several runs may overlap: the first one in changes the library's setting, the last one out
+// restores it.
+std::mutex mutex;
+int32_t users = 0;
+int previous_threads = 0;
+
+bool can_set_threads() {
+  return openblas_set_num_threads != nullptr && openblas_get_num_threads != nullptr;
 }
 
-GemmThreads::~GemmThreads() {
-  if (previous_ != 0 && openblas_get_num_threads() != previous_) {
-    openblas_set_num_threads(previous_);
-  }
+}  // namespace
+
+OneGemmThread::OneGemmThread() {
+  if (!can_set_threads()) return;
+  const std::lock_guard lock(mutex);
+  if (users++ > 0) return;
+  previous_threads = openblas_get_num_threads();
+  if (previous_threads != 1) openblas_set_num_threads(1);
+}
+
+OneGemmThread::~OneGemmThread() {
+  if (!can_set_threads()) return;
+  const std::lock_guard lock(mutex);
+  if (--users == 0 && previous_threads != 1) openblas_set_num_threads(previous_threads);
 }
 
 #else
@@ -60,8 +78,8 @@ void gemm(int64_t m, int64_t n, int64_t k, float alpha, GemmOperand a, GemmOpera
 }
 
 bool gemm_uses_cblas() { return false; }
-GemmThreads::GemmThreads(int32_t) {}
-GemmThreads::~GemmThreads() = default;
+OneGemmThread::OneGemmThread() = default;
+OneGemmThread::~OneGemmThread() = default;
 
 #endif
 

@@ -18,16 +18,15 @@ void gemm(int64_t m, int64_t n, int64_t k, float alpha, GemmOperand a, GemmOpera
 
 bool gemm_uses_cblas();
 
-// Limits the library's own threads while it lives, where the CBLAS lets us (OpenBLAS does).
-class GemmThreads {
+// While one lives, the CBLAS runs each product on the thread that asks for it (where it lets us:
+// OpenBLAS does). We cut products into pieces by shape and hand those to our own threads: with the
+// library's own, the bits of a result depend on how many there are.
+class OneGemmThread {
  public:
-  explicit GemmThreads(int32_t threads);
-  ~GemmThreads();
-  GemmThreads(const GemmThreads&) = delete;
-  GemmThreads& operator=(const GemmThreads&) = delete;
-
- private:
-  int previous_ = 0;
+  OneGemmThread();
+  ~OneGemmThread();
+  OneGemmThread(const OneGemmThread&) = delete;
+  OneGemmThread& operator=(const OneGemmThread&) = delete;
 };
 
 }  // namespace wh::cpu

@@ -1,5 +1,6 @@
 // cpu_unfused: for each query head, S = scale * Q K^T, softmax over rows, O = P V, with the whole
-// score matrix of one head in the workspace.
+// score matrix of one head in the workspace. Few queries (decode) take all heads of a group at
+// once: eight products of one row would each read K again.
 //
 // Roofline: the two products run at the CBLAS's rate; softmax reads and writes S once each way, so
 // short dims are bound by memory (S is len_q * len_k * 4 bytes, 268 MB at 2048 x 32768).
@@ -97,30 +98,41 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Query heads whose rows share one product.
+int64_t heads_at_once(const Problem& p) {
+  constexpr int64_t kMostRows = 64;
+  return p.len_q * p.group() <= kMostRows ? p.group() : 1;
+}
+
 struct Workspace {
-  float* q;  // [len_q, dim_qk]
+  float* q;  // [rows, dim_qk]; rows: len_q of each head at once
   float* k;  // [len_k, dim_qk]
   float* v;  // [len_k, dim_v]
-  float* s;  // [len_q, len_k]
-  float* o;  // [len_q, dim_v]
-  float* m;  // [len_q]
-  float* l;  // [len_q]
+  float* s;  // [rows, len_k]
+  float* o;  // [rows, dim_v]
+  float* m;  // [rows]
+  float* l;  // [rows]
 
   Workspace(Carver& carver, const Problem& p) {
-    q = carver.take<float>(p.len_q * p.dim_qk);
+    const int64_t rows = p.len_q * heads_at_once(p);
+    q = carver.take<float>(rows * p.dim_qk);
     k = carver.take<float>(p.len_k * p.dim_qk);
     v = carver.take<float>(p.len_k * p.dim_v);
-    s = carver.take<float>(p.len_q * p.len_k);
-    o = carver.take<float>(p.len_q * p.dim_v);
-    m = carver.take<float>(p.len_q);
-    l = carver.take<float>(p.len_q);
+    s = carver.take<float>(rows * p.len_k);
+    o = carver.take<float>(rows * p.dim_v);
+    m = carver.take<float>(rows);
+    l = carver.take<float>(rows);
   }
 };
 
-struct Head {
-  int64_t batch_idx, head_q;
+// One product's heads: first_head and those that follow, row = head * len_q + query.
+struct Heads {
+  int64_t batch_idx, first_head, count;
   KeyRange present;
   bool v_is_finite;
+
+  int64_t rows(const Problem& p) const { return count * p.len_q; }
+  int64_t head(const Problem& p, int64_t row) const { return first_head + row / p.len_q; }
 };
 
 // Rows in parallel, handed out from a counter.
@@ -149,67 +161,98 @@ bool widen_matrix(const Launch& launch, const void* from, Dtype dtype, int64_t f
   return finite;
 }
 
+// Cuts a product into pieces by its shape alone and hands them out.
+void parallel_gemm(const Launch& launch, int64_t m, int64_t n, int64_t k, float alpha,
+                   GemmOperand a, GemmOperand b, Transpose transpose_b, float* c,
+                   int64_t c_row_stride) {
+  // Each piece packs its share of a and b: under 2 % of the time from 128 rows on.
+  constexpr int64_t kRows = 128;
+  const int64_t columns = m > kRows ? n : (transpose_b == Transpose::kYes ? 2048 : 64);
+  const int64_t row_blocks = (m + kRows - 1) / kRows;
+  const int64_t column_blocks = (n + columns - 1) / columns;
+  std::atomic<int64_t> next{0};
+  parallel(launch.executor, launch.config.threads, [&](int32_t) {
+    for (int64_t i = next++; i < row_blocks * column_blocks; i = next++) {
+      const int64_t row = i / column_blocks * kRows, column = i % column_blocks * columns;
+      const int64_t b_offset = transpose_b == Transpose::kYes ? column * b.row_stride : column;
+      gemm(std::min(kRows, m - row), std::min(columns, n - column), k, alpha,
+           {a.data + row * a.row_stride, a.row_stride}, {b.data + b_offset, b.row_stride},
+           transpose_b, c + row * c_row_stride + column, c_row_stride);
+    }
+  });
+}
+
 // Masks and normalises one row of scores; weights of hidden keys become 0.
-void weigh_row(const Problem& p, const Tensors& t, const Head& head, int64_t query,
+void weigh_row(const Problem& p, const Tensors& t, const Heads& heads, int64_t row,
                const Workspace& w) {
-  const int64_t keys = head.present.size();
-  float* s = w.s + query * keys;
-  const KeyRange visible = visible_keys(p, head.present, query);
-  const int64_t begin = std::clamp<int64_t>(visible.begin - head.present.begin, 0, keys);
-  const int64_t end = std::clamp<int64_t>(visible.end - head.present.begin, begin, keys);
+  const int64_t keys = heads.present.size();
+  const int64_t query = row % p.len_q;
+  float* s = w.s + row * keys;
+  const KeyRange visible = visible_keys(p, heads.present, query);
+  const int64_t begin = std::clamp<int64_t>(visible.begin - heads.present.begin, 0, keys);
+  const int64_t end = std::clamp<int64_t>(visible.end - heads.present.begin, begin, keys);
   for (int64_t j = 0; j < begin; ++j) s[j] = 0;
   for (int64_t j = end; j < keys; ++j) s[j] = 0;
   if (p.softcap > 0) HWY_DYNAMIC_DISPATCH(softcap_row)(s + begin, end - begin, p.softcap);
   if (p.mask != MaskKind::kNone) {
     for (int64_t j = begin; j < end; ++j) {
       const float bias =
-          mask_bias(p, t.mask, head.batch_idx, head.head_q, query, head.present.begin + j);
+          mask_bias(p, t.mask, heads.batch_idx, heads.head(p, row), query, heads.present.begin + j);
       s[j] = bias == -kInfinity ? -kInfinity : s[j] + bias;
     }
   }
   const auto sums = HWY_DYNAMIC_DISPATCH(softmax_row)(s + begin, end - begin);
-  w.m[query] = sums.m;
-  w.l[query] = sums.l;
+  w.m[row] = sums.m;
+  w.l[row] = sums.l;
 }
 
 // V holds an infinity or NaN: a weight of zero would not hide it, so hidden keys are skipped.
-void add_values_one_by_one(const Problem& p, const Tensors& t, const Head& head, int64_t query,
+void add_values_one_by_one(const Problem& p, const Tensors& t, const Heads& heads, int64_t row,
                            const Workspace& w) {
-  const int64_t keys = head.present.size();
-  const KeyRange visible = visible_keys(p, head.present, query);
-  float* o = w.o + query * p.dim_v;
+  const int64_t keys = heads.present.size();
+  const int64_t query = row % p.len_q;
+  const KeyRange visible = visible_keys(p, heads.present, query);
+  float* o = w.o + row * p.dim_v;
   for (int64_t d = 0; d < p.dim_v; ++d) o[d] = 0;
   for (int64_t key = visible.begin; key < visible.end; ++key) {
-    if (mask_bias(p, t.mask, head.batch_idx, head.head_q, query, key) == -kInfinity) continue;
-    const int64_t j = key - head.present.begin;
+    if (mask_bias(p, t.mask, heads.batch_idx, heads.head(p, row), query, key) == -kInfinity) {
+      continue;
+    }
+    const int64_t j = key - heads.present.begin;
     for (int64_t d = 0; d < p.dim_v; ++d) {
-      o[d] += w.s[query * keys + j] * w.v[j * p.dim_v + d];
+      o[d] += w.s[row * keys + j] * w.v[j * p.dim_v + d];
     }
   }
 }
 
-void run_head(const Launch& launch, const Head& head, const Workspace& w) {
+void run_heads(const Launch& launch, const Heads& heads, const Workspace& w) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
-  const int64_t keys = head.present.size();
-  widen_matrix(launch, t.q, p.dtype_q, head.batch_idx * p.stride_q[0] + head.head_q * p.stride_q[1],
-               p.stride_q, p.len_q, p.dim_qk, w.q);
+  const int64_t keys = heads.present.size();
+  const int64_t rows = heads.rows(p);
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t first = heads.batch_idx * p.stride_q[0] + (heads.first_head + h) * p.stride_q[1];
+    widen_matrix(launch, t.q, p.dtype_q, first, p.stride_q, p.len_q, p.dim_qk,
+                 w.q + h * p.len_q * p.dim_qk);
+  }
   if (keys > 0) {
-    gemm(p.len_q, keys, p.dim_qk, p.scale, {w.q, p.dim_qk}, {w.k, p.dim_qk}, Transpose::kYes, w.s,
-         keys);
+    parallel_gemm(launch, rows, keys, p.dim_qk, p.scale, {w.q, p.dim_qk}, {w.k, p.dim_qk},
+                  Transpose::kYes, w.s, keys);
   }
-  for_rows(launch, p.len_q, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) weigh_row(p, t, head, i, w);
+  for_rows(launch, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) weigh_row(p, t, heads, row, w);
   });
-  if (keys > 0 && head.v_is_finite) {
-    gemm(p.len_q, p.dim_v, keys, 1.0f, {w.s, keys}, {w.v, p.dim_v}, Transpose::kNo, w.o, p.dim_v);
+  if (keys > 0 && heads.v_is_finite) {
+    parallel_gemm(launch, rows, p.dim_v, keys, 1.0f, {w.s, keys}, {w.v, p.dim_v}, Transpose::kNo,
+                  w.o, p.dim_v);
   }
-  for_rows(launch, p.len_q, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (keys == 0 || !head.v_is_finite) add_values_one_by_one(p, t, head, i, w);
-      const int64_t group = p.group();
-      const RowId id{head.batch_idx, head.head_q / group, i * group + head.head_q % group};
-      store_row(p, t, id, w.m[i], w.l[i], w.o + i * p.dim_v);
+  for_rows(launch, rows, [&](int64_t begin, int64_t end) {
+    const int64_t group = p.group();
+    for (int64_t row = begin; row < end; ++row) {
+      if (keys == 0 || !heads.v_is_finite) add_values_one_by_one(p, t, heads, row, w);
+      const int64_t head = heads.head(p, row);
+      const RowId id{heads.batch_idx, head / group, row % p.len_q * group + head % group};
+      store_row(p, t, id, w.m[row], w.l[row], w.o + row * p.dim_v);
     }
   });
 }
@@ -219,8 +262,9 @@ Status run(const Launch& launch) {
   const Tensors& t = launch.tensors;
   Carver carver(t.workspace);
   const Workspace w(carver, p);
-  const GemmThreads threads(launch.config.threads);
-  launch.progress.start(p.batch * p.heads_q);
+  const OneGemmThread one_thread;
+  const int64_t at_once = heads_at_once(p);
+  launch.progress.start(p.batch * p.heads_q / at_once);
   for (int64_t b = 0; b < p.batch; ++b) {
     KeyRange present = present_keys(p, t, b);
     present.begin = std::min(present.begin, present.end);
@@ -232,8 +276,8 @@ Status run(const Launch& launch) {
                    w.k);
       const bool finite = widen_matrix(launch, t.v, p.dtype_kv, first(p.stride_v), p.stride_v,
                                        present.size(), p.dim_v, w.v);
-      for (int64_t g = 0; g < p.group(); ++g) {
-        run_head(launch, {b, h * p.group() + g, present, finite}, w);
+      for (int64_t g = 0; g < p.group(); g += at_once) {
+        run_heads(launch, {b, h * p.group() + g, at_once, present, finite}, w);
         if (!launch.progress.step_done()) return launch.progress.status("partly written");
       }
     }
@@ -271,7 +315,9 @@ double estimate_us(const Query& query, const Config& config) {
   const double flops = pairs * 2 * static_cast<double>(p.dim_qk + p.dim_v);
   const double flops_us = flops / (query.cpu.gflops_per_core * threads * share * 1e3);
   const double score_bytes = pairs * 4 * 4;  // written, read, written, read
-  return flops_us + score_bytes / (query.cpu.read_gbytes_per_s * 1e3) +
+  // K and V are read, written as f32 and read again by the product.
+  const double widen_bytes = kv_bytes(p) * (1 + 8.0 / static_cast<double>(dtype_bytes(p.dtype_kv)));
+  return flops_us + (score_bytes + widen_bytes) / (query.cpu.read_gbytes_per_s * 1e3) +
          static_cast<double>(p.batch * p.heads_q) * 10;
 }
 

@@ -1,0 +1,294 @@
+// Plans for machines that need not exist: choices, reasons, budgets, JSON, profiles.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "api/environment.h"
+#include "api/machine.h"
+#include "core/byte_size.h"
+#include "core/key_range.h"
+#include "core/nearest_name.h"
+#include "plan/plan.h"
+#include "plan/work.h"
+
+namespace wh {
+namespace {
+
+Problem chunk(int64_t len_k) {
+  Problem p;
+  p.dtype_q = p.dtype_kv = Dtype::kF16;
+  p.heads_q = 64;
+  p.heads_kv = 2;
+  p.len_q = 2048;
+  p.len_k = len_k;
+  p.dim_qk = p.dim_v = 256;
+  p.scale = 1.0f / 16;
+  p.causal = Causal::kBottomRight;
+  p.stride_q = p.stride_out = dense_strides(64, 2048, 256);
+  p.stride_k = p.stride_v = dense_strides(2, len_k, 256);
+  return p;
+}
+
+Result<Plan> plan(const Problem& problem, const Limits& limits) {
+  return make_plan(problem, limits, this_machine(Device::kCpu, 0));
+}
+
+const Candidate& candidate(const Plan& plan, const std::string& kernel) {
+  for (const Candidate& one : plan.candidates) {
+    if (one.kernel == kernel) return one;
+  }
+  ADD_FAILURE() << "no candidate " << kernel;
+  return plan.candidates.front();
+}
+
+TEST(Planner, FusedWorkspaceDoesNotGrowWithKeys) {
+  const auto at_32k = plan(chunk(32768), {}), at_256k = plan(chunk(262144), {});
+  ASSERT_TRUE(at_32k.ok() && at_256k.ok());
+  EXPECT_EQ(at_256k->kernel, "cpu_prefill");
+  EXPECT_LT(at_256k->workspace_bytes, uint64_t{16} << 20);
+  EXPECT_LE(at_256k->workspace_bytes, at_32k->workspace_bytes);
+  // One head's score matrix alone.
+  EXPECT_GT(candidate(*at_256k, "cpu_unfused").workspace_bytes, uint64_t{2048} * 262144 * 4);
+}
+
+TEST(Planner, EveryCandidateHasItsVerdict) {
+  Limits limits;
+  limits.workspace_bytes = 8 << 20;
+  const auto made = plan(chunk(32768), limits);
+  ASSERT_TRUE(made.ok());
+  ASSERT_EQ(made->candidates.size(), kernels_of(Device::kCpu).size());
+  EXPECT_EQ(candidate(*made, "cpu_prefill").verdict, Verdict::kChosen);
+  EXPECT_EQ(candidate(*made, "cpu_decode").verdict, Verdict::kRefused);
+  EXPECT_NE(candidate(*made, "cpu_decode").reason.find("65536"), std::string::npos);
+  EXPECT_EQ(candidate(*made, "cpu_unfused").verdict, Verdict::kOverBudget);
+  EXPECT_NE(candidate(*made, "cpu_unfused").reason.find("the limit is 8.00 MiB"),
+            std::string::npos);
+  EXPECT_EQ(candidate(*made, "cpu_reference").verdict, Verdict::kSlower);
+  const std::string text = explain(*made);
+  for (const Candidate& one : made->candidates) {
+    EXPECT_NE(text.find(one.kernel), std::string::npos);
+    EXPECT_NE(text.find(one.reason), std::string::npos);
+  }
+}
+
+TEST(Planner, ABudgetThatNothingFitsListsWhatEachWanted) {
+  Limits limits;
+  limits.workspace_bytes = 1000;
+  const auto made = plan(chunk(32768), limits);
+  ASSERT_TRUE(made.ok());
+  EXPECT_FALSE(made->runnable());
+  const Status status = runnable_status(*made);
+  EXPECT_EQ(status.code(), Code::kRefused);
+  for (const char* wanted : {"cpu_prefill: wants", "cpu_unfused: wants", "cpu_reference: wants",
+                             "cpu_decode: takes at most"}) {
+    EXPECT_NE(status.message().find(wanted), std::string::npos) << status.message();
+  }
+}
+
+TEST(Planner, PoliciesDecideWhatMayRun) {
+  Limits limits;
+  limits.policy = Policy::kFusedAbove;
+  EXPECT_EQ(plan(chunk(16384), limits)->kernel, "cpu_prefill");
+  EXPECT_EQ(plan(chunk(16383), limits)->kernel, "cpu_unfused");
+  limits.fused_above = 0;
+  EXPECT_EQ(plan(chunk(16), limits)->kernel, "cpu_prefill");
+  limits = {};
+  limits.policy = Policy::kFused;
+  limits.workspace_bytes = 1000;
+  EXPECT_FALSE(plan(chunk(32768), limits)->runnable());
+  limits = {};
+  limits.kernel = "cpu_unfused";
+  const auto forced = plan(chunk(512), limits);
+  EXPECT_EQ(forced->kernel, "cpu_unfused");
+  EXPECT_EQ(candidate(*forced, "cpu_prefill").reason, "the caller forces cpu_unfused");
+}
+
+TEST(Planner, AnUnknownKernelIsAnErrorThatSuggestsOne) {
+  Limits limits;
+  limits.kernel = "cpu_prefil";
+  const auto made = plan(chunk(512), limits);
+  ASSERT_FALSE(made.ok());
+  EXPECT_EQ(made.status().code(), Code::kInvalidArgument);
+  EXPECT_NE(made.status().message().find("did you mean \"cpu_prefill\"?"), std::string::npos);
+}
+
+TEST(Planner, TheLongestStepSplitsKeysOrRefuses) {
+  Problem p = chunk(200000);
+  Limits limits;
+  limits.longest_step_us = 50e3;
+  const auto made = plan(p, limits);
+  ASSERT_TRUE(made.ok() && made->runnable());
+  EXPECT_EQ(made->kernel, "cpu_prefill");
+  EXPECT_GT(made->config.chunk_keys, 0);
+  EXPECT_LT(made->config.chunk_keys, 200000);
+  EXPECT_NE(candidate(*made, "cpu_unfused").reason.find("longest step"), std::string::npos);
+}
+
+TEST(Planner, AMachineWithoutCudaSaysWhy) {
+  const CpuFacts cpu;
+  CudaFacts cuda;
+  cuda.unavailable = "no driver";
+  Problem p = chunk(512);
+  p.device = Device::kCuda;
+  const auto made = make_plan(p, {}, {cpu, cuda, {}});
+  ASSERT_FALSE(made.ok());
+  EXPECT_EQ(made.status().code(), Code::kRefused);
+  EXPECT_EQ(made.status().message(), "device cuda:0 cannot run: no driver");
+}
+
+TEST(PlanJson, RoundTrips) {
+  Limits limits;
+  limits.workspace_bytes = 512 << 20;
+  limits.threads = 2;
+  Problem p = chunk(32768);
+  p.window_left = 100;
+  p.softcap = 30.5f;
+  const auto made = plan(p, limits);
+  const auto again = plan_from_json(to_json(*made), this_machine);
+  ASSERT_TRUE(again.ok()) << again.status().message();
+  EXPECT_EQ(*again, *made);
+}
+
+struct BrokenJson {
+  const char* from;
+  const char* to;
+  const char* message;
+};
+
+TEST(PlanJson, RefusesWhatWasEdited) {
+  const std::string json = to_json(*plan(chunk(512), {}));
+  const BrokenJson edits[] = {
+      {"\"heads_q\": 64", "\"heads_q\": 63", "multiple of heads_kv"},
+      {"\"heads_q\": 64", "\"heads_q\": 1e3", "problem.heads_q is not an integer"},
+      {"\"heads_q\": 64", "\"heads_q\": 99999999999999999999", "problem.heads_q"},
+      {"\"causal\": \"bottom-right\"", "\"causal\": \"up\"", "valid: none, bottom-right, top-left"},
+      {"\"len_q\": 2048,", "", "problem.len_q is missing"},
+      {"\"tile_k\": ", "\"tile_k\": 1", "plan again"},
+      {"\"kernel\": \"cpu_prefill\"", "\"kernel\": \"cpu_unfused\"", "plan again"},
+      {"\"sinks\": false", "\"sinks\": 0", "problem.sinks is not true or false"},
+  };
+  for (const BrokenJson& edit : edits) {
+    std::string text = json;
+    const size_t at = text.find(edit.from);
+    ASSERT_NE(at, std::string::npos) << edit.from;
+    text.replace(at, std::string(edit.from).size(), edit.to);
+    const auto read = plan_from_json(text, this_machine);
+    ASSERT_FALSE(read.ok()) << edit.to;
+    EXPECT_NE(read.status().message().find(edit.message), std::string::npos)
+        << read.status().message();
+  }
+  EXPECT_EQ(plan_from_json("{", this_machine).status().message(), "the plan is not JSON");
+  EXPECT_FALSE(plan_from_json("[]", this_machine).ok());
+  EXPECT_FALSE(plan_from_json("{}", this_machine).ok());
+}
+
+TEST(Profile, CorrectsTheFormulaWhereItWasMeasured) {
+  Profile profile({"a CPU", "AVX2", "", 2, "0.1.0"}, "2026-01-01");
+  const CostFeatures here = CostFeatures::of(chunk(512)), there = CostFeatures::of(chunk(65536));
+  profile.add("cpu_prefill", {here, 1.0f});
+  profile.add("cpu_prefill", {there, -1.0f});
+  EXPECT_NEAR(profile.correction("cpu_prefill", here), 2, 1e-3);
+  EXPECT_NEAR(profile.correction("cpu_prefill", there), 0.5, 1e-3);
+  const double between = profile.correction("cpu_prefill", CostFeatures::of(chunk(8192)));
+  EXPECT_GT(between, 0.5);
+  EXPECT_LT(between, 2);
+  EXPECT_EQ(profile.correction("another", here), 1);
+}
+
+TEST(Profile, RoundTripsAndSaysWhatIsWrong) {
+  Profile profile({"a CPU", "AVX2", "", 2, "0.1.0"}, "2026-01-01");
+  profile.add("cpu_prefill", {CostFeatures::of(chunk(512)), 0.25f});
+  const auto again = Profile::from_json(profile.to_json());
+  ASSERT_TRUE(again.ok()) << again.status().message();
+  EXPECT_EQ(again->points(), profile.points());
+  EXPECT_EQ(difference(again->identity(), profile.identity()), "");
+  EXPECT_EQ(difference({"a CPU", "AVX2", "", 8, "0.1.0"}, profile.identity()),
+            "threads: 8 then, 2 now");
+  EXPECT_EQ(Profile::from_json("x").status().message(), "the profile is not JSON");
+  EXPECT_NE(Profile::from_json("{\"format\": 9}").status().message().find("format is 9"),
+            std::string::npos);
+  std::string wild = profile.to_json();
+  wild.replace(wild.find("0.25"), 4, "1e30");
+  EXPECT_NE(Profile::from_json(wild).status().message().find("ratio_log2"), std::string::npos);
+}
+
+TEST(Profile, IsUsedByThePlannerForEveryCoreOnly) {
+  Machine machine = this_machine(Device::kCpu, 0);
+  machine.profile = nullptr;
+  const Plan formula = *make_plan(chunk(512), {}, machine);
+  Profile profile;
+  profile.add("cpu_prefill", {CostFeatures::of(chunk(512)), 10.0f});
+  profile.add("cpu_unfused", {CostFeatures::of(chunk(512)), 0.0f});
+  machine.profile = &profile;
+  EXPECT_EQ(make_plan(chunk(512), {}, machine)->kernel, "cpu_unfused");
+  Limits one_more;
+  one_more.threads = machine.cpu.cores + 1;
+  EXPECT_EQ(make_plan(chunk(512), one_more, machine)->kernel, formula.kernel);
+}
+
+TEST(Environment, OverridesLimitsAndNamesWhatIsWrong) {
+  Limits limits;
+  ASSERT_TRUE(apply({"cpu_unfused", "1024", "1GiB", "plan"}, Device::kCpu, limits).ok());
+  EXPECT_EQ(limits.kernel, "cpu_unfused");
+  EXPECT_EQ(limits.policy, Policy::kFusedAbove);
+  EXPECT_EQ(limits.fused_above, 1024);
+  EXPECT_EQ(limits.workspace_bytes, uint64_t{1} << 30);
+  const auto message = [](const Environment& environment) {
+    Limits unused;
+    return apply(environment, Device::kCpu, unused).message();
+  };
+  EXPECT_NE(message({"cpu_unfusd", "", "", ""}).find("did you mean \"cpu_unfused\""),
+            std::string::npos);
+  EXPECT_NE(message({"", "many", "", ""}).find("WIDEHEAD_FUSED_ABOVE is \"many\""),
+            std::string::npos);
+  EXPECT_NE(message({"", "", "lots", ""}).find("WIDEHEAD_WORKSPACE_LIMIT is \"lots\""),
+            std::string::npos);
+  EXPECT_NE(message({"", "", "", "all"}).find("WIDEHEAD_LOG is \"all\""), std::string::npos);
+}
+
+TEST(Work, CountsVisiblePairsAsTheDefinitionDoes) {
+  for (const int64_t len_q : {1, 5, 17}) {
+    for (const int64_t len_k : {1, 6, 20}) {
+      for (const Causal causal : {Causal::kNone, Causal::kBottomRight, Causal::kTopLeft}) {
+        for (const int64_t left : {-1, 0, 3}) {
+          for (const int64_t right : {-1, 0, 2}) {
+            Problem p = chunk(len_k);
+            p.len_q = len_q;
+            p.causal = causal;
+            p.window_left = left;
+            p.window_right = right;
+            int64_t pairs = 0, most = 0, first = len_k, last = 0;
+            for (int64_t i = 0; i < len_q; ++i) {
+              const KeyRange keys = visible_keys(p, {0, len_k}, i);
+              pairs += keys.size();
+              if (keys.empty()) continue;
+              first = std::min(first, keys.begin);
+              last = std::max(last, keys.end);
+            }
+            most = std::max<int64_t>(0, last - first);
+            EXPECT_EQ(visible_pairs(p), static_cast<double>(pairs)) << describe(p);
+            EXPECT_GE(most_visible_keys(p), most) << describe(p);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(ByteSize, ReadsWhatPeopleWrite) {
+  EXPECT_EQ(parse_bytes("4096"), 4096u);
+  EXPECT_EQ(parse_bytes("512MiB"), uint64_t{512} << 20);
+  EXPECT_EQ(parse_bytes("1.5 GiB"), uint64_t{3} << 29);
+  EXPECT_EQ(parse_bytes("8GB"), 8000000000u);
+  for (const char* wrong : {"", "MiB", "-1", "1.2.3", "5 bananas", "1e9999", "99999999TiB"}) {
+    EXPECT_FALSE(parse_bytes(wrong)) << wrong;
+  }
+}
+
+TEST(NearestName, FindsTheSmallestEdit) {
+  EXPECT_EQ(nearest_name("gema-3-4b", {"gemma-2-9b", "gemma-3-4b", "llama"}), "gemma-3-4b");
+  EXPECT_EQ(nearest_name("x", {}), "");
+}
+
+}  // namespace
+}  // namespace wh

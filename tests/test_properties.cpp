@@ -1,0 +1,241 @@
+// What must hold whatever the numbers: relations between runs, and bits that must not move.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <random>
+
+#include "api/machine.h"
+#include "case_data.h"
+#include "core/float16.h"
+
+namespace wh {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// f32 tensors, dense, and what to do with them.
+struct Attention {
+  Problem problem;
+  Limits limits;
+  std::vector<float> q, k, v, out, lse;
+  std::vector<int32_t> key_lengths;
+
+  Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
+            int64_t batch = 1) {
+    problem.batch = batch;
+    problem.heads_q = heads_q;
+    problem.heads_kv = heads_kv;
+    problem.len_q = len_q;
+    problem.len_k = len_k;
+    problem.dim_qk = problem.dim_v = dim;
+    problem.scale = 1 / std::sqrt(static_cast<float>(dim));
+    problem.wants_log_sum_exp = true;
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<float>& to, int64_t count) {
+      to.resize(static_cast<size_t>(count));
+      for (float& value : to) value = normal(random);
+    };
+    fill(q, batch * heads_q * len_q * dim);
+    fill(k, batch * heads_kv * len_k * dim);
+    fill(v, batch * heads_kv * len_k * dim);
+  }
+
+  void run(const std::string& kernel, const Executor& executor = default_executor()) {
+    Problem& p = problem;
+    p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
+    p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
+    p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
+    p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
+    p.has_key_lengths = !key_lengths.empty();
+    out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
+    lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
+    limits.kernel = kernel;
+    const Result<Plan> plan = make_plan(p, limits, this_machine(Device::kCpu, 0));
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    ASSERT_TRUE(plan->runnable()) << runnable_status(*plan).message();
+    std::vector<std::byte> workspace(plan->workspace_bytes + 64);
+    Tensors t;
+    t.q = q.data();
+    t.k = k.data();
+    t.v = v.data();
+    t.out = out.data();
+    t.log_sum_exp = lse.data();
+    t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
+    t.workspace =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+    t.workspace_bytes = plan->workspace_bytes;
+    Progress progress;
+    const Status status = find_kernel(kernels_of(Device::kCpu), plan->kernel)
+                              ->run({plan->problem, plan->config, t, executor, progress});
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+};
+
+void expect_near(const std::vector<float>& have, const std::vector<float>& want, float bound) {
+  ASSERT_EQ(have.size(), want.size());
+  for (size_t i = 0; i < have.size(); ++i) ASSERT_NEAR(have[i], want[i], bound) << "element " << i;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
+}
+
+class Kernels : public testing::TestWithParam<const char*> {
+ protected:
+  // A shape that the kernel takes: decode takes few rows.
+  static int64_t queries() { return std::string(GetParam()) == "cpu_decode" ? 4 : 70; }
+};
+
+TEST_P(Kernels, GroupedQueriesEqualRepeatedHeads) {
+  Attention grouped(6, 2, queries(), 130, 64), repeated(6, 6, queries(), 130, 64);
+  repeated.q = grouped.q;
+  const size_t head = 130 * 64;
+  for (size_t h = 0; h < 6; ++h) {
+    std::copy_n(grouped.k.begin() + static_cast<long>(h / 3 * head), head,
+                repeated.k.begin() + static_cast<long>(h * head));
+    std::copy_n(grouped.v.begin() + static_cast<long>(h / 3 * head), head,
+                repeated.v.begin() + static_cast<long>(h * head));
+  }
+  grouped.run(GetParam());
+  repeated.run(GetParam());
+  expect_near(grouped.out, repeated.out, 2e-6f);
+}
+
+TEST_P(Kernels, TheOrderOfKeysDoesNotMatter) {
+  Attention one(2, 1, queries(), 100, 40), other(2, 1, queries(), 100, 40);
+  for (int64_t j = 0; j < 100; ++j) {
+    const int64_t to = (j * 37 + 11) % 100;
+    std::copy_n(one.k.begin() + j * 40, 40, other.k.begin() + to * 40);
+    std::copy_n(one.v.begin() + j * 40, 40, other.v.begin() + to * 40);
+  }
+  one.run(GetParam());
+  other.run(GetParam());
+  expect_near(one.out, other.out, 2e-6f);
+  expect_near(one.lse, other.lse, 1e-5f);
+}
+
+TEST_P(Kernels, TwoHalvesMergeByLogSumExp) {
+  Attention whole(2, 1, queries(), 200, 64), low(2, 1, queries(), 90, 64),
+      high(2, 1, queries(), 110, 64);
+  low.q = high.q = whole.q;
+  low.k.assign(whole.k.begin(), whole.k.begin() + 90 * 64);
+  low.v.assign(whole.v.begin(), whole.v.begin() + 90 * 64);
+  high.k.assign(whole.k.begin() + 90 * 64, whole.k.end());
+  high.v.assign(whole.v.begin() + 90 * 64, whole.v.end());
+  whole.run(GetParam());
+  low.run(GetParam());
+  high.run(GetParam());
+  for (size_t row = 0; row < whole.lse.size(); ++row) {
+    const double lse = std::log(std::exp(static_cast<double>(low.lse[row])) +
+                                std::exp(static_cast<double>(high.lse[row])));
+    ASSERT_NEAR(whole.lse[row], lse, 1e-5);
+    for (size_t d = 0; d < 64; ++d) {
+      const size_t i = row * 64 + d;
+      const double merged =
+          low.out[i] * std::exp(low.lse[row] - lse) + high.out[i] * std::exp(high.lse[row] - lse);
+      ASSERT_NEAR(whole.out[i], merged, 3e-6);
+    }
+  }
+}
+
+TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBits) {
+  Attention attention(4, 2, queries(), 9000, 64);
+  attention.limits.threads = 1;
+  attention.run(GetParam());
+  const std::vector<float> out = attention.out, lse = attention.lse;
+  for (const int32_t threads : {2, 3, 8}) {
+    attention.limits.threads = threads;
+    attention.run(GetParam());
+    EXPECT_TRUE(same_bits(attention.out, out) && same_bits(attention.lse, lse))
+        << threads << " threads";
+  }
+}
+
+TEST_P(Kernels, ASerialExecutorGivesTheSameBits) {
+  Attention attention(4, 2, queries(), 9000, 64);
+  attention.limits.threads = 4;
+  attention.run(GetParam());
+  const std::vector<float> out = attention.out;
+  const Executor serial{[](void*, int32_t count, Executor::Task task, void* argument) {
+                          for (int32_t i = count - 1; i >= 0; --i) task(argument, i);
+                        },
+                        nullptr};
+  attention.run(GetParam(), serial);
+  EXPECT_TRUE(same_bits(attention.out, out));
+}
+
+TEST_P(Kernels, BatchInvariantRowsKeepTheirBitsAlone) {
+  Attention both(4, 2, queries(), 5000, 64, 2), alone(4, 2, queries(), 5000, 64, 1);
+  both.limits.batch_invariant = alone.limits.batch_invariant = true;
+  alone.q.assign(both.q.begin() + static_cast<long>(both.q.size() / 2), both.q.end());
+  alone.k.assign(both.k.begin() + static_cast<long>(both.k.size() / 2), both.k.end());
+  alone.v.assign(both.v.begin() + static_cast<long>(both.v.size() / 2), both.v.end());
+  both.run(GetParam());
+  alone.run(GetParam());
+  EXPECT_TRUE(same_bits({both.out.begin() + static_cast<long>(both.out.size() / 2), both.out.end()},
+                        alone.out));
+}
+
+TEST_P(Kernels, ARowThatSeesNoKeyIsZeroAndMinusInfinity) {
+  Attention attention(2, 1, queries(), 50, 64, 2);
+  attention.key_lengths = {0, 50};
+  attention.run(GetParam());
+  const size_t rows = attention.lse.size() / 2;
+  for (size_t row = 0; row < rows; ++row) ASSERT_EQ(attention.lse[row], -kInfinity);
+  for (size_t i = 0; i < rows * 64; ++i) ASSERT_EQ(attention.out[i], 0.0f);
+  for (size_t row = rows; row < 2 * rows; ++row) ASSERT_TRUE(std::isfinite(attention.lse[row]));
+}
+
+TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
+  Attention attention(1, 1, 4, 300, 64);
+  attention.problem.causal = Causal::kBottomRight;
+  attention.v[298 * 64 + 5] = kNan;  // queries 2 and 3 see key 298
+  attention.run(GetParam());
+  for (size_t row = 0; row < 4; ++row) {
+    for (size_t d = 0; d < 64; ++d) {
+      ASSERT_EQ(std::isnan(attention.out[row * 64 + d]), row >= 2 && d == 5) << row << " " << d;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, Kernels,
+                         testing::Values("cpu_prefill", "cpu_decode", "cpu_unfused",
+                                         "cpu_reference"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST(Progress, CancelsBetweenStepsAndSaysSo) {
+  Attention attention(8, 8, 64, 4096, 64);
+  Problem& p = attention.problem;
+  p.wants_log_sum_exp = false;
+  p.stride_q = p.stride_out = dense_strides(8, 64, 64);
+  p.stride_k = p.stride_v = dense_strides(8, 4096, 64);
+  const Machine machine = this_machine(Device::kCpu, 0);
+  const Result<Plan> plan = make_plan(p, {}, machine);
+  ASSERT_TRUE(plan.ok());
+  std::vector<float> out(attention.q.size());
+  std::vector<std::byte> workspace(plan->workspace_bytes + 64);
+  Tensors t{attention.q.data(), attention.k.data(), attention.v.data(), out.data()};
+  t.workspace =
+      reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+  t.workspace_bytes = plan->workspace_bytes;
+  int calls = 0;
+  Progress progress(
+      [](void* context, double fraction) {
+        EXPECT_GT(fraction, 0);
+        EXPECT_LE(fraction, 1);
+        return static_cast<int32_t>(++*static_cast<int*>(context) == 2);
+      },
+      &calls);
+  const Status status = find_kernel(machine.kernels, plan->kernel)
+                            ->run({p, plan->config, t, default_executor(), progress});
+  EXPECT_EQ(status.code(), Code::kCancelled);
+  EXPECT_NE(status.message().find("out is "), std::string::npos) << status.message();
+  EXPECT_EQ(calls, 2);
+}
+
+}  // namespace
+}  // namespace wh
