@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/decode/kernel.h"
+#include "cpu/rounding.h"
 #include "plan/work.h"
 
 namespace wh::cpu {
@@ -12,13 +13,8 @@ namespace {
 
 // More rows than this belong to prefill, whose tiles of queries amortise every load of K and V.
 constexpr int64_t kMostRows = 128;
-constexpr int64_t kTileKeys = 64;  // 32 KB of f16 at dim 256: K in L2, softmax 2 % of the time
+constexpr int64_t kTileKeys = 32;  // 16 KB of f16 at dim 256: a tile of K stays in L1
 constexpr int64_t kColumnRounding = 16;
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 std::optional<std::string> refusal(const Query& query) {
   const int64_t rows = query.problem.len_q * query.problem.group();
@@ -89,9 +85,10 @@ DecodeScratch::DecodeScratch(Carver& carver, const DecodeShape& shape) {
   k = carver.take<float>(shape.tile_k * shape.columns_qk);
   v = carver.take<float>(shape.tile_k * shape.columns_v);
   s = carver.take<float>(shape.rows * shape.tile_k);
-  m = carver.take<float>(shape.rows);
-  l = carver.take<float>(shape.rows);
-  alpha = carver.take<float>(shape.rows);
+  bias = carver.take<float>(shape.tile_k);
+  m = carver.take<float>(shape.rows * kLaneStride);
+  l = carver.take<float>(shape.rows * kLaneStride);
+  alpha = carver.take<float>(shape.rows * kLaneStride);
   first = carver.take<int32_t>(shape.rows);
   last = carver.take<int32_t>(shape.rows);
 }

@@ -10,6 +10,8 @@ namespace wh::cpu {
 
 extern const Kernel kDecode;
 
+constexpr int64_t kLaneStride = 16;  // the most f32 lanes of a vector
+
 // How a problem is cut into items; the same for planning and running. An item is all rows of one
 // (batch, kv head) pair and one chunk of the keys that any of them may see.
 struct DecodeShape {
@@ -30,10 +32,11 @@ struct DecodeScratch {
   float* o;        // [rows, columns_v], unnormalised
   float* k;        // [tile_k, columns_qk]: a tile that cannot be read in place, widened
   float* v;        // [tile_k, columns_v]
-  float* s;        // [rows, tile_k]: scores, then weights
-  float* m;        // [rows], base 2
-  float* l;        // [rows]
-  float* alpha;    // [rows]
+  float* s;        // [rows, tile_k]: scores, then weights, of each block as [key, row]
+  float* bias;     // [tile_k]: a row of the array mask
+  float* m;        // [rows, kLaneStride], base 2; a block of rows uses its first vector
+  float* l;        // [rows, kLaneStride]
+  float* alpha;    // [rows, kLaneStride]
   int32_t* first;  // [rows]: first visible key
   int32_t* last;   // [rows]: one past the last
 

@@ -1,17 +1,20 @@
 // cpu_decode: few query rows against a kv head.
 //
 // Schedule: an item is every row (query, head of the group) of one (batch, kv head) pair and one
-// chunk of its keys. Tile by tile: scores (head dimension on SIMD lanes, up to kRowBlock rows
-// against each key's vectors, so that K is converted once a block), softmax along the keys of a
-// row, values. While scores run, V of the same keys is prefetched; while values run, the next K
-// tile. The worker that finishes a pair's last chunk merges its chunks, in their order.
+// chunk of its keys, in tiles of 32. Rows go in blocks of 8, 4, 2 and 1, so that a converted vector
+// of K or V serves the whole block. Scores: head dimension on SIMD lanes, 16 sums of (key, row)
+// reduced by one transposing tree. A block's scores lie as [key][row], so that softmax has a row in
+// every lane and needs no horizontal step but one fold of the maximum a tile. While scores run, V
+// of the same keys is prefetched; while values run, K of the next tile: 40 % slower without.
 //
 // Roofline: K and V stream from memory once; 2 * rows flops an element of them. Up to 4 rows the
 // memory bounds it, from about 8 rows in f16 the multiply-adds do.
 #include "cpu/decode/kernel.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
@@ -22,6 +25,7 @@
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
+#include "cpu/decode/block-inl.h"
 #include "cpu/tile-inl.h"
 #include "cpu/vector_math-inl.h"
 
@@ -29,124 +33,8 @@ HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// 16 accumulators of 32 registers, or 8 of 16: the rest holds what is loaded.
-constexpr int kAccumulators = 2 * kTileRows;
-constexpr int kRowBlock = kTileRows;
-
-// A matrix whose rows are read in place: K or V of one kv head, from its first key of the tile.
-template <typename T>
-struct Matrix {
-  const T* data;
-  ptrdiff_t row_stride;
-};
-
-// The four sums of lanes of four vectors, stored to to[0..4).
-HWY_INLINE void store_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
-  const F32 f32;
-#if HWY_TARGET == HWY_SCALAR
-  hn::Store(a, f32, to);
-  hn::Store(b, f32, to + 1);
-  hn::Store(c, f32, to + 2);
-  hn::Store(d, f32, to + 3);
-#else
-  const auto ac = hn::Add(hn::InterleaveLower(f32, a, c), hn::InterleaveUpper(f32, a, c));
-  const auto bd = hn::Add(hn::InterleaveLower(f32, b, d), hn::InterleaveUpper(f32, b, d));
-  // Each 128-bit block now holds its part of the four sums.
-  const auto blocks = hn::Add(hn::InterleaveLower(f32, ac, bd), hn::InterleaveUpper(f32, ac, bd));
-#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
-  const hn::Half<F32> half;
-  const hn::Half<decltype(half)> quarter;
-  const auto halves = hn::Add(hn::LowerHalf(half, blocks), hn::UpperHalf(half, blocks));
-  hn::StoreU(hn::Add(hn::LowerHalf(quarter, halves), hn::UpperHalf(quarter, halves)), quarter, to);
-#elif HWY_TARGET == HWY_AVX2
-  const hn::Half<F32> half;
-  hn::StoreU(hn::Add(hn::LowerHalf(half, blocks), hn::UpperHalf(half, blocks)), half, to);
-#else
-  hn::StoreU(blocks, f32, to);
-#endif
-#endif
-}
-
-// s[r][i] = q[r] . k[i] for kRows rows and kAccumulators / kRows keys.
-template <int kRows, typename T>
-HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Matrix<T> k, float* HWY_RESTRICT s,
-                            int64_t s_stride) {
-  constexpr int kKeys = kAccumulators / kRows;
-  const F32 f32;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-  Vec acc[kAccumulators];
-  WH_UNROLL for (int i = 0; i < kAccumulators; ++i) acc[i] = hn::Zero(f32);
-  for (int64_t d = 0; d < columns; d += lanes) {
-    Vec key[kKeys];
-    WH_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = load_f32(k.data + i * k.row_stride + d);
-    WH_UNROLL for (int r = 0; r < kRows; ++r) {
-      const auto query = hn::Load(f32, q.data + r * q.row_stride + d);
-      WH_UNROLL for (int i = 0; i < kKeys; ++i) {
-        acc[r * kKeys + i] = hn::MulAdd(query, key[i], acc[r * kKeys + i]);
-      }
-    }
-  }
-  HWY_ALIGN float sums[kAccumulators];
-  WH_UNROLL for (int i = 0; i < kAccumulators; i += 4) {
-    store_sums(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
-  }
-  WH_UNROLL for (int r = 0; r < kRows; ++r) {
-    WH_UNROLL for (int i = 0; i < kKeys; ++i) s[r * s_stride + i] = sums[r * kKeys + i];
-  }
-}
-
-// One row, one key: what is left of a tile after whole blocks.
-template <typename T>
-HWY_INLINE float score_one(const float* HWY_RESTRICT q, int64_t columns, const T* k) {
-  const F32 f32;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-  auto sum = hn::Zero(f32);
-  for (int64_t d = 0; d < columns; d += lanes) {
-    sum = hn::MulAdd(hn::Load(f32, q + d), load_f32(k + d), sum);
-  }
-  return hn::GetLane(hn::SumOfLanes(f32, sum));
-}
-
-// o[r][0..kVectors) = alpha[r] * o[r] + sum_key p[r][key] * v[key], from column 0 of `v` and `o`.
-template <int kRows, int kVectors, typename T>
-HWY_INLINE void value_block(const float* HWY_RESTRICT p, int64_t p_stride, Matrix<T> v,
-                            int64_t keys, const float* HWY_RESTRICT alpha, float* HWY_RESTRICT o,
-                            int64_t o_stride) {
-  const F32 f32;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-  Vec acc[kRows][kVectors];
-  WH_UNROLL for (int r = 0; r < kRows; ++r) {
-    const auto rescale = hn::Set(f32, alpha[r]);
-    WH_UNROLL for (int c = 0; c < kVectors; ++c) {
-      acc[r][c] = hn::Mul(rescale, hn::Load(f32, o + r * o_stride + c * lanes));
-    }
-  }
-  for (int64_t j = 0; j < keys; ++j) {
-    Vec value[kVectors];
-    WH_UNROLL for (int c = 0; c < kVectors; ++c) {
-      value[c] = load_f32(v.data + j * v.row_stride + c * lanes);
-    }
-    WH_UNROLL for (int r = 0; r < kRows; ++r) {
-      const auto weight = hn::Set(f32, p[r * p_stride + j]);
-      WH_UNROLL for (int c = 0; c < kVectors; ++c) {
-        acc[r][c] = hn::MulAdd(weight, value[c], acc[r][c]);
-      }
-    }
-  }
-  WH_UNROLL for (int r = 0; r < kRows; ++r) {
-    WH_UNROLL for (int c = 0; c < kVectors; ++c) {
-      hn::Store(acc[r][c], f32, o + r * o_stride + c * lanes);
-    }
-  }
-}
-
-// Into L2: the next tile's lines must not evict this one's from L1.
-HWY_INLINE void prefetch_rows(const std::byte* from, ptrdiff_t row_bytes, int64_t rows,
-                              int64_t bytes) {
-  for (int64_t i = 0; i < rows; ++i, from += row_bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
-  }
-}
+template <int kRows>
+using Rows = std::integral_constant<int, kRows>;
 
 class DecodeWorker {
  public:
@@ -173,7 +61,30 @@ class DecodeWorker {
   }
 
  private:
+  static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+  static int64_t vector_lanes() { return static_cast<int64_t>(hn::Lanes(F32())); }
   int64_t head_of(int64_t row) const { return head_kv_ * p_.group() + row % p_.group(); }
+
+  // Calls body(Rows<n>(), first row) for blocks of rows, largest first.
+  template <typename Body>
+  void for_blocks(const Body& body) const {
+    int64_t row = 0;
+    for (; row + kRowBlock <= shape_.rows; row += kRowBlock) body(Rows<kRowBlock>(), row);
+    if (kRowBlock > 4 && row + 4 <= shape_.rows) {
+      body(Rows<4>(), row);
+      row += 4;
+    }
+    if (row + 2 <= shape_.rows) {
+      body(Rows<2>(), row);
+      row += 2;
+    }
+    if (row < shape_.rows) body(Rows<1>(), row);
+  }
+  // A block's running values have a vector each, lane i holding row i % kRows.
+  float* block_m(int64_t row) const { return w_.m + row * kLaneStride; }
+  float* block_l(int64_t row) const { return w_.l + row * kLaneStride; }
+  float* block_s(int64_t row) const { return w_.s + row * shape_.tile_k; }
 
   // The keys of this chunk that some row sees. A window's chunks start where its first query's
   // keys do: counting from key 0 would leave most of them empty.
@@ -184,9 +95,8 @@ class DecodeWorker {
     const int64_t end = shape_.chunks == 1 ? p_.len_k : begin + shape_.chunk_keys;
     KeyRange keys{std::numeric_limits<int64_t>::max(), 0};
     const float scale = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * 1.44269504f;
+    const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
     for (int64_t row = 0; row < shape_.rows; ++row) {
-      w_.m[row] = -std::numeric_limits<float>::infinity();
-      w_.l[row] = 0;
       const int64_t query = row / p_.group();
       const KeyRange visible = visible_keys(p_, present, query);
       const int64_t last = std::clamp<int64_t>(visible.end, 0, end);
@@ -200,76 +110,53 @@ class DecodeWorker {
       const int64_t offset =
           batch_idx_ * p_.stride_q[0] + head_of(row) * p_.stride_q[1] + query * p_.stride_q[2];
       float* q = w_.q + row * shape_.columns_qk;
-      switch (p_.dtype_q) {
-        case Dtype::kF32:
-          load_query(static_cast<const float*>(t_.q) + offset, scale, q);
-          break;
-        case Dtype::kF16:
-          load_query(static_cast<const Half*>(t_.q) + offset, scale, q);
-          break;
-        case Dtype::kBf16:
-          load_query(static_cast<const Bfloat16*>(t_.q) + offset, scale, q);
-          break;
-      }
+      widen_row(static_cast<const std::byte*>(t_.q) + offset * bytes, p_.dtype_q, p_.stride_q[3],
+                p_.dim_qk, q);
+      for (int64_t d = 0; d < p_.dim_qk; ++d) q[d] *= scale;
+      std::fill(q + p_.dim_qk, q + shape_.columns_qk, 0.0f);
     }
-    for (int64_t i = 0; i < shape_.rows * shape_.columns_v; ++i) w_.o[i] = 0;
+    std::fill_n(w_.m, shape_.rows * kLaneStride, kMinusInfinity);
+    std::fill_n(w_.l, shape_.rows * kLaneStride, 0.0f);
+    std::fill_n(w_.o, shape_.rows * shape_.columns_v, 0.0f);
     return keys.empty() ? KeyRange{0, 0} : keys;
   }
 
   template <typename T>
-  void load_query(const T* from, float scale, float* to) const {
-    for (int64_t d = 0; d < p_.dim_qk; ++d) to[d] = to_float(from[d * p_.stride_q[3]]) * scale;
-    for (int64_t d = p_.dim_qk; d < shape_.columns_qk; ++d) to[d] = 0;
-  }
-
-  template <typename T>
-  Matrix<T> keys_at(int64_t key) const {
-    return {static_cast<const T*>(t_.k) + batch_idx_ * p_.stride_k[0] + head_kv_ * p_.stride_k[1] +
-                key * p_.stride_k[2],
-            p_.stride_k[2]};
-  }
-  template <typename T>
-  Matrix<T> values_at(int64_t key) const {
-    return {static_cast<const T*>(t_.v) + batch_idx_ * p_.stride_v[0] + head_kv_ * p_.stride_v[1] +
-                key * p_.stride_v[2],
-            p_.stride_v[2]};
+  Matrix<T> rows_at(const void* data, const Strides& stride, int64_t key) const {
+    return {static_cast<const T*>(data) + batch_idx_ * stride[0] + head_kv_ * stride[1] +
+                key * stride[2],
+            stride[2]};
   }
 
   template <typename T>
   void run_tiles(KeyRange keys) {
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
-    const bool k_in_place = p_.stride_k[3] == 1 && p_.dim_qk % lanes == 0;
-    const bool v_in_place = p_.stride_v[3] == 1 && p_.dim_v % lanes == 0;
-    const auto element = static_cast<int64_t>(sizeof(T));
+    const bool k_in_place = p_.stride_k[3] == 1 && p_.dim_qk % vector_lanes() == 0;
+    const bool v_in_place = p_.stride_v[3] == 1 && p_.dim_v % vector_lanes() == 0;
     for (int64_t k0 = keys.begin; k0 < keys.end; k0 += shape_.tile_k) {
       tile_ = {k0, std::min(k0 + shape_.tile_k, keys.end)};
       const int64_t count = tile_.size();
-      const Matrix<T> k = keys_at<T>(k0), v = values_at<T>(k0);
-      const bool has_hidden = p_.mask != MaskKind::kNone || !all_rows_see_tile();
-      if (v_in_place) {
-        prefetch_rows(reinterpret_cast<const std::byte*>(v.data), v.row_stride * element, count,
-                      p_.dim_v * element);
-      }
+      const Matrix<T> k = rows_at<T>(t_.k, p_.stride_k, k0), v = rows_at<T>(t_.v, p_.stride_v, k0);
+      const Matrix<T> next_k = rows_at<T>(t_.k, p_.stride_k, tile_.end);
       if (k_in_place) {
-        scores(k, p_.dim_qk);
+        scores(k, p_.dim_qk, Prefetch::of(v, count, v_in_place ? p_.dim_v : 0));
       } else {
         widen_rows(k.data, p_.stride_k, count, p_.dim_qk, shape_.columns_qk, w_.k);
-        scores(Matrix<float>{w_.k, shape_.columns_qk}, shape_.columns_qk);
+        scores(Matrix<float>{w_.k, shape_.columns_qk}, shape_.columns_qk,
+               Prefetch::of(v, count, v_in_place ? p_.dim_v : 0));
       }
-      softmax();
-      if (k_in_place && tile_.end < keys.end) {
-        prefetch_rows(reinterpret_cast<const std::byte*>(keys_at<T>(tile_.end).data),
-                      k.row_stride * element, std::min(shape_.tile_k, keys.end - tile_.end),
-                      p_.dim_qk * element);
-      }
-      if (v_in_place && !has_hidden) {
-        values(v);
+      const Prefetch ahead = Prefetch::of(next_k, std::min(shape_.tile_k, keys.end - tile_.end),
+                                          k_in_place ? p_.dim_qk : 0);
+      const bool is_edge = !all_rows_see_tile();
+      for_blocks([&](auto rows, int64_t row) HWY_ATTR { softmax<rows()>(row, is_edge); });
+      const bool has_hidden = is_edge || p_.mask != MaskKind::kNone;
+      if (v_in_place && (!has_hidden || all_finite(v, count, p_.dim_v))) {
+        values(v, p_.dim_v, ahead);
         continue;
       }
       const bool is_finite =
           widen_rows(v.data, p_.stride_v, count, p_.dim_v, shape_.columns_v, w_.v);
       if (is_finite || !has_hidden) {
-        values(Matrix<float>{w_.v, shape_.columns_v});
+        values(Matrix<float>{w_.v, shape_.columns_v}, shape_.columns_v, ahead);
       } else {
         add_values_one_by_one();
       }
@@ -284,157 +171,120 @@ class DecodeWorker {
   }
 
   template <typename T>
-  void scores(Matrix<T> k, int64_t columns) {
-    int64_t row = 0;
-    for (; row + kRowBlock <= shape_.rows; row += kRowBlock) score_rows<kRowBlock>(row, k, columns);
-    if (row + 4 <= shape_.rows && kRowBlock > 4) {
-      score_rows<4>(row, k, columns);
-      row += 4;
-    }
-    if (row + 2 <= shape_.rows) {
-      score_rows<2>(row, k, columns);
-      row += 2;
-    }
-    if (row < shape_.rows) score_rows<1>(row, k, columns);
+  void scores(Matrix<T> k, int64_t columns, Prefetch ahead) {
+    for_blocks([&](auto rows, int64_t row) HWY_ATTR {
+      const Matrix<float> q{w_.q + row * shape_.columns_qk, shape_.columns_qk};
+      score_rows<rows()>(q, columns, k, tile_.size(), ahead, block_s(row));
+      ahead.rows = 0;  // the first block has fetched it all
+    });
   }
 
-  template <int kRows, typename T>
-  void score_rows(int64_t row, Matrix<T> k, int64_t columns) {
-    constexpr int kKeys = kAccumulators / kRows;
-    const float* q = w_.q + row * shape_.columns_qk;
-    float* s = w_.s + row * shape_.tile_k;
-    int64_t j = 0;
-    for (; j + kKeys <= tile_.size(); j += kKeys) {
-      score_block<kRows>(Matrix<float>{q, shape_.columns_qk}, columns,
-                         Matrix<T>{k.data + j * k.row_stride, k.row_stride}, s + j, shape_.tile_k);
-    }
-    for (; j < tile_.size(); ++j) {
-      for (int r = 0; r < kRows; ++r) {
-        s[r * shape_.tile_k + j] =
-            score_one(q + r * shape_.columns_qk, columns, k.data + j * k.row_stride);
-      }
-    }
-  }
-
-  bool is_hidden(int64_t row, int64_t key) const {
-    return key < w_.first[row] || key >= w_.last[row] ||
-           mask_bias(p_, t_.mask, batch_idx_, head_of(row), row / p_.group(), key) ==
-               -std::numeric_limits<float>::infinity();
-  }
-
-  // Softcap, masks, and the online softmax of each row; leaves weights in s.
-  void softmax() {
+  // Softcap, masks, and the online softmax of a block; leaves weights in s.
+  template <int kRows>
+  void softmax(int64_t row, bool is_edge) {
     const F32 f32;
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-    constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-    const int64_t keys = tile_.size();
-    const int64_t padded = (keys + lanes - 1) / lanes * lanes;  // tile_k is a multiple of lanes
-    for (int64_t row = 0; row < shape_.rows; ++row) {
-      float* s = w_.s + row * shape_.tile_k;
-      if (p_.softcap > 0) {
-        const auto cap = hn::Set(f32, p_.softcap * 1.44269504f);
-        for (int64_t j = keys; j < padded; ++j) s[j] = 0;
-        for (int64_t j = 0; j < padded; j += lanes) {
-          hn::Store(hn::Mul(cap, tanh_vector(hn::Load(f32, s + j))), f32, s + j);
-        }
+    const int64_t lanes = vector_lanes();
+    float* s = block_s(row);
+    const int64_t count = tile_.size() * kRows;
+    const int64_t padded = (count + lanes - 1) / lanes * lanes;
+    if (p_.softcap > 0) {
+      const auto cap = hn::Set(f32, p_.softcap * 1.44269504f);
+      std::fill(s + count, s + padded, 0.0f);
+      for (int64_t i = 0; i < padded; i += lanes) {
+        hn::Store(hn::Mul(cap, tanh_vector(hn::Load(f32, s + i))), f32, s + i);
       }
-      if (p_.mask != MaskKind::kNone) {
-        for (int64_t j = 0; j < keys; ++j) {
-          const float bias =
-              mask_bias(p_, t_.mask, batch_idx_, head_of(row), row / p_.group(), tile_.begin + j);
-          s[j] = bias == kMinusInfinity ? bias : std::fma(bias, 1.44269504f, s[j]);
-        }
-      }
-      for (int64_t key = tile_.begin; key < std::min<int64_t>(w_.first[row], tile_.end); ++key) {
-        s[key - tile_.begin] = kMinusInfinity;
-      }
-      for (int64_t key = std::max<int64_t>(w_.last[row], tile_.begin); key < tile_.end; ++key) {
-        s[key - tile_.begin] = kMinusInfinity;
-      }
-      for (int64_t j = keys; j < padded; ++j) s[j] = kMinusInfinity;
+    }
+    if (p_.mask != MaskKind::kNone) add_mask<kRows>(row, s);
+    if (is_edge) hide_keys<kRows>(row, s);
+    std::fill(s + count, s + padded, kMinusInfinity);
 
-      auto largest = hn::Set(f32, w_.m[row]);
-      for (int64_t j = 0; j < padded; j += lanes) largest = hn::Max(largest, hn::Load(f32, s + j));
-      const float m = hn::GetLane(hn::MaxOfLanes(f32, largest));
-      const auto shift = hn::Set(f32, m == kMinusInfinity ? 0 : m);
-      auto sum = hn::Zero(f32);
-      for (int64_t j = 0; j < padded; j += lanes) {
-        const auto weight = exp2_nonpositive(hn::Sub(hn::Load(f32, s + j), shift));
-        sum = hn::Add(sum, weight);
-        hn::Store(weight, f32, s + j);
+    const auto m_old = hn::Load(f32, block_m(row));
+    auto m = m_old;
+    for (int64_t i = 0; i < padded; i += lanes) m = hn::Max(m, hn::Load(f32, s + i));
+    m = fold_max<kRows>(m);
+    const auto shift = hn::IfThenZeroElse(hn::Eq(m, hn::Set(f32, kMinusInfinity)), m);
+    auto sum = hn::Zero(f32);
+    for (int64_t i = 0; i < padded; i += lanes) {
+      const auto weight = exp2_nonpositive(hn::Sub(hn::Load(f32, s + i), shift));
+      sum = hn::Add(sum, weight);
+      hn::Store(weight, f32, s + i);
+    }
+    const auto alpha = exp2_nonpositive(hn::Sub(m_old, shift));
+    hn::Store(alpha, f32, w_.alpha + row * kLaneStride);
+    hn::Store(hn::MulAdd(hn::Load(f32, block_l(row)), alpha, sum), f32, block_l(row));
+    hn::Store(m, f32, block_m(row));
+  }
+
+  template <int kRows>
+  void add_mask(int64_t row, float* s) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      load_mask_row(p_, t_.mask, batch_idx_, head_of(row + r), (row + r) / p_.group(), tile_.begin,
+                    tile_.size(), w_.bias);
+      for (int64_t j = 0; j < tile_.size(); ++j) {
+        float& score = s[j * kRows + r];
+        score = w_.bias[j] == kMinusInfinity ? kMinusInfinity : score + w_.bias[j];
       }
-      const float alpha = hn::GetLane(exp2_nonpositive(hn::Sub(hn::Set(f32, w_.m[row]), shift)));
-      w_.alpha[row] = alpha;
-      w_.l[row] = std::fma(w_.l[row], alpha, hn::GetLane(hn::SumOfLanes(f32, sum)));
-      w_.m[row] = m;
+    }
+  }
+
+  template <int kRows>
+  void hide_keys(int64_t row, float* s) const {
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t first = std::min<int64_t>(w_.first[row + r], tile_.end) - tile_.begin;
+      const int64_t last = std::max<int64_t>(w_.last[row + r], tile_.begin) - tile_.begin;
+      for (int64_t j = 0; j < first; ++j) s[j * kRows + r] = kMinusInfinity;
+      for (int64_t j = last; j < tile_.size(); ++j) s[j * kRows + r] = kMinusInfinity;
     }
   }
 
   template <typename T>
-  void values(Matrix<T> v) {
-    int64_t row = 0;
-    for (; row + kRowBlock <= shape_.rows; row += kRowBlock) value_rows<kRowBlock>(row, v);
-    if (row + 4 <= shape_.rows && kRowBlock > 4) {
-      value_rows<4>(row, v);
-      row += 4;
-    }
-    if (row + 2 <= shape_.rows) {
-      value_rows<2>(row, v);
-      row += 2;
-    }
-    if (row < shape_.rows) value_rows<1>(row, v);
-  }
-
-  template <int kRows, typename T>
-  void value_rows(int64_t row, Matrix<T> v) {
-    constexpr int kVectors = kAccumulators / kRows < 8 ? kAccumulators / kRows : 8;
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
-    const float* p = w_.s + row * shape_.tile_k;
-    float* o = w_.o + row * shape_.columns_v;
-    // Widened rows are padded to columns_v; those in place end at dim_v, a multiple of lanes then.
-    const int64_t columns = std::is_same_v<T, float> && v.data == static_cast<const void*>(w_.v)
-                                ? shape_.columns_v
-                                : p_.dim_v;
-    int64_t d = 0;
-    for (; d + kVectors * lanes <= columns; d += kVectors * lanes) {
-      value_block<kRows, kVectors>(p, shape_.tile_k, Matrix<T>{v.data + d, v.row_stride},
-                                   tile_.size(), w_.alpha + row, o + d, shape_.columns_v);
-    }
-    for (; d < columns; d += lanes) {
-      value_block<kRows, 1>(p, shape_.tile_k, Matrix<T>{v.data + d, v.row_stride}, tile_.size(),
-                            w_.alpha + row, o + d, shape_.columns_v);
-    }
+  void values(Matrix<T> v, int64_t columns, Prefetch ahead) {
+    for_blocks([&](auto rows, int64_t row) HWY_ATTR {
+      value_rows<rows()>(block_s(row), v, tile_.size(), columns, w_.alpha + row * kLaneStride,
+                         ahead, w_.o + row * shape_.columns_v, shape_.columns_v);
+      ahead.rows = 0;
+    });
   }
 
   // V holds an infinity or NaN and some key is hidden: a weight of zero would not hide it.
   void add_values_one_by_one() {
-    for (int64_t row = 0; row < shape_.rows; ++row) {
-      float* o = w_.o + row * shape_.columns_v;
-      for (int64_t d = 0; d < p_.dim_v; ++d) o[d] *= w_.alpha[row];
-      for (int64_t j = 0; j < tile_.size(); ++j) {
-        if (is_hidden(row, tile_.begin + j)) continue;
-        const float weight = w_.s[row * shape_.tile_k + j];
-        for (int64_t d = 0; d < p_.dim_v; ++d) {
-          o[d] = std::fma(weight, w_.v[j * shape_.columns_v + d], o[d]);
+    for_blocks([&](auto rows, int64_t block) HWY_ATTR {
+      for (int64_t r = 0; r < rows(); ++r) {
+        const int64_t row = block + r;
+        float* o = w_.o + row * shape_.columns_v;
+        for (int64_t d = 0; d < p_.dim_v; ++d) o[d] *= w_.alpha[block * kLaneStride + r];
+        for (int64_t key = std::max<int64_t>(tile_.begin, w_.first[row]);
+             key < std::min<int64_t>(tile_.end, w_.last[row]); ++key) {
+          if (mask_bias(p_, t_.mask, batch_idx_, head_of(row), row / p_.group(), key) ==
+              kMinusInfinity) {
+            continue;
+          }
+          const int64_t j = key - tile_.begin;
+          const float weight = block_s(block)[j * rows() + r];
+          const float* v = w_.v + j * shape_.columns_v;
+          for (int64_t d = 0; d < p_.dim_v; ++d) o[d] = std::fma(weight, v[d], o[d]);
         }
       }
-    }
+    });
   }
 
   void store(int64_t chunk) {
-    for (int64_t row = 0; row < shape_.rows; ++row) {
-      const float* o = w_.o + row * shape_.columns_v;
-      if (partials_.chunks == 1) {
-        store_row(p_, t_, {batch_idx_, head_kv_, row}, w_.m[row], w_.l[row], o);
-        continue;
-      }
-      const int64_t i =
-          chunk * partials_.rows + (batch_idx_ * p_.heads_kv + head_kv_) * shape_.rows + row;
-      partials_.m[i] = w_.m[row];
-      partials_.l[i] = w_.l[row];
-      if (w_.l[row] == 0) continue;  // the merge skips it
-      for (int64_t d = 0; d < p_.dim_v; ++d) partials_.o[i * p_.dim_v + d] = o[d];
-    }
+    for_blocks([&](auto rows, int64_t block) HWY_ATTR {
+      const auto sum = fold_sum<rows()>(hn::Load(F32(), block_l(block)));
+      hn::Store(sum, F32(), block_l(block));
+      for (int64_t r = 0; r < rows(); ++r)
+        store_one(chunk, block + r, block_m(block)[r], block_l(block)[r]);
+    });
+  }
+
+  void store_one(int64_t chunk, int64_t row, float m, float l) const {
+    const float* o = w_.o + row * shape_.columns_v;
+    if (partials_.chunks == 1) return store_row(p_, t_, {batch_idx_, head_kv_, row}, m, l, o);
+    const int64_t i =
+        chunk * partials_.rows + (batch_idx_ * p_.heads_kv + head_kv_) * shape_.rows + row;
+    partials_.m[i] = m;
+    partials_.l[i] = l;
+    if (l != 0) std::copy_n(o, p_.dim_v, partials_.o + i * p_.dim_v);  // else the merge skips it
   }
 
   const Problem& p_;

@@ -1,0 +1,245 @@
+// The products of decode: a block of 1 to 8 query rows against a tile of keys that lie as the
+// caller left them. Re-included per target.
+#if defined(WH_CPU_DECODE_BLOCK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WH_CPU_DECODE_BLOCK_INL_H_
+#undef WH_CPU_DECODE_BLOCK_INL_H_
+#else
+#define WH_CPU_DECODE_BLOCK_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <algorithm>
+
+#include "cpu/decode/config.h"
+#include "cpu/tile-inl.h"
+#include "cpu/vector_math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace wh::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// 16 accumulators of 32 registers, or 8 of 16: the rest holds what is loaded.
+constexpr int kAccumulators = 2 * kTileRows;
+// Rows of a block: never more than the lanes of a vector.
+#if HWY_TARGET == HWY_SCALAR
+constexpr int kRowBlock = 1;
+#elif HWY_TARGET == HWY_AVX3
+constexpr int kRowBlock = 8;
+#else
+constexpr int kRowBlock = 4;
+#endif
+
+// A matrix whose rows are read in place: K or V of one kv head, from its first key of the tile.
+template <typename T>
+struct Matrix {
+  const T* data;
+  ptrdiff_t row_stride;
+};
+
+// Rows to bring into L2 (into L1 they would evict the tile at work), one whenever a loop comes
+// round: all at once would fill the line buffers and stall the loads of the tile.
+struct Prefetch {
+  const char* data;
+  ptrdiff_t row_stride_bytes;
+  int64_t rows;
+  int64_t row_bytes;
+
+  template <typename T>
+  static Prefetch of(Matrix<T> matrix, int64_t rows, int64_t columns) {
+    const auto element = static_cast<ptrdiff_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(matrix.data), matrix.row_stride * element,
+            columns == 0 ? 0 : rows, columns * element};
+  }
+  HWY_INLINE void fetch(int64_t row) const {
+    if (row >= rows) return;
+    const char* from = data + row * row_stride_bytes;
+    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+  }
+};
+
+// op over the lanes that hold the same row, that is lanes equal modulo kRows, in all of them.
+template <int kRows, typename Op>
+HWY_INLINE Vec fold(Vec x, const Op& op) {
+  const F32 f32;
+  const I32 i32;
+  for (int32_t step = kRows; step < static_cast<int32_t>(hn::Lanes(f32)); step *= 2) {
+    const auto partner = hn::Xor(hn::Iota(i32, 0), hn::Set(i32, step));
+    x = op(x, hn::TableLookupLanes(x, hn::IndicesFromVec(f32, partner)));
+  }
+  return x;
+}
+template <int kRows>
+HWY_INLINE Vec fold_max(Vec x) {
+  return fold<kRows>(x, [](Vec a, Vec b) HWY_ATTR { return hn::Max(a, b); });
+}
+template <int kRows>
+HWY_INLINE Vec fold_sum(Vec x) {
+  return fold<kRows>(x, [](Vec a, Vec b) HWY_ATTR { return hn::Add(a, b); });
+}
+
+// to[i] = the sum of lanes of acc[i], for all accumulators.
+HWY_INLINE void store_sums(const Vec* acc, float* to) {
+  [[maybe_unused]] const F32 f32;
+#if HWY_TARGET == HWY_AVX3
+  // A transposing tree: each level halves the vectors and adds what the shuffles brought together.
+  __m512 pair[8], four[4], block[2];
+  WH_UNROLL for (int i = 0; i < 8; ++i) {
+    const __m512 a = acc[2 * i].raw, b = acc[2 * i + 1].raw;
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  WH_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512 a = pair[2 * i], b = pair[2 * i + 1];
+    four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  WH_UNROLL for (int i = 0; i < 2; ++i) {
+    const __m512 a = four[2 * i], b = four[2 * i + 1];
+    block[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(block[0], block[1], 0x88),
+                                    _mm512_shuffle_f32x4(block[0], block[1], 0xdd));
+  hn::StoreU(Vec{sums}, f32, to);
+#elif HWY_TARGET == HWY_SCALAR
+  for (int i = 0; i < kAccumulators; ++i) to[i] = hn::GetLane(acc[i]);
+#else
+  WH_UNROLL for (int i = 0; i < kAccumulators; i += 4) {
+    const auto ac = hn::Add(hn::InterleaveLower(f32, acc[i], acc[i + 2]),
+                            hn::InterleaveUpper(f32, acc[i], acc[i + 2]));
+    const auto bd = hn::Add(hn::InterleaveLower(f32, acc[i + 1], acc[i + 3]),
+                            hn::InterleaveUpper(f32, acc[i + 1], acc[i + 3]));
+    // Each 128-bit block now holds its part of the four sums.
+    const auto blocks = hn::Add(hn::InterleaveLower(f32, ac, bd), hn::InterleaveUpper(f32, ac, bd));
+#if HWY_TARGET == HWY_AVX2
+    const hn::Half<F32> half;
+    hn::StoreU(hn::Add(hn::LowerHalf(half, blocks), hn::UpperHalf(half, blocks)), half, to + i);
+#else
+    hn::StoreU(blocks, f32, to + i);
+#endif
+  }
+#endif
+}
+
+// s[i][r] = q[r] . k[i] for kAccumulators / kRows keys.
+template <int kRows, typename T>
+HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Matrix<T> k, float* HWY_RESTRICT s) {
+  constexpr int kKeys = kAccumulators / kRows;
+  const F32 f32;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
+  Vec acc[kAccumulators];
+  WH_UNROLL for (int i = 0; i < kAccumulators; ++i) acc[i] = hn::Zero(f32);
+  for (int64_t d = 0; d < columns; d += lanes) {
+    Vec key[kKeys];
+    WH_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = load_f32(k.data + i * k.row_stride + d);
+    WH_UNROLL for (int r = 0; r < kRows; ++r) {
+      const auto query = hn::Load(f32, q.data + r * q.row_stride + d);
+      WH_UNROLL for (int i = 0; i < kKeys; ++i) {
+        acc[i * kRows + r] = hn::MulAdd(query, key[i], acc[i * kRows + r]);
+      }
+    }
+  }
+  store_sums(acc, s);
+}
+
+// One row, one key: what is left of a tile after whole blocks.
+template <typename T>
+HWY_INLINE float score_one(const float* HWY_RESTRICT q, int64_t columns, const T* k) {
+  const F32 f32;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
+  auto sum = hn::Zero(f32);
+  for (int64_t d = 0; d < columns; d += lanes) {
+    sum = hn::MulAdd(hn::Load(f32, q + d), load_f32(k + d), sum);
+  }
+  return hn::GetLane(hn::SumOfLanes(f32, sum));
+}
+
+// s[j][r] for all keys of a tile, fetching a row of `ahead` for each key.
+template <int kRows, typename T>
+void score_rows(Matrix<float> q, int64_t columns, Matrix<T> k, int64_t keys, const Prefetch& ahead,
+                float* s) {
+  constexpr int kKeys = kAccumulators / kRows;
+  int64_t j = 0;
+  for (; j + kKeys <= keys; j += kKeys) {
+    for (int64_t i = j; i < j + kKeys; ++i) ahead.fetch(i);
+    score_block<kRows>(q, columns, Matrix<T>{k.data + j * k.row_stride, k.row_stride},
+                       s + j * kRows);
+  }
+  for (; j < keys; ++j) {
+    ahead.fetch(j);
+    for (int r = 0; r < kRows; ++r) {
+      s[j * kRows + r] = score_one(q.data + r * q.row_stride, columns, k.data + j * k.row_stride);
+    }
+  }
+}
+
+// kVectors vectors of columns: o[r] = alpha[r] * o[r] + sum_j p[j][r] * v[j].
+template <int kRows, int kVectors, typename T>
+HWY_INLINE void value_block(const float* HWY_RESTRICT p, Matrix<T> v, int64_t keys,
+                            const float* HWY_RESTRICT alpha, const Prefetch& ahead,
+                            float* HWY_RESTRICT o, int64_t o_stride) {
+  const F32 f32;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
+  Vec acc[kRows][kVectors];
+  WH_UNROLL for (int r = 0; r < kRows; ++r) {
+    const auto rescale = hn::Set(f32, alpha[r]);
+    WH_UNROLL for (int c = 0; c < kVectors; ++c) {
+      acc[r][c] = hn::Mul(rescale, hn::Load(f32, o + r * o_stride + c * lanes));
+    }
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    Vec value[kVectors];
+    WH_UNROLL for (int c = 0; c < kVectors; ++c) value[c] = load_f32(v.data + c * lanes);
+    WH_UNROLL for (int r = 0; r < kRows; ++r) {
+      const auto weight = hn::Set(f32, p[j * kRows + r]);
+      WH_UNROLL for (int c = 0; c < kVectors; ++c) {
+        acc[r][c] = hn::MulAdd(weight, value[c], acc[r][c]);
+      }
+    }
+    v.data += v.row_stride;
+    ahead.fetch(j);
+  }
+  WH_UNROLL for (int r = 0; r < kRows; ++r) {
+    WH_UNROLL for (int c = 0; c < kVectors; ++c) {
+      hn::Store(acc[r][c], f32, o + r * o_stride + c * lanes);
+    }
+  }
+}
+
+// All columns, fetching `ahead` evenly over them.
+template <int kRows, typename T>
+void value_rows(const float* p, Matrix<T> v, int64_t keys, int64_t columns, const float* alpha,
+                const Prefetch& ahead, float* o, int64_t o_stride) {
+  constexpr int kVectors = kAccumulators / kRows < 8 ? kAccumulators / kRows : 8;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  const int64_t step = kVectors * lanes;
+  const int64_t rows_a_step = (ahead.rows * step + columns - 1) / columns;
+  int64_t d = 0;
+  for (int64_t fetched = 0; d + step <= columns; d += step, fetched += rows_a_step) {
+    const Prefetch part{ahead.data + fetched * ahead.row_stride_bytes, ahead.row_stride_bytes,
+                        std::min(rows_a_step, ahead.rows - fetched), ahead.row_bytes};
+    value_block<kRows, kVectors>(p, Matrix<T>{v.data + d, v.row_stride}, keys, alpha, part, o + d,
+                                 o_stride);
+  }
+  for (; d < columns; d += lanes) {
+    value_block<kRows, 1>(p, Matrix<T>{v.data + d, v.row_stride}, keys, alpha, Prefetch{}, o + d,
+                          o_stride);
+  }
+}
+
+// Whether a weight of zero hides every row of v.
+template <typename T>
+bool all_finite(Matrix<T> v, int64_t rows, int64_t dim) {
+  const F32 f32;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
+  auto finite = hn::Zero(f32);  // stays 0 while everything is finite
+  for (int64_t j = 0; j < rows; ++j, v.data += v.row_stride) {
+    for (int64_t d = 0; d < dim; d += lanes) {
+      finite = hn::MulAdd(load_f32(v.data + d), hn::Zero(f32), finite);
+    }
+  }
+  return hn::AllTrue(f32, hn::Eq(finite, hn::Zero(f32)));
+}
+
+}  // namespace wh::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif
