@@ -85,10 +85,10 @@ __device__ __forceinline__ void hide_keys(float (&s)[kCount], const ScoreRow (&r
   }
 }
 
-// The same under an array mask, whose bias is added to the visible ones.
-template <typename T, int kCount>
-__device__ __forceinline__ void mask_scores(float (&s)[kCount], const AttentionArgs& args,
-                                            const ScoreRow (&rows)[2], int32_t tile_key) {
+// Adds `bias_of(row's mask, key)` to the scores of the keys that rows may see, and hides the rest.
+template <int kCount, typename BiasOf>
+__device__ __forceinline__ void add_bias(float (&s)[kCount], const ScoreRow (&rows)[2],
+                                         int32_t tile_key, BiasOf bias_of) {
   const int32_t thread_key = tile_key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -100,11 +100,32 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], const AttentionA
         float& score = s[4 * i + 2 * r + e];
         float bias = -INFINITY;
         if (offset + 8 * i + e < rows[r].key_count) {
-          bias = mask_bias<T>(args, rows[r], thread_key + 8 * i + e);
+          bias = bias_of(rows[r].mask, thread_key + 8 * i + e);
         }
         score = bias == -INFINITY ? -INFINITY : score + bias;
       }
     }
+  }
+}
+
+// hide_keys() under an array mask. One loop a kind: with the choice inside, the loads of a tile wait
+// for each other.
+template <typename T, int kCount>
+__device__ __forceinline__ void mask_scores(float (&s)[kCount], const AttentionArgs& args,
+                                            const ScoreRow (&rows)[2], int32_t tile_key) {
+  const int64_t stride = args.stride_mask[3];
+  if (args.mask_kind == MaskKind::kBoolean) {
+    add_bias(s, rows, tile_key, [stride](const char* mask, int32_t key) {
+      return mask[key * stride] != 0 ? 0.0f : -INFINITY;
+    });
+  } else if (args.mask_kind == MaskKind::kAdditiveF32) {
+    add_bias(s, rows, tile_key, [stride](const char* mask, int32_t key) {
+      return reinterpret_cast<const float*>(mask)[key * stride];
+    });
+  } else {
+    add_bias(s, rows, tile_key, [stride](const char* mask, int32_t key) {
+      return static_cast<float>(reinterpret_cast<const T*>(mask)[key * stride]);
+    });
   }
 }
 
