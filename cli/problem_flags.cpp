@@ -75,8 +75,12 @@ class ValueReader {
   // "a/b", or "a" for both.
   std::pair<int64_t, int64_t> pair(const char* name, const std::string& text) {
     const size_t slash = text.find('/');
+    const std::string second = slash == std::string::npos ? text : text.substr(slash + 1);
+    if (slash == 0 || second.empty()) {
+      fail(fmt::format("--{} is \"{}\"; it must be N or N/N", name, text));
+    }
     const int64_t first = integer(name, text.substr(0, slash), -1);
-    return {first, slash == std::string::npos ? first : integer(name, text.substr(slash + 1), -1)};
+    return {first, slash == std::string::npos ? first : integer(name, second, -1)};
   }
   std::vector<int64_t> integers(const char* name, const std::string& text) {
     std::vector<int64_t> values;

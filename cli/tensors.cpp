@@ -270,9 +270,15 @@ class ProblemFileReader {
   Status status_;
 };
 
-// Kernels read elements where they lie: a file may place them anywhere.
-bool is_aligned(const void* data, size_t alignment) {
-  return reinterpret_cast<uintptr_t>(data) % alignment == 0;
+// Kernels read elements where they lie, but a file may place them anywhere.
+template <typename T>
+void copy_if_misaligned(const SafetensorsView& view, const char* name, const T*& data,
+                        HostBuffer& copy) {
+  const auto stored = view.tensors.find(name);
+  if (stored == view.tensors.end() || reinterpret_cast<uintptr_t>(data) % 8 == 0) return;
+  copy = HostBuffer(stored->second.bytes.size());
+  std::memcpy(copy.data(), stored->second.bytes.data(), copy.size());
+  data = static_cast<const T*>(static_cast<const void*>(copy.data()));
 }
 
 void point_to_ints(HostTensors& h) {
@@ -326,11 +332,11 @@ Result<StoredProblem> read_problem_file(const std::string& path) {
   }
   const Problem& p = stored.request.problem;
   HostTensors& h = stored.tensors;
-  for (const void* data : {h.tensors.q, h.tensors.k, h.tensors.v}) {
-    if (!is_aligned(data, dtype_bytes(p.dtype_q))) {
-      return invalid(path + ": a tensor does not lie on a multiple of its element's size");
-    }
-  }
+  copy_if_misaligned(*view, "q", h.tensors.q, h.q);
+  copy_if_misaligned(*view, "k", h.tensors.k, h.k);
+  copy_if_misaligned(*view, "v", h.tensors.v, h.v);
+  copy_if_misaligned(*view, "mask", h.tensors.mask, h.mask);
+  copy_if_misaligned(*view, "sinks", h.tensors.sinks, h.sinks);
   h.key_lengths = stored.request.key_lengths;
   h.key_starts = stored.request.key_starts;
   point_to_ints(h);

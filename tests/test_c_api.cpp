@@ -1,0 +1,291 @@
+// The C ABI as a caller meets it: defaults, every kind of bad input with its message, plans, runs.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "widehead/widehead.hpp"
+
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// A small valid problem with its tensors, to be spoiled in one place.
+struct Call {
+  wh_problem problem;
+  wh_limits limits;
+  wh_tensors tensors;
+  wh_run_options options;
+  std::vector<float> q = std::vector<float>(2 * 3 * 8, 1.0f);
+  std::vector<float> k = std::vector<float>(5 * 8, 1.0f);
+  std::vector<float> v = std::vector<float>(5 * 8, 2.0f);
+  std::vector<float> out = std::vector<float>(2 * 3 * 8, kNan);
+  std::vector<int32_t> lengths{5}, starts{0};
+
+  Call() {
+    EXPECT_EQ(wh_problem_init(&problem, sizeof(problem)), WH_OK);
+    EXPECT_EQ(wh_limits_init(&limits, sizeof(limits)), WH_OK);
+    EXPECT_EQ(wh_tensors_init(&tensors, sizeof(tensors)), WH_OK);
+    EXPECT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
+    problem.heads_q = 2;
+    problem.len_q = 3;
+    problem.len_k = 5;
+    problem.dim_qk = problem.dim_v = 8;
+    EXPECT_EQ(wh_problem_set_dense(&problem), WH_OK);
+    tensors.q = q.data();
+    tensors.k = k.data();
+    tensors.v = v.data();
+    tensors.out = out.data();
+  }
+  wh_status run() { return wh_attention(&problem, &limits, &tensors, &options); }
+  bool out_is_untouched() const {
+    for (const float value : out) {
+      if (!std::isnan(value)) return false;
+    }
+    return true;
+  }
+};
+
+TEST(CApi, OneCallWorks) {
+  Call call;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  for (const float value : call.out) EXPECT_FLOAT_EQ(value, 2.0f);
+  EXPECT_STREQ(wh_version(), "0.1.0");
+}
+
+struct BadCall {
+  const char* name;
+  void (*spoil)(Call&);
+  std::vector<const char*> message;  // all of these appear
+};
+
+const BadCall kBadCalls[] = {
+    {"batch", [](Call& c) { c.problem.batch = -1; }, {"batch is -1", "between 0"}},
+    {"heads", [](Call& c) { c.problem.heads_kv = 4; }, {"heads_q is 2", "multiple of heads_kv"}},
+    {"no_heads", [](Call& c) { c.problem.heads_kv = 0; }, {"heads_kv is 0", "between 1"}},
+    {"len_q", [](Call& c) { c.problem.len_q = int64_t{1} << 40; }, {"len_q is 1099511627776"}},
+    {"dim_qk", [](Call& c) { c.problem.dim_qk = 0; }, {"dim_qk is 0", "between 1 and 1024"}},
+    {"dim_v", [](Call& c) { c.problem.dim_v = 1025; }, {"dim_v is 1025", "between 1 and 1024"}},
+    {"stride",
+     [](Call& c) { c.problem.stride_k[2] = -8; },
+     {"stride_k[2] is -8", "not be negative"}},
+    {"wide_stride",
+     [](Call& c) { c.problem.stride_q[2] = std::numeric_limits<int64_t>::max() / 2; },
+     {"stride_q", "64-bit"}},
+    {"out_overlaps_itself",
+     [](Call& c) { c.problem.stride_out[2] = 4; },
+     {"stride_out[2] is 4", "at least 8"}},
+    {"scale", [](Call& c) { c.problem.scale = kNan; }, {"scale is nan", "finite"}},
+    {"softcap", [](Call& c) { c.problem.softcap = -1; }, {"softcap is -1", "positive"}},
+    {"window", [](Call& c) { c.problem.window_left = -2; }, {"window_left is -2", "between -1"}},
+    {"dtype_q", [](Call& c) { c.problem.dtype_q = 9; }, {"dtype_q is 9", "between 0 and 2"}},
+    {"dtype_kv", [](Call& c) { c.problem.dtype_kv = -1; }, {"dtype_kv is -1"}},
+    {"causal", [](Call& c) { c.problem.causal = 3; }, {"causal is 3", "between 0 and 2"}},
+    {"mask", [](Call& c) { c.problem.mask = 7; }, {"mask is 7", "between 0 and 3"}},
+    {"device", [](Call& c) { c.problem.device = 2; }, {"device is 2", "between 0 and 1"}},
+    {"uses", [](Call& c) { c.problem.uses = 64; }, {"uses is 0x40", "0xf"}},
+    {"problem_size", [](Call& c) { c.problem.size = 8; }, {"problem.size is 8", "wh_problem_init"}},
+    {"limits_size", [](Call& c) { c.limits.size = 0; }, {"limits.size is 0", "wh_limits_init"}},
+    {"tensors_size", [](Call& c) { c.tensors.size = 1 << 20; }, {"tensors.size is 1048576"}},
+    {"options_size", [](Call& c) { c.options.size = 3; }, {"run_options.size is 3"}},
+    {"policy", [](Call& c) { c.limits.policy = 5; }, {"limits.policy is 5", "between 0 and 2"}},
+    {"precision", [](Call& c) { c.limits.precision = -1; }, {"limits.precision is -1"}},
+    {"threads", [](Call& c) { c.limits.threads = -4; }, {"limits.threads is -4", "every core"}},
+    {"fused_above", [](Call& c) { c.limits.fused_above = -1; }, {"limits.fused_above is -1"}},
+    {"longest_step",
+     [](Call& c) { c.limits.longest_step_us = kNan; },
+     {"limits.longest_step_us is nan"}},
+    {"kernel",
+     [](Call& c) { c.limits.kernel = "cpu_prefil"; },
+     {"\"cpu_prefil\"", "did you mean \"cpu_prefill\"?"}},
+    {"null_q", [](Call& c) { c.tensors.q = nullptr; }, {"q is null"}},
+    {"null_out", [](Call& c) { c.tensors.out = nullptr; }, {"out is null"}},
+    {"null_mask", [](Call& c) { c.problem.mask = WH_MASK_BOOLEAN; }, {"mask is null"}},
+    {"null_lse", [](Call& c) { c.problem.uses = WH_USES_LOG_SUM_EXP; }, {"log_sum_exp is null"}},
+    {"null_sinks", [](Call& c) { c.problem.uses = WH_USES_SINKS; }, {"sinks is null"}},
+    {"out_over_q", [](Call& c) { c.tensors.out = c.q.data() + 4; }, {"out overlaps q"}},
+    {"out_over_v", [](Call& c) { c.tensors.v = c.out.data() + 1; }, {"out overlaps v"}},
+    {"key_lengths",
+     [](Call& c) {
+       c.problem.uses = WH_USES_KEY_LENGTHS;
+       c.lengths[0] = 6;
+       c.tensors.key_lengths = c.lengths.data();
+     },
+     {"key_lengths[0] is 6", "between 0 and len_k, 5"}},
+    {"key_starts",
+     [](Call& c) {
+       c.problem.uses = WH_USES_KEY_STARTS;
+       c.starts[0] = -1;
+       c.tensors.key_starts = c.starts.data();
+     },
+     {"key_starts[0] is -1", "not be negative"}},
+    {"small_workspace",
+     [](Call& c) {
+       alignas(64) static char workspace[64];
+       c.tensors.workspace = workspace;
+       c.tensors.workspace_bytes = 64;
+     },
+     {"workspace_bytes is 64", "the plan takes"}},
+    {"misaligned_workspace",
+     [](Call& c) {
+       alignas(64) static char workspace[8 << 20];
+       c.tensors.workspace = workspace + 4;
+       c.tensors.workspace_bytes = (8 << 20) - 4;
+     },
+     {"workspace is 0x", "aligned to 64 bytes"}},
+    {"executor",
+     [](Call& c) {
+       static const wh_executor executor{nullptr, nullptr};
+       c.options.executor = &executor;
+     },
+     {"executor.parallel is null"}},
+};
+
+class BadCalls : public testing::TestWithParam<BadCall> {};
+
+TEST_P(BadCalls, AnswerWithWhatIsWrongAndTouchNothing) {
+  Call call;
+  GetParam().spoil(call);
+  ASSERT_EQ(call.run(), WH_INVALID_ARGUMENT);
+  for (const char* part : GetParam().message) {
+    EXPECT_NE(std::string(wh_last_error()).find(part), std::string::npos) << wh_last_error();
+  }
+  EXPECT_TRUE(call.out_is_untouched());
+}
+
+INSTANTIATE_TEST_SUITE_P(CApi, BadCalls, testing::ValuesIn(kBadCalls),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(CApi, NullArgumentsAreErrors) {
+  Call call;
+  wh_plan* plan = nullptr;
+  EXPECT_EQ(wh_attention(nullptr, nullptr, &call.tensors, nullptr), WH_INVALID_ARGUMENT);
+  EXPECT_STREQ(wh_last_error(), "problem is null");
+  EXPECT_EQ(wh_attention(&call.problem, nullptr, nullptr, nullptr), WH_INVALID_ARGUMENT);
+  EXPECT_STREQ(wh_last_error(), "tensors is null");
+  EXPECT_EQ(wh_plan_create(&call.problem, nullptr, nullptr), WH_INVALID_ARGUMENT);
+  EXPECT_EQ(wh_plan_run(nullptr, &call.tensors, nullptr), WH_INVALID_ARGUMENT);
+  EXPECT_EQ(wh_plan_from_json(nullptr, 0, &plan), WH_INVALID_ARGUMENT);
+  EXPECT_EQ(wh_problem_init(nullptr, sizeof(wh_problem)), WH_INVALID_ARGUMENT);
+  EXPECT_EQ(wh_problem_init(&call.problem, 4), WH_INVALID_ARGUMENT);
+  EXPECT_EQ(wh_plan_explain(nullptr), nullptr);
+  EXPECT_STREQ(wh_plan_kernel(nullptr), "");
+  wh_plan_destroy(nullptr);
+  EXPECT_EQ(wh_kernel_name(WH_CPU, 100), nullptr);
+  EXPECT_EQ(wh_kernel_name(7, 0), nullptr);
+  EXPECT_EQ(wh_device_json(7, 0), nullptr);
+}
+
+TEST(CApi, ZeroSizesAreValid) {
+  for (const int field : {0, 1, 2}) {
+    Call call;
+    (field == 0 ? call.problem.batch : field == 1 ? call.problem.len_q : call.problem.len_k) = 0;
+    ASSERT_EQ(wh_problem_set_dense(&call.problem), WH_OK);
+    if (field == 2) call.tensors.k = call.tensors.v = nullptr;
+    ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+    if (field == 2) {
+      for (const float value : call.out) EXPECT_EQ(value, 0.0f);
+    } else {
+      EXPECT_TRUE(call.out_is_untouched());
+    }
+  }
+}
+
+TEST(CApi, ARefusedPlanCanBeExplainedButNotRun) {
+  Call call;
+  call.limits.workspace_bytes = 10;
+  wh_plan* plan = nullptr;
+  ASSERT_EQ(wh_plan_create(&call.problem, &call.limits, &plan), WH_REFUSED);
+  ASSERT_NE(plan, nullptr);
+  EXPECT_STREQ(wh_plan_kernel(plan), "");
+  EXPECT_NE(std::string(wh_plan_explain(plan)).find("over_budget"), std::string::npos);
+  EXPECT_EQ(wh_plan_run(plan, &call.tensors, nullptr), WH_REFUSED);
+  EXPECT_TRUE(call.out_is_untouched());
+  wh_plan_destroy(plan);
+}
+
+TEST(CApi, APlanIsStoredAndRunAgain) {
+  Call call;
+  wh_plan *plan = nullptr, *again = nullptr;
+  ASSERT_EQ(wh_plan_create(&call.problem, nullptr, &plan), WH_OK);
+  const std::string json = wh_plan_json(plan);
+  ASSERT_EQ(wh_plan_from_json(json.data(), json.size(), &again), WH_OK) << wh_last_error();
+  std::vector<char> workspace(wh_plan_workspace_bytes(again) + 64);
+  call.tensors.workspace =
+      reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+  call.tensors.workspace_bytes = wh_plan_workspace_bytes(again);
+  EXPECT_EQ(wh_plan_run(again, &call.tensors, nullptr), WH_OK) << wh_last_error();
+  EXPECT_FLOAT_EQ(call.out[7], 2.0f);
+  EXPECT_GT(wh_plan_estimated_us(again), 0);
+  wh_plan_destroy(plan);
+  wh_plan_destroy(again);
+}
+
+TEST(CApi, TheCallersExecutorAndProgressAreUsed) {
+  Call call;
+  int tasks = 0, reports = 0;
+  const wh_executor executor{
+      [](void* context, int32_t count, void (*task)(void*, int32_t), void* argument) {
+        for (int32_t i = 0; i < count; ++i) task(argument, i);
+        *static_cast<int*>(context) += count;
+      },
+      &tasks};
+  call.options.executor = &executor;
+  call.options.progress = [](void* context, double) {
+    ++*static_cast<int*>(context);
+    return 0;
+  };
+  call.options.progress_context = &reports;
+  call.limits.threads = 2;
+  call.limits.kernel = "cpu_reference";
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  EXPECT_EQ(tasks, 2);
+  EXPECT_EQ(reports, 6);  // one for each row
+  call.options.progress = [](void*, double) { return int32_t{1}; };
+  EXPECT_EQ(call.run(), WH_CANCELLED);
+  EXPECT_NE(std::string(wh_last_error()).find("out is partly written"), std::string::npos);
+}
+
+TEST(CApi, ErrorsBelongToTheirThread) {
+  Call call;
+  call.problem.batch = -5;
+  ASSERT_EQ(call.run(), WH_INVALID_ARGUMENT);
+  const std::string message = wh_last_error();
+  Call good;
+  ASSERT_EQ(good.run(), WH_OK);
+  EXPECT_EQ(message, wh_last_error());
+}
+
+TEST(Cpp, ShapesThatDisagreeAreErrors) {
+  std::vector<float> data(1024);
+  const auto view = [&](int64_t heads, int64_t length, int64_t dim) {
+    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, heads, length, dim});
+  };
+  try {
+    widehead::problem(view(2, 4, 8), view(1, 6, 7), view(1, 6, 8), view(2, 4, 8));
+    FAIL() << "no error";
+  } catch (const widehead::Error& error) {
+    EXPECT_EQ(error.status(), WH_INVALID_ARGUMENT);
+    EXPECT_STREQ(error.what(), "k is [1, 1, 6, 7]; the others make it [1, 1, 6, 8]");
+  }
+}
+
+TEST(Cpp, PlansMoveAndExplain) {
+  std::vector<float> q(64), k(64), v(64), out(64);
+  const auto view = [](std::vector<float>& data) {
+    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, 1, 8, 8});
+  };
+  widehead::Plan plan =
+      widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)), {.threads = 1});
+  widehead::Plan moved = std::move(plan);
+  EXPECT_NE(moved.explain().find(moved.kernel()), std::string::npos);
+  EXPECT_EQ(widehead::Plan::from_json(moved.json()).kernel(), moved.kernel());
+  EXPECT_THROW(widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)),
+                              {.kernel = "nothing"}),
+               widehead::Error);
+}
+
+}  // namespace
