@@ -19,6 +19,8 @@ void add_limits_flags(CLI::App& app, LimitsFlags& flags) {
   limit(app.add_option("--step-ms", flags.step_ms, "the longest piece that cannot be cancelled"));
   limit(app.add_flag("--batch-invariant", flags.batch_invariant,
                      "a row's bits do not depend on the batch"));
+  limit(app.add_option("--fresh-keys", flags.fresh_keys,
+                       "promise: older than the kernel in front are all keys but the last N"));
 }
 
 Result<Limits> read_limits(const LimitsFlags& flags) {
@@ -27,6 +29,7 @@ Result<Limits> read_limits(const LimitsFlags& flags) {
   limits.threads = flags.threads;
   limits.longest_step_us = flags.step_ms * 1e3;
   limits.batch_invariant = flags.batch_invariant;
+  limits.fresh_keys = flags.fresh_keys;
   if (!flags.workspace.empty()) {
     const auto bytes = parse_bytes(flags.workspace);
     if (!bytes) {

@@ -14,6 +14,7 @@ struct LimitsFlags {
   int32_t threads = 0;
   double step_ms = 0;
   bool batch_invariant = false;
+  int64_t fresh_keys = kAnyKeys;
 };
 
 void add_limits_flags(CLI::App& app, LimitsFlags& flags);

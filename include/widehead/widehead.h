@@ -93,6 +93,10 @@ typedef struct wh_limits {
   int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
   double longest_step_us;  /* of a piece that cannot be cancelled; 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
+  /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
+   * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
+   * starts. The rest may then be read before that kernel has ended. Too small a number is a race. */
+  int64_t fresh_keys;
 } wh_limits;
 
 /* Pointers for one run: host memory for a CPU problem, memory of the problem's device for a CUDA

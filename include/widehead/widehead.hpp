@@ -115,6 +115,7 @@ struct Limits {
   Precision precision = Precision::kNative;
   double longest_step_us = 0;  // of a piece that cannot be cancelled; 0: any
   bool batch_invariant = false;
+  int64_t fresh_keys = -1;  // a promise for CUDA streams; see wh_limits
 
   wh_limits c_limits() const {
     wh_limits limits;
@@ -127,6 +128,7 @@ struct Limits {
     limits.precision = static_cast<int32_t>(precision);
     limits.longest_step_us = longest_step_us;
     limits.batch_invariant = batch_invariant;
+    limits.fresh_keys = fresh_keys;
     return limits;
   }
 };

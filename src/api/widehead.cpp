@@ -159,6 +159,7 @@ Status read_limits(const wh_limits* from, Device device, Limits& to) {
     to.longest_step_us = c.longest_step_us;
     to.fused_above = c.fused_above;
     to.threads = c.threads;
+    to.fresh_keys = c.fresh_keys;
     if (c.kernel != nullptr) to.kernel = c.kernel;
   }
   return apply(environment(), device, to);
@@ -298,6 +299,7 @@ wh_status wh_limits_init(wh_limits* limits, size_t size) {
   wh_limits defaults{};
   defaults.workspace_bytes = core.workspace_bytes;
   defaults.fused_above = core.fused_above;
+  defaults.fresh_keys = core.fresh_keys;
   return wh::init("limits", limits, size, defaults);
 }
 

@@ -18,6 +18,10 @@ Status validate(const Limits& limits) {
     return invalid(fmt::format("limits.longest_step_us is {}; valid: 0 (any) or microseconds",
                                limits.longest_step_us));
   }
+  if (limits.fresh_keys < kAnyKeys) {
+    return invalid(fmt::format("limits.fresh_keys is {}; valid: -1 (no promise) or a number of keys",
+                               limits.fresh_keys));
+  }
   return {};
 }
 

@@ -20,6 +20,7 @@ enum class Precision : uint8_t {
   kHigh,    // weights keep f32-class accuracy
 };
 
+constexpr int64_t kAnyKeys = -1;  // no promise about fresh keys
 constexpr int32_t kMaxThreads = 4096;
 constexpr uint64_t kNoByteLimit = std::numeric_limits<uint64_t>::max();
 
@@ -32,6 +33,10 @@ struct Limits {
   Precision precision = Precision::kNative;
   double longest_step_us = 0;    // of a piece that cannot be cancelled; 0: any
   bool batch_invariant = false;  // a row's bits do not depend on the batch around it
+  // The promise that the kernel in front in the stream, and any that it overlaps, write no keys but
+  // the last so many of each sequence, and neither key lengths nor key starts: the rest may be read
+  // before that kernel has ended. Too small a number is a race that nobody detects.
+  int64_t fresh_keys = kAnyKeys;
   bool operator==(const Limits&) const = default;
 };
 

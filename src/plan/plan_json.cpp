@@ -80,7 +80,8 @@ Json limits_json(const Limits& limits) {
             {"threads", limits.threads},
             {"precision", kPrecisions.name(limits.precision)},
             {"longest_step_us", limits.longest_step_us},
-            {"batch_invariant", limits.batch_invariant}};
+            {"batch_invariant", limits.batch_invariant},
+            {"fresh_keys", limits.fresh_keys}};
   // JSON has no infinity, and 2^64 - 1 would read as a wish for 16 EiB.
   json["workspace_bytes"] =
       limits.workspace_bytes == kNoByteLimit ? Json(nullptr) : Json(limits.workspace_bytes);
@@ -100,6 +101,7 @@ Limits read_limits(const Json& json) {
   reader.read("precision", kPrecisions, limits.precision);
   reader.read("longest_step_us", limits.longest_step_us);
   reader.read("batch_invariant", limits.batch_invariant);
+  reader.read("fresh_keys", limits.fresh_keys);
   return limits;
 }
 
@@ -108,7 +110,8 @@ Json config_json(const Config& config) {
           {"threads", config.threads},
           {"tile_q", config.tile_q},
           {"tile_k", config.tile_k},
-          {"chunk_keys", config.chunk_keys}};
+          {"chunk_keys", config.chunk_keys},
+          {"fresh_keys", config.fresh_keys}};
 }
 
 Config read_config(const Json& json) {
@@ -119,6 +122,7 @@ Config read_config(const Json& json) {
   reader.read("tile_q", config.tile_q);
   reader.read("tile_k", config.tile_k);
   reader.read("chunk_keys", config.chunk_keys);
+  reader.read("fresh_keys", config.fresh_keys);
   return config;
 }
 

@@ -31,7 +31,7 @@ struct Partials {
 // Merges in the order of the splits, so that the same splits give the same bits, adds the sinks,
 // and writes out and log_sum_exp. Starts while the kernel in front still runs (programmatic
 // dependent launch) and waits for it.
-cudaError_t launch_combine(const AttentionArgs& args, Dtype dtype, const Partials& partials,
-                           cudaStream_t stream);
+Status launch_combine(const AttentionArgs& args, Dtype dtype, const Partials& partials,
+                      cudaStream_t stream);
 
 }  // namespace wh::cuda

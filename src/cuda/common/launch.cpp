@@ -10,25 +10,33 @@
 namespace wh::cuda {
 namespace {
 
-// Kernels that may use more than 48 KB, by device: the attribute costs 1 us a call.
-class SharedMemoryOptIns {
+constexpr int kSharedBytesOfAll = 48 << 10;
+
+// Attributes of kernels, set once a device: they cost 1 us each.
+class KernelAttributes {
  public:
-  Status allow(const void* function, int bytes) {
+  Status prepare(const KernelLaunch& launch) {
     int device = 0;
     if (Status status = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
       return status;
     }
-    const std::pair key{function, device};
+    const std::pair key{launch.function, device};
     {
       const std::shared_lock lock(mutex_);
       if (done_.contains(key)) return {};
     }
     const std::unique_lock lock(mutex_);
-    Status status = cuda_status(
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "cudaFuncSetAttribute");
-    if (status.ok()) done_.insert(key);
-    return status;
+    cudaError_t error = cudaSuccess;
+    if (launch.shared_bytes > kSharedBytesOfAll) {
+      error = cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   launch.shared_bytes);
+    }
+    if (error == cudaSuccess && launch.overlaps_front) {
+      error = cudaFuncSetAttribute(launch.function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+    }
+    if (error == cudaSuccess) done_.insert(key);
+    return cuda_status(error, "cudaFuncSetAttribute");
   }
 
  private:
@@ -45,12 +53,9 @@ Status cuda_status(cudaError_t error, const char* call) {
 }
 
 Status launch_kernel(const KernelLaunch& launch) {
-  static SharedMemoryOptIns opt_ins;
-  constexpr int kSharedBytesOfAll = 48 << 10;
-  if (launch.shared_bytes > kSharedBytesOfAll) {
-    if (Status status = opt_ins.allow(launch.function, launch.shared_bytes); !status.ok()) {
-      return status;
-    }
+  static KernelAttributes attributes_of_kernels;
+  if (launch.shared_bytes > kSharedBytesOfAll || launch.overlaps_front) {
+    if (Status status = attributes_of_kernels.prepare(launch); !status.ok()) return status;
   }
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;

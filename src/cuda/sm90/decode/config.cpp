@@ -7,9 +7,9 @@
 
 #include "core/names.h"
 #include "cuda/combine/combine.h"
-#include "cuda/common/tensor_map.h"
 #include "cuda/sm90/decode/kernel.h"
 #include "cuda/sm90/decode/tiles.h"
+#include "cuda/sm90/refusal.h"
 #include "plan/work.h"
 
 namespace wh::cuda {
@@ -73,36 +73,16 @@ double blocks_us(double tile_us, int64_t items, int64_t tiles, int64_t splits, i
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
-  if (query.cuda.compute_capability != 90) {
-    return fmt::format("needs compute capability 9.0 (wgmma, TMA), {} has {}.{}", query.cuda.name,
-                       query.cuda.compute_capability / 10, query.cuda.compute_capability % 10);
+  // Heads and batches that share keys are left out of the tensor maps, and their strides with them.
+  Problem mapped = p;
+  for (Strides* stride : {&mapped.stride_k, &mapped.stride_v}) {
+    for (int i = 0; i < 2; ++i) {
+      if ((*stride)[i] == 0) (*stride)[i] = 8;
+    }
   }
-  if (p.dtype_q == Dtype::kF32 || p.dtype_q != p.dtype_kv) {
-    return fmt::format("takes f16 or bf16 throughout, q is {} and k is {}", kDtypes.name(p.dtype_q),
-                       kDtypes.name(p.dtype_kv));
-  }
-  if (query.limits.precision == Precision::kHigh) {
-    return fmt::format("rounds the weights to {}, and the precision is high",
-                       kDtypes.name(p.dtype_q));
-  }
+  if (auto reason = sm90_refusal({mapped, query.limits, query.cpu, query.cuda})) return reason;
   if (decode_variant(p) == nullptr) {
     return fmt::format("takes heads of up to 576/512, these are {}/{}", p.dim_qk, p.dim_v);
-  }
-  if (!fits_int32(p)) return "takes lengths and batch * heads_q up to 2^29";
-  // Broadcast heads and batches are taken out of the map.
-  const auto extent = [&p](const Strides& stride, int64_t dim) {
-    return std::array<int64_t, 4>{stride[0] == 0 ? 1 : p.batch, stride[1] == 0 ? 1 : p.heads_kv,
-                                  p.len_k, dim};
-  };
-  if (auto reason = tensor_map_refusal("k", p.stride_k, extent(p.stride_k, p.dim_qk))) {
-    return reason;
-  }
-  if (auto reason = tensor_map_refusal("v", p.stride_v, extent(p.stride_v, p.dim_v))) {
-    return reason;
-  }
-  if (p.stride_q[3] != 1 || p.stride_out[3] != 1) {
-    return fmt::format("needs a dim stride of 1 in q and out, theirs are {} and {}", p.stride_q[3],
-                       p.stride_out[3]);
   }
   const int64_t most_blocks = p.batch * p.heads_kv * row_tiles(p) * kMostSplits;
   if (most_blocks > std::numeric_limits<int32_t>::max()) {
@@ -121,6 +101,7 @@ Config configure(const Query& query) {
       fmt::format("{} wgmma, {}/{}", kDtypes.name(p.dtype_q), variant.dim_qk, variant.dim_v);
   config.tile_q = kDecodeTileQ;
   config.tile_k = variant.tile_k;
+  config.fresh_keys = query.limits.fresh_keys;
   const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
   const int64_t items = batch * p.heads_kv * row_tiles(p);
   const int64_t tiles = most_tiles(p, variant);

@@ -69,7 +69,8 @@ struct Item {
     seen = {first.begin, last.end};
     is_mixed = a.mask_kind != MaskKind::kNone || first.begin != last.begin || first.end != last.end;
     tiles = key_tiles(a, present, first_query, last_query, tile_k);
-    const int64_t count = max(0, tiles.end - tiles.begin);
+    // At most 2^24 tiles and 160 splits: no wider than 32 bits.
+    const uint32_t count = max(0, tiles.end - tiles.begin);
     tile_begin = tiles.begin + static_cast<int32_t>(count * split / splits);
     tile_end = tiles.begin + static_cast<int32_t>(count * (split + 1) / splits);
   }
@@ -104,14 +105,18 @@ __device__ __forceinline__ int panel_offset(int row, int chunk, int panel_rows) 
   return (chunk / 8 * panel_rows + row) * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
 }
 
-// Loads the n-th tile of the ring's sequence: K and V in turn, or K alone where V lies in it.
+// The key tile that the n-th load of the ring's sequence takes: K and V in turn, or K alone where V
+// lies in it.
+__device__ __forceinline__ int32_t load_key_tile(const DecodeArgs& args, const Item& item, int n) {
+  return item.tile_begin + (args.values == Values::kInKeys ? n : n / 2);
+}
+
 template <typename Tile>
 __device__ __forceinline__ void load_tile(const DecodeMaps& maps, const DecodeArgs& args,
                                           const Item& item, const Shared<Tile>& shared, int n,
                                           int slot) {
-  const bool is_shared = args.values == Values::kInKeys;
-  const bool is_v = !is_shared && n % 2 == 1;
-  const int key = (item.tile_begin + (is_shared ? n : n / 2)) * Tile::kTileK;
+  const bool is_v = args.values == Values::kOwn && n % 2 == 1;
+  const int key = load_key_tile(args, item, n) * Tile::kTileK;
   const int panels = (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns;
   const CUtensorMap* map = is_v ? &maps.v : &maps.k;
   const int head = item.head_kv * (is_v ? args.v_head_step : args.k_head_step);
@@ -127,39 +132,49 @@ __device__ __forceinline__ void load_tile(const DecodeMaps& maps, const DecodeAr
 
 // Q into shared memory by ordinary loads: rows are heads and queries at once, which TMA describes
 // for no layout with fewer than six dimensions, and 32 KB are small. Missing columns and rows are
-// 0.
+// 0. Each warp loads its share of the rows; a lane knows where one of them is.
 template <typename Tile, typename T>
-__device__ __forceinline__ void load_queries(const DecodeArgs& args, const Item& item,
-                                             unsigned char* s_q) {
-  constexpr int kChunks = Tile::kDimQk / 8;
-  constexpr int kLoads = Tile::kTileQ * kChunks / Tile::kConsumers;
-  const AttentionArgs& a = args.attention;
-  uint4 chunks[kLoads];
+struct QueryLoader {
+  static constexpr int kChunks = Tile::kDimQk / 8;  // of 16 bytes, a row
+  static constexpr int kWarpRows = Tile::kTileQ / (Tile::kConsumers / 32);
+  static constexpr int kLoads = kWarpRows * kChunks / 32;
+
+  const T* q;
+  int64_t row_offset;  // of row `lane` of the warp's
+  int first_row, rows, lane, chunks;
+
+  __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const Item& item)
+      : q(static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0]),
+        first_row(threadIdx.x / 32 * kWarpRows),
+        rows(item.rows),
+        lane(threadIdx.x % 32),
+        chunks(args.attention.dim_qk / 8) {
+    const int group = args.attention.group;
+    const int packed = item.first_row + first_row + lane % kWarpRows;
+    const int query = packed / group;
+    row_offset = (item.head_kv * group + packed - query * group) * args.stride_q[1] +
+                 query * args.stride_q[2];
+  }
+
+  __device__ __forceinline__ void load(unsigned char* s_q) const {
+    uint4 loaded[kLoads];
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int index = threadIdx.x + i * Tile::kConsumers;
-    const int row = index / kChunks, chunk = index % kChunks;
-    chunks[i] = make_uint4(0, 0, 0, 0);
-    if (row >= item.rows || chunk * 8 >= a.dim_qk) continue;
-    const int packed = item.first_row + row;
-    const T* from = static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0] +
-                    (item.head_kv * a.group + packed % a.group) * args.stride_q[1] +
-                    packed / a.group * args.stride_q[2] + chunk * 8;
-    if (args.q_is_aligned) {
-      chunks[i] = *reinterpret_cast<const uint4*>(from);
-    } else {
-      const auto* halves = reinterpret_cast<const uint16_t*>(from);
-      const auto pair = [&](int at) { return halves[at] | uint32_t{halves[at + 1]} << 16; };
-      chunks[i] = make_uint4(pair(0), pair(2), pair(4), pair(6));
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
+      const int64_t offset = __shfl_sync(~0u, row_offset, row);
+      loaded[i] = make_uint4(0, 0, 0, 0);
+      if (first_row + row < rows && chunk < chunks) {
+        loaded[i] = *reinterpret_cast<const uint4*>(q + offset + chunk * 8);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
+      *reinterpret_cast<uint4*>(s_q + panel_offset(first_row + row, chunk, Tile::kTileQ)) =
+          loaded[i];
     }
   }
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int index = threadIdx.x + i * Tile::kConsumers;
-    *reinterpret_cast<uint4*>(s_q + panel_offset(index / kChunks, index % kChunks, Tile::kTileQ)) =
-        chunks[i];
-  }
-}
+};
 
 // Zeroes the V rows of keys that no row of the block sees.
 template <typename Tile>
@@ -258,6 +273,7 @@ __device__ __forceinline__ void store_row(const float (&o)[Tile::kColumns / 2], 
   if (partials.splits > 1) {
     const int64_t at = item.split * partials.rows + row;
     if (is_first) partials.log_sum_exp[at] = log_sum;
+    if (log_sum == -INFINITY) return;  // nobody reads its sums
     float* to = partials.sums + at * partials.columns + thread_column;
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / 8; ++i) {
@@ -273,13 +289,8 @@ __device__ __forceinline__ void store_row(const float (&o)[Tile::kColumns / 2], 
 #pragma unroll
   for (int i = 0; i < Tile::kColumns / 8; ++i) {
     if (thread_column + 8 * i >= a.dim_v) continue;
-    const uint32_t pair = ptx::pack<T>(value(4 * i + 2 * r), value(4 * i + 2 * r + 1));
-    if (args.out_is_aligned) {
-      *reinterpret_cast<uint32_t*>(to + 8 * i) = pair;
-    } else {
-      reinterpret_cast<uint16_t*>(to + 8 * i)[0] = static_cast<uint16_t>(pair);
-      reinterpret_cast<uint16_t*>(to + 8 * i)[1] = static_cast<uint16_t>(pair >> 16);
-    }
+    *reinterpret_cast<uint32_t*>(to + 8 * i) =
+        ptx::pack<T>(value(4 * i + 2 * r), value(4 * i + 2 * r + 1));
   }
 }
 
@@ -424,16 +435,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::tma_prefetch(&maps.v);
     }
   }
-  ptx::wait_for_dependency();
+  // Nothing that the kernel in front may have written is read before it has ended.
+  const bool has_promise = args.fresh_keys >= 0;
+  if (!has_promise &&
+      (args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr)) {
+    ptx::wait_for_dependency();
+  }
   const Item item(args, Tile::kTileQ, Tile::kTileK);
   const int loads = (item.tile_end - item.tile_begin) * (args.values == Values::kInKeys ? 1 : 2);
   if (is_producer) {
     // The ring is empty: its first tiles are on their way before the block is told of the barriers.
-    for (int i = 0; i < min(loads, Tile::kSlots); ++i) {
-      load_tile<Tile>(maps, args, item, shared, i, i);
+    const int first_loads = min(loads, Tile::kSlots);
+    int i = 0;
+    if (has_promise) {
+      const int old_tiles = max(0, item.present.end - args.fresh_keys) / Tile::kTileK;
+      for (; i < first_loads && load_key_tile(args, item, i) < old_tiles; ++i) {
+        load_tile<Tile>(maps, args, item, shared, i, i);
+      }
     }
-  } else if (threadIdx.x < Tile::kConsumers && loads > 0) {
-    load_queries<Tile, T>(args, item, smem);
+    ptx::wait_for_dependency();
+    for (; i < first_loads; ++i) load_tile<Tile>(maps, args, item, shared, i, i);
+  } else if (threadIdx.x < Tile::kConsumers) {
+    const QueryLoader<Tile, T> queries(args, item);
+    ptx::wait_for_dependency();
+    if (loads > 0) queries.load(smem);
     ptx::async_proxy_fence();
   }
   __syncthreads();

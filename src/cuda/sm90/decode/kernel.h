@@ -19,12 +19,11 @@ struct DecodeArgs {
   const void* k;
   int64_t stride_q[3];  // batch, heads, length
   int64_t stride_k[3];
-  bool q_is_aligned;    // to 16 bytes, every row of it
-  bool out_is_aligned;  // to 4 bytes
   Scores scores;
   Values values;
   // TMA has no strides of 0: a broadcast dimension has an extent of 1 there, and a step of 0.
   int32_t k_head_step, k_batch_step, v_head_step, v_batch_step;
+  int32_t fresh_keys;  // Limits::fresh_keys
   int32_t heads_kv;
   int32_t row_tiles;  // of a (batch, kv head) pair
   Partials partials;
