@@ -1,0 +1,86 @@
+// libFuzzer: any bytes as problem, limits and small tensors through the C ABI. Nothing may crash,
+// and a call that succeeds must have stayed inside its tensors (AddressSanitizer watches).
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "widehead/widehead.h"
+
+namespace {
+
+// Elements from the first to the last; 0 when that is more than a fuzzer should allocate.
+size_t span_of(const int64_t (&extents)[4], const int64_t (&strides)[4]) {
+  __int128 last = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (extents[i] <= 0 || strides[i] < 0) return 0;
+    last += static_cast<__int128>(extents[i] - 1) * strides[i];
+  }
+  return last < (1 << 16) ? static_cast<size_t>(last) + 1 : 0;
+}
+
+size_t element_bytes(int32_t dtype) { return dtype == WH_F32 ? 4 : 2; }
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  wh_problem problem;
+  wh_limits limits;
+  wh_problem_init(&problem, sizeof(problem));
+  wh_limits_init(&limits, sizeof(limits));
+  std::memcpy(&problem, data, size < sizeof(problem) ? size : sizeof(problem));
+  if (size > sizeof(problem)) {
+    const size_t rest = size - sizeof(problem);
+    std::memcpy(&limits, data + sizeof(problem), rest < sizeof(limits) ? rest : sizeof(limits));
+  }
+  limits.kernel = nullptr;  // a pointer made of fuzz is the caller's fault
+  problem.device = 0;
+  wh_plan* plan = nullptr;
+  const wh_status status = wh_plan_create(&problem, &limits, &plan);
+  if (plan != nullptr) {
+    const char* json = wh_plan_json(plan);
+    wh_plan* again = nullptr;
+    // A plan that was made must survive its own JSON.
+    if (json != nullptr && wh_plan_from_json(json, std::strlen(json), &again) != WH_OK &&
+        problem.scale == problem.scale) {
+      __builtin_trap();
+    }
+    wh_plan_destroy(again);
+    (void)wh_plan_explain(plan);
+  }
+  const int64_t pairs_limit = 1 << 14;
+  const bool is_small = problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 &&
+                        problem.len_k <= 256 &&
+                        problem.batch * problem.heads_q * problem.len_q * problem.len_k <=
+                            pairs_limit &&
+                        wh_plan_workspace_bytes(plan) < (64 << 20) && problem.mask == WH_MASK_NONE;
+  if (status == WH_OK && is_small && limits.threads < 4) {
+    const int64_t q[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_qk};
+    const int64_t k[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_qk};
+    const int64_t v[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_v};
+    const int64_t out[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_v};
+    std::vector<char> q_data(span_of(q, problem.stride_q) * element_bytes(problem.dtype_q));
+    std::vector<char> k_data(span_of(k, problem.stride_k) * element_bytes(problem.dtype_kv));
+    std::vector<char> v_data(span_of(v, problem.stride_v) * element_bytes(problem.dtype_kv));
+    std::vector<char> out_data(span_of(out, problem.stride_out) * element_bytes(problem.dtype_q));
+    const bool allocated = (q_data.empty() || k_data.empty() || v_data.empty() || out_data.empty())
+                               ? problem.len_q == 0 || problem.batch == 0
+                               : true;
+    std::vector<float> sinks(static_cast<size_t>(problem.heads_q)),
+        lse(static_cast<size_t>(problem.batch * problem.heads_q * problem.len_q));
+    std::vector<int32_t> lengths(static_cast<size_t>(problem.batch),
+                                 static_cast<int32_t>(problem.len_k / 2));
+    wh_tensors tensors;
+    wh_tensors_init(&tensors, sizeof(tensors));
+    tensors.q = q_data.data();
+    tensors.k = k_data.data();
+    tensors.v = v_data.data();
+    tensors.out = out_data.data();
+    tensors.sinks = sinks.data();
+    tensors.key_lengths = lengths.data();
+    tensors.key_starts = lengths.data();
+    tensors.log_sum_exp = lse.data();
+    if (allocated) (void)wh_attention(&problem, &limits, &tensors, nullptr);
+  }
+  wh_plan_destroy(plan);
+  return 0;
+}
