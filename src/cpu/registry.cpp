@@ -2,12 +2,13 @@
 
 #include "cpu/decode/config.h"
 #include "cpu/prefill/config.h"
+#include "cpu/prefill_bf16/config.h"
 #include "cpu/unfused/unfused.h"
 
 namespace wh::cpu {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kPrefill, &kDecode, &kUnfused, &kReference};
+  static const Kernel* const list[] = {&kPrefillBf16, &kPrefill, &kDecode, &kUnfused, &kReference};
   return list;
 }
 

@@ -12,8 +12,9 @@ struct CpuFacts {
   int32_t simd_floats = 4;  // f32 lanes of that target
   bool has_avx512_bf16 = false;
   int32_t cores = 1;
-  int64_t l2_bytes = 1 << 20;   // of one core
-  double gflops_per_core = 30;  // f32 multiply-adds counted twice
+  int64_t l2_bytes = 1 << 20;       // of one core
+  double gflops_per_core = 30;      // f32 multiply-adds counted twice
+  double bf16_gflops_per_core = 0;  // of VDPBF16PS; 0 without AVX512-BF16
   double read_gbytes_per_s = 15;
   bool has_cblas = false;
 
