@@ -46,8 +46,10 @@ DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config)
   args.v_batch_step = is_step(p.stride_v[0]);
   args.v_head_step = is_step(p.stride_v[1]);
   args.fresh_keys = static_cast<int32_t>(std::min(config.fresh_keys, p.len_k));
-  args.heads_kv = static_cast<int32_t>(p.heads_kv);
-  args.row_tiles = static_cast<int32_t>(shape.row_tiles);
+  args.group = Divisor(p.group());
+  args.heads_kv = Divisor(p.heads_kv);
+  args.row_tiles = Divisor(shape.row_tiles);
+  args.splits = Divisor(shape.splits);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;
 }

@@ -51,28 +51,41 @@ struct Item {
 
   __device__ __forceinline__ Item(const DecodeArgs& args, int tile_q, int tile_k) {
     const AttentionArgs& a = args.attention;
+    // Fastest are the row tiles, which read the same keys.
     int32_t index = blockIdx.x;
-    const int32_t row_tile = index % args.row_tiles;  // fastest: they read the same keys
-    index /= args.row_tiles;
-    const int32_t splits = args.partials.splits;
-    split = index % splits;
-    index /= splits;
-    head_kv = index % args.heads_kv;
-    batch_idx = index / args.heads_kv;
-    first_row = row_tile * tile_q;
+    int32_t next = args.row_tiles.quotient(index);
+    first_row = args.row_tiles.remainder(index, next) * tile_q;
+    index = next;
+    next = args.splits.quotient(index);
+    split = args.splits.remainder(index, next);
+    index = next;
+    batch_idx = args.heads_kv.quotient(index);
+    head_kv = args.heads_kv.remainder(index, batch_idx);
     rows = min(tile_q, a.len_q * a.group - first_row);
     present = present_keys(a, batch_idx);
-    const int32_t first_query = first_row / a.group;
-    const int32_t last_query = (first_row + rows - 1) / a.group;
+    const int32_t first_query = args.group.quotient(first_row);
+    const int32_t last_query = args.group.quotient(first_row + rows - 1);
     const Keys first = visible_keys(a, present, first_query);
     const Keys last = visible_keys(a, present, last_query);
     seen = {first.begin, last.end};
     is_mixed = a.mask_kind != MaskKind::kNone || first.begin != last.begin || first.end != last.end;
     tiles = key_tiles(a, present, first_query, last_query, tile_k);
-    // At most 2^24 tiles and 160 splits: no wider than 32 bits.
-    const uint32_t count = max(0, tiles.end - tiles.begin);
-    tile_begin = tiles.begin + static_cast<int32_t>(count * split / splits);
-    tile_end = tiles.begin + static_cast<int32_t>(count * (split + 1) / splits);
+    // Even shares; the first ones take what is left over.
+    const int32_t count = max(0, tiles.end - tiles.begin);
+    const int32_t share = args.splits.quotient(count);
+    const int32_t left = args.splits.remainder(count, share);
+    tile_begin = tiles.begin + share * split + min(split, left);
+    tile_end = tile_begin + share + (split < left ? 1 : 0);
+  }
+};
+
+// One of the rows that a block works on.
+struct QueryRow {
+  int32_t head, query;
+  __device__ __forceinline__ QueryRow(const DecodeArgs& args, const Item& item, int32_t row) {
+    const int32_t packed = item.first_row + row;
+    query = args.group.quotient(packed);
+    head = item.head_kv * args.attention.group + args.group.remainder(packed, query);
   }
 };
 
@@ -149,11 +162,8 @@ struct QueryLoader {
         rows(item.rows),
         lane(threadIdx.x % 32),
         chunks(args.attention.dim_qk / 8) {
-    const int group = args.attention.group;
-    const int packed = item.first_row + first_row + lane % kWarpRows;
-    const int query = packed / group;
-    row_offset = (item.head_kv * group + packed - query * group) * args.stride_q[1] +
-                 query * args.stride_q[2];
+    const QueryRow at(args, item, first_row + lane % kWarpRows);
+    row_offset = at.head * args.stride_q[1] + at.query * args.stride_q[2];
   }
 
   __device__ __forceinline__ void load(unsigned char* s_q) const {
@@ -258,39 +268,39 @@ __device__ __forceinline__ bool any_not_finite(const float (&o)[kCount]) {
 
 // Writes one of a thread's two rows: the answer, or this split's part of it.
 template <typename Tile, typename T>
-__device__ __forceinline__ void store_row(const float (&o)[Tile::kColumns / 2], int r,
-                                          const DecodeArgs& args, const Item& item, int packed,
+__device__ __forceinline__ void store_row(float (&o)[Tile::kColumns / 2], int r,
+                                          const DecodeArgs& args, const Item& item, QueryRow at,
                                           float factor, float log_sum, int first_column) {
   const AttentionArgs& a = args.attention;
-  const int head = item.head_kv * a.group + packed % a.group;
-  const int query = packed / a.group;
-  const int64_t row = (int64_t{item.batch_idx} * a.heads_q + head) * a.len_q + query;
+  const int64_t row = (int64_t{item.batch_idx} * a.heads_q + at.head) * a.len_q + at.query;
   const int thread_column = first_column + threadIdx.x % 4 * 2;
-  const bool is_first = thread_column == 0;
-  // A factor of 0 is a row without weight: its sums may be 0 * NaN.
-  const auto value = [&](int i) { return factor == 0 ? 0.0f : o[i] * factor; };
+  const int columns = a.dim_v - thread_column;  // from this thread's first one on
+  if (factor == 0) {                            // a row without weight: its sums may be 0 * NaN
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / 8; ++i) o[4 * i + 2 * r] = o[4 * i + 2 * r + 1] = 0;
+  }
   const Partials& partials = args.partials;
   if (partials.splits > 1) {
-    const int64_t at = item.split * partials.rows + row;
-    if (is_first) partials.log_sum_exp[at] = log_sum;
+    const int64_t to = item.split * partials.rows + row;
+    if (thread_column == 0) partials.log_sum_exp[to] = log_sum;
     if (log_sum == -INFINITY) return;  // nobody reads its sums
-    float* to = partials.sums + at * partials.columns + thread_column;
+    float* sums = partials.sums + to * partials.columns + thread_column;
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / 8; ++i) {
-      if (thread_column + 8 * i >= a.dim_v) continue;
-      *reinterpret_cast<float2*>(to + 8 * i) =
-          make_float2(value(4 * i + 2 * r), value(4 * i + 2 * r + 1));
+      if (8 * i >= columns) continue;
+      *reinterpret_cast<float2*>(sums + 8 * i) =
+          make_float2(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
     }
     return;
   }
-  if (is_first && a.log_sum_exp != nullptr) a.log_sum_exp[row] = log_sum;
-  T* to = static_cast<T*>(a.out) + item.batch_idx * a.stride_out[0] + head * a.stride_out[1] +
-          query * a.stride_out[2] + thread_column;
+  if (thread_column == 0 && a.log_sum_exp != nullptr) a.log_sum_exp[row] = log_sum;
+  T* out = static_cast<T*>(a.out) + item.batch_idx * a.stride_out[0] + at.head * a.stride_out[1] +
+           at.query * a.stride_out[2] + thread_column;
 #pragma unroll
   for (int i = 0; i < Tile::kColumns / 8; ++i) {
-    if (thread_column + 8 * i >= a.dim_v) continue;
-    *reinterpret_cast<uint32_t*>(to + 8 * i) =
-        ptx::pack<T>(value(4 * i + 2 * r), value(4 * i + 2 * r + 1));
+    if (8 * i >= columns) continue;
+    *reinterpret_cast<uint32_t*>(out + 8 * i) =
+        ptx::pack<T>(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
   }
 }
 
@@ -307,9 +317,8 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item
   ScoreRow rows[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
-    const int packed = item.first_row + min(first_row + 8 * r, item.rows - 1);
-    rows[r] = score_row(a, item.present, item.batch_idx, item.head_kv * a.group + packed % a.group,
-                        packed / a.group);
+    const QueryRow at(args, item, min(first_row + 8 * r, item.rows - 1));
+    rows[r] = score_row(a, item.present, item.batch_idx, at.head, at.query);
   }
   // Scores that are transformed first are in natural units by then.
   const float scale_log2 = args.scores == Scores::kPlain ? a.scale * kLog2E : kLog2E;
@@ -400,15 +409,12 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int packed = item.first_row + first_row + 8 * r;
     const bool exists = first_row + 8 * r < item.rows;
-    float sink = -INFINITY;
-    if (args.partials.splits == 1 && a.sinks != nullptr && exists) {
-      sink = a.sinks[item.head_kv * a.group + packed % a.group];
-    }
-    const float log_sum = softmax.finish(r, scale_log2, sink);
+    const QueryRow at(args, item, first_row + 8 * r);
+    const bool joins_sink = args.partials.splits == 1 && a.sinks != nullptr && exists;
+    const float log_sum = softmax.finish(r, scale_log2, joins_sink ? a.sinks[at.head] : -INFINITY);
     if (!exists) continue;
-    store_row<Tile, T>(o, r, args, item, packed, softmax.correction[r], log_sum, first_column);
+    store_row<Tile, T>(o, r, args, item, at, softmax.correction[r], log_sum, first_column);
   }
 }
 

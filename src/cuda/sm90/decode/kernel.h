@@ -5,6 +5,7 @@
 
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
+#include "cuda/common/divisor.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
@@ -24,8 +25,9 @@ struct DecodeArgs {
   // TMA has no strides of 0: a broadcast dimension has an extent of 1 there, and a step of 0.
   int32_t k_head_step, k_batch_step, v_head_step, v_batch_step;
   int32_t fresh_keys;  // Limits::fresh_keys
-  int32_t heads_kv;
-  int32_t row_tiles;  // of a (batch, kv head) pair
+  Divisor group, heads_kv;
+  Divisor row_tiles;  // of a (batch, kv head) pair
+  Divisor splits;
   Partials partials;
 };
 
