@@ -1,0 +1,358 @@
+#include "call.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <thread>
+
+namespace widehead_python {
+namespace {
+
+[[noreturn]] void fail_value(const std::string& message) { throw nb::value_error(message.c_str()); }
+[[noreturn]] void fail_type(const std::string& message) { throw nb::type_error(message.c_str()); }
+
+std::string text_of(nb::handle object) { return nb::cast<std::string>(nb::repr(object)); }
+
+int32_t dtype_of(const Tensor& tensor) {
+  switch (tensor.element) {
+    case Element::kFloat32:
+      return WH_F32;
+    case Element::kFloat16:
+      return WH_F16;
+    case Element::kBfloat16:
+      return WH_BF16;
+    default:
+      fail_type(std::string(tensor.name) + " is " + tensor.dtype_text() +
+                "; it must be float32, float16 or bfloat16");
+  }
+}
+
+void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* names) {
+  if (tensor.ndim == static_cast<int>(shape.size()) &&
+      std::equal(shape.begin(), shape.end(), tensor.shape.begin())) {
+    return;
+  }
+  std::string expected;
+  for (const int64_t size : shape) {
+    expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  }
+  fail_value(std::string(tensor.name) + " is " + tensor.shape_text() + "; it must be " + names +
+             ", here [" + expected + "]");
+}
+
+void expect_4d(const Tensor& tensor, const char* names) {
+  if (tensor.ndim == 4) return;
+  fail_value(std::string(tensor.name) + " is " + tensor.shape_text() +
+             "; it must have 4 dimensions: " + names);
+}
+
+template <typename Type>
+Type number(const char* name, nb::handle object) {
+  Type value{};
+  if (!nb::try_cast(object, value)) {
+    fail_type(std::string(name) + " is " + text_of(object) + "; it must be a number");
+  }
+  return value;
+}
+
+int32_t causal_of(nb::handle causal) {
+  if (causal.ptr() == Py_False) return WH_CAUSAL_NONE;
+  if (causal.ptr() == Py_True) return WH_CAUSAL_BOTTOM_RIGHT;
+  std::string name;
+  if (nb::try_cast(causal, name)) {
+    if (name == "bottom_right") return WH_CAUSAL_BOTTOM_RIGHT;
+    if (name == "top_left") return WH_CAUSAL_TOP_LEFT;
+  }
+  fail_value("causal is " + text_of(causal) +
+             "; valid: False, True (the same as \"bottom_right\"), \"bottom_right\", \"top_left\"");
+}
+
+int64_t window_side(nb::handle window, nb::handle side) {
+  if (side.is_none()) return WH_UNLIMITED;
+  int64_t keys = 0;
+  if (!nb::try_cast(side, keys) || keys < 0) {
+    fail_value("window is " + text_of(window) +
+               "; each side must be a number of keys from 0 on, or None for no limit");
+  }
+  return keys;
+}
+
+// Lets Ctrl-C end a long call. Signals reach Python on its main thread alone, which works on the
+// call like every other thread, so it comes by here between two steps.
+struct Interrupt {
+  using Clock = std::chrono::steady_clock;
+
+  std::thread::id caller = std::this_thread::get_id();
+  Clock::time_point last = Clock::now();
+
+  static int32_t check(void* context, double) {
+    // Taking the GIL while other Python threads work costs up to 5 ms, their switch interval.
+    constexpr auto kInterval = std::chrono::milliseconds(50);
+    auto& self = *static_cast<Interrupt*>(context);
+    if (std::this_thread::get_id() != self.caller) return 0;
+    const Clock::time_point now = Clock::now();
+    if (now - self.last < kInterval) return 0;
+    self.last = now;
+    const nb::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0 ? 1 : 0;
+  }
+};
+
+}  // namespace
+
+wh_limits Limits::with_threads(int32_t threads) const {
+  wh_limits copy = limits;
+  copy.kernel = kernel.empty() ? nullptr : kernel.c_str();
+  if (copy.threads == 0) copy.threads = threads;
+  return copy;
+}
+
+void check(wh_status status) {
+  switch (status) {
+    case WH_OK:
+      return;
+    case WH_INVALID_ARGUMENT:
+      fail_value(wh_last_error());
+    case WH_OUT_OF_MEMORY:
+      PyErr_SetString(PyExc_MemoryError, wh_last_error());
+      throw nb::python_error();
+    default:
+      throw std::runtime_error(wh_last_error());
+  }
+}
+
+Call::Call(const Arguments& a)
+    : q_object_(a.q),
+      stream_(a.stream),
+      q_(a.q, "q", a.stream),
+      k_(a.k, "k", a.stream),
+      v_(a.v, "v", a.stream) {
+  wh_problem_init(&problem_, sizeof(problem_));
+  wh_tensors_init(&tensors_, sizeof(tensors_));
+  expect_4d(q_, "[batch, heads_q, len_q, dim_qk]");
+  expect_4d(k_, "[batch, heads_kv, len_k, dim_qk]");
+  expect_4d(v_, "[batch, heads_kv, len_k, dim_v]");
+  expect_shape(k_, {q_.shape[0], k_.shape[1], k_.shape[2], q_.shape[3]},
+               "[batch, heads_kv, len_k, dim_qk] with q's batch and dim_qk");
+  expect_shape(v_, {q_.shape[0], k_.shape[1], k_.shape[2], v_.shape[3]},
+               "[batch, heads_kv, len_k, dim_v] with k's batch, heads and length");
+  problem_.dtype_q = dtype_of(q_);
+  problem_.dtype_kv = dtype_of(k_);
+  if (dtype_of(v_) != problem_.dtype_kv) {
+    fail_type(std::string("v is ") + v_.dtype_text() + "; it must be of k's type, " +
+              k_.dtype_text());
+  }
+  if (q_.device_type != kDlCpu && !q_.on_cuda()) {
+    fail_value("q is on " + q_.device_text() + "; it must be on the CPU or on a CUDA device");
+  }
+  expect_same_device(k_);
+  expect_same_device(v_);
+  problem_.device = q_.on_cuda() ? WH_CUDA : WH_CPU;
+  problem_.device_index = q_.device_id;
+  problem_.batch = q_.shape[0];
+  problem_.heads_q = q_.shape[1];
+  problem_.heads_kv = k_.shape[1];
+  problem_.len_q = q_.shape[2];
+  problem_.len_k = k_.shape[2];
+  problem_.dim_qk = q_.shape[3];
+  problem_.dim_v = v_.shape[3];
+  check(wh_problem_set_dense(&problem_));
+  std::copy_n(q_.strides.begin(), 4, problem_.stride_q);
+  std::copy_n(k_.strides.begin(), 4, problem_.stride_k);
+  std::copy_n(v_.strides.begin(), 4, problem_.stride_v);
+  tensors_.q = q_.data;
+  tensors_.k = k_.data;
+  tensors_.v = v_.data;
+  read_options(a);
+  if (!a.mask.is_none()) read_mask(a.mask);
+  if (!a.sinks.is_none()) read_sinks(a.sinks);
+  if (!a.key_lengths.is_none()) {
+    tensors_.key_lengths = read_keys("key_lengths", a.key_lengths, key_lengths_);
+    problem_.uses |= WH_USES_KEY_LENGTHS;
+  }
+  if (!a.key_starts.is_none()) {
+    tensors_.key_starts = read_keys("key_starts", a.key_starts, key_starts_);
+    problem_.uses |= WH_USES_KEY_STARTS;
+  }
+  if (a.return_log_sum_exp) problem_.uses |= WH_USES_LOG_SUM_EXP;
+  if (!a.out.is_none()) read_out(a.out);
+  if (!a.log_sum_exp.is_none()) read_log_sum_exp(a.log_sum_exp);
+}
+
+void Call::expect_same_device(const Tensor& tensor) const {
+  if (tensor.device_type == q_.device_type && tensor.device_id == q_.device_id) return;
+  fail_value(std::string(tensor.name) + " is on " + tensor.device_text() +
+             "; it must be where q is, on " + q_.device_text());
+}
+
+void Call::read_options(const Arguments& a) {
+  if (!a.scale.is_none()) problem_.scale = number<float>("scale", a.scale);
+  if (!a.softcap.is_none()) problem_.softcap = number<float>("softcap", a.softcap);
+  problem_.causal = causal_of(a.causal);
+  if (a.window.is_none()) return;
+  if (!nb::isinstance<nb::tuple>(a.window) || nb::len(a.window) != 2) {
+    fail_value("window is " + text_of(a.window) + "; it must be a tuple (left, right) of keys");
+  }
+  problem_.window_left = window_side(a.window, a.window[0]);
+  problem_.window_right = window_side(a.window, a.window[1]);
+}
+
+void Call::read_mask(nb::handle object) {
+  mask_.emplace(object, "mask", stream_);
+  const Tensor& mask = *mask_;
+  expect_same_device(mask);
+  if (mask.element == Element::kBool) {
+    problem_.mask = WH_MASK_BOOLEAN;
+  } else if (mask.element == Element::kFloat32) {
+    problem_.mask = WH_MASK_ADDITIVE_F32;
+  } else if (mask.element == q_.element) {
+    problem_.mask = WH_MASK_ADDITIVE;
+  } else {
+    fail_type(std::string("mask is ") + mask.dtype_text() +
+              "; it must be bool (true attends), float32 or of q's type (added to the scores)");
+  }
+  const int64_t extents[] = {problem_.batch, problem_.heads_q, problem_.len_q, problem_.len_k};
+  for (int i = 0; i < 4; ++i) {
+    const int from = i - (4 - mask.ndim);
+    const int64_t size = from < 0 ? 1 : mask.shape[from];
+    if (size != extents[i] && size != 1) {
+      fail_value("mask is " + mask.shape_text() +
+                 "; it must broadcast to [batch, heads_q, len_q, len_k], here [" +
+                 std::to_string(extents[0]) + ", " + std::to_string(extents[1]) + ", " +
+                 std::to_string(extents[2]) + ", " + std::to_string(extents[3]) + "]");
+    }
+    problem_.stride_mask[i] = size == 1 ? 0 : mask.strides[from];
+  }
+  tensors_.mask = mask.data;
+}
+
+void Call::read_sinks(nb::handle object) {
+  sinks_.emplace(object, "sinks", stream_);
+  expect_same_device(*sinks_);
+  expect_shape(*sinks_, {problem_.heads_q}, "[heads_q]");
+  if (sinks_->element != Element::kFloat32) {
+    fail_type(std::string("sinks is ") + sinks_->dtype_text() + "; it must be float32");
+  }
+  if (problem_.heads_q > 1 && sinks_->strides[0] != 1) {
+    fail_value("sinks has a stride of " + std::to_string(sinks_->strides[0]) +
+               "; it must be contiguous");
+  }
+  problem_.uses |= WH_USES_SINKS;
+  tensors_.sinks = static_cast<const float*>(sinks_->data);
+}
+
+const int32_t* Call::read_keys(const char* name, nb::handle object, Keys& keys) {
+  std::vector<int32_t>& copy = keys.copy;
+  const auto narrow = [&](int64_t value) {
+    if (value < 0 || value > std::numeric_limits<int32_t>::max()) {
+      fail_value(std::string(name) + " holds " + std::to_string(value) +
+                 "; each must be between 0 and len_k, " + std::to_string(problem_.len_k));
+    }
+    copy.push_back(static_cast<int32_t>(value));
+  };
+  if (nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object)) {
+    if (q_.on_cuda())
+      fail_value(std::string(name) + " is a list; on CUDA it must be an int32 array");
+    for (const nb::handle item : object) narrow(number<int64_t>(name, item));
+    if (static_cast<int64_t>(copy.size()) != problem_.batch) {
+      fail_value(std::string(name) + " holds " + std::to_string(copy.size()) +
+                 " numbers; it must hold one for each of the batch, " +
+                 std::to_string(problem_.batch));
+    }
+    return copy.data();
+  }
+  keys.tensor.emplace(object, name, stream_);
+  const Tensor& tensor = *keys.tensor;
+  expect_same_device(tensor);
+  expect_shape(tensor, {problem_.batch}, "[batch]");
+  const bool is_wide = tensor.element == Element::kInt64;
+  if (tensor.element != Element::kInt32 && !(is_wide && !q_.on_cuda())) {
+    fail_type(std::string(name) + " is " + tensor.dtype_text() + "; it must be int32");
+  }
+  if (!is_wide && (problem_.batch <= 1 || tensor.strides[0] == 1)) {
+    return static_cast<const int32_t*>(tensor.data);
+  }
+  if (q_.on_cuda()) fail_value(std::string(name) + " must be contiguous on CUDA");
+  if (tensor.data == nullptr) return nullptr;
+  for (int64_t b = 0; b < problem_.batch; ++b) {
+    const int64_t at = b * tensor.strides[0];
+    narrow(is_wide ? static_cast<const int64_t*>(tensor.data)[at]
+                   : static_cast<const int32_t*>(tensor.data)[at]);
+  }
+  return copy.data();
+}
+
+void Call::read_out(nb::handle object) {
+  out = nb::borrow(object);
+  out_.emplace(object, "out", stream_);
+  expect_same_device(*out_);
+  expect_shape(*out_, {problem_.batch, problem_.heads_q, problem_.len_q, problem_.dim_v},
+               "[batch, heads_q, len_q, dim_v]");
+  if (out_->element != q_.element) {
+    fail_type(std::string("out is ") + out_->dtype_text() + "; it must be of q's type, " +
+              q_.dtype_text());
+  }
+  if (out_->is_read_only) fail_value("out is read-only; it must be writable");
+  std::copy_n(out_->strides.begin(), 4, problem_.stride_out);
+  tensors_.out = out_->data;
+}
+
+void Call::read_log_sum_exp(nb::handle object) {
+  log_sum_exp = nb::borrow(object);
+  log_sum_exp_.emplace(object, "log_sum_exp", stream_);
+  expect_same_device(*log_sum_exp_);
+  expect_shape(*log_sum_exp_, {problem_.batch, problem_.heads_q, problem_.len_q},
+               "[batch, heads_q, len_q]");
+  if (log_sum_exp_->element != Element::kFloat32) fail_type("log_sum_exp must be float32");
+  tensors_.log_sum_exp = static_cast<float*>(log_sum_exp_->data);
+}
+
+void Call::allocate(nb::handle empty) {
+  const wh_problem& p = problem_;
+  const auto make = [&](const std::array<int64_t, 4>& shape, int ndim, Element element) {
+    nb::object made = allocate_like(q_object_, q_, shape, ndim, element);
+    if (made.is_valid()) return made;
+    const nb::tuple extents = ndim == 4 ? nb::make_tuple(shape[0], shape[1], shape[2], shape[3])
+                                        : nb::make_tuple(shape[0], shape[1], shape[2]);
+    return empty(q_object_, extents, name_of(element));
+  };
+  if (!out_) read_out(make({p.batch, p.heads_q, p.len_q, p.dim_v}, 4, q_.element));
+  if ((p.uses & WH_USES_LOG_SUM_EXP) != 0 && !log_sum_exp_) {
+    read_log_sum_exp(make({p.batch, p.heads_q, p.len_q}, 3, Element::kFloat32));
+  }
+}
+
+void Call::run(const wh_limits& limits) {
+  wh_run_options options;
+  wh_run_options_init(&options, sizeof(options));
+  options.stream = q_.stream;
+  if (q_.on_cuda() && !stream_.is_none()) {
+    options.stream = reinterpret_cast<void*>(number<uintptr_t>("stream", stream_));
+  }
+  Interrupt interrupt;
+  if (!q_.on_cuda()) {
+    options.progress = Interrupt::check;
+    options.progress_context = &interrupt;
+  }
+  wh_status status = WH_OK;
+  {
+    const nb::gil_scoped_release release;
+    status = wh_attention(&problem_, &limits, &tensors_, &options);
+  }
+  // Only a Python signal handler that raised cancels.
+  if (status == WH_CANCELLED) throw nb::python_error();
+  if (status == WH_REFUSED) {
+    const std::string message = wh_last_error();
+    wh_plan* plan = nullptr;
+    wh_plan_create(&problem_, &limits, &plan);
+    const char* json = plan == nullptr ? nullptr : wh_plan_json(plan);
+    const nb::object refused = nb::module_::import_("widehead._errors").attr("Refused");
+    const nb::object error = refused(message, json == nullptr ? "" : json);
+    wh_plan_destroy(plan);
+    PyErr_SetObject(refused.ptr(), error.ptr());
+    throw nb::python_error();
+  }
+  check(status);
+}
+
+}  // namespace widehead_python

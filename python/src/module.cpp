@@ -1,0 +1,179 @@
+// widehead._core: the C ABI for Python. The package around it gives names, defaults and types.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <new>
+
+#include "call.h"
+
+namespace widehead_python {
+namespace {
+
+Element element_named(const std::string& name) {
+  for (const Element each : {Element::kFloat32, Element::kFloat16, Element::kBfloat16,
+                             Element::kBool, Element::kInt32, Element::kInt64}) {
+    if (name == name_of(each)) return each;
+  }
+  throw nb::value_error(
+      ("dtype is \"" + name + "\"; valid: float32, float16, bfloat16, bool, int32, int64").c_str());
+}
+
+Spec make_spec(std::vector<int64_t> shape, const std::string& dtype, const std::string& device) {
+  const size_t colon = device.find(':');
+  const std::string type = device.substr(0, colon);
+  int32_t index = 0;
+  bool is_valid = type == "cpu" || type == "cuda";
+  if (is_valid && colon != std::string::npos) {
+    const std::string digits = device.substr(colon + 1);
+    is_valid = !digits.empty() && digits.size() < 5 &&
+               digits.find_first_not_of("0123456789") == std::string::npos;
+    if (is_valid) index = std::stoi(digits);
+  }
+  if (!is_valid) {
+    throw nb::value_error(("device is \"" + device + "\"; valid: cpu, cuda, cuda:0 ...").c_str());
+  }
+  return {std::move(shape), element_named(dtype), type == "cpu" ? kDlCpu : kDlCuda, index};
+}
+
+// Uninitialised host memory that JAX can adopt without a copy, which takes its alignment.
+nb::ndarray<nb::array_api> make_empty(const std::vector<int64_t>& shape, const std::string& dtype) {
+  constexpr std::align_val_t kAlignment{64};
+  struct Type {
+    const char* name;
+    nb::dlpack::dtype type;
+  };
+  constexpr Type kTypes[] = {
+      {"float32", {2, 32, 1}}, {"float16", {2, 16, 1}}, {"bfloat16", {4, 16, 1}}};
+  for (const Type& each : kTypes) {
+    if (dtype != each.name) continue;
+    size_t bytes = each.type.bits / 8;
+    std::vector<size_t> extents;
+    for (const int64_t size : shape) {
+      extents.push_back(static_cast<size_t>(size));
+      bytes *= static_cast<size_t>(size);
+    }
+    void* data = ::operator new(bytes == 0 ? 1 : bytes, kAlignment);
+    nb::capsule owner(data, [](void* memory) noexcept { ::operator delete(memory, kAlignment); });
+    return nb::ndarray<nb::array_api>(data, extents.size(), extents.data(), owner, nullptr,
+                                      each.type);
+  }
+  throw nb::value_error(("dtype is \"" + dtype + "\"; it must be a float").c_str());
+}
+
+Limits make_limits(std::optional<uint64_t> workspace_bytes, const std::string& policy,
+                   int64_t fused_above, const std::string& kernel, int32_t threads,
+                   const std::string& precision, double longest_step_us, bool batch_invariant) {
+  Limits made;
+  wh_limits_init(&made.limits, sizeof(made.limits));
+  if (workspace_bytes) made.limits.workspace_bytes = *workspace_bytes;
+  const auto choose = [](const char* name, const std::string& value,
+                         std::initializer_list<const char*> names) {
+    int32_t index = 0;
+    std::string valid;
+    for (const char* each : names) {
+      if (value == each) return index;
+      valid += (index++ > 0 ? ", " : "") + std::string(each);
+    }
+    throw nb::value_error((std::string(name) + " is \"" + value + "\"; valid: " + valid).c_str());
+  };
+  made.limits.policy = choose("policy", policy, {"automatic", "fused", "fused_above"});
+  made.limits.precision = choose("precision", precision, {"native", "high"});
+  made.limits.fused_above = fused_above;
+  made.limits.threads = threads;
+  made.limits.longest_step_us = longest_step_us;
+  made.limits.batch_invariant = batch_invariant ? 1 : 0;
+  made.kernel = kernel;
+  return made;
+}
+
+// `empty(q, shape, dtype)` makes arrays of q's library where that offers no allocator to C.
+nb::object sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
+                nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
+                nb::handle key_lengths, nb::handle key_starts, bool return_log_sum_exp,
+                nb::handle out, const Limits& limits, int32_t threads, nb::handle stream,
+                nb::handle empty) {
+  Arguments arguments{q,       k,          v,     scale,       causal,     window,
+                      softcap, mask,       sinks, key_lengths, key_starts, return_log_sum_exp,
+                      out,     nb::none(), stream};
+  Call call(arguments);
+  call.allocate(empty);
+  call.run(limits.with_threads(threads));
+  if (return_log_sum_exp) return nb::make_tuple(call.out, call.log_sum_exp);
+  return std::move(call.out);
+}
+
+// The plan as text and as JSON, refused ones included.
+nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
+               nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
+               nb::handle key_lengths, nb::handle key_starts, bool return_log_sum_exp,
+               nb::handle out, const Limits& limits, int32_t threads, nb::handle stream) {
+  const Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+                   return_log_sum_exp, out, nb::none(), stream});
+  const wh_limits c_limits = limits.with_threads(threads);
+  wh_plan* made = nullptr;
+  const wh_status status = wh_plan_create(&call.problem(), &c_limits, &made);
+  if (status != WH_REFUSED || made == nullptr) check(status);
+  const char* text = wh_plan_explain(made);
+  const char* json = wh_plan_json(made);
+  if (text == nullptr || json == nullptr) {
+    wh_plan_destroy(made);
+    throw std::bad_alloc();
+  }
+  nb::tuple answer = nb::make_tuple(text, json);
+  wh_plan_destroy(made);
+  return answer;
+}
+
+nb::list kernels(int32_t device) {
+  nb::list rows;
+  for (size_t i = 0; wh_kernel_name(device, i) != nullptr; ++i) {
+    rows.append(nb::make_tuple(wh_kernel_name(device, i), wh_kernel_summary(device, i)));
+  }
+  return rows;
+}
+
+std::string device_json(int32_t device, int32_t index) {
+  const char* json = wh_device_json(device, index);
+  if (json == nullptr) throw std::runtime_error(wh_last_error());
+  return json;
+}
+
+NB_MODULE(_core, m) {
+  nb::class_<Spec>(m, "Spec").def(
+      "__init__",
+      [](Spec* self, std::vector<int64_t> shape, const std::string& dtype,
+         const std::string& device) {
+        new (self) Spec(make_spec(std::move(shape), dtype, device));
+      },
+      nb::arg("shape"), nb::arg("dtype") = "float32", nb::arg("device") = "cpu");
+  nb::class_<Limits>(m, "Limits")
+      .def(
+          "__init__",
+          [](Limits* self, std::optional<uint64_t> workspace_bytes, const std::string& policy,
+             int64_t fused_above, const std::string& kernel, int32_t threads,
+             const std::string& precision, double longest_step_us, bool batch_invariant) {
+            new (self) Limits(make_limits(workspace_bytes, policy, fused_above, kernel, threads,
+                                          precision, longest_step_us, batch_invariant));
+          },
+          nb::arg("workspace_bytes").none(), nb::arg("policy"), nb::arg("fused_above"),
+          nb::arg("kernel"), nb::arg("threads"), nb::arg("precision"), nb::arg("longest_step_us"),
+          nb::arg("batch_invariant"));
+  // Positional only: parsing names would cost as much as reading the arrays.
+  using H = nb::arg;
+  m.def("sdpa", sdpa, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
+        H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(), H(), H(),
+        H().none(), H().none());
+  m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
+        H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(), H(), H(),
+        H().none());
+  m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
+  m.def("kernels", kernels, nb::arg("device"));
+  m.def("device_json", device_json, nb::arg("device"), nb::arg("index"));
+  m.def("version", wh_version);
+}
+
+}  // namespace
+}  // namespace widehead_python

@@ -1,0 +1,219 @@
+#include "tensor.h"
+
+#include <cstring>
+
+namespace widehead_python {
+namespace {
+
+struct Code {
+  Element element;
+  nb::dlpack::dtype_code code;
+  uint8_t bits;
+  const char* name;
+};
+constexpr Code kCodes[] = {
+    {Element::kFloat32, nb::dlpack::dtype_code::Float, 32, "float32"},
+    {Element::kFloat16, nb::dlpack::dtype_code::Float, 16, "float16"},
+    {Element::kBfloat16, nb::dlpack::dtype_code::Bfloat, 16, "bfloat16"},
+    {Element::kBool, nb::dlpack::dtype_code::Bool, 8, "bool"},
+    {Element::kInt32, nb::dlpack::dtype_code::Int, 32, "int32"},
+    {Element::kInt64, nb::dlpack::dtype_code::Int, 64, "int64"},
+};
+
+Element element_of(nb::dlpack::dtype type) {
+  for (const Code& each : kCodes) {
+    if (type.code == static_cast<uint8_t>(each.code) && type.bits == each.bits && type.lanes == 1) {
+      return each.element;
+    }
+  }
+  return Element::kOther;
+}
+
+// The table of the object's type, or null. Types are few and live long: the last one is kept.
+const DlExchange* exchange_of(nb::handle object) {
+  static PyTypeObject* last_type = nullptr;
+  static const DlExchange* last = nullptr;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  if (type == last_type) return last;
+  const DlExchange* table = nullptr;
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (capsule == nullptr) {
+    PyErr_Clear();
+  } else {
+    if (PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
+      table = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    }
+    Py_DECREF(capsule);
+    while (table != nullptr && table->version.major != 1) table = table->previous;
+  }
+  // A type that can be freed must not be recognised by its address later.
+  Py_INCREF(type);
+  Py_XDECREF(last_type);
+  last_type = type;
+  last = table;
+  return table;
+}
+
+nb::object call_dlpack(nb::handle object, nb::handle stream) {
+  const nb::object method = nb::getattr(object, "__dlpack__");
+  nb::dict arguments;
+  if (!stream.is_none()) arguments["stream"] = stream;
+  arguments["max_version"] = nb::make_tuple(1, 1);
+  try {
+    return method(**arguments);
+  } catch (nb::python_error& error) {
+    // Libraries older than DLPack 1.0 know no max_version.
+    if (!error.matches(PyExc_TypeError)) throw;
+  }
+  PyDict_DelItemString(arguments.ptr(), "max_version");
+  return method(**arguments);
+}
+
+// NumPy cannot export bfloat16: it reads an array of ml_dtypes' as 16-bit integers.
+bool is_numpy_bfloat16(nb::handle object) {
+  if (!nb::hasattr(object, "view") || !nb::hasattr(object, "dtype")) return false;
+  return nb::cast<std::string>(nb::str(nb::getattr(object, "dtype"))) == "bfloat16";
+}
+
+}  // namespace
+
+const char* name_of(Element element) {
+  for (const Code& each : kCodes) {
+    if (each.element == element) return each.name;
+  }
+  return "other";
+}
+
+Tensor::Tensor(nb::handle object, const char* name_, nb::handle stream) : name(name_) {
+  Spec* spec = nullptr;
+  if (nb::try_cast(object, spec, false) && spec != nullptr) {
+    read_spec(*spec);
+  } else if (!read_by_exchange(object)) {
+    read_by_method(object, stream);
+  }
+}
+
+void Tensor::read(const dltensor& tensor) {
+  if (tensor.ndim > kMaxDims) {
+    throw nb::value_error((std::string(name) + " has " + std::to_string(tensor.ndim) +
+                           " dimensions; it must have at most " + std::to_string(kMaxDims))
+                              .c_str());
+  }
+  dtype_ = tensor.dtype;
+  element = element_of(dtype_);
+  ndim = tensor.ndim;
+  int64_t dense = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    shape[i] = tensor.shape[i];
+    strides[i] = tensor.strides != nullptr ? tensor.strides[i] : dense;
+    dense *= shape[i];
+  }
+  device_type = tensor.device.device_type;
+  device_id = tensor.device.device_id;
+  data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  // Pinned memory is the host's.
+  if (device_type == kDlCudaHost) {
+    device_type = kDlCpu;
+    device_id = 0;
+  }
+}
+
+void Tensor::read_spec(const Spec& spec) {
+  dltensor tensor;
+  tensor.ndim = static_cast<int32_t>(spec.shape.size());
+  tensor.shape = const_cast<int64_t*>(spec.shape.data());
+  tensor.device = {spec.device_type, spec.device_id};
+  read(tensor);
+  element = spec.element;
+}
+
+bool Tensor::read_by_exchange(nb::handle object) {
+  const DlExchange* exchange = exchange_of(object);
+  if (exchange == nullptr || exchange->borrow == nullptr) return false;
+  dltensor tensor;
+  if (exchange->borrow(object.ptr(), &tensor) != 0) throw nb::python_error();
+  read(tensor);
+  if (on_cuda() && exchange->current_stream(kDlCuda, device_id, &stream) != 0) {
+    throw nb::python_error();
+  }
+  return true;
+}
+
+void Tensor::read_by_method(nb::handle object, nb::handle stream) {
+  if (!nb::hasattr(object, "__dlpack__")) {
+    const std::string type = nb::cast<std::string>(nb::getattr(object.type(), "__name__"));
+    throw nb::type_error(
+        (std::string(name) + " is a " + type +
+         "; it must be an array that supports DLPack (NumPy, PyTorch, JAX, MLX, CuPy and others)")
+            .c_str());
+  }
+  bool is_bfloat16 = false;
+  try {
+    capsule_ = call_dlpack(object, stream);
+  } catch (nb::python_error& error) {
+    if (!is_numpy_bfloat16(object)) throw;
+    is_bfloat16 = true;
+  }
+  if (is_bfloat16) capsule_ = call_dlpack(object.attr("view")("uint16"), stream);
+  if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned")) {
+    const auto* managed = static_cast<DlManagedTensorVersioned*>(
+        PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned"));
+    read(managed->tensor);
+    is_read_only = (managed->flags & kDlReadOnly) != 0;
+  } else if (PyCapsule_IsValid(capsule_.ptr(), "dltensor")) {
+    read(static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"))->tensor);
+  } else {
+    throw nb::type_error((std::string(name) + ".__dlpack__() answered with no tensor").c_str());
+  }
+  if (is_bfloat16) element = Element::kBfloat16;
+}
+
+std::string Tensor::shape_text() const {
+  std::string text = "[";
+  for (int i = 0; i < ndim; ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+std::string Tensor::dtype_text() const {
+  if (element != Element::kOther) return name_of(element);
+  const char* names[] = {"int", "uint", "float"};
+  if (dtype_.code < std::size(names)) return names[dtype_.code] + std::to_string(dtype_.bits);
+  return "of DLPack type " + std::to_string(dtype_.code);
+}
+
+std::string Tensor::device_text() const {
+  if (device_type == kDlCpu) return "cpu";
+  if (on_cuda()) return "cuda:" + std::to_string(device_id);
+  return "a device of DLPack type " + std::to_string(device_type);
+}
+
+nb::object allocate_like(nb::handle q, const Tensor& q_tensor, const std::array<int64_t, 4>& shape,
+                         int ndim, Element element) {
+  const DlExchange* exchange = exchange_of(q);
+  if (exchange == nullptr) return {};
+  dltensor prototype;
+  std::array<int64_t, 4> extents = shape;
+  prototype.ndim = ndim;
+  prototype.shape = extents.data();
+  prototype.device = {q_tensor.device_type, q_tensor.device_id};
+  for (const Code& each : kCodes) {
+    if (each.element == element) prototype.dtype = {static_cast<uint8_t>(each.code), each.bits, 1};
+  }
+  DlManagedTensorVersioned* managed = nullptr;
+  std::string message;
+  const int allocated = exchange->allocate(&prototype, &managed, &message,
+                                           [](void* context, const char*, const char* text) {
+                                             *static_cast<std::string*>(context) = text;
+                                           });
+  if (allocated != 0) {
+    if (PyErr_Occurred()) throw nb::python_error();
+    PyErr_SetString(PyExc_MemoryError, message.c_str());
+    throw nb::python_error();
+  }
+  void* object = nullptr;
+  if (exchange->export_object(managed, &object) != 0) throw nb::python_error();
+  return nb::steal(static_cast<PyObject*>(object));
+}
+
+}  // namespace widehead_python

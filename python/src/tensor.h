@@ -1,0 +1,70 @@
+// An array of any library, read in place for the time of a call.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dlpack.h"
+
+namespace widehead_python {
+
+namespace nb = nanobind;
+
+enum class Element { kFloat32, kFloat16, kBfloat16, kBool, kInt32, kInt64, kOther };
+
+const char* name_of(Element element);  // "float32"
+
+// Shape, type and device without memory: what plan() needs of an array that does not exist.
+struct Spec {
+  std::vector<int64_t> shape;
+  Element element;
+  int32_t device_type;
+  int32_t device_id;
+};
+
+class Tensor {
+ public:
+  static constexpr int kMaxDims = 4;
+
+  // Borrows `object`, which must outlive this. `stream`: where the work will run, a Python int, or
+  // None when the array's library names its own or needs none. Throws TypeError for what is no
+  // array, BufferError as its library says.
+  Tensor(nb::handle object, const char* name, nb::handle stream);
+
+  const char* name = nullptr;
+  Element element = Element::kOther;
+  int ndim = 0;
+  std::array<int64_t, kMaxDims> shape{};
+  std::array<int64_t, kMaxDims> strides{};  // in elements
+  int32_t device_type = kDlCpu;
+  int32_t device_id = 0;
+  bool is_read_only = false;
+  void* data = nullptr;
+  void* stream = nullptr;  // the current one of the array's library, when it says
+
+  bool on_cuda() const { return device_type == kDlCuda || device_type == kDlCudaManaged; }
+  std::string shape_text() const;
+  std::string dtype_text() const;
+  std::string device_text() const;
+
+ private:
+  void read(const dltensor& tensor);
+  void read_spec(const Spec& spec);
+  bool read_by_exchange(nb::handle object);
+  void read_by_method(nb::handle object, nb::handle stream);
+
+  nb::dlpack::dtype dtype_;
+  nb::object capsule_;  // owns what __dlpack__ handed out
+};
+
+// A new array of q's library, on q's device. Null when the library does not offer it to C.
+nb::object allocate_like(nb::handle q, const Tensor& q_tensor, const std::array<int64_t, 4>& shape,
+                         int ndim, Element element);
+
+}  // namespace widehead_python

@@ -1,0 +1,169 @@
+"""Exact attention for any head dimension and any context length, planned before it runs.
+
+>>> import numpy as np, widehead
+>>> q = np.random.randn(1, 8, 2048, 256).astype("float32")
+>>> k, v = np.random.randn(2, 1, 2, 2048, 256).astype("float32")
+>>> out = widehead.sdpa(q, k, v, causal=True)
+>>> print(widehead.explain(q, k, v, causal=True))
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from widehead import _core
+from widehead._arrays import library_of
+from widehead._errors import Refused
+from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead._merge import merge
+from widehead._models import Layer, Model, models
+from widehead._plan import Candidate, Plan
+
+__version__ = _core.version()
+__all__ = [
+    "Candidate",
+    "Kernel",
+    "Layer",
+    "Limits",
+    "Model",
+    "Plan",
+    "Refused",
+    "Spec",
+    "device",
+    "explain",
+    "kernels",
+    "merge",
+    "models",
+    "plan",
+    "sdpa",
+]
+
+Causal = Literal[False, True, "bottom_right", "top_left"]
+Window = tuple[int | None, int | None]
+Spec = _core.Spec
+
+
+def sdpa(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: Causal = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    sinks: Any = None,
+    key_lengths: Any = None,
+    key_starts: Any = None,
+    return_log_sum_exp: bool = False,
+    out: Any = None,
+    limits: Limits | None = None,
+) -> Any:
+    """Scaled dot-product attention: ``softmax(mask(softcap(scale * q k^T))) v``.
+
+    Takes any array that supports DLPack (NumPy, PyTorch, JAX, MLX, CuPy, bfloat16 of ml_dtypes)
+    without copying it, and answers with an array of q's kind. CUDA arrays run on the caller's
+    stream; CPU arrays run without the GIL. Plans are cached by shape and limits.
+
+    q: [batch, heads_q, len_q, dim_qk], float32, float16 or bfloat16, any strides. Dimensions from
+        1 to 1024.
+    k: [batch, heads_kv, len_k, dim_qk]; heads_q is a multiple of heads_kv, and query head h reads
+        kv head h // (heads_q // heads_kv).
+    v: [batch, heads_kv, len_k, dim_v], of k's type.
+    scale: default 1 / sqrt(dim_qk).
+    causal: True or ``"bottom_right"``: query i sees key j when j <= i + len_k - len_q;
+        ``"top_left"``: when j <= i.
+    window: (left, right) keys around the same diagonal that stay visible beside the query's own;
+        None for a side without limit.
+    softcap: scores become softcap * tanh(score / softcap), before masks.
+    mask: broadcasts to [batch, heads_q, len_q, len_k]; bool (True attends), or float32 or q's type
+        (added to the scores; minus infinity hides the key).
+    sinks: float32 [heads_q]: one more logit a head, in the denominator only.
+    key_lengths: int32 [batch]: keys from there on are not read, and causal and window align to it
+        in place of len_k.
+    key_starts: int32 [batch]: keys before it are not read (left padding).
+    return_log_sum_exp: also returns float32 [batch, heads_q, len_q], natural log, sinks included.
+    out: [batch, heads_q, len_q, dim_v] of q's type, written in place of a new array.
+    limits: what the call may take; see :class:`Limits`.
+
+    Returns out, or (out, log_sum_exp). A row that sees no key is 0, its log-sum-exp minus infinity.
+
+    Raises :class:`Refused` when the limits allow no kernel, ValueError and TypeError with the
+    argument, its value and what would be valid, MemoryError, RuntimeError when a device fails.
+    """
+    return library_of(q).sdpa(
+        (q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+         return_log_sum_exp, out),
+        DEFAULT_LIMITS if limits is None else limits,
+    )  # fmt: skip
+
+
+def plan(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: Causal = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    sinks: Any = None,
+    key_lengths: Any = None,
+    key_starts: Any = None,
+    return_log_sum_exp: bool = False,
+    out: Any = None,
+    limits: Limits | None = None,
+) -> Plan:
+    """What :func:`sdpa` would do with the same arguments. Reads no memory, runs nothing.
+
+    Any array may be a :class:`Spec`, a shape without memory::
+
+        cache = widehead.Spec((1, 4, 131072, 512), "bfloat16")
+        widehead.plan(widehead.Spec((1, 32, 2048, 512), "bfloat16"), cache, cache, causal=True)
+    """
+    library = library_of(q)
+    text, plan_json = _core.plan(
+        q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+        return_log_sum_exp, out, (DEFAULT_LIMITS if limits is None else limits)._core,
+        library.threads(), library.stream(q),
+    )  # fmt: skip
+    return Plan(text, plan_json)
+
+
+def explain(q: Any, k: Any, v: Any, **options: Any) -> str:
+    """The table of :meth:`Plan.explain` for the arguments of :func:`sdpa`."""
+    return plan(q, k, v, **options).explain()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by name, the device that it runs on, and what it is in a line."""
+
+    name: str
+    device: str
+    summary: str
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel of this build, in the order in which the planner offers them."""
+    return [
+        Kernel(name, device, summary)
+        for index, device in enumerate(("cpu", "cuda"))
+        for name, summary in _core.kernels(index)
+    ]
+
+
+def device(name: str = "cpu") -> dict[str, Any]:
+    """What the planner knows of ``"cpu"``, ``"cuda"`` or ``"cuda:1"``: name, cores, rates.
+
+    Raises RuntimeError with the reason when there is none.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
+        raise ValueError(f"device is {name!r}; valid: cpu, cuda, cuda:0 ...")
+    facts: dict[str, Any] = json.loads(_core.device_json(int(kind == "cuda"), int(index or 0)))
+    return facts

@@ -1,0 +1,138 @@
+"""What differs between array libraries: how a new array is made, streams, threads.
+
+Reading is the same for all of them (DLPack) and lives in the extension module. A library is
+imported only when one of its arrays arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from widehead import _core
+from widehead._limits import Limits
+
+Array = Any
+
+
+class Library:
+    """The arrays of one library. This class serves every library with an array namespace."""
+
+    def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        """A writable array where q is, of q's dtype or float32."""
+        namespace = q.__array_namespace__()
+        kind = namespace.float32 if dtype == "float32" else q.dtype
+        return namespace.empty(shape, dtype=kind, device=q.device)
+
+    def finished(self, array: Array) -> Array:
+        """What the caller gets for an array of :meth:`empty`."""
+        return array
+
+    def stream(self, q: Array) -> int | None:
+        """The CUDA stream on which the caller works, where DLPack does not tell."""
+        return None
+
+    def threads(self) -> int:
+        """CPU threads where the limits leave them open; 0: every core."""
+        return 0
+
+    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+        """Runs :func:`widehead.sdpa`, whose arguments these are, in their order."""
+        result = _core.sdpa(
+            *arguments, limits._core, self.threads(), self.stream(arguments[0]), self.empty
+        )
+        if isinstance(result, tuple):
+            out, log_sum_exp = result
+            own = out is not arguments[-1]
+            return (self.finished(out) if own else out), self.finished(log_sum_exp)
+        return result if result is arguments[-1] else self.finished(result)
+
+
+class _NumPy(Library):
+    def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        return np.empty(shape, np.float32 if dtype == "float32" else q.dtype)
+
+    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+        return _core.sdpa(*arguments, limits._core, 0, None, self.empty)
+
+
+class _CuPy(Library):
+    def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        import cupy
+
+        return cupy.empty(shape, cupy.float32 if dtype == "float32" else q.dtype)
+
+    def stream(self, q: Array) -> int | None:
+        import cupy
+
+        # DLPack numbers CUDA's legacy default stream 1; 0 would be ambiguous.
+        return cupy.cuda.get_current_stream().ptr or 1
+
+
+class _Jax(Library):
+    def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        if next(iter(q.devices())).platform != "cpu":
+            raise TypeError("q is a JAX array on a GPU; only those on the CPU are supported")
+        return _core.empty(shape, dtype)
+
+    def finished(self, array: Array) -> Array:
+        import jax
+
+        return jax.dlpack.from_dlpack(array)
+
+    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+        import jax
+
+        if isinstance(arguments[0], jax.core.Tracer):
+            raise TypeError(
+                "q is being traced by JAX; call widehead.sdpa through jax.pure_callback inside "
+                "jax.jit"
+            )
+        return super().sdpa(arguments, limits)
+
+
+class _Mlx(Library):
+    def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        return _core.empty(shape, dtype)
+
+    def finished(self, array: Array) -> Array:
+        import mlx.core as mx
+
+        return mx.array(array)
+
+
+def _torch() -> Library:
+    from widehead._torch_library import Torch
+
+    return Torch()
+
+
+# By the package that an array's type comes from.
+_MAKERS: dict[str, Callable[[], Library]] = {
+    "numpy": _NumPy,
+    "torch": _torch,
+    "jax": _Jax,
+    "jaxlib": _Jax,
+    "mlx": _Mlx,
+    "cupy": _CuPy,
+}
+_OTHER = Library()
+_libraries: dict[type, Library] = {}
+
+
+def library_of(array: Array) -> Library:
+    """The library whose kind of array the result will be."""
+    kind = type(array)
+    found = _libraries.get(kind)
+    return found if found is not None else _find(kind)
+
+
+def _find(kind: type) -> Library:
+    for base in kind.__mro__:
+        make = _MAKERS.get(base.__module__.partition(".")[0])
+        if make is not None:
+            _libraries[kind] = library = make()
+            return library
+    return _OTHER

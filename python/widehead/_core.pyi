@@ -1,0 +1,62 @@
+from collections.abc import Callable
+from typing import Any
+
+class Spec:
+    def __init__(self, shape: list[int] | tuple[int, ...], dtype: str = ..., device: str = ...) -> None: ...
+
+class Limits:
+    def __init__(
+        self,
+        workspace_bytes: int | None,
+        policy: str,
+        fused_above: int,
+        kernel: str,
+        threads: int,
+        precision: str,
+        longest_step_us: float,
+        batch_invariant: bool,
+    ) -> None: ...
+
+def sdpa(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    mask: Any,
+    sinks: Any,
+    key_lengths: Any,
+    key_starts: Any,
+    return_log_sum_exp: bool,
+    out: Any,
+    limits: Limits,
+    threads: int,
+    stream: int | None,
+    empty: Callable[[Any, tuple[int, ...], str], Any] | None,
+    /,
+) -> Any: ...
+def plan(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    mask: Any,
+    sinks: Any,
+    key_lengths: Any,
+    key_starts: Any,
+    return_log_sum_exp: bool,
+    out: Any,
+    limits: Limits,
+    threads: int,
+    stream: int | None,
+    /,
+) -> tuple[str, str]: ...
+def empty(shape: tuple[int, ...], dtype: str) -> Any: ...
+def kernels(device: int) -> list[tuple[str, str]]: ...
+def device_json(device: int, index: int) -> str: ...
+def version() -> str: ...

@@ -1,0 +1,77 @@
+"""What the caller allows a call to take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from widehead import _core
+
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes_of(workspace: int | str | None) -> int | None:
+    if workspace is None or isinstance(workspace, int):
+        if workspace is not None and workspace < 0:
+            raise ValueError(f"workspace is {workspace}; it must be bytes from 0 on, or None")
+        return workspace
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", workspace.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(
+            f"workspace is {workspace!r}; it must be bytes, or a size as in '512MiB' "
+            f"({', '.join(unit for unit in _UNITS if unit)})"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the caller allows. Immutable: make one and pass it to every call.
+
+    workspace: the most bytes that a kernel may take beside its inputs and outputs, as a number or
+        as in ``"512MiB"``; None: any.
+    policy: ``"automatic"`` takes the fastest kernel that fits; ``"fused"`` refuses to store the
+        score matrix; ``"fused_above"`` is fused from ``fused_above`` keys on and unfused below.
+    kernel: forces a kernel of :func:`widehead.kernels` by name.
+    threads: CPU threads; 0: PyTorch's number for its tensors, every core for other arrays.
+    precision: ``"native"`` rounds the weights to the input's type where the hardware multiplies
+        that type; ``"high"`` keeps them at float32's accuracy.
+    longest_step_ms: of a piece of work that cannot be interrupted; 0: any.
+    batch_invariant: a row's bits do not depend on the batch around it.
+    """
+
+    workspace: int | str | None = None
+    policy: Literal["automatic", "fused", "fused_above"] = "automatic"
+    fused_above: int = 16384
+    kernel: str | None = None
+    threads: int = 0
+    precision: Literal["native", "high"] = "native"
+    longest_step_ms: float = 0.0
+    batch_invariant: bool = False
+    _core: _core.Limits = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        core = _core.Limits(
+            workspace_bytes=_bytes_of(self.workspace),
+            policy=self.policy,
+            fused_above=self.fused_above,
+            kernel=self.kernel or "",
+            threads=self.threads,
+            precision=self.precision,
+            longest_step_us=self.longest_step_ms * 1e3,
+            batch_invariant=self.batch_invariant,
+        )
+        object.__setattr__(self, "_core", core)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        values = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "_core"}
+        return (_make_limits, (values,))
+
+
+def _make_limits(values: dict[str, object]) -> Limits:
+    return Limits(**values)  # type: ignore[arg-type]
+
+
+DEFAULT_LIMITS = Limits()
