@@ -14,6 +14,7 @@
 #include "api/machine.h"
 #include "api/plan_cache.h"
 #include "api/workspace.h"
+#include "cuda/device.h"
 
 struct wh_plan {
   explicit wh_plan(wh::Plan p) : plan(std::move(p)) {}
@@ -245,7 +246,12 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   if (p.batch == 0 || p.len_q == 0) return {};
   const Kernel* kernel = find_kernel(kernels_of(p.device), plan.kernel);
   Progress progress(options.progress, options.progress_context);
-  return kernel->run({p, plan.config, used, options.executor, progress, options.stream});
+  const Launch launch{p, plan.config, used, options.executor, progress, options.stream};
+  if (p.device == Device::kCpu) return kernel->run(launch);
+  const cuda::DeviceScope scope(p.device_index);
+  WH_RETURN_IF_ERROR(scope.status());
+  WH_RETURN_IF_ERROR(cuda::check_pointers(p, used));
+  return kernel->run(launch);
 }
 
 PlanCache& plan_cache() {

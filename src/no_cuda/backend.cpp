@@ -1,5 +1,6 @@
 // The CUDA backend of a build without CUDA: it has no kernels and says why.
 #include "cuda/allocate.h"
+#include "cuda/device.h"
 #include "cuda/registry.h"
 #include "plan/cuda_facts.h"
 
@@ -18,6 +19,12 @@ const CudaFacts& cuda_facts(int32_t) {
 namespace cuda {
 
 std::span<const Kernel* const> kernels() { return {}; }
+
+DeviceScope::DeviceScope(int32_t) : status_(Code::kRefused, cuda_facts(0).unavailable) {}
+DeviceScope::~DeviceScope() = default;
+Status check_pointers(const Problem&, const Tensors&) {
+  return {Code::kRefused, cuda_facts(0).unavailable};
+}
 
 Result<void*> allocate(int32_t, size_t, void*) {
   return Status(Code::kRefused, cuda_facts(0).unavailable);

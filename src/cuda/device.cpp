@@ -1,0 +1,139 @@
+#include "cuda/device.h"
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <map>
+#include <mutex>
+
+#include "cuda/common/launch.h"
+#include "plan/cuda_facts.h"
+
+namespace wh {
+namespace {
+
+// Dense bf16 flops a clock and multiprocessor, sums in f32: the vendors' datasheets divided by
+// multiprocessors and boost clock.
+double tensor_flops_per_clock(int32_t compute_capability) {
+  if (compute_capability == 90) return 4096;
+  if (compute_capability == 100 || compute_capability == 103) return 8192;
+  return compute_capability == 80 ? 2048 : 512;
+}
+
+int32_t attribute(cudaDeviceAttr which, int32_t index) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, which, index) == cudaSuccess ? value : 0;
+}
+
+std::string version_text(int version) {
+  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
+}
+
+CudaFacts detect(int32_t index) {
+  CudaFacts facts;
+  facts.index = index;
+  int driver = 0, runtime = 0, devices = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    facts.unavailable = "this machine has no NVIDIA driver; install one";
+    return facts;
+  }
+  facts.driver = version_text(driver);
+  if (driver / 1000 < runtime / 1000) {
+    facts.unavailable = fmt::format(
+        "the driver supports CUDA {}, this build needs {}; update the driver", facts.driver,
+        version_text(runtime));
+    return facts;
+  }
+  if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
+    facts.unavailable = fmt::format("cudaGetDeviceCount: {}", cudaGetErrorString(error));
+    return facts;
+  }
+  if (index < 0 || index >= devices) {
+    facts.unavailable = fmt::format("there is no device {}; this machine has {}", index, devices);
+    return facts;
+  }
+  cudaDeviceProp properties{};
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, index);
+      error != cudaSuccess) {
+    facts.unavailable = fmt::format("cudaGetDeviceProperties: {}", cudaGetErrorString(error));
+    return facts;
+  }
+  facts.name = properties.name;
+  facts.compute_capability = properties.major * 10 + properties.minor;
+  facts.sms = properties.multiProcessorCount;
+  facts.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+  facts.l2_bytes = properties.l2CacheSize;
+  const double clock_hz = 1e3 * attribute(cudaDevAttrClockRate, index);
+  facts.tensor_tflops =
+      tensor_flops_per_clock(facts.compute_capability) * facts.sms * clock_hz * 1e-12;
+  // Twice the memory clock (double data rate) times the bus; reads reach about 90 % of it.
+  facts.read_gbytes_per_s = 0.9 * 2e3 * attribute(cudaDevAttrMemoryClockRate, index) *
+                            attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 * 1e-9;
+  if (facts.compute_capability < 80) {
+    facts.unavailable = fmt::format(
+        "{} has compute capability {}.{}; kernels need 8.0 or later", facts.name, properties.major,
+        properties.minor);
+  }
+  return facts;
+}
+
+}  // namespace
+
+const CudaFacts& cuda_facts(int32_t index) {
+  static std::mutex mutex;
+  static std::map<int32_t, CudaFacts> all;
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] = all.try_emplace(index);
+  if (is_new) entry->second = detect(index);
+  return entry->second;
+}
+
+namespace cuda {
+
+DeviceScope::DeviceScope(int32_t index) {
+  int current = -1;
+  status_ = cuda_status(cudaGetDevice(&current), "cudaGetDevice");
+  if (!status_.ok() || current == index) return;
+  status_ = cuda_status(cudaSetDevice(index), "cudaSetDevice");
+  if (status_.ok()) previous_ = current;
+}
+
+DeviceScope::~DeviceScope() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+Status check_pointers(const Problem& p, const Tensors& t) {
+  const struct {
+    const char* name;
+    const void* data;
+  } pointers[] = {{"q", t.q},
+                  {"k", t.k},
+                  {"v", t.v},
+                  {"out", t.out},
+                  {"mask", t.mask},
+                  {"sinks", t.sinks},
+                  {"key_lengths", t.key_lengths},
+                  {"key_starts", t.key_starts},
+                  {"log_sum_exp", t.log_sum_exp},
+                  {"workspace", t.workspace}};
+  for (const auto& pointer : pointers) {
+    if (pointer.data == nullptr) continue;
+    cudaPointerAttributes attributes{};
+    const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer.data);
+    if (error != cudaSuccess) return cuda_status(error, "cudaPointerGetAttributes");
+    if (attributes.type == cudaMemoryTypeManaged) continue;
+    if (attributes.type != cudaMemoryTypeDevice) {
+      return invalid(fmt::format("{} is host memory; a cuda:{} problem needs memory of that device",
+                                 pointer.name, p.device_index));
+    }
+    if (attributes.device != p.device_index) {
+      return invalid(fmt::format("{} is memory of cuda:{}; the problem is for cuda:{}",
+                                 pointer.name, attributes.device, p.device_index));
+    }
+  }
+  return {};
+}
+
+}  // namespace cuda
+}  // namespace wh

@@ -1,0 +1,14 @@
+#include "cuda/registry.h"
+
+#include "cuda/sm90/decode/config.h"
+#include "cuda/sm90/prefill/config.h"
+#include "cuda/unfused/config.h"
+
+namespace wh::cuda {
+
+std::span<const Kernel* const> kernels() {
+  static const Kernel* const list[] = {&kSm90Prefill, &kSm90Decode, &kUnfused};
+  return list;
+}
+
+}  // namespace wh::cuda

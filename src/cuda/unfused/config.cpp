@@ -1,0 +1,111 @@
+#include "cuda/unfused/config.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/unfused/cublas_lt.h"
+#include "cuda/unfused/kernel.h"
+#include "plan/work.h"
+
+namespace wh::cuda {
+namespace {
+
+constexpr int64_t kScoreBytesAtOnce = int64_t{256} << 20;
+constexpr size_t kAlignment = 256;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+std::optional<std::string> refusal(const Query& query) {
+  const Problem& p = query.problem;
+  if (const std::string reason = cublas_lt_unavailable(); !reason.empty()) return reason;
+  if (p.dtype_q != p.dtype_kv) return "q and k have different types; the products take one";
+  if (!fits_int32(p)) {
+    return fmt::format("a length or batch * heads_q is above {}", kMaxExtent);
+  }
+  if (query.limits.precision == Precision::kHigh && p.dtype_q != Dtype::kF32) {
+    return "the weights are rounded to q's type, and the precision is high";
+  }
+  if (static_cast<double>(p.len_q) * static_cast<double>(p.len_k) > 0x1p40) {
+    return "the score matrix of one head has more than 2^40 elements";
+  }
+  return std::nullopt;
+}
+
+Config configure(const Query& query) {
+  Config config;
+  config.variant = query.problem.dtype_q == Dtype::kF32 ? "cuBLASLt f32" : "cuBLASLt tensor cores";
+  config.threads = query.cuda.sms;
+  return config;
+}
+
+size_t workspace_bytes(const Problem& p, const Config&) {
+  return UnfusedWorkspace(nullptr, p, UnfusedShape(p)).bytes;
+}
+
+// Five launches a pass, products at 70 % of the tensor cores' rate (f32: of 1/16 of it), scores
+// written and read twice, everything packed once.
+double estimate_us(const Query& query, const Config&) {
+  const Problem& p = query.problem;
+  const UnfusedShape shape(p);
+  const double passes = static_cast<double>((shape.items + shape.items_at_once - 1) /
+                                            std::max<int64_t>(1, shape.items_at_once));
+  const double pairs =
+      static_cast<double>(shape.items * shape.rows) * static_cast<double>(shape.keys);
+  const double flops = pairs * 2 * static_cast<double>(shape.columns_qk + shape.columns_v);
+  const double rate = query.cuda.tensor_tflops * (p.dtype_q == Dtype::kF32 ? 0.045 : 0.6);
+  const double bytes_each = p.dtype_q == Dtype::kF32 ? 16 : 12;
+  const double bytes = pairs * bytes_each + 2 * kv_bytes(p) * static_cast<double>(p.group()) /
+                                                static_cast<double>(shape.heads);
+  return flops / (std::max(1.0, rate) * 1e6) +
+         bytes / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3) + passes * 20;
+}
+
+}  // namespace
+
+UnfusedShape::UnfusedShape(const Problem& p) {
+  // 8 elements of 16 bits are the 16 bytes that tensor cores want rows aligned to.
+  columns_qk = round_up(p.dim_qk, 8);
+  columns_v = round_up(p.dim_v, 8);
+  keys = round_up(std::max<int64_t>(1, p.len_k), 8);
+  const int64_t group_rows = p.group() * p.len_q;
+  heads = group_rows * keys * 4 <= kScoreBytesAtOnce ? p.group() : 1;
+  rows = std::max<int64_t>(1, heads * p.len_q);
+  items = p.batch * p.heads_q / heads;
+  items_at_once =
+      std::clamp<int64_t>(kScoreBytesAtOnce / (rows * keys * 4), 1, std::max<int64_t>(1, items));
+}
+
+UnfusedWorkspace::UnfusedWorkspace(void* base, const Problem& problem, const UnfusedShape& shape)
+    : bytes(0) {
+  const auto take = [&](int64_t elements, size_t element_bytes) -> void* {
+    void* piece = base == nullptr ? nullptr : static_cast<std::byte*>(base) + bytes;
+    bytes +=
+        (static_cast<size_t>(elements) * element_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  };
+  const size_t element = dtype_bytes(problem.dtype_q);
+  const int64_t n = shape.items_at_once;
+  q = take(n * shape.rows * shape.columns_qk, element);
+  k = take(n * shape.keys * shape.columns_qk, element);
+  v = take(n * shape.keys * shape.columns_v, element);
+  s = static_cast<float*>(take(n * shape.rows * shape.keys, sizeof(float)));
+  p = problem.dtype_q == Dtype::kF32 ? s : take(n * shape.rows * shape.keys, element);
+  o = static_cast<float*>(take(n * shape.rows * shape.columns_v, sizeof(float)));
+  m = static_cast<float*>(take(n * shape.rows, sizeof(float)));
+  l = static_cast<float*>(take(n * shape.rows, sizeof(float)));
+  has_special = static_cast<int32_t*>(take(1, sizeof(int32_t)));
+  gemm = take(kGemmBytes, 1);
+}
+
+const Kernel kUnfused{
+    "cuda_unfused",  Device::kCuda,
+    false,           "cuBLASLt, softmax, cuBLASLt: the baseline, and the last resort",
+    refusal,         configure,
+    workspace_bytes, estimate_us,
+    run_unfused};
+
+}  // namespace wh::cuda

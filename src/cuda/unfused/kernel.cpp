@@ -1,0 +1,103 @@
+// cuda_unfused: pack, S = Q K^T by cuBLASLt, softmax, O = P V by cuBLASLt, finish; as many heads a
+// pass as 256 MB of scores hold.
+//
+// Roofline: the two products run at cuBLASLt's rate; the scores are written, read twice and written
+// again as weights, 12 bytes a pair in 16-bit types, so below dims of about 256 memory bounds it.
+#include "cuda/unfused/kernel.h"
+
+#include <algorithm>
+
+#include "cuda/common/launch.h"
+#include "cuda/unfused/cublas_lt.h"
+
+namespace wh::cuda {
+namespace {
+
+#define WH_RETURN_IF_ERROR(expression) \
+  if (Status status = (expression); !status.ok()) return status
+
+UnfusedPass make_pass(const Launch& launch, const UnfusedShape& shape) {
+  const Problem& p = launch.problem;
+  UnfusedPass pass{attention_args(p, launch.tensors),
+                   shape,
+                   0,
+                   0,
+                   {},
+                   {},
+                   {},
+                   {},
+                   launch.tensors.q,
+                   launch.tensors.k};
+  // In f32 q's type is f32: one kind less for the kernels.
+  if (p.mask == MaskKind::kAdditiveQ && p.dtype_q == Dtype::kF32) {
+    pass.args.mask_kind = MaskKind::kAdditiveF32;
+  }
+  std::copy_n(p.stride_q.begin(), 4, pass.stride_q);
+  std::copy_n(p.stride_k.begin(), 4, pass.stride_k);
+  std::copy_n(p.stride_v.begin(), 4, pass.stride_v);
+  std::copy_n(p.stride_out.begin(), 4, pass.stride_out);
+  return pass;
+}
+
+// Row-major S = Q K^T is column-major S^T = K Q^T.
+Gemm score_product(Dtype dtype, const UnfusedShape& s, const UnfusedWorkspace& w, int64_t batch) {
+  return {dtype,
+          true,
+          s.keys,
+          s.rows,
+          s.columns_qk,
+          w.k,
+          s.columns_qk,
+          s.keys * s.columns_qk,
+          w.q,
+          s.columns_qk,
+          s.rows * s.columns_qk,
+          w.s,
+          s.keys,
+          s.rows * s.keys,
+          batch};
+}
+
+// Row-major O = P V is column-major O^T = V^T P^T.
+Gemm value_product(Dtype dtype, const UnfusedShape& s, const UnfusedWorkspace& w, int64_t batch) {
+  return {dtype,
+          false,
+          s.columns_v,
+          s.rows,
+          s.keys,
+          w.v,
+          s.columns_v,
+          s.keys * s.columns_v,
+          w.p,
+          s.keys,
+          s.rows * s.keys,
+          w.o,
+          s.columns_v,
+          s.rows * s.columns_v,
+          batch};
+}
+
+}  // namespace
+
+Status run_unfused(const Launch& launch) {
+  const Problem& p = launch.problem;
+  const UnfusedShape shape(p);
+  const UnfusedWorkspace w(launch.tensors.workspace, p, shape);
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  UnfusedPass pass = make_pass(launch, shape);
+  for (pass.first = 0; pass.first < shape.items; pass.first += shape.items_at_once) {
+    pass.count = std::min(shape.items_at_once, shape.items - pass.first);
+    WH_RETURN_IF_ERROR(cuda_status(
+        cudaMemsetAsync(w.has_special, 0, sizeof(*w.has_special), stream), "cudaMemsetAsync"));
+    WH_RETURN_IF_ERROR(launch_pack(pass, p.dtype_q, w, stream));
+    WH_RETURN_IF_ERROR(run_gemm(score_product(p.dtype_q, shape, w, pass.count), w.gemm,
+                                UnfusedWorkspace::kGemmBytes, stream));
+    WH_RETURN_IF_ERROR(launch_softmax(pass, p.dtype_q, w, stream));
+    WH_RETURN_IF_ERROR(run_gemm(value_product(p.dtype_q, shape, w, pass.count), w.gemm,
+                                UnfusedWorkspace::kGemmBytes, stream));
+    WH_RETURN_IF_ERROR(launch_finish(pass, p.dtype_q, w, stream));
+  }
+  return {};
+}
+
+}  // namespace wh::cuda

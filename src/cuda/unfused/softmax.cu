@@ -1,0 +1,253 @@
+// What cuda_unfused runs around its two products: pack, softmax, finish.
+//
+// Schedule: pack copies a row of q, k or v a warp; softmax and finish take a row a block. All are
+// bound by memory: softmax reads a row's scores twice (the second time out of L2) and writes its
+// weights once.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/launch.h"
+#include "cuda/common/scores.cuh"
+#include "cuda/unfused/kernel.h"
+
+namespace wh::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// A row of a pass, and the query that it is.
+struct PassRow {
+  int64_t item;  // within the pass
+  int32_t batch_idx, head, head_kv, query;
+};
+
+// In 32 bits, which hold every row of a pass: 64-bit divisions are calls, and spill.
+__device__ PassRow pass_row(const UnfusedPass& pass, uint32_t row) {
+  const auto rows = static_cast<uint32_t>(pass.shape.rows);
+  const uint32_t item = row / rows, in_item = row % rows;
+  const uint32_t first_head = (static_cast<uint32_t>(pass.first) + item) *
+                              static_cast<uint32_t>(pass.shape.heads);  // of batch * heads_q
+  const uint32_t heads_q = pass.args.heads_q, len_q = pass.args.len_q;
+  const uint32_t head = first_head % heads_q + in_item / len_q;
+  return {item, static_cast<int32_t>(first_head / heads_q), static_cast<int32_t>(head),
+          static_cast<int32_t>(head / pass.args.group), static_cast<int32_t>(in_item % len_q)};
+}
+
+template <typename T>
+__device__ bool is_special(T value) {
+  return !isfinite(static_cast<float>(value));
+}
+
+// One row, padded with zeros up to `columns`.
+template <typename T>
+__device__ void copy_row(const T* from, int64_t stride, int32_t dim, int32_t columns, bool keep,
+                         T* to, int32_t* has_special) {
+  bool special = false;
+  for (auto d = static_cast<int32_t>(threadIdx.x % 32); d < columns; d += 32) {
+    const T value = keep && d < dim ? from[d * stride] : T(0.0f);
+    special = special || is_special(value);
+    to[d] = value;
+  }
+  if (has_special != nullptr && __any_sync(~0u, special) && threadIdx.x % 32 == 0) {
+    *has_special = 1;  // every writer writes the same
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) pack(const UnfusedPass pass, const UnfusedWorkspace w) {
+  const UnfusedShape& s = pass.shape;
+  const AttentionArgs& a = pass.args;
+  const auto rows = static_cast<uint32_t>(pass.count * s.rows);
+  const auto item_keys = static_cast<uint32_t>(s.keys);
+  const uint32_t all = rows + static_cast<uint32_t>(pass.count) * item_keys;
+  for (uint32_t i = blockIdx.x * kWarps + threadIdx.x / 32; i < all; i += gridDim.x * kWarps) {
+    if (i < rows) {
+      const PassRow row = pass_row(pass, i);
+      const T* q = static_cast<const T*>(pass.q) + row.batch_idx * pass.stride_q[0] +
+                   row.head * pass.stride_q[1] + row.query * pass.stride_q[2];
+      copy_row(q, pass.stride_q[3], a.dim_qk, static_cast<int32_t>(s.columns_qk), true,
+               static_cast<T*>(w.q) + i * s.columns_qk, nullptr);
+      continue;
+    }
+    const uint32_t item = (i - rows) / item_keys;
+    const auto key = static_cast<int32_t>((i - rows) % item_keys);
+    const PassRow row = pass_row(pass, item * static_cast<uint32_t>(s.rows));
+    const Keys present = present_keys(a, row.batch_idx);
+    const bool is_present = key >= present.begin && key < present.end;
+    const T* k = static_cast<const T*>(pass.k) + row.batch_idx * pass.stride_k[0] +
+                 row.head_kv * pass.stride_k[1] + key * pass.stride_k[2];
+    const T* v = static_cast<const T*>(a.v) + row.batch_idx * pass.stride_v[0] +
+                 row.head_kv * pass.stride_v[1] + key * pass.stride_v[2];
+    copy_row(k, pass.stride_k[3], a.dim_qk, static_cast<int32_t>(s.columns_qk), is_present,
+             static_cast<T*>(w.k) + (i - rows) * s.columns_qk, nullptr);
+    copy_row(v, pass.stride_v[3], a.dim_v, static_cast<int32_t>(s.columns_v), is_present,
+             static_cast<T*>(w.v) + (i - rows) * s.columns_v, w.has_special);
+  }
+}
+
+__device__ float block_max(float x, float* s_parts) {
+  for (int step = 16; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(~0u, x, step);
+    x = x > other || isnan(x) ? x : other;  // NaN wins: it must reach the output
+  }
+  if (threadIdx.x % 32 == 0) s_parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  for (int i = 0; i < kWarps; ++i) x = x > s_parts[i] || isnan(x) ? x : s_parts[i];
+  __syncthreads();
+  return x;
+}
+
+__device__ float block_sum(float x, float* s_parts) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  if (threadIdx.x % 32 == 0) s_parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int i = 0; i < kWarps; ++i) x += s_parts[i];
+  __syncthreads();
+  return x;
+}
+
+template <typename T>
+__device__ float transformed_score(const AttentionArgs& args, const ScoreRow& mask, int32_t key,
+                                   float score) {
+  score *= args.scale;
+  if (args.softcap > 0) score = args.softcap * tanhf(score / args.softcap);
+  const float bias = mask_bias<T>(args, mask, key);
+  return bias == -INFINITY ? -INFINITY : score + bias;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    softmax(const UnfusedPass pass, const UnfusedWorkspace w) {
+  __shared__ float s_parts[kWarps];
+  const AttentionArgs& args = pass.args;
+  const PassRow row = pass_row(pass, blockIdx.x);
+  const Keys present = present_keys(args, row.batch_idx);
+  const Keys visible = visible_keys(args, present, row.query);
+  const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
+  float* scores = w.s + int64_t{blockIdx.x} * pass.shape.keys;
+  T* weights = static_cast<T*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
+  float m = -INFINITY;
+  for (int32_t key = visible.begin + threadIdx.x; key < visible.end; key += kThreads) {
+    const float score = transformed_score<T>(args, mask, key, scores[key]);
+    scores[key] = score;
+    m = m > score || isnan(m) ? m : score;
+  }
+  m = block_max(m, s_parts);
+  const float shift = m == -INFINITY ? 0 : m;
+  float l = 0;
+  for (int64_t key = threadIdx.x; key < pass.shape.keys; key += kThreads) {
+    float weight = 0;
+    if (key >= visible.begin && key < visible.end) {
+      const float score = scores[key];
+      weight = score == -INFINITY ? 0 : expf(score - shift);
+    }
+    l += weight;
+    weights[key] = T(weight);
+  }
+  l = block_sum(l, s_parts);
+  if (threadIdx.x == 0) {
+    w.m[blockIdx.x] = m;
+    w.l[blockIdx.x] = l;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    finish(const UnfusedPass pass, const UnfusedWorkspace w) {
+  const AttentionArgs& args = pass.args;
+  const PassRow row = pass_row(pass, blockIdx.x);
+  float m = w.m[blockIdx.x], l = w.l[blockIdx.x];
+  float factor = 1;  // of o: what joining the sink leaves of it
+  if (args.sinks != nullptr) {
+    const float sink = args.sinks[row.head];
+    const float largest = m > sink || isnan(m) ? m : sink;
+    const float shift = largest == -INFINITY ? 0 : largest;
+    factor = m == -INFINITY ? 0 : expf(m - shift);
+    l = l * factor + (sink == -INFINITY ? 0 : expf(sink - shift));
+    m = largest;
+  }
+  const bool is_empty = l == 0;
+  const float scale = is_empty ? 0 : factor / l;
+  const bool has_special = *w.has_special != 0;
+  const Keys present = present_keys(args, row.batch_idx);
+  const Keys visible = visible_keys(args, present, row.query);
+  const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
+  const float* o = w.o + int64_t{blockIdx.x} * pass.shape.columns_v;
+  const T* weights = static_cast<const T*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
+  const T* v = static_cast<const T*>(w.v) + row.item * pass.shape.keys * pass.shape.columns_v;
+  T* out = static_cast<T*>(args.out) + row.batch_idx * pass.stride_out[0] +
+           row.head * pass.stride_out[1] + row.query * pass.stride_out[2];
+  for (int32_t d = threadIdx.x; d < args.dim_v; d += kThreads) {
+    float sum = 0;
+    if (has_special) {
+      for (int32_t key = visible.begin; key < visible.end; ++key) {
+        if (mask_bias<T>(args, mask, key) == -INFINITY) continue;
+        sum += static_cast<float>(weights[key]) *
+               static_cast<float>(v[key * pass.shape.columns_v + d]);
+      }
+    } else if (!is_empty) {
+      sum = o[d];
+    }
+    out[d * pass.stride_out[3]] = T(is_empty ? 0.0f : sum * scale);
+  }
+  if (args.log_sum_exp != nullptr && threadIdx.x == 0) {
+    args.log_sum_exp[(int64_t{row.batch_idx} * args.heads_q + row.head) * args.len_q + row.query] =
+        is_empty ? -INFINITY : m + logf(l);
+  }
+}
+
+template <template <typename> class Function>
+Status launch_rows(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w, int64_t blocks,
+                   cudaStream_t stream) {
+  UnfusedPass pass_copy = pass;
+  UnfusedWorkspace w_copy = w;
+  void* parameters[] = {&pass_copy, &w_copy};
+  const void* function = dtype == Dtype::kF32   ? Function<float>::get()
+                         : dtype == Dtype::kF16 ? Function<__half>::get()
+                                                : Function<__nv_bfloat16>::get();
+  KernelLaunch launch{};
+  launch.function = function;
+  launch.blocks = static_cast<int>(blocks);
+  launch.threads = kThreads;
+  launch.cluster = 1;
+  launch.parameters = parameters;
+  launch.stream = stream;
+  return launch_kernel(launch);
+}
+
+template <typename T>
+struct Pack {
+  static const void* get() { return reinterpret_cast<const void*>(&pack<T>); }
+};
+template <typename T>
+struct Softmax {
+  static const void* get() { return reinterpret_cast<const void*>(&softmax<T>); }
+};
+template <typename T>
+struct Finish {
+  static const void* get() { return reinterpret_cast<const void*>(&finish<T>); }
+};
+
+}  // namespace
+
+Status launch_pack(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
+                   cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 4096;
+  const int64_t warps = pass.count * (pass.shape.rows + pass.shape.keys);
+  const int64_t blocks = (warps + kWarps - 1) / kWarps;
+  return launch_rows<Pack>(pass, dtype, w, blocks < kMostBlocks ? blocks : kMostBlocks, stream);
+}
+
+Status launch_softmax(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
+                      cudaStream_t stream) {
+  return launch_rows<Softmax>(pass, dtype, w, pass.count * pass.shape.rows, stream);
+}
+
+Status launch_finish(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
+                     cudaStream_t stream) {
+  return launch_rows<Finish>(pass, dtype, w, pass.count * pass.shape.rows, stream);
+}
+
+}  // namespace wh::cuda
