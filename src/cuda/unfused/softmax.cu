@@ -153,6 +153,31 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Where a present V holds an infinity or NaN, a weight of 0 would not hide it: the sums are made
+// anew over the keys that the row sees, one by one.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    sum_one_by_one(const UnfusedPass pass, const UnfusedWorkspace w) {
+  if (*w.has_special == 0) return;
+  const AttentionArgs& args = pass.args;
+  const PassRow row = pass_row(pass, blockIdx.x);
+  const Keys present = present_keys(args, row.batch_idx);
+  const Keys visible = visible_keys(args, present, row.query);
+  const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
+  const T* weights = static_cast<const T*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
+  const T* v = static_cast<const T*>(w.v) + row.item * pass.shape.keys * pass.shape.columns_v;
+  float* o = w.o + int64_t{blockIdx.x} * pass.shape.columns_v;
+  for (int32_t d = threadIdx.x; d < args.dim_v; d += kThreads) {
+    float sum = 0;
+    for (int32_t key = visible.begin; key < visible.end; ++key) {
+      if (mask_bias<T>(args, mask, key) == -INFINITY) continue;
+      sum +=
+          static_cast<float>(weights[key]) * static_cast<float>(v[key * pass.shape.columns_v + d]);
+    }
+    o[d] = sum;
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     finish(const UnfusedPass pass, const UnfusedWorkspace w) {
@@ -169,28 +194,13 @@ __global__ void __launch_bounds__(kThreads)
     m = largest;
   }
   const bool is_empty = l == 0;
-  const float scale = is_empty ? 0 : factor / l;
-  const bool has_special = *w.has_special != 0;
-  const Keys present = present_keys(args, row.batch_idx);
-  const Keys visible = visible_keys(args, present, row.query);
-  const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
+  // Within 2 units in the last place; the exact division is a call, and spills.
+  const float scale = is_empty ? 0 : __fdividef(factor, l);
   const float* o = w.o + int64_t{blockIdx.x} * pass.shape.columns_v;
-  const T* weights = static_cast<const T*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
-  const T* v = static_cast<const T*>(w.v) + row.item * pass.shape.keys * pass.shape.columns_v;
   T* out = static_cast<T*>(args.out) + row.batch_idx * pass.stride_out[0] +
            row.head * pass.stride_out[1] + row.query * pass.stride_out[2];
   for (int32_t d = threadIdx.x; d < args.dim_v; d += kThreads) {
-    float sum = 0;
-    if (has_special) {
-      for (int32_t key = visible.begin; key < visible.end; ++key) {
-        if (mask_bias<T>(args, mask, key) == -INFINITY) continue;
-        sum += static_cast<float>(weights[key]) *
-               static_cast<float>(v[key * pass.shape.columns_v + d]);
-      }
-    } else if (!is_empty) {
-      sum = o[d];
-    }
-    out[d * pass.stride_out[3]] = T(is_empty ? 0.0f : sum * scale);
+    out[d * pass.stride_out[3]] = T(is_empty ? 0.0f : o[d] * scale);
   }
   if (args.log_sum_exp != nullptr && threadIdx.x == 0) {
     args.log_sum_exp[(int64_t{row.batch_idx} * args.heads_q + row.head) * args.len_q + row.query] =
@@ -226,6 +236,10 @@ struct Softmax {
   static const void* get() { return reinterpret_cast<const void*>(&softmax<T>); }
 };
 template <typename T>
+struct SumOneByOne {
+  static const void* get() { return reinterpret_cast<const void*>(&sum_one_by_one<T>); }
+};
+template <typename T>
 struct Finish {
   static const void* get() { return reinterpret_cast<const void*>(&finish<T>); }
 };
@@ -247,6 +261,11 @@ Status launch_softmax(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspa
 
 Status launch_finish(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
                      cudaStream_t stream) {
+  if (Status status =
+          launch_rows<SumOneByOne>(pass, dtype, w, pass.count * pass.shape.rows, stream);
+      !status.ok()) {
+    return status;
+  }
   return launch_rows<Finish>(pass, dtype, w, pass.count * pass.shape.rows, stream);
 }
 
