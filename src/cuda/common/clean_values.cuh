@@ -3,7 +3,7 @@
 // cleaned in shared memory before they are multiplied: keys that do not exist become 0, and so does
 // every NaN and infinity. What was lost that way is added again, after the output is stored, to the
 // rows that do see it; a flag says whether there is anything to add. The check costs no arithmetic
-// units: a warp that has nothing else to do makes it while earlier tiles are worked on.
+// units: warps that have nothing else to do make it while earlier tiles are worked on.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,35 +28,48 @@ __device__ __forceinline__ uint32_t not_finite(uint32_t pair) {
   return ((pair & kExponent) + kOne) & 0x80008000u;
 }
 
-// Cleans one tile of V, kPanels x [kRows][64], with one warp. Returns whether this lane dropped a
-// NaN or an infinity of a key that exists.
-template <typename T, int kPanels, int kRows>
-__device__ __forceinline__ bool clean_values(unsigned char* s_v, Keys present, int32_t tile_key) {
-  const int lane = threadIdx.x % 32;
-  uint32_t dropped = 0;
+// Cleans one 16-byte chunk; returns whether a NaN or an infinity of a key that exists went.
+template <typename T>
+__device__ __forceinline__ bool clean_chunk(uint4* chunk, bool exists) {
+  if (!exists) {
+    *chunk = make_uint4(0, 0, 0, 0);
+    return false;
+  }
+  const auto finite = [](uint32_t pair) { return pair & ~((not_finite<T>(pair) >> 15) * 0xFFFFu); };
+  const uint4 v = *chunk;
+  const uint4 kept = make_uint4(finite(v.x), finite(v.y), finite(v.z), finite(v.w));
+  *chunk = kept;
+  return ((v.x ^ kept.x) | (v.y ^ kept.y) | (v.z ^ kept.z) | (v.w ^ kept.w)) != 0;
+}
+
+// Cleans one tile of V, kPanels x [kRows][64], with kThreads threads of which this is number
+// `thread`. Returns whether this one dropped a NaN or an infinity of a key that exists.
+template <typename T, int kPanels, int kRows, int kThreads>
+__device__ __forceinline__ bool clean_values(unsigned char* s_v, Keys present, int32_t tile_key,
+                                             int thread) {
+  constexpr int kChunks = kPanels * kRows * 8;
+  constexpr int kBatch = 4;  // loads under way at once: one at a time costs as long as the products
+  const bool all_exist = tile_key >= present.begin && tile_key + kRows <= present.end;
+  uint4* chunks = reinterpret_cast<uint4*>(s_v);
+  bool dropped = false;
 #pragma unroll 1
-  for (int panel = 0; panel < kPanels; ++panel) {
-#pragma unroll 2
-    for (int row = lane / 8; row < kRows; row += 4) {
-      uint4* chunk = reinterpret_cast<uint4*>(s_v + panel * kRows * 128 + row * 128) + lane % 8;
-      const uint4 v = *chunk;
-      const int32_t key = tile_key + row;
-      const bool exists = key >= present.begin && key < present.end;
-      const uint32_t x = not_finite<T>(v.x), y = not_finite<T>(v.y), z = not_finite<T>(v.z),
-                     w = not_finite<T>(v.w);
-      if (exists && (x | y | z | w) == 0) continue;
-      if (!exists) {
-        *chunk = make_uint4(0, 0, 0, 0);
-      } else {
-        dropped = 1;
-        const auto keep = [](uint32_t pair, uint32_t bad) {
-          return pair & ~((bad >> 15) * 0xFFFFu);
-        };
-        *chunk = make_uint4(keep(v.x, x), keep(v.y, y), keep(v.z, z), keep(v.w, w));
-      }
+  for (int first = thread; first < kChunks; first += kBatch * kThreads) {
+    uint32_t bad = all_exist ? 0 : 1;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = first + i * kThreads;
+      if (at >= kChunks) continue;
+      const uint4 v = chunks[at];
+      bad |= not_finite<T>(v.x) | not_finite<T>(v.y) | not_finite<T>(v.z) | not_finite<T>(v.w);
+    }
+    if (bad == 0) continue;
+#pragma unroll 1
+    for (int at = first; at < min(kChunks, first + kBatch * kThreads); at += kThreads) {
+      const int32_t key = tile_key + at / 8 % kRows;
+      dropped |= clean_chunk<T>(chunks + at, key >= present.begin && key < present.end);
     }
   }
-  return dropped != 0;
+  return dropped;
 }
 
 // Adds what clean_values() dropped from keys [keys.begin, keys.end) to output row `out` of a row

@@ -85,47 +85,46 @@ __device__ __forceinline__ void hide_keys(float (&s)[kCount], const ScoreRow (&r
   }
 }
 
-// Adds `bias_of(row's mask, key)` to the scores of the keys that rows may see, and hides the rest.
-template <int kCount, typename BiasOf>
+// Adds what `bias_at` reads from the array mask to the scores of the keys that rows may see, and
+// hides the rest.
+template <int kCount, typename BiasAt>
 __device__ __forceinline__ void add_bias(float (&s)[kCount], const ScoreRow (&rows)[2],
-                                         int32_t tile_key, BiasOf bias_of) {
+                                         int32_t tile_key, int64_t stride_bytes, BiasAt bias_at) {
   const int32_t thread_key = tile_key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const uint32_t offset = thread_key - rows[r].first_key;
+    const char* at = rows[r].mask + thread_key * stride_bytes;
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
+      // Opaque: the compiler would otherwise compute every address ahead, and spill.
+      asm volatile("" : "+l"(at));
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& score = s[4 * i + 2 * r + e];
         float bias = -INFINITY;
-        if (offset + 8 * i + e < rows[r].key_count) {
-          bias = bias_of(rows[r].mask, thread_key + 8 * i + e);
-        }
+        if (offset + 8 * i + e < rows[r].key_count) bias = bias_at(at + e * stride_bytes);
         score = bias == -INFINITY ? -INFINITY : score + bias;
       }
+      at += 8 * stride_bytes;
     }
   }
 }
 
-// hide_keys() under an array mask. One loop a kind: with the choice inside, the loads of a tile wait
-// for each other.
+// hide_keys() under an array mask. One loop a kind: with the choice inside, the loads of a tile
+// wait for each other.
 template <typename T, int kCount>
 __device__ __forceinline__ void mask_scores(float (&s)[kCount], const AttentionArgs& args,
                                             const ScoreRow (&rows)[2], int32_t tile_key) {
   const int64_t stride = args.stride_mask[3];
   if (args.mask_kind == MaskKind::kBoolean) {
-    add_bias(s, rows, tile_key, [stride](const char* mask, int32_t key) {
-      return mask[key * stride] != 0 ? 0.0f : -INFINITY;
-    });
+    add_bias(s, rows, tile_key, stride, [](const char* at) { return *at != 0 ? 0.0f : -INFINITY; });
   } else if (args.mask_kind == MaskKind::kAdditiveF32) {
-    add_bias(s, rows, tile_key, [stride](const char* mask, int32_t key) {
-      return reinterpret_cast<const float*>(mask)[key * stride];
-    });
+    add_bias(s, rows, tile_key, stride * 4,
+             [](const char* at) { return *reinterpret_cast<const float*>(at); });
   } else {
-    add_bias(s, rows, tile_key, [stride](const char* mask, int32_t key) {
-      return static_cast<float>(reinterpret_cast<const T*>(mask)[key * stride]);
-    });
+    add_bias(s, rows, tile_key, stride * 2,
+             [](const char* at) { return static_cast<float>(*reinterpret_cast<const T*>(at)); });
   }
 }
 

@@ -5,8 +5,8 @@
 // warpgroup loads Q and then K and V tiles by TMA, two stages each, from the last visible key to
 // the first. Each consumer warpgroup owns 64 rows: it issues S = Q K(n)^T, then O += P V(n+1), and
 // works on softmax of S(n) while the second product runs; P stays in registers. The output goes
-// from registers to memory, so that the next Q is on its way as soon as the last S is done. A
-// second warp of the producer warpgroup cleans V tiles in which some key is hidden from some row.
+// from registers to memory, so that the next Q is on its way as soon as the last S is done. The
+// other warps of the producer warpgroup clean V tiles in which some key is hidden from some row.
 //
 // Causal, windows, key lengths and starts and ragged ends are key ranges computed per tile: tiles
 // outside are not loaded, tiles inside are not masked.
@@ -32,6 +32,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/prefill/kernel.h"
 #include "cuda/sm90/prefill/tiles.h"
+#include "cuda/sm90/query_rows.cuh"
 
 namespace wh::cuda {
 
@@ -59,7 +60,7 @@ struct PrefillBlock {
   static constexpr int kTileK = kTile.tile_k;
   static constexpr int kStages = kTile.stages;
   static constexpr int kWarpgroups = kTile.warpgroups;
-  static constexpr int kRoundRow = 16;  // query rows of one warp
+  static constexpr int kCleaners = 96;  // threads
   // Where O is wide, its rescaling hides behind S = Q K^T; where it is narrow, behind P V.
   static constexpr bool kRescaleEarly = kDimV > 128;
   static_assert(kMemory.bytes <= 232448);
@@ -75,6 +76,10 @@ struct PrefillBlock {
     kVLoaded = kVFree + kStages,  // but not yet cleaned
     kBarriers = kVLoaded + kStages,
   };
+
+  // Named barriers; 0 is __syncthreads().
+  static constexpr int kCleanersBarrier = 1;
+  static constexpr int kWarpgroupBarrier = 2;  // and one for each further consumer
 
   // Words that the producer warpgroup hands to the consumers.
   struct Mailbox {
@@ -122,6 +127,8 @@ struct PrefillBlock {
     KeyTiles keys;
   };
   __device__ __forceinline__ Work work(int32_t index) const {
+    // Opaque: computing it again after the main loop is cheaper than ten registers through it.
+    asm volatile("" : "+r"(index));
     Work w;
     w.at = query_tile(order, args.heads_q, index);
     w.present = present_keys(args, w.at.batch_idx);
@@ -187,21 +194,18 @@ struct PrefillBlock {
     }
   }
 
-  // --- cleaner: one warp ---
+  // --- cleaners: the other three warps of the producer's warpgroup ---
 
   __device__ __forceinline__ void clean() const {
     Ring<kStages> ring;
+    const bool is_first = threadIdx.x == 32;
     uint32_t loaded_parity = 0;  // a bit a stage: only tiles to be cleaned complete this barrier
-    uint32_t q_parity = 0;
     for (uint32_t number = 0;; ++number) {
-      ptx::mbarrier_wait(barrier(kQFull), q_parity);
-      q_parity ^= 1;
+      ptx::mbarrier_wait(barrier(kQFull), number % 2);
       const int32_t index = mailbox()->tile;
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        mailbox()->dropped[number % 2] = 0;
-        ptx::mbarrier_arrive(barrier(kQFree));
-      }
+      if (is_first) mailbox()->dropped[number % 2] = 0;
+      ptx::named_sync(kCleanersBarrier, kCleaners);  // before another thread may raise the flag
+      if (is_first) ptx::mbarrier_arrive(barrier(kQFree));
       if (index < 0) return;
       const Work w = work(index);
 #pragma unroll 1
@@ -209,12 +213,13 @@ struct PrefillBlock {
         if (!w.keys.is_clean(n)) {
           ptx::mbarrier_wait(barrier(kVLoaded + ring.stage), loaded_parity >> ring.stage & 1);
           loaded_parity ^= 1u << ring.stage;
-          const bool dropped = clean_values<T, kMemory.panels_v, kTileK>(
-              s_memory + kMemory.v_offset + ring.stage * kMemory.v_bytes, w.present, n * kTileK);
+          const bool dropped = clean_values<T, kMemory.panels_v, kTileK, kCleaners>(
+              s_memory + kMemory.v_offset + ring.stage * kMemory.v_bytes, w.present, n * kTileK,
+              threadIdx.x - 32);
           if (dropped) mailbox()->dropped[number % 2] = 1;
           ptx::async_proxy_fence();
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier(kVFull + ring.stage));
+          ptx::named_sync(kCleanersBarrier, kCleaners);
+          if (is_first) ptx::mbarrier_arrive(barrier(kVFull + ring.stage));
         }
         ring.next();
       }
@@ -330,113 +335,49 @@ struct PrefillBlock {
       ring.next();
     }
 
-    // Row `r` of this thread as an index in the tile.
-    __device__ __forceinline__ int32_t tile_row(int r) const {
-      return warpgroup * 64 + threadIdx.x % 128 / 32 * kRoundRow + threadIdx.x % 32 / 4 + 8 * r;
+    __device__ __forceinline__ QueryRows<T> query_rows(const Work& w) const {
+      return {block.args, w.at, block.order.packed_heads, block.order.tile_queries};
     }
 
-    struct RowPlace {
-      int32_t head, query;
-      bool exists;
-    };
-    __device__ __forceinline__ RowPlace place(const QueryTile& at, int32_t row) const {
-      const int32_t query = row / block.order.packed_heads;
-      return {at.first_head + row - query * block.order.packed_heads, at.first_query + query,
-              query < block.order.tile_queries && at.first_query + query < block.args.len_q};
-    }
-
-    __device__ __forceinline__ T* out_row(const QueryTile& at, const RowPlace& row) const {
-      const int64_t(&stride)[3] = block.args.stride_out;
-      return static_cast<T*>(block.args.out) + at.batch_idx * stride[0] + row.head * stride[1] +
-             row.query * stride[2];
-    }
-
-    // O times the correction, lane pairs swapping halves so that a quad fills 32 bytes of a row.
-    __device__ __forceinline__ void store(const QueryTile& at) {
-      const AttentionArgs& args = block.args;
-      const int lane = threadIdx.x % 32;
+    // Notes which keys this thread's rows see; returns which tiles the block works on.
+    __device__ __forceinline__ KeyTiles enter(const Work& w) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const RowPlace row = place(at, tile_row(r));
-        const float sink = args.sinks != nullptr && row.exists ? args.sinks[row.head] : -INFINITY;
-        const float log_sum = softmax.finish(r, scale_log2, sink);
-        const float norm = softmax.correction[r];
-        if (args.log_sum_exp != nullptr && row.exists && lane % 4 == 0) {
-          args.log_sum_exp[(static_cast<int64_t>(at.batch_idx) * args.heads_q + row.head) *
-                               args.len_q +
-                           row.query] = log_sum;
-        }
-        const int32_t column = lane % 2 * 8 + lane % 4 / 2 * 4;
-        T* out = out_row(at, row) + column;
-#pragma unroll
-        for (int i = 0; i < kDimV / 8; i += 2) {
-          const float* o = r_o + 4 * i + 2 * r;
-          const uint32_t low = ptx::pack<T>(o[0] * norm, o[1] * norm);
-          const uint32_t high = ptx::pack<T>(o[4] * norm, o[5] * norm);
-          const uint32_t other = __shfl_xor_sync(~0u, lane % 2 != 0 ? low : high, 1);
-          const uint2 four = lane % 2 != 0 ? make_uint2(other, high) : make_uint2(low, other);
-          if (row.exists && 8 * i + column < args.dim_v) {
-            *reinterpret_cast<uint2*>(out + 8 * i) = four;
-          }
-        }
+        rows[r] = query_rows(w).scores(w.present, warpgroup * 64 + accumulator_row(r));
       }
+      return w.keys;
     }
 
-    // What cleaning dropped from V, added to the rows that see it. Rare: speed does not matter.
-    __device__ __forceinline__ void restore(const Work& w) {
-      const AttentionArgs& args = block.args;
-      ptx::named_sync(1 + warpgroup, 128);  // the whole warpgroup's rows are stored
-      const T* v = static_cast<const T*>(args.v) + w.at.batch_idx * args.stride_v[0] +
-                   w.at.first_head / args.group * args.stride_v[1];
-      const Keys left{max(w.present.begin, w.keys.begin * kTileK),
-                      min(w.present.end, w.keys.full_begin * kTileK)};
-      const Keys right{max(w.present.begin, max(w.keys.full_begin, w.keys.clean_end) * kTileK),
-                       min(w.present.end, w.keys.end * kTileK)};
-#pragma unroll 1
-      for (int32_t i = 0; i < 64; ++i) {
-        const RowPlace row = place(w.at, warpgroup * 64 + i);
-        if (!row.exists) continue;
-        const ScoreRow range = score_row(args, w.present, w.at.batch_idx, row.head, row.query);
-        T* out = out_row(w.at, row);
-#pragma unroll 1
-        for (int32_t column = threadIdx.x % 128; column < args.dim_v; column += 128) {
-          restore_values<T>(args, range, left, v, out, column);
-          restore_values<T>(args, range, right, v, out, column);
-        }
+    __device__ __forceinline__ void store(const QueryRows<T>& query_rows) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const auto place = query_rows.place(warpgroup * 64 + accumulator_row(r));
+        const float log_sum = softmax.finish(r, scale_log2, query_rows.sink(place));
+        query_rows.store_log_sum_exp(place, log_sum);
+        query_rows.store(r_o, r, place, softmax.correction[r], 0);
       }
     }
 
     __device__ __forceinline__ void run() {
       scale_log2 = kScores == Scores::kPlain ? block.args.scale * kLog2E : kLog2E;
-      uint32_t q_parity = 0;
       for (uint32_t number = 0;; ++number) {
-        ptx::mbarrier_wait(block.barrier(kQFull), q_parity);
-        q_parity ^= 1;
+        ptx::mbarrier_wait(block.barrier(kQFull), number % 2);
         const int32_t index = block.mailbox()->tile;
         if (index < 0) return;
-        const Work w = block.work(index);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          RowPlace row = place(w.at, tile_row(r));
-          rows[r] = score_row(block.args, w.present, w.at.batch_idx,
-                              min(row.head, block.args.heads_q - 1),
-                              min(row.query, block.args.len_q - 1));
-        }
+        const KeyTiles keys = enter(block.work(index));
         softmax = OnlineSoftmax{};
 #pragma unroll
         for (int i = 0; i < kDimV / 2; ++i) r_o[i] = 0;
-        int32_t n = w.keys.end - 1;
-        if (n >= w.keys.begin) {
+        int32_t n = keys.end - 1;
+        if (n >= keys.begin) {
           first_tile(n--);
           // Two bodies in two loops: one that tests for the mask in between would keep products
           // from overlapping.
-          while (n >= w.keys.begin) {
+          while (n >= keys.begin) {
 #pragma unroll 1
-            for (; n >= w.keys.begin && !w.keys.is_full(n); --n) next_tile<true>(n);
+            for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
 #pragma unroll 1
-            for (; n >= w.keys.full_begin && n >= w.keys.begin && w.keys.is_full(n); --n) {
-              next_tile<false>(n);
-            }
+            for (; n >= keys.begin && keys.is_full(n); --n) next_tile<false>(n);
           }
           __syncwarp();
           release(kQFree);
@@ -445,8 +386,12 @@ struct PrefillBlock {
           __syncwarp();
           release(kQFree);
         }
-        store(w.at);
-        if (block.mailbox()->dropped[number % 2] != 0) restore(w);
+        const Work w = block.work(index);
+        store(query_rows(w));
+        if (block.mailbox()->dropped[number % 2] != 0) {
+          ptx::named_sync(kWarpgroupBarrier + warpgroup, 128);  // all rows are stored
+          query_rows(w).restore(w.present, w.keys, kTileK, warpgroup * 64, 0, kDimV);
+        }
       }
     }
   };
@@ -473,7 +418,7 @@ __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads
     ptx::registers_give<kTile.producer_registers>();
     if (threadIdx.x == 0) {
       block.produce();
-    } else if (threadIdx.x / 32 == 1) {
+    } else if (threadIdx.x >= 32) {
       block.clean();
     }
   } else {

@@ -15,8 +15,9 @@ struct HeadDims {
 };
 
 // src/cuda/CMakeLists.txt compiles one file for each of these.
-constexpr HeadDims kPrefillDims[] = {{64, 64},   {80, 80},   {96, 96},   {112, 112}, {128, 128},
-                                     {160, 160}, {192, 128}, {192, 192}, {192, 256}, {256, 256}};
+constexpr HeadDims kPrefillDims[] = {{64, 64},   {80, 80},   {96, 96},   {112, 112},
+                                     {128, 128}, {160, 160}, {192, 128}, {192, 192},
+                                     {192, 256}, {256, 256}, {320, 256}};
 
 struct PrefillTile {
   int warpgroups;  // consumers, 64 query rows each
@@ -29,20 +30,20 @@ struct PrefillTile {
   constexpr int threads() const { return 128 * (1 + warpgroups); }
 };
 
-// The widest K tile whose accumulators fit the registers: a consumer thread holds tile_k / 2
-// scores, tile_k / 4 packed weights and dim_v / 2 sums. Below 80 keys Q K^T is bound by shared
-// memory. At dim 64 three warpgroups of 64 rows share each K tile; 48 bytes of spill there halve
-// the speed.
+// The widest K tile whose accumulators fit the registers, and whose two stages fit shared memory: a
+// consumer thread holds tile_k / 2 scores, tile_k / 4 packed weights and dim_v / 2 sums. Below 80
+// keys Q K^T is bound by shared memory. At dim 64 three warpgroups of 64 rows share each K tile; 48
+// bytes of spill there halve the speed.
 constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
   if (dims.dim_v <= 64 && dims.dim_qk <= 64 && scores == Scores::kPlain) {
     return {3, 128, 2, 32, 160};
   }
   if (dims.dim_v <= 128 && dims.dim_qk <= 128) {
-    return {2, scores == Scores::kPlain ? 176 : 128, 2, 40, 232};
+    return {2, scores == Scores::kPlain ? 176 : scores == Scores::kMasked ? 96 : 128, 2, 40, 232};
   }
   if (dims.dim_v <= 128) return {2, 128, 2, 40, 232};
   if (dims.dim_v <= 192) return {2, 112, 2, 40, 232};
-  return {2, 80, 2, 40, 232};
+  return {2, dims.dim_qk > 256 || scores == Scores::kMasked ? 64 : 80, 2, 40, 232};
 }
 
 // Rows of 64 columns, 128 bytes each: Q, then the stages of K, then those of V, then barriers.

@@ -1,0 +1,16 @@
+// sm90_prefill_wide, the running side.
+#pragma once
+
+#include "cuda/sm90/prefill_wide/tiles.h"
+#include "cuda/sm90/tile_launch.h"
+#include "plan/kernel.h"
+
+namespace wh::cuda {
+
+// The kernel compiled for these dimensions; instance.cu.in defines them.
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+const void* wide_instance();
+
+Status run_prefill_wide(const Launch& launch);
+
+}  // namespace wh::cuda

@@ -1,0 +1,35 @@
+// Planning of the kernels that work through tiles of query rows: order, packing, time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "cuda/common/tile_order.h"
+#include "cuda/sm90/prefill/tiles.h"
+#include "plan/kernel.h"
+
+namespace wh::cuda {
+
+// How rows are laid over tiles of `tile_q` rows and in which order these run, without the counter.
+// Packs at least `least_packed` heads of a group into a tile, more where that fills tiles better.
+TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packed);
+
+// Whether tiles differ in length, so that claiming them from a counter beats dealing them in turn.
+bool claims_tiles(const Problem& problem, const TileOrder& order, int32_t workers);
+constexpr size_t kTileCounterBytes = 16;
+
+// Too many tiles to count by int32.
+std::optional<std::string> tile_count_refusal(const Problem& problem);
+
+struct TileCost {
+  HeadDims dims;   // computed, padding included
+  int32_t tile_q;  // rows of a worker's tile
+  int32_t tile_k;
+  int32_t workers;  // blocks or clusters
+  double share;     // of the card's dense tensor rate that the main loop reaches
+};
+double estimate_tiles_us(const Query& query, const TileOrder& order, const TileCost& cost);
+
+}  // namespace wh::cuda
