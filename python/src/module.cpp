@@ -142,6 +142,8 @@ std::string device_json(int32_t device, int32_t index) {
 }
 
 NB_MODULE(_core, m) {
+  // Objects that live until the interpreter ends are no news to its user.
+  nb::set_leak_warnings(false);
   nb::class_<Spec>(m, "Spec").def(
       "__init__",
       [](Spec* self, std::vector<int64_t> shape, const std::string& dtype,

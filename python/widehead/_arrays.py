@@ -103,16 +103,25 @@ class _Mlx(Library):
         return mx.array(array)
 
 
-def _torch() -> Library:
-    from widehead._torch_library import Torch
+class _Torch(Library):
+    # Outputs come from PyTorch's own allocator, through the exchange table of DLPack, which also
+    # names the current stream.
+    def __init__(self) -> None:
+        from widehead import torch as widehead_torch
 
-    return Torch()
+        self._module = widehead_torch
+
+    def threads(self) -> int:
+        return self._module.torch.get_num_threads()
+
+    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+        return self._module.attention(arguments, limits)
 
 
 # By the package that an array's type comes from.
 _MAKERS: dict[str, Callable[[], Library]] = {
     "numpy": _NumPy,
-    "torch": _torch,
+    "torch": _Torch,
     "jax": _Jax,
     "jaxlib": _Jax,
     "mlx": _Mlx,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from widehead import _core
 
@@ -51,6 +52,7 @@ class Limits:
     longest_step_ms: float = 0.0
     batch_invariant: bool = False
     _core: _core.Limits = field(init=False, repr=False, compare=False)
+    text: str = field(init=False, repr=False, compare=False)  # for operators, which take no objects
 
     def __post_init__(self) -> None:
         core = _core.Limits(
@@ -64,14 +66,17 @@ class Limits:
             batch_invariant=self.batch_invariant,
         )
         object.__setattr__(self, "_core", core)
+        object.__setattr__(self, "text", json.dumps(self._values()))
 
-    def __reduce__(self) -> tuple[object, ...]:
-        values = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "_core"}
-        return (_make_limits, (values,))
+    def _values(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_make_limits, (self._values(),))
 
 
-def _make_limits(values: dict[str, object]) -> Limits:
-    return Limits(**values)  # type: ignore[arg-type]
+def _make_limits(values: dict[str, Any]) -> Limits:
+    return Limits(**values)
 
 
 DEFAULT_LIMITS = Limits()

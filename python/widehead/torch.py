@@ -1,0 +1,200 @@
+"""PyTorch: a custom operator, and ``F.scaled_dot_product_attention``'s signature on top of it.
+
+``torch.ops.widehead.attention`` works under ``torch.compile(fullgraph=True)`` and in CUDA graphs.
+There is no backward: a result that needs gradients raises when ``backward()`` reaches it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widehead import _core
+from widehead._limits import DEFAULT_LIMITS, Limits
+
+__all__ = ["attention", "override_sdpa", "sdpa"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@lru_cache(maxsize=64)
+def _limits_of(text: str) -> Limits:
+    return Limits(**json.loads(text)) if text else DEFAULT_LIMITS
+
+
+def _window_of(left: int, right: int) -> tuple[int | None, int | None] | None:
+    if left < 0 and right < 0:
+        return None
+    return (left if left >= 0 else None, right if right >= 0 else None)
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    # Models take the heads of a position side by side next: in this layout that is a view.
+    batch, heads, length, _ = q.shape
+    return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+
+
+@torch.library.custom_op("widehead::attention", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    scale: float | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    wants_log_sum_exp: bool,
+    limits: str,
+) -> tuple[Tensor, Tensor]:
+    result = _core.sdpa(
+        q, k, v, scale, causal or False, _window_of(window_left, window_right), softcap, mask,
+        sinks, key_lengths, key_starts, wants_log_sum_exp, _empty_out(q, v),
+        _limits_of(limits)._core, torch.get_num_threads(), None, None,
+    )  # fmt: skip
+    if wants_log_sum_exp:
+        return result  # type: ignore[no-any-return]
+    return result, q.new_empty((0,), dtype=torch.float32)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    scale: float | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    wants_log_sum_exp: bool,
+    limits: str,
+) -> tuple[Tensor, Tensor]:
+    log_sum_exp_shape = q.shape[:3] if wants_log_sum_exp else (0,)
+    return _empty_out(q, v), q.new_empty(log_sum_exp_shape, dtype=torch.float32)
+
+
+def _no_backward(context: Any, *gradients: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "widehead has no backward yet: call it under torch.no_grad() or torch.inference_mode(), "
+        "or use F.scaled_dot_product_attention to train"
+    )
+
+
+_operator.register_autograd(_no_backward)
+
+
+def _needs_operator(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch has to see the call: it compiles, differentiates, or wraps the tensors."""
+    if torch.compiler.is_compiling() or q.is_meta:
+        return True
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return True
+    return type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN
+
+
+def _keys_tensor(keys: Any, q: Tensor) -> Tensor | None:
+    if keys is None:
+        return None
+    return torch.as_tensor(keys, device=q.device).to(torch.int32)
+
+
+def attention(arguments: tuple[Any, ...], limits: Limits) -> Any:
+    """:func:`widehead.sdpa` on tensors; its arguments in their order."""
+    q, k, v = arguments[:3]
+    if not _needs_operator(q, k, v):
+        return _core.sdpa(*arguments, limits._core, torch.get_num_threads(), None, None)
+    (
+        *_, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+        return_log_sum_exp, out,
+    ) = arguments  # fmt: skip
+    left, right = window if window is not None else (None, None)
+    result, log_sum_exp = torch.ops.widehead.attention(
+        q, k, v, mask, sinks, _keys_tensor(key_lengths, q), _keys_tensor(key_starts, q), scale,
+        "bottom_right" if causal is True else causal or "", -1 if left is None else left,
+        -1 if right is None else right, softcap, return_log_sum_exp, limits.text,
+    )  # fmt: skip
+    if out is not None:
+        result = out.copy_(result)
+    return (result, log_sum_exp) if return_log_sum_exp else result
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    limits: Limits | None = None,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` by Widehead.
+
+    The same arguments and meaning: leading dimensions as in PyTorch, ``is_causal`` aligned
+    top-left, boolean masks attend where True. Beyond it: ``is_causal`` may be combined with a mask,
+    rows without a visible key are 0 instead of NaN, and ``limits``.
+
+    query: [..., heads_q, len_q, dim_qk]; key, value: [..., heads_kv, len_k, dim]; without
+    ``enable_gqa`` the numbers of heads must be equal. Raises ValueError for dropout.
+    """
+    if dropout_p != 0.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be 0: widehead is for inference")
+    heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key)]
+    if heads[0] != heads[1] and not enable_gqa:
+        raise ValueError(
+            f"query has {heads[0]} heads and key {heads[1]}; they must be equal, or enable_gqa True"
+        )
+    leading = query.shape[:-3]
+    q, k, v = (
+        tensor if tensor.dim() == 4 else tensor.reshape((-1, count, *tensor.shape[-2:]))
+        for tensor, count in ((query, heads[0]), (key, heads[1]), (value, heads[1]))
+    )
+    mask = attn_mask
+    if mask is not None and query.dim() > 4 and mask.dim() > 3:
+        mask = mask.expand((*leading, *mask.shape[-3:])).reshape((-1, *mask.shape[-3:]))
+    out = attention(
+        (q, k, v, scale, "top_left" if is_causal else False, None, None, mask, None, None, None,
+         False, None),
+        DEFAULT_LIMITS if limits is None else limits,
+    )  # fmt: skip
+    shape = (*query.shape[:-1], value.shape[-1])
+    return out if out.shape == shape else out.reshape(shape)
+
+
+@contextmanager
+def override_sdpa(limits: Limits | None = None) -> Iterator[None]:
+    """Puts :func:`sdpa` in the place of ``F.scaled_dot_product_attention``, for every thread.
+
+    Nothing falls back: what Widehead does not do (dropout, float64) raises.
+
+    >>> with widehead.torch.override_sdpa():
+    ...     model(tokens)
+    """
+    original = F.scaled_dot_product_attention
+
+    def replacement(*args: Any, **kwargs: Any) -> Tensor:
+        return sdpa(*args, **kwargs, limits=limits)
+
+    F.scaled_dot_product_attention = replacement
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
