@@ -1,16 +1,14 @@
 // Merges split keys by log-sum-exp.
 //
-// Schedule: a block for each row and 128 columns; each of its 4 warps takes every 4th split, a lane
+// Schedule: a block for each row and 128 columns; each of its 8 warps takes every 8th split, a lane
 // four columns, and the warps meet once in shared memory. All loads are issued before the first
 // use: with one load at a time 66 splits would wait 66 times for L2 (15 us).
 //
 // Roofline: splits * columns * 4 bytes a row out of L2, which they have just been written to: about
 // 1 us for 66 splits of 64 rows of 256; the launch and two trips to L2 are the rest. The launch
-// overlaps the kernel in front, and its blocks wait beside that kernel's: sm90_decode leaves 2.9 KB
-// of shared memory, of which the system takes 1 KB a block. So the merge uses less than 1.9 KB and
-// asks for the same division of L1 and shared memory. The last block of the kernel in front could
-// merge instead, but then as many multiprocessors as there are kv heads would read what here all of
-// them read.
+// overlaps the kernel in front. The last block of that kernel to finish could merge instead, but
+// then as many multiprocessors as there are kv heads would read what here all of them read. Blocks
+// small enough to wait beside that kernel's start no earlier: its end is what they wait for.
 #include "cuda/combine/combine.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/online_softmax.cuh"
@@ -19,15 +17,18 @@
 namespace wh::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 8;
 constexpr int kColumns = 128;  // of a block
-constexpr int kLoads = 17;     // splits a lane holds at once
-constexpr int kWarpSplits = (kMostSplits + 31) / 32;
+constexpr int kLoads = 12;     // splits that a lane holds at once
+constexpr int kRoundSplits = kWarps * kLoads;
+constexpr int kRounds = (kMostSplits + kRoundSplits - 1) / kRoundSplits;
+static_assert(kRoundSplits % 32 == 0 && 32 % kWarps == 0);
 
+// Of a warp, by the integer unit's reduction: floats compare as these integers do. NaN with a clear
+// sign is the largest of all.
 __device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
+  const auto ordered = [](int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+  return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
 }
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -35,7 +36,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// A weight; 0 exactly for a split that saw nothing, whatever `top` is.
+// 0 exactly for a split that saw nothing, whatever `top` is.
 __device__ __forceinline__ float weight(float log_sum, float top) {
   return log_sum == -INFINITY ? 0.0f : ptx::exp2_approx((log_sum - top) * kLog2E);
 }
@@ -57,53 +58,56 @@ __global__ void __launch_bounds__(kWarps * 32)
   ptx::launch_dependents();
   ptx::wait_for_dependency();
 
-  const float* log_sums = partials.log_sum_exp + row;
+  // Lane i knows the sums of splits i, i + 32, ...; they come first, so that the weights are ready
+  // when the rows arrive.
+  float log_sums[kRounds * kRoundSplits / 32];
+  float top = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) {
+    const int64_t split = lane + 32 * i;
+    log_sums[i] = split < splits ? partials.log_sum_exp[split * partials.rows + row] : -INFINITY;
+    top = fmaxf(top, log_sums[i]);
+  }
   const float* sums = partials.sums + int64_t{row} * partials.columns + column;
-  const bool has_columns = column < partials.columns;
+  const int64_t split_stride = partials.rows * partials.columns;
   float4 part[kLoads];
-  float part_log_sum[kLoads];
-  const auto load = [&](int first) {
+  const auto load = [&](int round) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int64_t split = first + warp + kWarps * i;
+      const int split = round * kRoundSplits + warp + kWarps * i;
       part[i] = make_float4(0, 0, 0, 0);
-      part_log_sum[i] = -INFINITY;
-      if (split >= splits || !has_columns) continue;
-      part_log_sum[i] = log_sums[split * partials.rows];
-      part[i] = *reinterpret_cast<const float4*>(sums + split * partials.rows * partials.columns);
+      if (split < splits && column < partials.columns) {
+        part[i] = *reinterpret_cast<const float4*>(sums + split * split_stride);
+      }
     }
   };
   load(0);
 
-  float all[kWarpSplits];
-  float top = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kWarpSplits; ++i) {
-    const int64_t split = lane + 32 * i;
-    all[i] = split < splits ? log_sums[split * partials.rows] : -INFINITY;
-    top = fmaxf(top, all[i]);
-  }
   const float sink = args.sinks == nullptr ? -INFINITY : args.sinks[head];
-  top = fmaxf(warp_max(top), sink);
+  top = warp_max(fmaxf(top, sink));
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < kWarpSplits; ++i) total += weight(all[i], top);
+  for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) total += weight(log_sums[i], top);
   total = warp_sum(total) + weight(sink, top);
 
   float4 sum = make_float4(0, 0, 0, 0);
-  for (int first = 0;;) {
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    if (round * kRoundSplits >= splits) break;
+    if (round > 0) load(round);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (part_log_sum[i] == -INFINITY) continue;  // its sums may be anything
-      const float w = weight(part_log_sum[i], top);
-      sum.x = fmaf(w, part[i].x, sum.x);
-      sum.y = fmaf(w, part[i].y, sum.y);
-      sum.z = fmaf(w, part[i].z, sum.z);
-      sum.w = fmaf(w, part[i].w, sum.w);
+      constexpr int kWarpsOfLanes = 32 / kWarps;
+      const float log_sum =
+          __shfl_sync(~0u, log_sums[round * kRoundSplits / 32 + i / kWarpsOfLanes],
+                      warp + kWarps * (i % kWarpsOfLanes));
+      const float w = weight(log_sum, top);
+      const bool has_sums = log_sum != -INFINITY;  // else they may be anything
+      sum.x = fmaf(w, has_sums ? part[i].x : 0, sum.x);
+      sum.y = fmaf(w, has_sums ? part[i].y : 0, sum.y);
+      sum.z = fmaf(w, has_sums ? part[i].z : 0, sum.z);
+      sum.w = fmaf(w, has_sums ? part[i].w : 0, sum.w);
     }
-    first += kLoads * kWarps;
-    if (first >= splits) break;
-    load(first);
   }
   if (warp > 0) *reinterpret_cast<float4*>(&s_sums[warp - 1][lane * 4]) = sum;
   __syncthreads();
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     sum.z += other.z;
     sum.w += other.w;
   }
-  const float factor = total == 0 ? 0 : 1 / total;
+  const float factor = total == 0 ? 0 : ptx::reciprocal_approx(total);
   const float merged[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
   T* out = static_cast<T*>(args.out) + batch_idx * args.stride_out[0] + head * args.stride_out[1] +
            query_idx * args.stride_out[2] + column;

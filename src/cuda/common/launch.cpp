@@ -12,10 +12,10 @@ namespace {
 
 constexpr int kSharedBytesOfAll = 48 << 10;
 
-// Attributes of kernels, set once a device: they cost 1 us each.
-class KernelAttributes {
+// Kernels that may use more than 48 KB, by device: the attribute costs 1 us a call.
+class SharedMemoryOptIns {
  public:
-  Status prepare(const KernelLaunch& launch) {
+  Status allow(const KernelLaunch& launch) {
     int device = 0;
     if (Status status = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
       return status;
@@ -26,17 +26,12 @@ class KernelAttributes {
       if (done_.contains(key)) return {};
     }
     const std::unique_lock lock(mutex_);
-    cudaError_t error = cudaSuccess;
-    if (launch.shared_bytes > kSharedBytesOfAll) {
-      error = cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   launch.shared_bytes);
-    }
-    if (error == cudaSuccess && launch.overlaps_front) {
-      error = cudaFuncSetAttribute(launch.function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
-    }
-    if (error == cudaSuccess) done_.insert(key);
-    return cuda_status(error, "cudaFuncSetAttribute");
+    Status status = cuda_status(
+        cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             launch.shared_bytes),
+        "cudaFuncSetAttribute");
+    if (status.ok()) done_.insert(key);
+    return status;
   }
 
  private:
@@ -53,9 +48,9 @@ Status cuda_status(cudaError_t error, const char* call) {
 }
 
 Status launch_kernel(const KernelLaunch& launch) {
-  static KernelAttributes attributes_of_kernels;
-  if (launch.shared_bytes > kSharedBytesOfAll || launch.overlaps_front) {
-    if (Status status = attributes_of_kernels.prepare(launch); !status.ok()) return status;
+  static SharedMemoryOptIns opt_ins;
+  if (launch.shared_bytes > kSharedBytesOfAll) {
+    if (Status status = opt_ins.allow(launch); !status.ok()) return status;
   }
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;

@@ -62,4 +62,18 @@ __device__ __forceinline__ void tma_multicast_5d(uint32_t to, const CUtensorMap*
       : "memory");
 }
 
+// Copies consecutive bytes from shared to global memory, both aligned to 16, and so many of them.
+// The calling thread's copies form groups: commit closes one, wait returns once all are written.
+__device__ __forceinline__ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 }  // namespace wh::cuda::ptx

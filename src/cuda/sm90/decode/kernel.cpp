@@ -10,20 +10,36 @@
 namespace wh::cuda {
 namespace {
 
-bool is_step(int64_t stride) { return stride != 0; }
+// K or V of a variant: how its tiles are read, and the map for that.
+struct MappedTensor {
+  const Problem& problem;
+  const Strides& stride;
+  int64_t dim;          // of the problem
+  int64_t variant_dim;  // columns that a tile has room for
 
-// K or V: one box is a panel of `tile_k` keys.
-Result<CUtensorMap> map_of(const void* data, const Problem& p, const Strides& stride, int64_t dim,
-                           int32_t tile_k) {
-  TensorMapShape shape{};
-  shape.dtype = p.dtype_kv;
-  shape.rank = 4;
-  shape.extent = {dim, p.len_k, is_step(stride[1]) ? p.heads_kv : 1,
-                  is_step(stride[0]) ? p.batch : 1};
-  shape.stride = {1, stride[2], stride[1], stride[0]};
-  shape.box = {kPanelColumns, tile_k, 1, 1};
-  return make_tensor_map(data, shape);
-}
+  bool has_whole_panels() const { return dim % kPanelColumns == 0; }
+  MapUse use() const {
+    return {stride[1] != 0, stride[0] != 0,
+            has_whole_panels() ? 1 : static_cast<int32_t>(variant_dim / kPanelColumns)};
+  }
+  Result<CUtensorMap> map(const void* data, int32_t tile_k) const {
+    const Problem& p = problem;
+    const int64_t heads = stride[1] != 0 ? p.heads_kv : 1;
+    const int64_t batch = stride[0] != 0 ? p.batch : 1;
+    TensorMapShape shape{};
+    shape.dtype = p.dtype_kv;
+    shape.rank = 5;
+    shape.stride = {1, stride[2], kPanelColumns, stride[1], stride[0]};
+    if (has_whole_panels()) {
+      shape.extent = {kPanelColumns, p.len_k, dim / kPanelColumns, heads, batch};
+      shape.box = {kPanelColumns, tile_k, static_cast<int32_t>(variant_dim / kPanelColumns), 1, 1};
+    } else {
+      shape.extent = {dim, p.len_k, 1, heads, batch};
+      shape.box = {kPanelColumns, tile_k, 1, 1, 1};
+    }
+    return make_tensor_map(data, shape);
+  }
+};
 
 // Absorbed latent attention hands in the same memory twice.
 Values values_of(const Problem& p, const Tensors& t) {
@@ -41,10 +57,6 @@ DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config)
   std::copy_n(p.stride_k.begin(), 3, args.stride_k);
   args.scores = scores_of(p);
   args.values = values_of(p, t);
-  args.k_batch_step = is_step(p.stride_k[0]);
-  args.k_head_step = is_step(p.stride_k[1]);
-  args.v_batch_step = is_step(p.stride_v[0]);
-  args.v_head_step = is_step(p.stride_v[1]);
   args.fresh_keys = static_cast<int32_t>(std::min(config.fresh_keys, p.len_k));
   args.group = Divisor(p.group());
   args.heads_kv = Divisor(p.heads_kv);
@@ -63,14 +75,18 @@ Status run_decode(const Launch& launch) {
   if (shape.items == 0) return {};
   if (Status status = check_alignment(p, t); !status.ok()) return status;
   const DecodeVariant& variant = *decode_variant(p);
+  const MappedTensor k{p, p.stride_k, p.dim_qk, variant.dim_qk};
+  const MappedTensor v{p, p.stride_v, p.dim_v, variant.dim_v};
   DecodeArgs args = decode_args(p, t, launch.config);
+  args.use_k = k.use();
+  args.use_v = v.use();
   DecodeMaps maps{};
   if (p.len_k > 0) {
-    const Result<CUtensorMap> k = map_of(t.k, p, p.stride_k, p.dim_qk, variant.tile_k);
-    if (!k.ok()) return k.status();
-    const Result<CUtensorMap> v = map_of(t.v, p, p.stride_v, p.dim_v, variant.tile_k);
-    if (!v.ok()) return v.status();
-    maps = {*k, *v};
+    const Result<CUtensorMap> map_k = k.map(t.k, variant.tile_k);
+    if (!map_k.ok()) return map_k.status();
+    const Result<CUtensorMap> map_v = v.map(t.v, variant.tile_k);
+    if (!map_v.ok()) return map_v.status();
+    maps = {*map_k, *map_v};
   }
   void* parameters[] = {&maps, &args};
   const auto stream = static_cast<cudaStream_t>(launch.stream);

@@ -16,6 +16,11 @@
 // meets the weight 0. A key that some rows see and others do not is rare enough (array masks,
 // several queries) to be looked for afterwards: a warp whose sums came out NaN or infinite computes
 // them again without tensor cores, skipping what each row must not see.
+//
+// At a few thousand keys the call is latency: 1,000 instructions in a row of a lone warp are 2.5
+// us. Hence what can be computed before the kernel in front has ended is; Q is asked for before K
+// and V (behind 192 KB an SM it arrived 7 us later); and shares leave through shared memory in
+// whole rows (from registers, 8 rows an instruction, they took 1.4 us).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,179 +28,14 @@
 
 #include <type_traits>
 
-#include "cuda/common/key_range.h"
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/scores.cuh"
-#include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/sync.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/sm90/decode/kernel.h"
+#include "cuda/sm90/decode/block.cuh"
 #include "cuda/sm90/decode/tiles.h"
 
 namespace wh::cuda {
 namespace decode {
-
-constexpr int kPanelColumns = 64;
-constexpr int kRowBytes = kPanelColumns * 2;  // of a panel
-
-// What one block works on.
-struct Item {
-  int32_t batch_idx, head_kv, split;
-  int32_t first_row, rows;  // of the pair's len_q * group rows
-  Keys present;
-  Keys seen;  // by some row
-  KeyTiles tiles;
-  int32_t tile_begin, tile_end;  // of this split
-  bool is_mixed;                 // some key is seen by some rows only
-
-  __device__ __forceinline__ Item(const DecodeArgs& args, int tile_q, int tile_k) {
-    const AttentionArgs& a = args.attention;
-    // Fastest are the row tiles, which read the same keys.
-    int32_t index = blockIdx.x;
-    int32_t next = args.row_tiles.quotient(index);
-    first_row = args.row_tiles.remainder(index, next) * tile_q;
-    index = next;
-    next = args.splits.quotient(index);
-    split = args.splits.remainder(index, next);
-    index = next;
-    batch_idx = args.heads_kv.quotient(index);
-    head_kv = args.heads_kv.remainder(index, batch_idx);
-    rows = min(tile_q, a.len_q * a.group - first_row);
-    present = present_keys(a, batch_idx);
-    const int32_t first_query = args.group.quotient(first_row);
-    const int32_t last_query = args.group.quotient(first_row + rows - 1);
-    const Keys first = visible_keys(a, present, first_query);
-    const Keys last = visible_keys(a, present, last_query);
-    seen = {first.begin, last.end};
-    is_mixed = a.mask_kind != MaskKind::kNone || first.begin != last.begin || first.end != last.end;
-    tiles = key_tiles(a, present, first_query, last_query, tile_k);
-    // Even shares; the first ones take what is left over.
-    const int32_t count = max(0, tiles.end - tiles.begin);
-    const int32_t share = args.splits.quotient(count);
-    const int32_t left = args.splits.remainder(count, share);
-    tile_begin = tiles.begin + share * split + min(split, left);
-    tile_end = tile_begin + share + (split < left ? 1 : 0);
-  }
-};
-
-// One of the rows that a block works on.
-struct QueryRow {
-  int32_t head, query;
-  __device__ __forceinline__ QueryRow(const DecodeArgs& args, const Item& item, int32_t row) {
-    const int32_t packed = item.first_row + row;
-    query = args.group.quotient(packed);
-    head = item.head_kv * args.attention.group + args.group.remainder(packed, query);
-  }
-};
-
-// A position in the ring of slots and the parity of its next completion.
-template <int kSlots>
-struct RingPosition {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-template <typename Tile>
-struct Shared {
-  uint32_t q, ring, full, empty;
-  __device__ __forceinline__ explicit Shared(const void* base)
-      : q(ptx::shared_address(base)),
-        ring(q + Tile::kQueryBytes),
-        full(ring + Tile::kSlots * Tile::kSlotBytes),
-        empty(full + 8 * Tile::kSlots) {}
-  __device__ __forceinline__ uint32_t slot(int i) const { return ring + i * Tile::kSlotBytes; }
-};
-
-// The byte of 8 columns (a 16-byte chunk) of a row in panels of [rows][64], as TMA swizzles them.
-__device__ __forceinline__ int panel_offset(int row, int chunk, int panel_rows) {
-  return (chunk / 8 * panel_rows + row) * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
-}
-
-// The key tile that the n-th load of the ring's sequence takes: K and V in turn, or K alone where V
-// lies in it.
-__device__ __forceinline__ int32_t load_key_tile(const DecodeArgs& args, const Item& item, int n) {
-  return item.tile_begin + (args.values == Values::kInKeys ? n : n / 2);
-}
-
-template <typename Tile>
-__device__ __forceinline__ void load_tile(const DecodeMaps& maps, const DecodeArgs& args,
-                                          const Item& item, const Shared<Tile>& shared, int n,
-                                          int slot) {
-  const bool is_v = args.values == Values::kOwn && n % 2 == 1;
-  const int key = load_key_tile(args, item, n) * Tile::kTileK;
-  const int panels = (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns;
-  const CUtensorMap* map = is_v ? &maps.v : &maps.k;
-  const int head = item.head_kv * (is_v ? args.v_head_step : args.k_head_step);
-  const int batch_idx = item.batch_idx * (is_v ? args.v_batch_step : args.k_batch_step);
-  const uint32_t full = shared.full + 8 * slot;
-  constexpr int kPanelBytes = Tile::kTileK * kRowBytes;
-  ptx::mbarrier_expect(full, panels * kPanelBytes);
-  for (int panel = 0; panel < panels; ++panel) {
-    ptx::tma_load_4d(shared.slot(slot) + panel * kPanelBytes, map, full, panel * kPanelColumns, key,
-                     head, batch_idx, ptx::CacheHint::kEvictFirst);
-  }
-}
-
-// Q into shared memory by ordinary loads: rows are heads and queries at once, which TMA describes
-// for no layout with fewer than six dimensions, and 32 KB are small. Missing columns and rows are
-// 0. Each warp loads its share of the rows; a lane knows where one of them is.
-template <typename Tile, typename T>
-struct QueryLoader {
-  static constexpr int kChunks = Tile::kDimQk / 8;  // of 16 bytes, a row
-  static constexpr int kWarpRows = Tile::kTileQ / (Tile::kConsumers / 32);
-  static constexpr int kLoads = kWarpRows * kChunks / 32;
-
-  const T* q;
-  int64_t row_offset;  // of row `lane` of the warp's
-  int first_row, rows, lane, chunks;
-
-  __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const Item& item)
-      : q(static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0]),
-        first_row(threadIdx.x / 32 * kWarpRows),
-        rows(item.rows),
-        lane(threadIdx.x % 32),
-        chunks(args.attention.dim_qk / 8) {
-    const QueryRow at(args, item, first_row + lane % kWarpRows);
-    row_offset = at.head * args.stride_q[1] + at.query * args.stride_q[2];
-  }
-
-  __device__ __forceinline__ void load(unsigned char* s_q) const {
-    uint4 loaded[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int row = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
-      const int64_t offset = __shfl_sync(~0u, row_offset, row);
-      loaded[i] = make_uint4(0, 0, 0, 0);
-      if (first_row + row < rows && chunk < chunks) {
-        loaded[i] = *reinterpret_cast<const uint4*>(q + offset + chunk * 8);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int row = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
-      *reinterpret_cast<uint4*>(s_q + panel_offset(first_row + row, chunk, Tile::kTileQ)) =
-          loaded[i];
-    }
-  }
-};
-
-// Zeroes the V rows of keys that no row of the block sees.
-template <typename Tile>
-__device__ __forceinline__ void clear_unseen(unsigned char* s_v, Keys seen, int32_t tile_key) {
-  constexpr int kPanels = Tile::kDimV / kPanelColumns;
-  for (int i = threadIdx.x; i < kPanels * Tile::kTileK * 8; i += Tile::kConsumers) {
-    const int32_t key = tile_key + i / 8 % Tile::kTileK;
-    if (key >= seen.begin && key < seen.end) continue;
-    reinterpret_cast<uint4*>(s_v)[i] = make_uint4(0, 0, 0, 0);
-  }
-}
 
 template <typename T>
 __device__ __forceinline__ float2 load_pair(const void* from) {
@@ -266,80 +106,62 @@ __device__ __forceinline__ bool any_not_finite(const float (&o)[kCount]) {
   return __any_sync(~0u, zero != 0);
 }
 
-// Writes one of a thread's two rows: the answer, or this split's part of it.
+// What a consumer thread does: its share of two rows' scores and of their sums of V.
 template <typename Tile, typename T>
-__device__ __forceinline__ void store_row(float (&o)[Tile::kColumns / 2], int r,
-                                          const DecodeArgs& args, const Item& item, QueryRow at,
-                                          float factor, float log_sum, int first_column) {
-  const AttentionArgs& a = args.attention;
-  const int64_t row = (int64_t{item.batch_idx} * a.heads_q + at.head) * a.len_q + at.query;
-  const int thread_column = first_column + threadIdx.x % 4 * 2;
-  const int columns = a.dim_v - thread_column;  // from this thread's first one on
-  if (factor == 0) {                            // a row without weight: its sums may be 0 * NaN
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const DecodeArgs& args, const Item& item,
+                                      const Shared<Tile>& shared, unsigned char* smem)
+      : args_(args),
+        item_(item),
+        shared_(shared),
+        smem_(smem),
+        first_row_(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
+        first_column_(threadIdx.x / 128 * kColumns),
+        // Scores that are transformed first are in natural units by then.
+        scale_log2_((args.scores == Scores::kPlain ? args.attention.scale : 1) * kLog2E) {
 #pragma unroll
-    for (int i = 0; i < Tile::kColumns / 8; ++i) o[4 * i + 2 * r] = o[4 * i + 2 * r + 1] = 0;
-  }
-  const Partials& partials = args.partials;
-  if (partials.splits > 1) {
-    const int64_t to = item.split * partials.rows + row;
-    if (thread_column == 0) partials.log_sum_exp[to] = log_sum;
-    if (log_sum == -INFINITY) return;  // nobody reads its sums
-    float* sums = partials.sums + to * partials.columns + thread_column;
-#pragma unroll
-    for (int i = 0; i < Tile::kColumns / 8; ++i) {
-      if (8 * i >= columns) continue;
-      *reinterpret_cast<float2*>(sums + 8 * i) =
-          make_float2(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
+    for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
+      const QueryRow at(args, item, min(first_row_ + 8 * r, item.rows - 1));
+      rows_[r] = score_row(args.attention, item.present, item.batch_idx, at.head, at.query);
     }
-    return;
   }
-  if (thread_column == 0 && a.log_sum_exp != nullptr) a.log_sum_exp[row] = log_sum;
-  T* out = static_cast<T*>(a.out) + item.batch_idx * a.stride_out[0] + at.head * a.stride_out[1] +
-           at.query * a.stride_out[2] + thread_column;
-#pragma unroll
-  for (int i = 0; i < Tile::kColumns / 8; ++i) {
-    if (8 * i >= columns) continue;
-    *reinterpret_cast<uint32_t*>(out + 8 * i) =
-        ptx::pack<T>(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
-  }
-}
 
-template <typename Tile, typename T>
-__device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item,
-                                        const Shared<Tile>& shared, unsigned char* smem) {
-  constexpr int kTileK = Tile::kTileK, kColumns = Tile::kColumns;
-  constexpr int kKeyPanelBytes = kTileK * kRowBytes;
-  constexpr int kQueryPanelBytes = Tile::kTileQ * kRowBytes;
-  const AttentionArgs& a = args.attention;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_column = warp / 4 * kColumns;
-  const int first_row = warp % 4 * 16 + lane / 4;
-  ScoreRow rows[2];
+  __device__ __forceinline__ void run() {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
-    const QueryRow at(args, item, min(first_row + 8 * r, item.rows - 1));
-    rows[r] = score_row(a, item.present, item.batch_idx, at.head, at.query);
-  }
-  // Scores that are transformed first are in natural units by then.
-  const float scale_log2 = args.scores == Scores::kPlain ? a.scale * kLog2E : kLog2E;
-  const auto release = [&](int slot) {
-    if (lane == 0) ptx::mbarrier_arrive(shared.empty + 8 * slot);
-  };
-
-  OnlineSoftmax softmax;
-  float o[kColumns / 2];
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) o[i] = 0;
-  RingPosition<Tile::kSlots> ring;
+    for (int i = 0; i < kColumns / 2; ++i) o_[i] = 0;
+    RingPosition<Tile::kSlots> ring;
 #pragma unroll 1
-  for (int32_t tile = item.tile_begin; tile < item.tile_end; ++tile) {
+    for (int32_t tile = item_.tile_begin; tile < item_.tile_end; ++tile) work_on(tile, ring);
+    if (item_.is_mixed && any_not_finite(o_)) {
+      redo_sums<Tile, T>(o_, args_, item_, rows_, softmax_, scale_log2_, smem_, first_row_,
+                         first_column_);
+    }
+    if (args_.partials.splits > 1) {
+      store_share();
+    } else {
+      store_rows();
+    }
+  }
+
+ private:
+  static constexpr int kTileK = Tile::kTileK, kColumns = Tile::kColumns;
+  static constexpr int kKeyPanelBytes = kTileK * kRowBytes;
+  static constexpr int kQueryPanelBytes = Tile::kTileQ * kRowBytes;
+
+  __device__ __forceinline__ void release(int slot) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared_.empty + 8 * slot);
+  }
+
+  __device__ __forceinline__ void work_on(int32_t tile, RingPosition<Tile::kSlots>& ring) {
+    const AttentionArgs& a = args_.attention;
     const int32_t tile_key = tile * kTileK;
     float s[kTileK / 2];
     uint32_t p[kTileK / 4];
-    ptx::mbarrier_wait(shared.full + 8 * ring.slot, ring.parity);
+    ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
     {
-      const uint64_t q = ptx::panel_descriptor(shared.q);
-      const uint64_t k = ptx::panel_descriptor(shared.slot(ring.slot));
+      const uint64_t q = ptx::panel_descriptor(shared_.q);
+      const uint64_t k = ptx::panel_descriptor(shared_.slot(ring.slot));
       ptx::keep(s);
       ptx::wgmma_fence();
 #pragma unroll
@@ -353,69 +175,189 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item
       ptx::wgmma_wait<0>();
       ptx::keep(s);
     }
-    if (args.values == Values::kOwn) {
+    if (args_.values == Values::kOwn) {
       release(ring.slot);
       ring.advance();
     }
-    if (args.scores != Scores::kPlain) transform_scores(s, a);
-    if (!item.tiles.is_full(tile)) {
-      if (args.scores == Scores::kMasked) {
-        mask_scores<T>(s, a, rows, tile_key);
+    if (args_.scores != Scores::kPlain) transform_scores(s, a);
+    if (!item_.tiles.is_full(tile)) {
+      if (args_.scores == Scores::kMasked) {
+        mask_scores<T>(s, a, rows_, tile_key);
       } else {
-        hide_keys(s, rows, tile_key);
+        hide_keys(s, rows_, tile_key);
       }
     }
-    softmax.update(s, scale_log2);
+    softmax_.update(s, scale_log2_);
 #pragma unroll
     for (int i = 0; i < kTileK / 4; ++i) p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
-    if (__any_sync(~0u, softmax.correction[0] != 1 || softmax.correction[1] != 1)) {
+    if (__any_sync(~0u, softmax_.correction[0] != 1 || softmax_.correction[1] != 1)) {
 #pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) o[i] *= softmax.correction[i / 2 % 2];
+      for (int i = 0; i < kColumns / 2; ++i) o_[i] *= softmax_.correction[i / 2 % 2];
     }
-    if (args.values == Values::kOwn) {
-      ptx::mbarrier_wait(shared.full + 8 * ring.slot, ring.parity);
+    if (args_.values == Values::kOwn) {
+      ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
     }
     // Past the end of K and V, TMA has left zeros.
-    const bool has_unseen = tile_key < item.seen.begin ||
-                            (tile_key + kTileK > item.seen.end && item.seen.end < a.len_k);
+    const bool has_unseen = tile_key < item_.seen.begin ||
+                            (tile_key + kTileK > item_.seen.end && item_.seen.end < a.len_k);
     if (has_unseen) {
-      ptx::named_sync(1, Tile::kConsumers);
-      clear_unseen<Tile>(smem + Tile::kQueryBytes + ring.slot * Tile::kSlotBytes, item.seen,
+      ptx::named_sync(kConsumersMeet, Tile::kConsumers);
+      clear_unseen<Tile>(smem_ + Tile::kQueryBytes + ring.slot * Tile::kSlotBytes, item_.seen,
                          tile_key);
       ptx::async_proxy_fence();
-      ptx::named_sync(1, Tile::kConsumers);
+      ptx::named_sync(kConsumersMeet, Tile::kConsumers);
     }
     {
       const uint64_t v = ptx::panel_descriptor(
-          shared.slot(ring.slot) + first_column / kPanelColumns * kKeyPanelBytes, kKeyPanelBytes);
-      ptx::keep(o);
+          shared_.slot(ring.slot) + first_column_ / kPanelColumns * kKeyPanelBytes, kKeyPanelBytes);
+      ptx::keep(o_);
       ptx::keep(p);
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kTileK / 16; ++step) {
         ptx::Wgmma<kColumns, T>::template rs<static_cast<int>(ptx::OperandB::kRowsAreK)>(
-            o, p + 4 * step, v + ptx::descriptor_offset(step * 16 * kRowBytes), 1);
+            o_, p + 4 * step, v + ptx::descriptor_offset(step * 16 * kRowBytes), 1);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      ptx::keep(o);
+      ptx::keep(o_);
     }
     release(ring.slot);
     ring.advance();
   }
 
-  if (item.is_mixed && any_not_finite(o)) {
-    redo_sums<Tile, T>(o, args, item, rows, softmax, scale_log2, smem, first_row, first_column);
-  }
+  // This share of the rows, normalised, for combine.cu. Through shared memory: a row of the
+  // accumulators is 32 bytes at a time in a warp's store, and whole in a bulk copy.
+  __device__ __forceinline__ void store_share() {
+    constexpr int kPitch = kColumns * 4 + 32;  // banks: 4 rows of 32 bytes a half warp
+    static_assert(Tile::kTileQ * kPitch * Tile::kWarpgroups <= Tile::kSlots * Tile::kSlotBytes);
+    const int lane = threadIdx.x % 32;
+    float log_sums[2];
+    // Other warps may still multiply what lies in the ring.
+    ptx::named_sync(kConsumersMeet, Tile::kConsumers);
+    const int warp_offset = Tile::kQueryBytes + threadIdx.x / 32 * 16 * kPitch;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const bool exists = first_row + 8 * r < item.rows;
-    const QueryRow at(args, item, first_row + 8 * r);
-    const bool joins_sink = args.partials.splits == 1 && a.sinks != nullptr && exists;
-    const float log_sum = softmax.finish(r, scale_log2, joins_sink ? a.sinks[at.head] : -INFINITY);
-    if (!exists) continue;
-    store_row<Tile, T>(o, r, args, item, at, softmax.correction[r], log_sum, first_column);
+    for (int r = 0; r < 2; ++r) {
+      log_sums[r] = softmax_.finish(r, scale_log2_, -INFINITY);
+      const float factor = softmax_.correction[r];
+      auto* row = reinterpret_cast<float2*>(smem_ + warp_offset + (lane / 4 + 8 * r) * kPitch);
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        row[4 * i + lane % 4] =
+            make_float2(o_[4 * i + 2 * r] * factor, o_[4 * i + 2 * r + 1] * factor);
+      }
+    }
+    ptx::async_proxy_fence();
+    __syncwarp();
+    // From here on a lane has one of the warp's 16 rows: it asks a thread that knows its sum.
+    const float first_half = __shfl_sync(~0u, log_sums[0], lane % 8 * 4);
+    const float second_half = __shfl_sync(~0u, log_sums[1], lane % 8 * 4);
+    const int row = threadIdx.x / 32 % 4 * 16 + lane;
+    if (lane >= 16 || row >= item_.rows) return;
+    const float log_sum = lane < 8 ? first_half : second_half;
+    const QueryRow at(args_, item_, row);
+    const Partials& partials = args_.partials;
+    const int64_t to = item_.split * partials.rows + row_index(at);
+    if (first_column_ == 0) partials.log_sum_exp[to] = log_sum;
+    const int columns = min(kColumns, args_.attention.dim_v - first_column_);
+    if (log_sum == -INFINITY || columns <= 0) return;  // nobody reads the sums
+    ptx::bulk_store(partials.sums + to * partials.columns + first_column_,
+                    shared_.q + warp_offset + lane * kPitch, columns * 4);
+    ptx::bulk_commit();
+    ptx::bulk_wait();
   }
+
+  // The answer itself.
+  __device__ __forceinline__ void store_rows() {
+    const AttentionArgs& a = args_.attention;
+    const int thread_column = first_column_ + threadIdx.x % 4 * 2;
+    const int columns = a.dim_v - thread_column;  // from this thread's first one on
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool exists = first_row_ + 8 * r < item_.rows;
+      const QueryRow at(args_, item_, first_row_ + 8 * r);
+      const float sink = a.sinks != nullptr && exists ? a.sinks[at.head] : -INFINITY;
+      const float log_sum = softmax_.finish(r, scale_log2_, sink);
+      const float factor = softmax_.correction[r];
+      if (!exists) continue;
+      if (factor == 0) {  // a row without weight: its sums may be 0 * NaN
+#pragma unroll
+        for (int i = 0; i < kColumns / 8; ++i) o_[4 * i + 2 * r] = o_[4 * i + 2 * r + 1] = 0;
+      }
+      if (thread_column == 0 && a.log_sum_exp != nullptr) a.log_sum_exp[row_index(at)] = log_sum;
+      T* out = static_cast<T*>(a.out) + item_.batch_idx * a.stride_out[0] +
+               at.head * a.stride_out[1] + at.query * a.stride_out[2] + thread_column;
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        if (8 * i >= columns) continue;
+        *reinterpret_cast<uint32_t*>(out + 8 * i) =
+            ptx::pack<T>(o_[4 * i + 2 * r] * factor, o_[4 * i + 2 * r + 1] * factor);
+      }
+    }
+  }
+
+  // Its place in log_sum_exp.
+  __device__ __forceinline__ int64_t row_index(QueryRow at) const {
+    const AttentionArgs& a = args_.attention;
+    return (int64_t{item_.batch_idx} * a.heads_q + at.head) * a.len_q + at.query;
+  }
+
+  const DecodeArgs& args_;
+  const Item& item_;
+  const Shared<Tile>& shared_;
+  unsigned char* smem_;
+  int first_row_;     // of the thread's two, 8 apart
+  int first_column_;  // of the warpgroup's
+  float scale_log2_;
+  ScoreRow rows_[2];
+  OnlineSoftmax softmax_;
+  float o_[kColumns / 2];
+};
+
+// One warp: one thread of it fills the ring.
+template <typename Tile>
+__device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
+  const DecodeArgs& args = tiles.args;
+  const bool is_leader = threadIdx.x == Tile::kConsumers;
+  const int count = tiles.count();
+  // The ring is empty: its first tiles are on their way before the block is told of the barriers.
+  const int first_count = min(count, Tile::kSlots);
+  int n = 0;
+  if (is_leader && args.fresh_keys >= 0) {
+    const int old_tiles = max(0, tiles.item.present.end - args.fresh_keys) / Tile::kTileK;
+    for (; n < first_count && tiles.tile(n) < old_tiles; ++n) tiles.load(n, n);
+  }
+  ptx::wait_for_dependency();
+  ptx::named_sync(kQueriesRequested, Tile::kConsumers + 32);
+  if (is_leader) {
+    for (; n < first_count; ++n) tiles.load(n, n);
+  }
+  __syncthreads();
+  ptx::launch_dependents();
+  if (!is_leader) return;
+  RingPosition<Tile::kSlots> ring;
+  for (; n < count; ++n) {
+    ptx::mbarrier_wait(tiles.shared.empty + 8 * ring.slot, ring.parity);
+    tiles.load(n, ring.slot);
+    ring.advance();
+  }
+}
+
+template <typename Tile, typename T>
+__device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item,
+                                        const Shared<Tile>& shared, unsigned char* smem) {
+  Consumer<Tile, T> consumer(args, item, shared, smem);
+  {
+    QueryLoader<Tile, T> queries(args, item);
+    ptx::wait_for_dependency();
+    queries.request();
+    ptx::named_arrive(kQueriesRequested, Tile::kConsumers + 32);
+    queries.store(smem);
+  }
+  __syncthreads();
+  ptx::launch_dependents();
+  if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<Tile::kConsumerRegisters>();
+  consumer.run();
 }
 
 }  // namespace decode
@@ -429,8 +371,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using namespace decode;
   extern __shared__ __align__(1024) unsigned char smem[];
   const Shared<Tile> shared(smem);
-  const bool is_producer = threadIdx.x == Tile::kConsumers;
-  if (is_producer) {
+  if (threadIdx.x == Tile::kConsumers) {
     for (int i = 0; i < Tile::kSlots; ++i) {
       ptx::mbarrier_init(shared.full + 8 * i, 1);
       ptx::mbarrier_init(shared.empty + 8 * i, Tile::kConsumers / 32);
@@ -442,46 +383,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
   }
   // Nothing that the kernel in front may have written is read before it has ended.
-  const bool has_promise = args.fresh_keys >= 0;
-  if (!has_promise &&
-      (args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr)) {
-    ptx::wait_for_dependency();
-  }
+  const bool reads_lengths =
+      args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr;
+  if (reads_lengths && args.fresh_keys < 0) ptx::wait_for_dependency();
   const Item item(args, Tile::kTileQ, Tile::kTileK);
-  const int loads = (item.tile_end - item.tile_begin) * (args.values == Values::kInKeys ? 1 : 2);
-  if (is_producer) {
-    // The ring is empty: its first tiles are on their way before the block is told of the barriers.
-    const int first_loads = min(loads, Tile::kSlots);
-    int i = 0;
-    if (has_promise) {
-      const int old_tiles = max(0, item.present.end - args.fresh_keys) / Tile::kTileK;
-      for (; i < first_loads && load_key_tile(args, item, i) < old_tiles; ++i) {
-        load_tile<Tile>(maps, args, item, shared, i, i);
-      }
-    }
-    ptx::wait_for_dependency();
-    for (; i < first_loads; ++i) load_tile<Tile>(maps, args, item, shared, i, i);
-  } else if (threadIdx.x < Tile::kConsumers) {
-    const QueryLoader<Tile, T> queries(args, item);
-    ptx::wait_for_dependency();
-    if (loads > 0) queries.load(smem);
-    ptx::async_proxy_fence();
-  }
-  __syncthreads();
-  ptx::launch_dependents();
-  if (threadIdx.x >= Tile::kConsumers) {
-    if constexpr (Tile::kWarpgroups == 2) ptx::registers_give<Tile::kProducerRegisters>();
-    if (!is_producer) return;
-    RingPosition<Tile::kSlots> ring;
-    for (int i = Tile::kSlots; i < loads; ++i) {
-      ptx::mbarrier_wait(shared.empty + 8 * ring.slot, ring.parity);
-      load_tile<Tile>(maps, args, item, shared, i, ring.slot);
-      ring.advance();
-    }
+  if (threadIdx.x < Tile::kConsumers) {
+    consume<Tile, T>(args, item, shared, smem);
     return;
   }
-  if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<Tile::kConsumerRegisters>();
-  consume<Tile, T>(args, item, shared, smem);
+  if constexpr (Tile::kWarpgroups == 2) ptx::registers_give<Tile::kProducerRegisters>();
+  if (threadIdx.x < Tile::kConsumers + 32) {
+    produce<Tile>({maps, args, item, shared});
+  } else {
+    __syncthreads();
+    ptx::launch_dependents();
+  }
 }
 
 }  // namespace wh::cuda

@@ -14,6 +14,13 @@ namespace wh::cuda {
 // products and is read once.
 enum class Values : int32_t { kOwn, kInKeys };
 
+// How a tensor map is read. TMA has no strides of 0: a dimension that is broadcast has an extent of
+// 1 there, and a step of 0. One box holds all panels of a tile where the dim is whole panels.
+struct MapUse {
+  int32_t head_step, batch_step;
+  int32_t boxes;  // of a tile
+};
+
 struct DecodeArgs {
   AttentionArgs attention;
   const void* q;
@@ -22,8 +29,7 @@ struct DecodeArgs {
   int64_t stride_k[3];
   Scores scores;
   Values values;
-  // TMA has no strides of 0: a broadcast dimension has an extent of 1 there, and a step of 0.
-  int32_t k_head_step, k_batch_step, v_head_step, v_batch_step;
+  MapUse use_k, use_v;
   int32_t fresh_keys;  // Limits::fresh_keys
   Divisor group, heads_kv;
   Divisor row_tiles;  // of a (batch, kv head) pair

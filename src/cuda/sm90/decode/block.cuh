@@ -1,0 +1,192 @@
+// What a block of sm90_decode works on, and how Q, K and V come into its shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/key_range.h"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/decode/kernel.h"
+
+namespace wh::cuda::decode {
+
+constexpr int kPanelColumns = 64;
+constexpr int kRowBytes = kPanelColumns * 2;  // of a panel
+
+// Named barriers; 0 is __syncthreads().
+enum Barrier : int { kConsumersMeet = 1, kQueriesRequested = 2 };
+
+// What one block works on.
+struct Item {
+  int32_t batch_idx, head_kv, split;
+  int32_t first_row, rows;  // of the pair's len_q * group rows
+  Keys present;
+  Keys seen;  // by some row
+  KeyTiles tiles;
+  int32_t tile_begin, tile_end;  // of this split
+  bool is_mixed;                 // some key is seen by some rows only
+
+  __device__ __forceinline__ Item(const DecodeArgs& args, int tile_q, int tile_k) {
+    const AttentionArgs& a = args.attention;
+    // Fastest are the row tiles, which read the same keys.
+    int32_t index = blockIdx.x;
+    int32_t next = args.row_tiles.quotient(index);
+    first_row = args.row_tiles.remainder(index, next) * tile_q;
+    index = next;
+    next = args.splits.quotient(index);
+    split = args.splits.remainder(index, next);
+    index = next;
+    batch_idx = args.heads_kv.quotient(index);
+    head_kv = args.heads_kv.remainder(index, batch_idx);
+    rows = min(tile_q, a.len_q * a.group - first_row);
+    present = present_keys(a, batch_idx);
+    const int32_t first_query = args.group.quotient(first_row);
+    const int32_t last_query = args.group.quotient(first_row + rows - 1);
+    const Keys first = visible_keys(a, present, first_query);
+    const Keys last = visible_keys(a, present, last_query);
+    seen = {first.begin, last.end};
+    is_mixed = a.mask_kind != MaskKind::kNone || first.begin != last.begin || first.end != last.end;
+    tiles = key_tiles(a, present, first_query, last_query, tile_k);
+    // Even shares; the first ones take what is left over.
+    const int32_t count = max(0, tiles.end - tiles.begin);
+    const int32_t share = args.splits.quotient(count);
+    const int32_t left = args.splits.remainder(count, share);
+    tile_begin = tiles.begin + share * split + min(split, left);
+    tile_end = tile_begin + share + (split < left ? 1 : 0);
+  }
+};
+
+// One of the rows that a block works on.
+struct QueryRow {
+  int32_t head, query;
+  __device__ __forceinline__ QueryRow(const DecodeArgs& args, const Item& item, int32_t row) {
+    const int32_t packed = item.first_row + row;
+    query = args.group.quotient(packed);
+    head = item.head_kv * args.attention.group + args.group.remainder(packed, query);
+  }
+};
+
+// A position in the ring of slots and the parity of its next completion.
+template <int kSlots>
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Where things are in shared memory, as 32-bit addresses.
+template <typename Tile>
+struct Shared {
+  uint32_t q, ring, full, empty;
+  __device__ __forceinline__ explicit Shared(const void* base)
+      : q(ptx::shared_address(base)),
+        ring(q + Tile::kQueryBytes),
+        full(ring + Tile::kSlots * Tile::kSlotBytes),
+        empty(full + 8 * Tile::kSlots) {}
+  __device__ __forceinline__ uint32_t slot(int i) const { return ring + i * Tile::kSlotBytes; }
+};
+
+// The byte of 8 columns (a 16-byte chunk) of a row in panels of [rows][64], as TMA swizzles them.
+__device__ __forceinline__ int panel_offset(int row, int chunk, int panel_rows) {
+  return (chunk / 8 * panel_rows + row) * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
+}
+
+// Fills the ring's slots: K and V tiles in turn, or K tiles alone where V lies in them.
+template <typename Tile>
+struct TileLoader {
+  const DecodeMaps& maps;
+  const DecodeArgs& args;
+  const Item& item;
+  const Shared<Tile>& shared;
+
+  __device__ __forceinline__ int count() const {
+    return (item.tile_end - item.tile_begin) * (args.values == Values::kInKeys ? 1 : 2);
+  }
+  // The key tile that load `n` takes.
+  __device__ __forceinline__ int32_t tile(int n) const {
+    return item.tile_begin + (args.values == Values::kInKeys ? n : n / 2);
+  }
+
+  __device__ __forceinline__ void load(int n, int slot) const {
+    const bool is_v = args.values == Values::kOwn && n % 2 == 1;
+    const CUtensorMap* map = is_v ? &maps.v : &maps.k;
+    const MapUse& use = is_v ? args.use_v : args.use_k;
+    const int key = tile(n) * Tile::kTileK;
+    const int head = item.head_kv * use.head_step;
+    const int batch_idx = item.batch_idx * use.batch_step;
+    const uint32_t full = shared.full + 8 * slot;
+    constexpr int kPanelBytes = Tile::kTileK * kRowBytes;
+    ptx::mbarrier_expect(full, (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns * kPanelBytes);
+    for (int box = 0; box < use.boxes; ++box) {
+      ptx::tma_load_5d(shared.slot(slot) + box * kPanelBytes, map, full, box * kPanelColumns, key,
+                       0, head, batch_idx, ptx::CacheHint::kEvictFirst);
+    }
+  }
+};
+
+// Q into shared memory by ordinary loads: rows are heads and queries at once, which TMA describes
+// for no layout with fewer than six dimensions, and 32 KB are small. Missing columns and rows are
+// 0. Each warp loads its share of the rows. Addresses come first, as they may before Q may be read.
+template <typename Tile, typename T>
+struct QueryLoader {
+  static constexpr int kChunks = Tile::kDimQk / 8;  // of 16 bytes, a row
+  static constexpr int kWarpRows = Tile::kTileQ / (Tile::kConsumers / 32);
+  static constexpr int kLoads = kWarpRows * kChunks / 32;
+
+  const uint4* from[kLoads];  // null: zeros
+  uint4 loaded[kLoads];
+
+  static __device__ __forceinline__ int row(int i) {
+    return threadIdx.x / 32 * kWarpRows + (threadIdx.x % 32 + 32 * i) / kChunks;
+  }
+  static __device__ __forceinline__ int chunk(int i) {
+    return (threadIdx.x % 32 + 32 * i) % kChunks;
+  }
+
+  __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const Item& item) {
+    const T* q = static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0];
+    // A lane knows where one of the warp's rows is.
+    const QueryRow at(args, item, threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows);
+    const int64_t row_offset = at.head * args.stride_q[1] + at.query * args.stride_q[2];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t offset = __shfl_sync(~0u, row_offset, row(i) % kWarpRows) + chunk(i) * 8;
+      const bool exists = row(i) < item.rows && chunk(i) * 8 < args.attention.dim_qk;
+      from[i] = exists ? reinterpret_cast<const uint4*>(q + offset) : nullptr;
+    }
+  }
+
+  __device__ __forceinline__ void request() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      loaded[i] = make_uint4(0, 0, 0, 0);
+      if (from[i] != nullptr) loaded[i] = *from[i];
+    }
+  }
+  __device__ __forceinline__ void store(unsigned char* s_q) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      *reinterpret_cast<uint4*>(s_q + panel_offset(row(i), chunk(i), Tile::kTileQ)) = loaded[i];
+    }
+    ptx::async_proxy_fence();
+  }
+};
+
+// Zeroes the V rows of keys that no row of the block sees.
+template <typename Tile>
+__device__ __forceinline__ void clear_unseen(unsigned char* s_v, Keys seen, int32_t tile_key) {
+  constexpr int kPanels = Tile::kDimV / kPanelColumns;
+  for (int i = threadIdx.x; i < kPanels * Tile::kTileK * 8; i += Tile::kConsumers) {
+    const int32_t key = tile_key + i / 8 % Tile::kTileK;
+    if (key >= seen.begin && key < seen.end) continue;
+    reinterpret_cast<uint4*>(s_v)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+}  // namespace wh::cuda::decode
