@@ -77,6 +77,14 @@ bool overlap(const Bytes& a, const Bytes& b) {
   return begin_a < begin_b + b.size && begin_b < begin_a + a.size;
 }
 
+Extents extents_q(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_qk}; }
+Extents extents_k(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_qk}; }
+Extents extents_v(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_v}; }
+Extents extents_out(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_v}; }
+Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.len_k}; }
+
+}  // namespace
+
 int64_t mask_element_bytes(const Problem& problem) {
   switch (problem.mask) {
     case MaskKind::kNone:
@@ -90,14 +98,6 @@ int64_t mask_element_bytes(const Problem& problem) {
   }
   return 0;
 }
-
-Extents extents_q(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_qk}; }
-Extents extents_k(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_qk}; }
-Extents extents_v(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_v}; }
-Extents extents_out(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_v}; }
-Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.len_k}; }
-
-}  // namespace
 
 size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 

@@ -25,6 +25,9 @@ constexpr int64_t kUnlimited = -1;                      // a window side that hi
 
 size_t dtype_bytes(Dtype dtype);
 
+struct Problem;
+int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
+
 // In elements, ordered batch, heads, length, dim.
 using Strides = std::array<int64_t, 4>;
 

@@ -130,6 +130,14 @@ HWY_INLINE void transpose_into_lanes(const float* HWY_RESTRICT from, ptrdiff_t f
   }
 }
 
+// The same for 4 equal rows.
+HWY_INLINE void broadcast_into_lanes(const float* HWY_RESTRICT from, int64_t columns,
+                                     float* HWY_RESTRICT to, ptrdiff_t to_stride) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int i = 0; i < 4; ++i) to[c * to_stride + i] = from[c];
+  }
+}
+
 // The way back: to[0..4)[c] = from[c][0..4).
 HWY_INLINE void transpose_from_lanes(const float* HWY_RESTRICT from, ptrdiff_t from_stride,
                                      int64_t columns, float* HWY_RESTRICT to, ptrdiff_t to_stride) {
@@ -145,36 +153,6 @@ HWY_INLINE void transpose_from_lanes(const float* HWY_RESTRICT from, ptrdiff_t f
 #endif
   for (; c < columns; ++c) {
     for (int i = 0; i < 4; ++i) to[i * to_stride + c] = from[c * from_stride + i];
-  }
-}
-
-// Adds 4 rows of biases to 4 neighbouring lanes of scores; a bias of minus infinity hides the key
-// whatever the score is.
-HWY_INLINE void add_lanes(const float* HWY_RESTRICT bias, ptrdiff_t bias_stride, int64_t keys,
-                          float* HWY_RESTRICT s, ptrdiff_t s_stride) {
-  constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-  int64_t j = 0;
-#if HWY_TARGET != HWY_SCALAR
-  const F32x4 f32x4;
-  const auto masked = hn::Set(f32x4, kMinusInfinity);
-  const auto add = [&](Vec4 from, float* to) {
-    const auto sum = hn::Add(hn::LoadU(f32x4, to), from);
-    hn::StoreU(hn::IfThenElse(hn::Eq(from, masked), masked, sum), f32x4, to);
-  };
-  for (; j + 4 <= keys; j += 4) {
-    const Four t = transpose_four(bias + j, bias_stride);
-    add(t.a, s + j * s_stride);
-    add(t.b, s + (j + 1) * s_stride);
-    add(t.c, s + (j + 2) * s_stride);
-    add(t.d, s + (j + 3) * s_stride);
-  }
-#endif
-  for (; j < keys; ++j) {
-    for (int i = 0; i < 4; ++i) {
-      const float from = bias[i * bias_stride + j];
-      float& to = s[j * s_stride + i];
-      to = from == kMinusInfinity ? from : to + from;
-    }
   }
 }
 

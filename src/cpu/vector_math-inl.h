@@ -54,24 +54,32 @@ HWY_INLINE Vec exp2_nonpositive(Vec x) {
 }
 #endif
 
-// Odd Taylor series up to z^13 below 0.4 (truncation 5e-9), 1 - 2 / (e^2z + 1) above, where the
-// subtraction no longer cancels.
-HWY_INLINE Vec tanh_vector(Vec z) {
+// a / b for b in [1, 2^20]. A division takes 16 cycles on AVX-512, as long as the rest of tanh.
+HWY_INLINE Vec divide(Vec a, Vec b) {
+#if HWY_TARGET == HWY_AVX3
+  const Vec r{_mm512_rcp14_ps(b.raw)};  // 14 bits, one step of Newton makes them 28
+  return hn::Mul(a, hn::Mul(r, hn::NegMulAdd(b, r, hn::Set(F32(), 2.0f))));
+#else
+  return hn::Div(a, b);
+#endif
+}
+
+// x P(x^2) / Q(x^2), degrees 4 and 4, fitted to the smallest relative error on [-8.7, 8.7]: 1.5e-8
+// before rounding, 3e-7 after. Beyond, tanh rounds to 1.
+HWY_INLINE Vec tanh_vector(Vec x) {
   const F32 f32;
-  const auto one = hn::Set(f32, 1.0f);
-  const auto magnitude = hn::Abs(z);
-  const auto square = hn::Mul(z, z);
-  auto series = hn::Set(f32, 3.59212803e-3f);
-  series = hn::MulAdd(series, square, hn::Set(f32, -8.86323553e-3f));
-  series = hn::MulAdd(series, square, hn::Set(f32, 2.18694885e-2f));
-  series = hn::MulAdd(series, square, hn::Set(f32, -5.39682540e-2f));
-  series = hn::MulAdd(series, square, hn::Set(f32, 1.33333333e-1f));
-  series = hn::MulAdd(series, square, hn::Set(f32, -3.33333333e-1f));
-  const auto small = hn::MulAdd(hn::Mul(series, square), z, z);
-  // e^-2|z| does not overflow: tanh |z| = (1 - e) / (1 + e).
-  const auto e = exp2_nonpositive(hn::Mul(magnitude, hn::Set(f32, -2.88539008f)));
-  const auto large = hn::CopySign(hn::Div(hn::Sub(one, e), hn::Add(one, e)), z);
-  return hn::IfThenElse(hn::Lt(magnitude, hn::Set(f32, 0.4f)), small, large);
+  // In this order x86's minimum and maximum pass a NaN on.
+  x = hn::Max(hn::Set(f32, -8.7f), hn::Min(hn::Set(f32, 8.7f), x));
+  const auto u = hn::Mul(x, x);
+  auto p = hn::MulAdd(hn::Set(f32, 1.3897731e-8f), u, hn::Set(f32, 2.09939081e-5f));
+  p = hn::MulAdd(p, u, hn::Set(f32, 3.51874880e-3f));
+  p = hn::MulAdd(p, u, hn::Set(f32, 1.34004712e-1f));
+  p = hn::MulAdd(p, u, hn::Set(f32, 1.0f));
+  auto q = hn::MulAdd(hn::Set(f32, 7.99656959e-7f), u, hn::Set(f32, 3.32365569e-4f));
+  q = hn::MulAdd(q, u, hn::Set(f32, 2.59649120e-2f));
+  q = hn::MulAdd(q, u, hn::Set(f32, 4.67337906e-1f));
+  q = hn::MulAdd(q, u, hn::Set(f32, 1.0f));
+  return divide(hn::Mul(x, p), q);
 }
 
 HWY_INLINE Vec load_f32(const float* from) { return hn::LoadU(F32(), from); }

@@ -35,6 +35,7 @@ PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillSh
   s = carver.take<float>(keys * shape.lanes);
   p_low = arithmetic == PrefillArithmetic::kBf16High ? carver.take<float>(keys / 2 * shape.lanes)
                                                      : nullptr;
+  bias = p.mask == MaskKind::kNone ? nullptr : carver.take<float>(keys * shape.lanes);
   staged = carver.take<float>(4 * staged_columns);
   m = carver.take<float>(panels * shape.lanes);
   l = carver.take<float>(panels * shape.lanes);

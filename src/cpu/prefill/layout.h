@@ -38,6 +38,7 @@ struct PrefillScratch {
   float* v;        // [keys or pairs of them, v_columns] dwords
   float* s;        // [keys, lanes]: scores, then weights
   float* p_low;    // [pairs of keys, lanes]: what rounding took from the weights; kBf16High only
+  float* bias;     // [keys, lanes], only with an array mask
   float* staged;   // [4, staged_columns]: rows on their way into or out of a panel
   float* m;        // [panels, lanes], base 2
   float* l;        // [panels, lanes]
