@@ -19,7 +19,7 @@ from torch import Tensor
 from widehead import _core
 from widehead._limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["attention", "override_sdpa", "sdpa"]
+__all__ = ["attention_rows", "override_sdpa", "sdpa"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -132,6 +132,35 @@ def attention(arguments: tuple[Any, ...], limits: Limits) -> Any:
     if out is not None:
         result = out.copy_(result)
     return (result, log_sum_exp) if return_log_sum_exp else result
+
+
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: str = "",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Tensor:
+    """:func:`widehead.sdpa` with a result of [batch, len_q, heads_q, dim_v], contiguous.
+
+    ``causal`` is ``""``, ``"bottom_right"`` or ``"top_left"``.
+    """
+    direct = not _needs_operator(q, k, v)
+    out = _empty_out(q, v) if direct else None
+    result: Tensor = attention(
+        (q, k, v, scale, causal or False, window, softcap, mask, sinks, key_lengths, key_starts,
+         False, out),
+        limits,
+    )  # fmt: skip
+    return result.transpose(1, 2)
 
 
 def sdpa(

@@ -1,0 +1,102 @@
+"""The attention function of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead.torch import attention_rows
+from widehead.transformers._mask import StructuredMask
+
+logger = logging.get_logger(__name__)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | StructuredMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers asks for it.
+
+    query [batch, heads_q, len_q, dim_qk]; key, value [batch, heads_kv, len_k, dim], not repeated.
+    Windows arrive in the mask, which alone knows where the queries stand; ``sliding_window`` and
+    ``position_ids`` among the other arguments say nothing more.
+
+    Returns ([batch, len_q, heads_q, dim_v], None): there are no weights to hand out.
+    """
+    if dropout != 0.0:
+        raise ValueError(f"dropout is {dropout}; it must be 0: widehead is for inference")
+    if kwargs.get("cache") is not None:
+        raise ValueError("widehead does not read paged caches; use a dynamic or a static cache")
+    if kwargs.get("output_attentions", False):
+        logger.warning_once("widehead has no attention weights to return; use eager for them.")
+    if value.dtype != key.dtype:
+        value = value.to(key.dtype)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
+    if s_aux is not None:
+        options["sinks"] = s_aux.detach().to(torch.float32).reshape(-1)
+    if isinstance(attention_mask, StructuredMask):
+        options |= _structure(attention_mask, query, key)
+        mask = attention_mask.keys
+    else:
+        mask = attention_mask
+        if mask is None:
+            key, value, causal = _unmasked(module, query, key, value, is_causal)
+            options["causal"] = causal
+        else:
+            mask = mask[..., : key.shape[2]]
+    if position_bias is not None:
+        mask = _biased(mask, position_bias[..., : key.shape[2]])
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        mask = mask.to(torch.float32)
+    return attention_rows(query, key, value, mask=mask, limits=limits, **options), None
+
+
+def _structure(mask: StructuredMask, query: Tensor, key: Tensor) -> dict[str, Any]:
+    if mask.len_q != query.shape[2] or mask.len_k != key.shape[2]:
+        raise ValueError(
+            f"the mask is for {mask.len_q} queries and {mask.len_k} keys; this layer has "
+            f"{query.shape[2]} and {key.shape[2]}"
+        )
+    return {
+        "causal": "top_left" if mask.is_top_left else "bottom_right",
+        "window": None if mask.window is None else (mask.window - 1, None),
+        "key_lengths": mask.key_lengths,
+        "key_starts": mask.key_starts,
+    }
+
+
+def _unmasked(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, is_causal: bool | None
+) -> tuple[Tensor, Tensor, str]:
+    """What no mask at all means in transformers: a causal module's first queries and keys begin
+    together, and keys past them are unwritten; a single query sees every key."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    len_q = query.shape[2]
+    if not is_causal or len_q == 1:
+        return key, value, ""
+    return key[:, :, :len_q], value[:, :, :len_q], "top_left"
+
+
+def _biased(mask: Tensor | None, position_bias: Tensor) -> Tensor:
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, position_bias, -torch.inf)
+    return mask + position_bias
