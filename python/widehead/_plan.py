@@ -13,14 +13,14 @@ class Candidate:
     """A kernel that the planner looked at.
 
     ``verdict`` is ``chosen``, ``slower``, ``refused`` or ``over_budget``; ``reason`` says why.
-    ``workspace_bytes`` and ``estimated_us`` are None where the kernel cannot run at all.
+    ``workspace_bytes`` and ``estimated_us`` are 0 where the kernel cannot run at all.
     """
 
     kernel: str
     verdict: str
     reason: str
-    workspace_bytes: int | None
-    estimated_us: float | None
+    workspace_bytes: int
+    estimated_us: float
 
 
 def candidates_of(plan: dict[str, Any]) -> tuple[Candidate, ...]:
@@ -29,9 +29,9 @@ def candidates_of(plan: dict[str, Any]) -> tuple[Candidate, ...]:
         Candidate(
             kernel=row["kernel"],
             verdict=row["verdict"],
-            reason=row.get("reason", ""),
-            workspace_bytes=row.get("workspace_bytes"),
-            estimated_us=row.get("estimated_us"),
+            reason=row["reason"],
+            workspace_bytes=row["workspace_bytes"],
+            estimated_us=row["estimated_us"],
         )
         for row in plan["candidates"]
     )

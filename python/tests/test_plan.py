@@ -1,0 +1,151 @@
+"""Plans, limits, refusals, merging, and the tables."""
+
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+import widehead
+from oracle import oracle, qkv, relative_rms
+
+
+def test_plan_says_what_runs_and_why_nothing_else_does():
+    q, k, v = qkv()
+    plan = widehead.plan(q, k, v, causal=True)
+    chosen = [each for each in plan.candidates if each.verdict == "chosen"]
+    assert [each.kernel for each in chosen] == [plan.kernel]
+    assert {each.kernel for each in plan.candidates} == {
+        each.name for each in widehead.kernels() if each.device == "cpu"
+    }
+    assert all(each.reason for each in plan.candidates if each.verdict == "refused")
+    assert plan.workspace_bytes == chosen[0].workspace_bytes
+    document = plan.to_dict()
+    assert document["problem"]["causal"] == "bottom-right"
+    assert document["problem"]["dim_v"] == 48
+    assert plan.kernel in plan.explain() and "verdict" in plan.explain()
+    assert str(plan) == plan.explain() == widehead.explain(q, k, v, causal=True)
+    assert plan._repr_html_().startswith("<pre>")
+
+
+def test_plan_of_shapes_without_memory():
+    q = widehead.Spec((1, 32, 2048, 512), "bfloat16")
+    cache = widehead.Spec((1, 4, 262144, 512), "bfloat16")
+    plan = widehead.plan(q, cache, cache, causal=True, limits=widehead.Limits(policy="fused"))
+    assert plan.kernel is not None
+    problem = plan.to_dict()["problem"]
+    assert (problem["len_k"], problem["dtype"]) == (262144, "bf16")
+    with pytest.raises(ValueError, match="q is null"):
+        widehead.sdpa(q, cache, cache, out=np.zeros((1, 32, 2048, 512), ml_dtypes.bfloat16))
+
+
+def test_plan_is_the_one_that_sdpa_takes():
+    q, k, v = qkv()
+    limits = widehead.Limits(workspace=0)
+    plan = widehead.plan(q, k, v, limits=limits)
+    if plan.kernel is None:
+        with pytest.raises(widehead.Refused):
+            widehead.sdpa(q, k, v, limits=limits)
+    else:
+        assert plan.workspace_bytes == 0
+
+
+def test_refused_carries_the_candidates():
+    q, k, v = qkv(length=(512, 512))
+    limits = widehead.Limits(kernel="cpu_unfused", workspace="1KiB")
+    plan = widehead.plan(q, k, v, limits=limits)
+    assert plan.kernel is None
+    with pytest.raises(widehead.Refused, match="cpu_unfused: wants .* the limit is 1.00 KiB") as caught:
+        widehead.sdpa(q, k, v, limits=limits)
+    by_name = {each.kernel: each for each in caught.value.candidates}
+    assert by_name["cpu_unfused"].verdict == "over_budget"
+    assert by_name["cpu_unfused"].workspace_bytes > 1024
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert copy.candidates == caught.value.candidates and str(copy) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2kB", 2000), (77, 77)]
+)
+def test_limits_read_sizes(text, count):
+    q, k, v = qkv()
+    limits = widehead.Limits(workspace=text)
+    assert widehead.plan(q, k, v, limits=limits).to_dict()["limits"]["workspace_bytes"] == count
+
+
+def test_limits_are_values():
+    limits = widehead.Limits(workspace="1MiB", threads=3, precision="high")
+    assert limits == widehead.Limits(workspace="1MiB", threads=3, precision="high")
+    assert pickle.loads(pickle.dumps(limits)) == limits
+    assert hash(limits) == hash(pickle.loads(pickle.dumps(limits)))
+    q, k, v = qkv()
+    seen = widehead.plan(q, k, v, limits=limits).to_dict()["limits"]
+    assert (seen["threads"], seen["precision"]) == (3, "high")
+    with pytest.raises(AttributeError):
+        limits.threads = 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workspace": "12 parsec"}, "workspace is '12 parsec'"),
+        ({"workspace": -1}, "workspace is -1"),
+        ({"policy": "fast"}, 'policy is "fast"; valid: automatic, fused, fused_above'),
+        ({"precision": "low"}, 'precision is "low"'),
+    ],
+)
+def test_wrong_limits_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        widehead.Limits(**arguments)
+
+
+def test_policies_reach_the_planner():
+    q, k, v = qkv(length=(64, 100))
+    above = widehead.Limits(policy="fused_above", fused_above=101)
+    assert widehead.plan(q, k, v, limits=above).kernel == "cpu_unfused"
+    fused = widehead.Limits(policy="fused_above", fused_above=100)
+    assert widehead.plan(q, k, v, limits=fused).kernel != "cpu_unfused"
+
+
+@pytest.mark.parametrize("cuts", [(0, 77), (0, 1, 40, 77), (0, 10, 20, 20, 77)])
+def test_merge_of_parts_is_the_whole(cuts):
+    q, k, v = qkv()
+    mask = np.random.default_rng(3).random((2, 1, 33, 77)) < 0.1
+    mask[:, :, :5] = False
+    mask[:, :, 5, :40] = False
+    parts = [
+        widehead.sdpa(
+            q, k[:, :, a:b], v[:, :, a:b], mask=mask[..., a:b], return_log_sum_exp=True
+        )
+        for a, b in zip(cuts, cuts[1:])
+    ]
+    out, log_sum_exp = widehead.merge(parts)
+    expected, expected_lse = oracle(q, k, v, mask=mask)
+    assert relative_rms(out, expected) <= 4e-6
+    assert np.isneginf(log_sum_exp[:, :, :5]).all() and not out[:, :, :5].any()
+    np.testing.assert_allclose(log_sum_exp[:, :, 5:], expected_lse[:, :, 5:], atol=1e-5)
+
+
+def test_merge_names_what_does_not_fit():
+    q, k, v = qkv()
+    part = widehead.sdpa(q, k, v, return_log_sum_exp=True)
+    with pytest.raises(ValueError, match="parts is empty"):
+        widehead.merge([])
+    with pytest.raises(ValueError, match="a part is"):
+        widehead.merge([part, (part[0][:1], part[1][:1])])
+
+
+def test_tables():
+    names = [each.name for each in widehead.kernels()]
+    assert "cpu_prefill" in names and names.index("cpu_prefill") < names.index("cpu_reference")
+    gemma = widehead.models()["gemma-4-31b"]
+    assert [(layer.heads_q, layer.heads_kv, layer.dim_qk) for layer in gemma.layers] == [
+        (32, 4, 512),
+        (32, 16, 256),
+    ]
+    assert gemma.layers[1].window == (1023, 0) and gemma.layers[0].scale == 1.0
+    deepseek = widehead.models()["deepseek-v3"].layers[0]
+    assert (deepseek.dim_qk, deepseek.dim_v) == (192, 128)
+    assert widehead.device("cpu")["cores"] >= 1
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        widehead.device("tpu")
+    assert widehead.__version__.count(".") == 2
