@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   float top = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) {
-    const int64_t split = lane + 32 * i;
-    log_sums[i] = split < splits ? partials.log_sum_exp[split * partials.rows + row] : -INFINITY;
+    const int split = lane + 32 * i;
+    log_sums[i] = split < splits ? partials.log_sum_exp[int64_t{row} * splits + split] : -INFINITY;
     top = fmaxf(top, log_sums[i]);
   }
   const float* sums = partials.sums + int64_t{row} * partials.columns + column;

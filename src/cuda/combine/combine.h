@@ -18,7 +18,7 @@ constexpr int32_t kMostSplits = 160;
 // that saw no key of a row leaves minus infinity in log_sum_exp and may leave `sums` unwritten.
 struct Partials {
   float* sums = nullptr;         // [splits, rows, columns]: normalised weights times V
-  float* log_sum_exp = nullptr;  // [splits, rows], natural
+  float* log_sum_exp = nullptr;  // [rows, splits], natural; a merge reads a row of them at once
   int64_t rows = 0;
   int32_t splits = 1;
   int32_t columns = 0;  // dim_v in whole float4

@@ -257,10 +257,13 @@ class Consumer {
     const float log_sum = lane < 8 ? first_half : second_half;
     const QueryRow at(args_, item_, row);
     const Partials& partials = args_.partials;
-    const int64_t to = item_.split * partials.rows + row_index(at);
-    if (first_column_ == 0) partials.log_sum_exp[to] = log_sum;
+    const int64_t row_of_all = row_index(at);
+    if (first_column_ == 0) {
+      partials.log_sum_exp[row_of_all * partials.splits + item_.split] = log_sum;
+    }
     const int columns = min(kColumns, args_.attention.dim_v - first_column_);
     if (log_sum == -INFINITY || columns <= 0) return;  // nobody reads the sums
+    const int64_t to = item_.split * partials.rows + row_of_all;
     ptx::bulk_store(partials.sums + to * partials.columns + first_column_,
                     shared_.q + warp_offset + lane * kPitch, columns * 4);
     ptx::bulk_commit();
