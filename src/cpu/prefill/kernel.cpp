@@ -44,8 +44,6 @@ class F32Products {
     const int64_t keys = tile.size();
     widen_rows(t_.k, p_.dtype_kv, first(p_.stride_k), p_.stride_k, keys, p_.dim_qk, w_.k_columns,
                w_.k);
-    // scores() takes whole register tiles: rows past the last key are computed and ignored.
-    std::fill_n(w_.k + keys * w_.k_columns, kTileRows * w_.k_columns, 0.0f);
     float* v = w_.v;
     if (v_begin_ < tile.begin) {
       std::fill_n(v, w_.v_columns, 0.0f);
@@ -59,6 +57,8 @@ class F32Products {
   void scores(const float* q_panel, int64_t key, int64_t keys, float* s) const {
     const int64_t width = kVectors * static_cast<int64_t>(hn::Lanes(F32()));
     const float* k = w_.k + (key - k_begin_) * w_.k_columns;
+    // Whole register tiles: rows past the last key are computed from whatever lies there, and
+    // ignored.
     for (int64_t j = 0; j < keys; j += kTileRows) {
       score_tile<kVectors>(q_panel, k + j * w_.k_columns, w_.k_columns, p_.dim_qk, s + j * width);
     }
