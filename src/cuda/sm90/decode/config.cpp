@@ -32,44 +32,70 @@ constexpr DecodeVariant kVariants[] = {
     variant<64, 64>(),   variant<128, 128>(), variant<192, 128>(), variant<192, 192>(),
     variant<256, 256>(), variant<512, 512>(), variant<576, 512>()};
 
-// Costs beside the reading of K and V, measured on an H100.
-constexpr double kLaunchUs = 2.5;
-constexpr double kRampUs = 1.2;     // of a block, until its first keys arrive
-constexpr double kCombineUs = 2.5;  // launched behind the main kernel
-
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 int64_t row_tiles(const Problem& p) { return divide_up(p.len_q * p.group(), kDecodeTileQ); }
 
-// One block's time for a tile of keys: its share of the memory bandwidth, or the tensor cores at
-// the half of their peak that a lone warpgroup's serial steps leave.
-double tile_us(const Query& query, const DecodeVariant& variant) {
-  const Problem& p = query.problem;
-  const double sms = std::max(1, query.cuda.sms);
-  const double bytes = static_cast<double>(variant.tile_k * (p.dim_qk + p.dim_v) * 2);
-  const double flops =
-      static_cast<double>(kDecodeTileQ * variant.tile_k) * 2 *
-      static_cast<double>(variant.dim_qk * (variant.dim_v > 256 ? 2 : 1) + variant.dim_v);
-  // Row tiles of one pair read the same keys at the same time, all but one of them from L2.
-  const double read_us = bytes / static_cast<double>(std::max<int64_t>(1, row_tiles(p))) /
-                         (query.cuda.read_gbytes_per_s / sms * 1e3);
-  const double l2_us = bytes / (query.cuda.read_gbytes_per_s * 1.8 / sms * 1e3);
-  const double tensor_us = flops / (query.cuda.tensor_tflops * 0.5 / sms * 1e6);
-  return std::max({read_us, l2_us, tensor_us});
-}
+// What a problem costs by the number of shares its keys are cut into. The constants are fits to
+// sweeps of that number on an H100: dims 128 to 512, 1K to 256K keys, batch 1 to 20.
+class DecodeCost {
+ public:
+  DecodeCost(const Query& query, const DecodeVariant& variant, int64_t batch)
+      : sms_(std::max(1, query.cuda.sms)), gbytes_per_s_(query.cuda.read_gbytes_per_s) {
+    const Problem& p = query.problem;
+    row_tiles_ = std::max<int64_t>(1, row_tiles(p));
+    items_ = batch * p.heads_kv * row_tiles_;
+    // A window does not start at a tile's edge.
+    const int64_t keys = most_visible_keys(p);
+    tiles_ = divide_up(keys, variant.tile_k) + (keys < p.len_k ? 1 : 0);
+    tile_bytes_ = static_cast<double>(variant.tile_k * (p.dim_qk + p.dim_v) * 2);
+    share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
+  }
 
-int64_t most_tiles(const Problem& p, const DecodeVariant& variant) {
-  // A window does not start at a tile's edge.
-  const int64_t keys = most_visible_keys(p);
-  return divide_up(keys, variant.tile_k) + (keys < p.len_k ? 1 : 0);
-}
+  int64_t tiles() const { return tiles_; }
 
-// Blocks run in waves of one a multiprocessor.
-double blocks_us(double tile_us, int64_t items, int64_t tiles, int64_t splits, int64_t sms) {
-  const auto waves = static_cast<double>(divide_up(items * splits, sms));
-  const auto share = static_cast<double>(divide_up(tiles, splits));
-  return waves * (kRampUs + share * tile_us) + (splits > 1 ? kCombineUs : 0);
-}
+  double us(int64_t splits) const {
+    const int64_t blocks = items_ * splits;
+    const auto share = static_cast<double>(divide_up(tiles_, splits));
+    const auto waves = static_cast<double>(blocks / sms_);
+    double us = kStartUs + waves * (kBlockUs + share * tile_us(sms_));
+    if (blocks % sms_ > 0) us += share * tile_us(blocks % sms_);
+    // Written and read again.
+    if (splits > 1) us += kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate;
+    return us;
+  }
+
+  // The number with the least of it.
+  int64_t best_splits() const {
+    int64_t best = 1;
+    if (items_ == 0) return best;
+    for (int64_t splits = 2; splits <= std::min<int64_t>(tiles_, kMostSplits); ++splits) {
+      if (us(splits) < us(best)) best = splits;
+    }
+    return best;
+  }
+
+ private:
+  // A tile of keys while so many blocks run at once: fewer draw less of the bandwidth together, and
+  // one alone waits for its own products. Row tiles of a pair share what they read.
+  double tile_us(int64_t blocks) const {
+    const auto busy = static_cast<double>(blocks);
+    const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(sms_));
+    return std::max(tile_bytes_ / kBlockRate,
+                    tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached);
+  }
+
+  static constexpr double kStartUs = 3;           // launch, and the way to the first keys
+  static constexpr double kBlockUs = 0.5;         // between two blocks of a multiprocessor
+  static constexpr double kCombineUs = 1.3;       // launched behind the main kernel
+  static constexpr double kCombineRate = 1.25e6;  // bytes a microsecond
+  static constexpr double kBlockRate = 34e3;
+
+  int64_t sms_;
+  double gbytes_per_s_;
+  int64_t row_tiles_, items_, tiles_;
+  double tile_bytes_, share_bytes_;
+};
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
@@ -84,15 +110,17 @@ std::optional<std::string> refusal(const Query& query) {
   if (decode_variant(p) == nullptr) {
     return fmt::format("takes heads of up to 576/512, these are {}/{}", p.dim_qk, p.dim_v);
   }
-  const int64_t most_blocks = p.batch * p.heads_kv * row_tiles(p) * kMostSplits;
+  // Of this kernel, and of the one that merges.
+  const int64_t most_blocks = std::max(p.batch * p.heads_kv * row_tiles(p) * kMostSplits,
+                                       p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
   if (most_blocks > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows for one grid";
   }
   return std::nullopt;
 }
 
-// As many shares of the keys as make the waves shortest. The rule looks at the shape and at the
-// card, and at one batch entry alone where bits must not depend on the batch.
+// The rule for shares looks at the shape and at the card, and at one batch entry alone where bits
+// must not depend on the batch.
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   const DecodeVariant& variant = *decode_variant(p);
@@ -103,20 +131,10 @@ Config configure(const Query& query) {
   config.tile_k = variant.tile_k;
   config.fresh_keys = query.limits.fresh_keys;
   const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
-  const int64_t items = batch * p.heads_kv * row_tiles(p);
-  const int64_t tiles = most_tiles(p, variant);
-  const int64_t sms = std::max(1, query.cuda.sms);
-  const double us = tile_us(query, variant);
-  int64_t best = 1;
-  if (items > 0) {
-    for (int64_t splits = 2; splits <= std::min<int64_t>(tiles, kMostSplits); ++splits) {
-      if (blocks_us(us, items, tiles, splits, sms) < blocks_us(us, items, tiles, best, sms)) {
-        best = splits;
-      }
-    }
-  }
-  if (best > 1) config.chunk_keys = divide_up(tiles, best) * variant.tile_k;
-  config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles(p) * best);
+  const DecodeCost cost(query, variant, batch);
+  const int64_t splits = cost.best_splits();
+  if (splits > 1) config.chunk_keys = divide_up(cost.tiles(), splits) * variant.tile_k;
+  config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles(p) * splits);
   return config;
 }
 
@@ -127,18 +145,12 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const DecodeVariant& variant = *decode_variant(p);
-  const DecodeShape shape(p, config);
-  if (shape.items == 0) return kLaunchUs;
-  return kLaunchUs + blocks_us(tile_us(query, variant), shape.items, most_tiles(p, variant),
-                               shape.splits, std::max(1, query.cuda.sms));
+  return DecodeCost(query, *decode_variant(p), p.batch).us(DecodeShape(p, config).splits);
 }
 
 Status run(const Launch& launch) { return run_decode(launch); }
 
 }  // namespace
-
-std::span<const DecodeVariant> decode_variants() { return kVariants; }
 
 const DecodeVariant* decode_variant(const Problem& p) {
   for (const DecodeVariant& variant : kVariants) {

@@ -1,8 +1,6 @@
 // sm90_decode, the planner's side. docs/sm90-decode.md describes the kernel.
 #pragma once
 
-#include <span>
-
 #include "plan/kernel.h"
 
 namespace wh::cuda {
@@ -18,8 +16,6 @@ struct DecodeVariant {
   const void* (*instance_f16)();
   const void* (*instance_bf16)();
 };
-
-std::span<const DecodeVariant> decode_variants();
 
 // The narrowest variant that holds the problem; null: its heads are too wide.
 const DecodeVariant* decode_variant(const Problem& problem);

@@ -1,0 +1,159 @@
+// How sm90_decode cuts a problem into blocks, checked without a GPU.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "cuda/combine/combine.h"
+#include "cuda/common/divisor.h"
+#include "cuda/sm90/decode/config.h"
+
+namespace wh::cuda {
+namespace {
+
+CudaFacts hopper() {
+  CudaFacts facts;
+  facts.name = "H100";
+  facts.compute_capability = 90;
+  facts.sms = 132;
+  facts.shared_bytes = 232448;
+  facts.tensor_tflops = 790;
+  facts.read_gbytes_per_s = 2950;
+  return facts;
+}
+
+Problem decode_problem(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
+                       int64_t len_k, int64_t dim) {
+  Problem p;
+  p.device = Device::kCuda;
+  p.dtype_q = p.dtype_kv = Dtype::kBf16;
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.len_q = len_q;
+  p.len_k = len_k;
+  p.dim_qk = p.dim_v = dim;
+  p.stride_q = p.stride_out = dense_strides(heads_q, len_q, dim);
+  p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
+  p.scale = 1 / std::sqrt(static_cast<float>(dim));
+  return p;
+}
+
+struct Planned {
+  Limits limits;
+  CpuFacts cpu;
+  CudaFacts cuda = hopper();
+
+  Query query(const Problem& p) const { return {p, limits, cpu, cuda}; }
+  int64_t splits(const Problem& p) const {
+    return DecodeShape(p, kSm90Decode.configure(query(p))).splits;
+  }
+  std::string refusal(const Problem& p) const { return kSm90Decode.refusal(query(p)).value_or(""); }
+};
+
+TEST(Divisor, IsExactBelowTwoToThe31) {
+  std::mt19937_64 random(1);
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  for (int i = 0; i < 200'000; ++i) {
+    const int64_t value = 1 + static_cast<int64_t>(random() % (i % 2 == 0 ? 300 : kMost));
+    const int64_t edge = static_cast<int64_t>(random() % 5) * value - 1 + i % 3;
+    const int64_t dividend =
+        i % 4 < 2 ? static_cast<int64_t>(random() % kMost) : std::clamp<int64_t>(edge, 0, kMost);
+    const Divisor divisor(value);
+    const auto n = static_cast<int32_t>(dividend);
+    ASSERT_EQ(divisor.quotient(n), dividend / value) << dividend << " / " << value;
+    ASSERT_EQ(divisor.remainder(n, divisor.quotient(n)), dividend % value);
+  }
+}
+
+TEST(CudaDecode, FillsTheCardWithOneLongContext) {
+  const Planned planned;
+  for (const int64_t keys : {16384, 65536, 262144}) {
+    const Problem p = decode_problem(1, 64, 2, 1, keys, 256);
+    const int64_t blocks = planned.splits(p) * p.heads_kv;
+    EXPECT_LE(blocks, 132) << keys;
+    EXPECT_GE(blocks, 120) << keys;
+  }
+}
+
+TEST(CudaDecode, NeverSplitsFinerThanTiles) {
+  const Planned planned;
+  for (const int64_t keys : {0, 1, 63, 64, 65, 1000, 4096}) {
+    const Problem p = decode_problem(1, 32, 1, 1, keys, 128);
+    EXPECT_LE(planned.splits(p), std::max<int64_t>(1, (keys + 63) / 64)) << keys;
+    EXPECT_GE(planned.splits(p), 1) << keys;
+  }
+}
+
+TEST(CudaDecode, DoesNotSplitWhatABatchAlreadySpreads) {
+  EXPECT_EQ(Planned().splits(decode_problem(16, 32, 8, 1, 8192, 128)), 1);
+}
+
+TEST(CudaDecode, BatchInvariantSharesDoNotDependOnTheBatch) {
+  Planned planned;
+  planned.limits.batch_invariant = true;
+  const int64_t alone = planned.splits(decode_problem(1, 32, 8, 1, 8192, 128));
+  EXPECT_GT(alone, 1);
+  for (const int64_t batch : {2, 16, 300}) {
+    EXPECT_EQ(planned.splits(decode_problem(batch, 32, 8, 1, 8192, 128)), alone) << batch;
+  }
+}
+
+TEST(CudaDecode, WorkspaceHoldsTheSharesOfEveryRow) {
+  const Planned planned;
+  const Problem p = decode_problem(1, 64, 2, 3, 65536, 256);
+  const Config config = kSm90Decode.configure(planned.query(p));
+  const auto splits = static_cast<size_t>(DecodeShape(p, config).splits);
+  ASSERT_GT(splits, 1u);
+  EXPECT_EQ(kSm90Decode.workspace_bytes(p, config), splits * 64 * 3 * (256 + 1) * sizeof(float));
+  const Problem spread = decode_problem(16, 32, 8, 1, 8192, 128);
+  EXPECT_EQ(kSm90Decode.workspace_bytes(spread, kSm90Decode.configure(planned.query(spread))), 0u);
+}
+
+TEST(CudaDecode, TakesTheNarrowestVariant) {
+  const auto variant = [](int64_t dim_qk, int64_t dim_v) {
+    Problem p = decode_problem(1, 8, 1, 1, 128, 64);
+    p.dim_qk = dim_qk;
+    p.dim_v = dim_v;
+    const DecodeVariant* found = decode_variant(p);
+    return found == nullptr ? std::pair<int64_t, int64_t>{}
+                            : std::pair{found->dim_qk, found->dim_v};
+  };
+  EXPECT_EQ(variant(8, 8), std::pair(int64_t{64}, int64_t{64}));
+  EXPECT_EQ(variant(192, 128), std::pair(int64_t{192}, int64_t{128}));
+  EXPECT_EQ(variant(192, 256), std::pair(int64_t{256}, int64_t{256}));
+  EXPECT_EQ(variant(320, 256), std::pair(int64_t{512}, int64_t{512}));
+  EXPECT_EQ(variant(576, 512), std::pair(int64_t{576}, int64_t{512}));
+  EXPECT_EQ(variant(584, 512), std::pair(int64_t{0}, int64_t{0}));
+}
+
+TEST(CudaDecode, RefusesWithTheReason) {
+  Planned planned;
+  Problem p = decode_problem(1, 8, 1, 1, 128, 64);
+  EXPECT_EQ(planned.refusal(p), "");
+  p.dtype_q = p.dtype_kv = Dtype::kF32;
+  EXPECT_NE(planned.refusal(p).find("16-bit"), std::string::npos);
+  p = decode_problem(1, 8, 1, 1, 128, 100);
+  EXPECT_NE(planned.refusal(p).find("multiple of 8"), std::string::npos);
+  p = decode_problem(1, 8, 1, 1, 128, 640);
+  EXPECT_NE(planned.refusal(p).find("576/512"), std::string::npos);
+  p = decode_problem(1, 8, 1, 1, 128, 64);
+  p.stride_k[2] = 67;
+  EXPECT_NE(planned.refusal(p).find("k has a length stride"), std::string::npos);
+  planned.limits.precision = Precision::kHigh;
+  EXPECT_NE(planned.refusal(decode_problem(1, 8, 1, 1, 128, 64)).find("precision"),
+            std::string::npos);
+  planned = Planned();
+  planned.cuda.compute_capability = 120;
+  EXPECT_NE(planned.refusal(decode_problem(1, 8, 1, 1, 128, 64)).find("9.0"), std::string::npos);
+}
+
+TEST(CudaDecode, TakesKeysThatHeadsOrBatchesShare) {
+  Problem p = decode_problem(4, 8, 2, 1, 128, 64);
+  p.stride_k[0] = p.stride_v[0] = 0;
+  p.stride_k[1] = p.stride_v[1] = 0;
+  EXPECT_EQ(Planned().refusal(p), "");
+}
+
+}  // namespace
+}  // namespace wh::cuda
