@@ -68,8 +68,9 @@ HWY_INLINE Vec divide(Vec a, Vec b) {
 // before rounding, 3e-7 after. Beyond, tanh rounds to 1.
 HWY_INLINE Vec tanh_vector(Vec x) {
   const F32 f32;
-  // In this order x86's minimum and maximum pass a NaN on.
-  x = hn::Max(hn::Set(f32, -8.7f), hn::Min(hn::Set(f32, 8.7f), x));
+  // Not a minimum and maximum: ARM's drop a NaN.
+  const auto limit = hn::Set(f32, 8.7f);
+  x = hn::IfThenElse(hn::Gt(hn::Abs(x), limit), hn::CopySign(limit, x), x);
   const auto u = hn::Mul(x, x);
   auto p = hn::MulAdd(hn::Set(f32, 1.3897731e-8f), u, hn::Set(f32, 2.09939081e-5f));
   p = hn::MulAdd(p, u, hn::Set(f32, 3.51874880e-3f));
