@@ -14,8 +14,16 @@ namespace wh::cuda::decode {
 constexpr int kPanelColumns = 64;
 constexpr int kRowBytes = kPanelColumns * 2;  // of a panel
 
-// Named barriers; 0 is __syncthreads().
-enum Barrier : int { kConsumersMeet = 1, kQueriesRequested = 2 };
+// Named barriers. 0 is __syncthreads(), which must stand in one place for the whole block.
+enum Barrier : int { kConsumersMeet = 1, kQueriesRequested = 2, kBlockReady = 3 };
+
+// The producer's mbarriers and the consumers' Q are in place; what comes next may start.
+template <typename Tile>
+__device__ __forceinline__ void meet_block() {
+  __syncwarp();
+  ptx::named_sync(kBlockReady, Tile::kThreads);
+  ptx::launch_dependents();
+}
 
 // What one block works on.
 struct Item {
@@ -187,6 +195,7 @@ __device__ __forceinline__ void clear_unseen(unsigned char* s_v, Keys seen, int3
     if (key >= seen.begin && key < seen.end) continue;
     reinterpret_cast<uint4*>(s_v)[i] = make_uint4(0, 0, 0, 0);
   }
+  __syncwarp();
 }
 
 }  // namespace wh::cuda::decode

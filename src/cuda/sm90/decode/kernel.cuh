@@ -234,6 +234,7 @@ class Consumer {
     const int lane = threadIdx.x % 32;
     float log_sums[2];
     // Other warps may still multiply what lies in the ring.
+    __syncwarp();
     ptx::named_sync(kConsumersMeet, Tile::kConsumers);
     const int warp_offset = Tile::kQueryBytes + threadIdx.x / 32 * 16 * kPitch;
 #pragma unroll
@@ -330,13 +331,13 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
     const int old_tiles = max(0, tiles.item.present.end - args.fresh_keys) / Tile::kTileK;
     for (; n < first_count && tiles.tile(n) < old_tiles; ++n) tiles.load(n, n);
   }
+  __syncwarp();
   ptx::wait_for_dependency();
   ptx::named_sync(kQueriesRequested, Tile::kConsumers + 32);
   if (is_leader) {
     for (; n < first_count; ++n) tiles.load(n, n);
   }
-  __syncthreads();
-  ptx::launch_dependents();
+  meet_block<Tile>();
   if (!is_leader) return;
   RingPosition<Tile::kSlots> ring;
   for (; n < count; ++n) {
@@ -354,11 +355,11 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item
     QueryLoader<Tile, T> queries(args, item);
     ptx::wait_for_dependency();
     queries.request();
+    __syncwarp();
     ptx::named_arrive(kQueriesRequested, Tile::kConsumers + 32);
     queries.store(smem);
   }
-  __syncthreads();
-  ptx::launch_dependents();
+  meet_block<Tile>();
   if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<Tile::kConsumerRegisters>();
   consumer.run();
 }
@@ -398,8 +399,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x < Tile::kConsumers + 32) {
     produce<Tile>({maps, args, item, shared});
   } else {
-    __syncthreads();
-    ptx::launch_dependents();
+    meet_block<Tile>();
   }
 }
 
