@@ -228,12 +228,15 @@ def attention_mask(
         )
     # The queries' own keys are the last present ones: what follows is unwritten cache.
     present = q_offset + q_length - kv_offset
+    # Decoding from a static cache is what gets compiled: a field that is now a tensor and now None
+    # would cost a new graph. transformers withholds this permission then.
+    is_compiled_decode = q_length == 1 and not kwargs.get("allow_is_causal_skip", True)
     key_lengths = None
     if isinstance(present, Tensor):
         # A static cache counts in this tensor, in place: `present` is a copy by now. Its value
         # stays a tensor, so that compiled decoding needs no new graph for every token.
         key_lengths = present.to(device=device, dtype=torch.int32).expand(batch_size).contiguous()
-    elif present != kv_length:
+    elif present != kv_length or is_compiled_decode:
         key_lengths = torch.full((batch_size,), present, dtype=torch.int32, device=device)
     mask = StructuredMask(
         batch=batch_size,
@@ -251,6 +254,11 @@ def attention_mask(
     if local.shape[1] < count:
         return replace(mask, keys=_spread(local, kv_length))
     padding = _padding_of(local[:, :count], kv_length)
+    if padding.key_ends is None and is_compiled_decode and padding.keys is None:
+        starts = padding.key_starts
+        if starts is None:
+            starts = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        return replace(mask, key_starts=starts)
     if padding.key_ends is None:
         return replace(mask, key_starts=padding.key_starts, keys=padding.keys)
     if count == q_length:

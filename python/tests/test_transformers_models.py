@@ -1,0 +1,153 @@
+"""Whole models with random weights: Widehead against transformers' own eager attention."""
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+import widehead.transformers  # noqa: E402
+from transformers import DynamicCache, StaticCache  # noqa: E402
+
+LENGTH = 50  # past the windows of 24
+PADDING = (9, 0)  # tokens missing from each row of a batch
+
+
+@pytest.fixture(scope="module", params=tiny_models.NAMES)
+def model(request):
+    widehead.transformers.register()
+    return tiny_models.tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, tiny_models.VOCABULARY, (2, LENGTH), generator=generator)
+
+
+def padding_mask(tokens, side):
+    mask = torch.ones_like(tokens)
+    for row, count in enumerate(PADDING):
+        if side == "left":
+            mask[row, :count] = 0
+        else:
+            mask[row, LENGTH - count :] = 0
+    return mask
+
+
+def logits(model, implementation, tokens, **kwargs):
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        return model(tokens, **kwargs).logits
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def test_logits_are_as_near_to_float64_as_eagers(model, tokens):
+    eager = logits(model, "eager", tokens)
+    ours = logits(model, "widehead", tokens)
+    expected = logits(copy.deepcopy(model).double(), "eager", tokens)
+    assert error(ours, expected) <= 2 * error(eager, expected) + 1e-6
+
+
+def test_logits_in_bfloat16(model, tokens):
+    rounded = copy.deepcopy(model).bfloat16()
+    expected = logits(copy.deepcopy(rounded).double(), "eager", tokens)
+    eager = logits(rounded, "eager", tokens)
+    ours = logits(rounded, "widehead", tokens)
+    # The median of the tokens: rounding may tip one between two experts that nearly tie.
+    assert median_error(ours, expected) <= 1.2 * median_error(eager, expected)
+
+
+def median_error(actual, expected):
+    return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(model, tokens, side):
+    mask = padding_mask(tokens, side)
+    seen = mask.bool()
+    eager = logits(model, "eager", tokens, attention_mask=mask)[seen]
+    ours = logits(model, "widehead", tokens, attention_mask=mask)
+    assert torch.isfinite(ours).all()
+    assert error(ours[seen], eager.double()) <= 1e-4
+    # The mask matters: without it the padded row reads other keys.
+    if side == "left":
+        unmasked = logits(model, "widehead", tokens)
+        assert error(unmasked[0, PADDING[0] :], eager[: LENGTH - PADDING[0]].double()) > 1e-3
+
+
+def generate(model, implementation, tokens, **kwargs):
+    model.set_attn_implementation(implementation)
+    return model.generate(
+        tokens,
+        attention_mask=padding_mask(tokens, "left"),
+        do_sample=False,
+        min_new_tokens=64,
+        max_new_tokens=64,
+        **kwargs,
+    )
+
+
+def test_greedy_generation_is_identical(model, tokens):
+    expected = generate(model, "eager", tokens)
+    assert expected.shape[1] == LENGTH + 64
+    assert torch.equal(generate(model, "widehead", tokens), expected)
+
+
+def test_greedy_generation_with_a_static_cache_is_identical(model, tokens):
+    static = {"cache_implementation": "static", "disable_compile": True}
+    expected = generate(model, "eager", tokens, **static)
+    assert torch.equal(generate(model, "widehead", tokens, **static), expected)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("cut", [10, 30])
+def test_two_chunks_of_prefill(model, tokens, cache_class, cut):
+    expected = logits(model, "eager", tokens).double()
+    extra = {"max_cache_len": 96} if cache_class is StaticCache else {}
+    cache = cache_class(config=model.config, **extra)
+    first = logits(model, "widehead", tokens[:, :cut], past_key_values=cache, use_cache=True)
+    second = logits(model, "widehead", tokens[:, cut:], past_key_values=cache, use_cache=True)
+    assert error(torch.cat([first, second], dim=1), expected) <= 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_generation_is_identical(tokens):
+    widehead.transformers.register()
+    model = tiny_models.tiny_model("gemma3")
+    expected = generate(model, "eager", tokens, cache_implementation="static", disable_compile=True)
+    config = transformers.CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True  # transformers compiles for the CPU when asked twice
+    torch._dynamo.reset()
+    compiled = generate(
+        model, "widehead", tokens, cache_implementation="static", compile_config=config
+    )
+    assert torch.equal(compiled, expected)
+    # Prefill is not compiled; decoding takes one graph below the window and a few past it, the
+    # static window cache's own, not one a token.
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.slow
+def test_whole_model_in_one_graph(tokens):
+    widehead.transformers.register()
+    model = tiny_models.tiny_model("gemma3")
+    expected = logits(model, "widehead", tokens, use_cache=True)
+    torch._dynamo.reset()
+    masks = []
+
+    def record(graph, inputs):
+        masks.extend(
+            node.args[3] for node in graph.graph.nodes if "widehead" in str(node.target)
+        )
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=record)
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens, use_cache=True).logits, expected)
+    assert masks == [None] * 4  # windows reach the operator as numbers

@@ -1,0 +1,349 @@
+"""What transformers hands to an attention function and how it can be misread, a trap a test."""
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+import widehead.transformers  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from oracle import oracle, qkv, relative_rms  # noqa: E402
+from transformers import AttentionInterface, StaticCache  # noqa: E402
+from transformers.masking_utils import (  # noqa: E402
+    AttentionMaskInterface,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+from widehead.transformers import StructuredMask, attention_forward, attention_mask  # noqa: E402
+
+
+class Recorder:
+    """Registers Widehead under a name that keeps what every attention call got."""
+
+    def __init__(self):
+        self.calls = []
+        widehead.transformers.register("widehead_recorded")
+        inner = AttentionInterface()["widehead_recorded"]
+
+        def forward(module, query, key, value, mask, **kwargs):
+            self.calls.append((query, key, value, mask, kwargs))
+            return inner(module, query, key, value, mask, **kwargs)
+
+        AttentionInterface.register("widehead_recorded", forward)
+
+    def model(self, name):
+        model = tiny_models.tiny_model(name)
+        model.set_attn_implementation("widehead_recorded")
+        return model
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+def tokens(length=40, batch=2):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(3, tiny_models.VOCABULARY, (batch, length), generator=generator)
+
+
+def left_padding(ids, count=7):
+    mask = torch.ones_like(ids)
+    mask[0, :count] = 0
+    return mask
+
+
+def forward(model, *args, **kwargs):
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def tensors(seed=0, **shapes):
+    return tuple(torch.from_numpy(array) for array in qkv(seed, **shapes))
+
+
+class Causal(torch.nn.Module):
+    is_causal = True
+
+
+def test_01_the_mask_function_is_registered_too(recorder):
+    assert AttentionMaskInterface()["widehead_recorded"] is attention_mask
+    ids = tokens()
+    forward(recorder.model("gemma3"), ids, attention_mask=left_padding(ids))
+    masks = [call[3] for call in recorder.calls]
+    assert [mask.window for mask in masks] == [24, None, 24, None]
+    assert all(mask.key_starts.tolist() == [7, 0] for mask in masks)
+
+
+def test_02_no_mask_is_top_left_and_the_tail_is_not_read():
+    q, k, v = tensors(length=(30, 77))
+    k[:, :, 30:] = v[:, :, 30:] = torch.nan
+    out, weights = attention_forward(Causal(), q, k, v, None)
+    assert weights is None
+    expected, _ = oracle(q, k[:, :, :30], v[:, :, :30], causal="top_left")
+    assert relative_rms(out.transpose(1, 2), expected) <= 4e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4"])
+def test_02_unwritten_memory_of_a_static_cache_is_not_read(name, recorder):
+    model = recorder.model(name)
+    ids = tokens(20)
+    expected = forward(model, ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    forward(model, ids, past_key_values=cache)
+    cache.reset()
+    for layer in cache.layers:
+        if layer.keys is not None:  # not a layer that shares another's
+            layer.keys.fill_(torch.nan)
+            layer.values.fill_(torch.nan)
+    assert torch.allclose(forward(model, ids, past_key_values=cache).logits, expected, atol=1e-4)
+
+
+def test_03_the_counter_of_a_static_cache_is_copied():
+    counter = torch.tensor(11)
+    mask = attention_mask(2, 5, 32, q_offset=counter)
+    counter.add_(5)
+    assert mask.key_lengths.tolist() == [16, 16]
+
+
+def test_04_masks_made_before_the_forward_survive(recorder):
+    mask = attention_mask(2, 5, 5, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]) > 0)
+    assert mask.contiguous() is mask
+    # A model of one kind of layers hands its mask back where a 4-D mask may stand.
+    model = recorder.model("llama")
+    ids = tokens()
+    model.generate(
+        ids,
+        attention_mask=left_padding(ids),
+        max_new_tokens=4,
+        min_new_tokens=4,
+        cache_implementation="static",
+        disable_compile=True,
+    )
+    for call in recorder.calls:
+        assert isinstance(call[3], StructuredMask)
+        assert call[3].key_starts.tolist() == [7, 0]
+
+
+def test_05_layers_that_share_keys_get_fewer_queries(recorder):
+    model = recorder.model("gemma4")
+    ids = tokens(40)
+    model.generate(ids, attention_mask=left_padding(ids), max_new_tokens=2, min_new_tokens=2)
+    prefill = recorder.calls[:4]
+    assert [call[0].shape[2] for call in prefill] == [40, 40, 1, 1]
+    assert [call[1].shape[2] for call in prefill] == [40] * 4
+    assert [call[3].len_q for call in prefill] == [40, 40, 1, 1]
+    # Position ids are no help: they may be those of all queries.
+    q, k, v = tensors(length=(1, 40))
+    mask = attention_mask(2, 40, 40)[:, :, -1:, :]
+    out, _ = attention_forward(Causal(), q, k, v, mask, position_ids=torch.arange(40)[None])
+    assert relative_rms(out.transpose(1, 2), oracle(q, k, v, causal=True)[0]) <= 4e-6
+
+
+def test_06_gemma4s_two_kinds_of_layers(recorder):
+    model = recorder.model("gemma4")
+    forward(model, tokens())
+    shapes = [(call[0].shape[3], call[1].shape[1], call[4]["scaling"]) for call in recorder.calls]
+    assert shapes == [(256, 2, 1.0), (512, 1, 1.0)] * 2
+    # V is the keys' projection before its norm and rotation, not a view of K.
+    _, key, value, _, _ = recorder.calls[1]
+    assert key.data_ptr() != value.data_ptr() and not torch.equal(key, value)
+
+
+def test_07_a_window_counts_the_query_itself(recorder):
+    q, k, v = tensors(length=(40, 40))
+    mask = attention_mask(2, 40, 40, mask_function=sliding_window_causal_mask_function(5))
+    out, _ = attention_forward(Causal(), q, k, v, mask, sliding_window=5)
+    expected, _ = oracle(q, k, v, causal=True, window=(4, None))
+    assert relative_rms(out.transpose(1, 2), expected) <= 4e-6
+    for name in ("gemma2", "gemma3", "gpt_oss", "mimo_v2_flash"):
+        recorder.calls.clear()
+        forward(recorder.model(name), tokens())
+        windows = [call[3].window for call in recorder.calls]
+        assert windows == [call[4].get("sliding_window") for call in recorder.calls]
+        assert set(windows) >= {24}
+
+
+def test_08_a_window_cache_begins_past_the_first_token(recorder):
+    model = recorder.model("gemma3")
+    ids = tokens(48)
+    expected = forward(model, ids).logits
+    recorder.calls.clear()
+    cache = transformers.DynamicCache(config=model.config)
+    parts = [forward(model, ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, 48))]
+    assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-4)
+    assert [call[1].shape[2] for call in recorder.calls[4:]] == [41, 48, 41, 48]
+    # A static window cache: shorter than its window, with an unwritten tail, and longer.
+    for length in (10, 48):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        recorder.calls.clear()
+        actual = forward(model, ids[:, :length], past_key_values=cache).logits
+        assert torch.allclose(actual, expected[:, :length], atol=1e-4)
+        assert recorder.calls[0][1].shape[2] == max(24, length)
+
+
+def test_09_the_other_arguments(recorder):
+    q, k, v = tensors()
+    sinks = torch.nn.Parameter(torch.tensor([0.5, -1, 2, 0], dtype=torch.bfloat16))
+    mask = attention_mask(2, 33, 77, q_offset=44)
+    out, _ = attention_forward(
+        Causal(), q, k, v, mask, scaling=0.2, softcap=3.0, s_aux=sinks, use_cache=True,
+        output_router_logits=False, position_ids=torch.arange(33)[None], sliding_window=None,
+    )  # fmt: skip
+    expected, _ = oracle(
+        q, k, v, causal=True, scale=0.2, softcap=3.0, sinks=sinks.detach().float().numpy()
+    )
+    assert not out.requires_grad
+    assert relative_rms(out.transpose(1, 2), expected) <= 4e-6
+    with pytest.raises(ValueError, match="dropout is 0.1"):
+        attention_forward(Causal(), q, k, v, mask, dropout=0.1)
+    forward(recorder.model("gemma2"), tokens())
+    assert all(call[4]["softcap"] == 5.0 for call in recorder.calls)
+    recorder.calls.clear()
+    forward(recorder.model("gpt_oss"), tokens())
+    assert all(isinstance(call[4]["s_aux"], torch.nn.Parameter) for call in recorder.calls)
+
+
+def test_09_a_position_bias_is_added():
+    q, k, v = tensors()
+    bias = torch.randn(1, 4, 33, 77)
+    hidden = torch.rand(2, 1, 33, 77) < 0.3
+    out, _ = attention_forward(Causal(), q, k, v, ~hidden, position_bias=bias)
+    expected, _ = oracle(q, k, v, mask=np.where(hidden, -np.inf, bias).astype(np.float32))
+    assert relative_rms(out.transpose(1, 2), expected) <= 4e-6
+
+
+def test_10_heads_and_dimensions_differ_between_layers(recorder):
+    forward(recorder.model("mimo_v2_flash"), tokens())
+    kinds = {(call[3].window, call[1].shape[1]) for call in recorder.calls}
+    windows = {heads for window, heads in kinds if window is not None}
+    whole = {heads for window, heads in kinds if window is None}
+    assert len(windows) == 1 and len(whole) == 1 and windows != whole
+    for name, dims in (("deepseek_v3", (192, 128)), ("glm4_moe_lite", (256, 256))):
+        recorder.calls.clear()
+        forward(recorder.model(name), tokens())
+        assert {(c[1].shape[3], c[2].shape[3]) for c in recorder.calls} == {dims}
+
+
+def test_11_no_mask_of_queries_by_keys_is_made(recorder):
+    model = recorder.model("gemma3")
+    ids = tokens(48)
+    cache = transformers.DynamicCache(config=model.config)
+    for a, b in ((0, 30), (30, 47), (47, 48)):
+        forward(model, ids[:, a:b], past_key_values=cache, attention_mask=left_padding(ids)[:, :b])
+    for _, _, _, mask, _ in recorder.calls:
+        held = [mask.key_lengths, mask.key_starts, mask.keys]
+        assert all(each is None or each.numel() <= 2 for each in held)
+
+
+def test_12_left_padding_is_a_key_start_and_empty_rows_are_zero():
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    padding[0, :7] = False
+    mask = attention_mask(2, 40, 40, attention_mask=padding)
+    assert mask.key_starts.tolist() == [7, 0]
+    assert mask.key_lengths is None and mask.keys is None
+    q, k, v = tensors(length=(40, 40))
+    k[0, :, :7] = v[0, :, :7] = torch.nan
+    out, _ = attention_forward(Causal(), q, k, v, mask)
+    assert torch.isfinite(out).all()
+    assert not out[0, :7].any() and out[1, :7].all()
+
+
+def test_13_decoding_from_a_static_cache_takes_no_mask(recorder):
+    model = recorder.model("llama")
+    ids = tokens()
+    model.generate(ids, max_new_tokens=3, min_new_tokens=3, cache_implementation="static",
+                   disable_compile=True)  # fmt: skip
+    decode = [call for call in recorder.calls if call[0].shape[2] == 1]
+    assert [call[3].key_lengths.tolist() for call in decode] == [[41] * 2] * 4 + [[42] * 2] * 4
+    assert all(call[3].keys is None for call in decode)
+    assert {call[1].shape[2] for call in decode} == {42}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    len_q=st.integers(1, 12),
+    past=st.integers(0, 12),
+    tail=st.integers(0, 5),
+    window=st.one_of(st.none(), st.integers(1, 20)),
+    counted_by_tensor=st.booleans(),
+    padding=st.sampled_from([None, "none", "left", "right", "both", "holes", "short"]),
+    compiled_decode=st.booleans(),
+    kept=st.integers(1, 12),
+    data=st.data(),
+)
+def test_structure_says_what_the_dense_mask_says(
+    len_q, past, tail, window, counted_by_tensor, padding, compiled_decode, kept, data
+):
+    """Against transformers' own boolean mask, for queries that are no padding themselves."""
+    count = past + len_q
+    len_k = count + tail
+    present = None
+    if padding is not None:
+        present = torch.ones(2, count, dtype=torch.bool)
+        cut = data.draw(st.integers(0, count))
+        if padding in ("left", "both"):
+            present[0, :cut] = False
+        if padding in ("right", "both"):
+            present[1, cut:] = False
+        if padding == "holes":
+            present = torch.tensor(
+                data.draw(st.lists(st.lists(st.booleans(), min_size=count, max_size=count),
+                                   min_size=2, max_size=2))
+            )  # fmt: skip
+        if padding == "short":
+            present = present[:, :cut]
+    function = causal_mask_function
+    if window is not None:
+        function = sliding_window_causal_mask_function(window)
+    arguments = {
+        "batch_size": 2,
+        "q_length": len_q,
+        "kv_length": len_k,
+        "q_offset": torch.tensor(past) if counted_by_tensor else past,
+        "mask_function": function,
+        "attention_mask": present,
+        "allow_is_causal_skip": not compiled_decode,
+    }
+    mask = attention_mask(**copy.copy(arguments), local_size=window)
+    arguments["allow_is_causal_skip"] = False
+    expected = sdpa_mask(**arguments)
+    assert isinstance(mask, StructuredMask)
+    assert mask.shape == tuple(expected.shape) and len(mask.shape) == 4
+    assert torch.equal(mask.dense(), expected)
+    kept = min(kept, len_q)
+    assert torch.equal(mask[:, :, -kept:, :].dense(), expected[:, :, -kept:, :])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
+        bidirectional_mask_function,
+        and_masks(causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0),
+    ],
+)
+def test_other_patterns_become_boolean_masks(function):
+    q, k, v = tensors(length=(10, 10))
+    mask = attention_mask(2, 10, 10, mask_function=function)
+    expected = sdpa_mask(2, 10, 10, mask_function=function, allow_is_causal_skip=False)
+    assert torch.equal(mask, expected)
+    out, _ = attention_forward(Causal(), q, k, v, mask)
+    assert relative_rms(out.transpose(1, 2), oracle(q, k, v, mask=expected.numpy())[0]) <= 4e-6
+
+
+def test_a_mask_of_another_shape_is_refused():
+    q, k, v = tensors(length=(10, 20))
+    with pytest.raises(ValueError, match="the mask is for 10 queries and 10 keys"):
+        attention_forward(Causal(), q, k, v, attention_mask(2, 10, 10))
+    with pytest.raises(NotImplementedError, match="cannot be indexed"):
+        attention_mask(2, 10, 10)[:, :, :4, :]

@@ -1,0 +1,164 @@
+"""Models of transformers with random weights: the attention of the real ones, little else."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+VOCABULARY = 128
+_COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+}
+_LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 64,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    **_EXPERTS,
+}
+# Name: configuration class, its attention, and how many layers.
+_MODELS = {
+    "llama": ("LlamaConfig", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 200,
+            "attn_logit_softcapping": 5.0,
+            "sliding_window": 24,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "sliding_window": 24,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 32,
+            **_EXPERTS,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            **_LATENT,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            **_LATENT,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "sliding_window": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 192,
+            "v_head_dim": 128,
+            "sliding_window": 24,
+            "n_routed_experts": 4,
+            **_EXPERTS,
+        },
+    ),
+}
+NAMES = tuple(_MODELS)
+
+
+def tiny_model(name: str) -> torch.nn.Module:
+    """In float32, the same weights every time."""
+    config_name, attention = _MODELS[name]
+    config_class = getattr(transformers, config_name)
+    config = config_class(**_COMMON, num_hidden_layers=4, **attention)
+    torch.manual_seed(0)
+    # Its grouped products of experts know no float64.
+    config._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # Random initialisation leaves scores near 0, where every mask looks alike: spread them.
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in parameter_name:
+                parameter.mul_(4.0)
+            if parameter_name.endswith("sinks"):
+                parameter.normal_()
+    return model
