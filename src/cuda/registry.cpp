@@ -2,12 +2,13 @@
 
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/prefill/config.h"
+#include "cuda/sm90/prefill_wide/config.h"
 #include "cuda/unfused/config.h"
 
 namespace wh::cuda {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kSm90Prefill, &kSm90Decode, &kUnfused};
+  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode, &kUnfused};
   return list;
 }
 

@@ -57,14 +57,10 @@ double estimate_tiles_us(const Query& query, const TileOrder& order, const TileC
   const Problem& p = query.problem;
   const int32_t workers = std::max(1, cost.workers);
   double share = cost.share;
-  if (scores_of(p) == Scores::kTransformed) share *= 0.7;
+  if (scores_of(p) == Scores::kTransformed) share *= 0.65;
   if (scores_of(p) == Scores::kMasked) share *= 0.4;
-  // A worker's part of the card, in which a cluster has two SMs.
-  const double blocks = static_cast<double>(std::max(1, query.cuda.sms));
-  const double rows_at_once = static_cast<double>(workers) * cost.tile_q;
-  const double occupied = std::min(1.0, rows_at_once / (blocks * cost.tile_q));
   const double worker_flops_per_us =
-      query.cuda.tensor_tflops * share * 1e6 * std::max(occupied, 1 / blocks) / workers;
+      query.cuda.tensor_tflops * share * 1e6 * cost.worker_sms / std::max(1, query.cuda.sms);
   // Keys of a query on average, and half a tile more where its last tile is cut.
   const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q)) +
                       static_cast<double>(cost.tile_k) / 2;
@@ -74,8 +70,8 @@ double estimate_tiles_us(const Query& query, const TileOrder& order, const TileC
   const double rounds = claims_tiles(p, order, workers)
                             ? static_cast<double>(order.tiles) / workers + 0.5
                             : static_cast<double>(divide_up(order.tiles, workers));
-  constexpr double kLaunchUs = 4;
-  return tile_us * rounds + kLaunchUs;
+  constexpr double kFixedUs = 12;  // what small problems take in a graph, beyond their tiles
+  return tile_us * rounds + kFixedUs;
 }
 
 }  // namespace wh::cuda

@@ -27,8 +27,9 @@ struct TileCost {
   HeadDims dims;   // computed, padding included
   int32_t tile_q;  // rows of a worker's tile
   int32_t tile_k;
-  int32_t workers;  // blocks or clusters
-  double share;     // of the card's dense tensor rate that the main loop reaches
+  int32_t workers;     // blocks or clusters
+  int32_t worker_sms;  // a block's one, a cluster's two
+  double share;        // of the card's dense tensor rate that the main loop reaches
 };
 double estimate_tiles_us(const Query& query, const TileOrder& order, const TileCost& cost);
 

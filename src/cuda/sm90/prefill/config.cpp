@@ -47,10 +47,10 @@ struct Rate {
   HeadDims dims;
   double share;
 };
-constexpr Rate kRates[] = {{{64, 64}, 0.60},   {{80, 80}, 0.56},   {{96, 96}, 0.63},
-                           {{112, 112}, 0.69}, {{128, 128}, 0.77}, {{160, 160}, 0.73},
-                           {{192, 128}, 0.84}, {{192, 192}, 0.87}, {{192, 256}, 0.75},
-                           {{256, 256}, 0.87}, {{320, 256}, 0.80}};
+constexpr Rate kRates[] = {{{64, 64}, 0.55},   {{80, 80}, 0.52},   {{96, 96}, 0.61},
+                           {{112, 112}, 0.67}, {{128, 128}, 0.75}, {{160, 160}, 0.74},
+                           {{192, 128}, 0.81}, {{192, 192}, 0.85}, {{192, 256}, 0.77},
+                           {{256, 256}, 0.85}, {{320, 256}, 0.74}};
 
 double estimate_us(const Query& query, const Config& config) {
   const HeadDims dims = dims_of(query.problem);
@@ -63,6 +63,7 @@ double estimate_us(const Query& query, const Config& config) {
                             .tile_q = static_cast<int32_t>(config.tile_q),
                             .tile_k = static_cast<int32_t>(config.tile_k),
                             .workers = config.threads,
+                            .worker_sms = 1,
                             .share = share});
 }
 

@@ -35,15 +35,21 @@ struct PrefillTile {
 // keys Q K^T is bound by shared memory. At dim 64 three warpgroups of 64 rows share each K tile; 48
 // bytes of spill there halve the speed.
 constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
-  if (dims.dim_v <= 64 && dims.dim_qk <= 64 && scores == Scores::kPlain) {
-    return {3, 128, 2, 32, 160};
+  const bool is_plain = scores == Scores::kPlain;
+  if (dims.dim_v <= 64 && dims.dim_qk <= 64) {
+    return is_plain ? PrefillTile{3, 128, 2, 32, 160} : PrefillTile{2, 128, 2, 40, 232};
   }
-  if (dims.dim_v <= 128 && dims.dim_qk <= 128) {
-    return {2, scores == Scores::kPlain ? 176 : scores == Scores::kMasked ? 96 : 128, 2, 40, 232};
+  int tile_k = 80;
+  if (dims.dim_qk > 256) {
+    tile_k = 64;
+  } else if (dims.dim_v <= 128) {
+    tile_k = dims.dim_qk <= 128 && is_plain ? 176 : 128;
+  } else if (dims.dim_v <= 192) {
+    tile_k = 112;
   }
-  if (dims.dim_v <= 128) return {2, 128, 2, 40, 232};
-  if (dims.dim_v <= 192) return {2, 112, 2, 40, 232};
-  return {2, dims.dim_qk > 256 || scores == Scores::kMasked ? 64 : 80, 2, 40, 232};
+  // The addresses of an array mask take registers.
+  if (scores == Scores::kMasked) tile_k = dims.dim_qk <= 128 && dims.dim_v <= 128 ? 96 : 64;
+  return {2, tile_k, 2, 40, 232};
 }
 
 // Rows of 64 columns, 128 bytes each: Q, then the stages of K, then those of V, then barriers.

@@ -3,18 +3,17 @@
 // Schedule. A block owns 64 query rows; 64 x 512 sums are more than one warpgroup's registers, so
 // two share them. The left one computes S = Q K^T, softmax and O[:, :256] += P V with P in
 // registers, and hands P and the row factors over in shared memory; the right one computes
-// O[:, 256:] += P V. No product is done twice. The left order is S(n), values of n + 1, softmax(n)
-// under those values.
+// O[:, 256:] += P V. No product is done twice. The left order is S(n), values of n + 1, softmax(n).
 //
 // Two blocks of a cluster work on the same keys for neighbouring rows or heads; each loads half of
 // every K and V tile and multicasts it: 128 flops a byte out of L2, which 64 rows alone would not
-// have. Copies go through one ring of 16 KB slots, in the order in which they are read: K as 96
-// keys x 64 columns, V as 32 keys x 256 columns, left and right in turn. A slot is released as soon
+// have. Copies go through two rings of 16 KB slots, one for each warpgroup, in the order in which
+// it reads them: K as 64 keys x 128 columns, V as 32 keys x 256 columns. A slot is released as soon
 // as the products that read it are done.
 //
-// Roofline: tensor cores, 4096 flops a clock and SM; but for 64 rows a tile of 96 keys also takes
-// 3,780 clocks of the 128-byte port of shared memory against 3,072 of products (copies in 1,536,
-// Q K^T 1,280, P V 860), so the bound is 81 % of the tensor rate; with 64 keys it would be 74 %.
+// Roofline: tensor cores, 4096 flops a clock and SM; but for 64 rows a tile of 64 keys also takes
+// 2,750 clocks of the 128-byte port of shared memory against 2,048 of products (copies in 1,024,
+// Q K^T 1,024, P V 580, P 128), so the bound is 74 % of the tensor rate.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,7 +43,7 @@ struct WideBlock {
   static constexpr WideTile kTile = wide_tile(kDims, kScores);
   static constexpr WideMemory kMemory{kDims, kTile};
   static constexpr int kTileK = kTile.tile_k;
-  static constexpr int kSlots = kTile.slots;
+  static constexpr int kSlots = kTile.left_slots + kTile.right_slots;
   static constexpr int kHalf = 256;  // columns of V that a warpgroup owns
   static constexpr int kVRows = kWideValueRows;
   static constexpr int kPanelsOfKSlot = wide_panels_of_slot(kTile);
@@ -67,9 +66,9 @@ struct WideBlock {
   };
   enum NamedBarrier {  // 0 is __syncthreads()
     kCleanersBarrier = 1,
-    kWeightsFull,                     // two buffers
-    kWeightsFree = kWeightsFull + 2,  // two buffers
-    kNormFull = kWeightsFree + 2,
+    kWeightsFull,
+    kWeightsFree,
+    kNormFull,
     kNormFree,
     kWarpgroupBarrier,  // left and right
   };
@@ -80,24 +79,23 @@ struct WideBlock {
   };
   static_assert(kBarriers * 8 + sizeof(Mailbox) <= 512);
 
-  // Which slot is next, and the parity of its barriers.
-  struct Ring {
-    int slot = 0;
+  // Which slot is next, and the parity of its barriers. A ring for each warpgroup: in a common one
+  // a warpgroup that skips the other's slots could be two fills ahead of a barrier's parity.
+  template <int kFirst, int kCount>
+  struct RingOf {
+    int slot = kFirst;
     uint32_t parity = 0;
 
-    __device__ __forceinline__ void skip(int count) {
-      slot += count;
-      if (slot >= kSlots) {
-        slot -= kSlots;
-        parity ^= 1;
-      }
-      if (slot >= kSlots) {
-        slot -= kSlots;
-        parity ^= 1;
-      }
+    __device__ __forceinline__ static int after(int slot) {
+      return slot + 1 == kFirst + kCount ? kFirst : slot + 1;
+    }
+    __device__ __forceinline__ void next() {
+      slot = after(slot);
+      if (slot == kFirst) parity ^= 1;
     }
   };
-  static_assert(kKSlots <= 2 * kSlots && 2 * kVSlots <= 2 * kSlots);
+  using LeftRing = RingOf<0, kTile.left_slots>;
+  using RightRing = RingOf<kTile.left_slots, kTile.right_slots>;
 
   const PrefillMaps& maps;
   const AttentionArgs& args;
@@ -112,14 +110,12 @@ struct WideBlock {
   __device__ __forceinline__ uint32_t s_slot(int slot) const {
     return s_q + kMemory.ring_offset + slot * kWideSlotBytes;
   }
-  __device__ __forceinline__ uint32_t s_weights(int buffer) const {
-    return s_q + kMemory.p_offset + buffer * kMemory.p_bytes;
-  }
-  // Row factors: [2 buffers][64] corrections, [64] norms.
+  __device__ __forceinline__ uint32_t s_weights() const { return s_q + kMemory.p_offset; }
+  // Row factors: [64] corrections, [64] norms.
   __device__ __forceinline__ float* s_factors() const {
     return reinterpret_cast<float*>(s_memory + kMemory.factor_offset);
   }
-  static constexpr int kNorms = 2 * kWideTileQ;
+  static constexpr int kNorms = kWideTileQ;
   __device__ __forceinline__ volatile Mailbox* mailbox() const {
     return reinterpret_cast<volatile Mailbox*>(s_memory + kMemory.barrier_offset + kBarriers * 8);
   }
@@ -167,7 +163,8 @@ struct WideBlock {
   // --- producer: one thread ---
 
   __device__ __forceinline__ void produce() const {
-    Ring ring;
+    LeftRing left;
+    RightRing right;
     const int32_t clusters = gridDim.x / kWideCluster;
     int32_t index = blockIdx.x / kWideCluster;
     for (uint32_t number = 0;; ++number) {
@@ -198,13 +195,14 @@ struct WideBlock {
       }
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
-        load_keys(ring, n * kTileK, head_kv, w.at.batch_idx);
+        load_keys(left, n * kTileK, head_kv, w.at.batch_idx);
         if (n + 1 < w.keys.end) {
-          load_values(ring, (n + 1) * kTileK, head_kv, w.at.batch_idx, w.keys.is_clean(n + 1));
+          load_values(left, right, (n + 1) * kTileK, head_kv, w.at.batch_idx,
+                      w.keys.is_clean(n + 1));
         }
       }
       if (w.keys.end > w.keys.begin) {
-        load_values(ring, w.keys.begin * kTileK, head_kv, w.at.batch_idx,
+        load_values(left, right, w.keys.begin * kTileK, head_kv, w.at.batch_idx,
                     w.keys.is_clean(w.keys.begin));
       }
     }
@@ -212,7 +210,7 @@ struct WideBlock {
 
   // A slot is two boxes: halves of the rows of one panel, or two panels. This block's is number
   // `rank`.
-  __device__ __forceinline__ void load_keys(Ring& ring, int32_t key, int32_t head_kv,
+  __device__ __forceinline__ void load_keys(LeftRing& ring, int32_t key, int32_t head_kv,
                                             int32_t batch_idx) const {
 #pragma unroll 1
     for (int i = 0; i < kKSlots; ++i) {
@@ -223,33 +221,43 @@ struct WideBlock {
                             barrier(kSlotFull + ring.slot), panel * kPanelColumns,
                             kPanelsOfKSlot == 1 ? key + rank * (kTileK / 2) : key, head_kv,
                             batch_idx, kBothBlocks);
-      ring.skip(1);
+      ring.next();
+    }
+  }
+
+  __device__ __forceinline__ void load_values(LeftRing& left, RightRing& right, int32_t key,
+                                              int32_t head_kv, int32_t batch_idx,
+                                              bool is_clean) const {
+#pragma unroll 1
+    for (int i = 0; i < kVSlots; ++i) {
+      load_value_slot(left, key + i * kVRows, 0, head_kv, batch_idx, is_clean);
+      load_value_slot(right, key + i * kVRows, kHalf, head_kv, batch_idx, is_clean);
     }
   }
 
   // A slot is four panels of 32 rows; this block loads two.
-  __device__ __forceinline__ void load_values(Ring& ring, int32_t key, int32_t head_kv,
-                                              int32_t batch_idx, bool is_clean) const {
+  template <typename Ring>
+  __device__ __forceinline__ void load_value_slot(Ring& ring, int32_t key, int32_t first_column,
+                                                  int32_t head_kv, int32_t batch_idx,
+                                                  bool is_clean) const {
+    const uint32_t full = barrier((is_clean ? kSlotFull : kSlotLoaded) + ring.slot);
+    ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
+    ptx::mbarrier_expect(full, kWideSlotBytes);
 #pragma unroll 1
-    for (int i = 0; i < 2 * kVSlots; ++i) {
-      const uint32_t full = barrier((is_clean ? kSlotFull : kSlotLoaded) + ring.slot);
-      ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
-      ptx::mbarrier_expect(full, kWideSlotBytes);
-#pragma unroll 1
-      for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
-        ptx::tma_multicast_4d(s_slot(ring.slot) + panel * kVRows * 128, &maps.v, full,
-                              i % 2 * kHalf + panel * kPanelColumns, key + i / 2 * kVRows, head_kv,
-                              batch_idx, kBothBlocks);
-      }
-      ring.skip(1);
+    for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
+      ptx::tma_multicast_4d(s_slot(ring.slot) + panel * kVRows * 128, &maps.v, full,
+                            first_column + panel * kPanelColumns, key, head_kv, batch_idx,
+                            kBothBlocks);
     }
+    ring.next();
   }
 
   // --- cleaners: the other three warps of the producer's warpgroup ---
 
   __device__ __forceinline__ void clean() const {
     const bool is_first = threadIdx.x == 32;
-    Ring ring;
+    LeftRing left;
+    RightRing right;
     uint32_t loaded_parity = 0;  // a bit a slot: only slots to be cleaned complete this barrier
     for (uint32_t number = 0;; ++number) {
       const int32_t index = read_tile(number);
@@ -258,38 +266,50 @@ struct WideBlock {
       if (is_first) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
       if (index < 0) return;
       const Work w = work(index);
-      if (w.keys.end > w.keys.begin) ring.skip(kKSlots);
+      if (w.keys.end > w.keys.begin) skip_keys(left);
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
-        if (n > w.keys.begin) ring.skip(kKSlots);
-        if (w.keys.is_clean(n)) {
-          ring.skip(2 * kVSlots);
-          continue;
-        }
+        if (n > w.keys.begin) skip_keys(left);
+        const bool is_clean = w.keys.is_clean(n);
 #pragma unroll 1
-        for (int i = 0; i < 2 * kVSlots; ++i) {
-          ptx::mbarrier_wait(barrier(kSlotLoaded + ring.slot), loaded_parity >> ring.slot & 1);
-          loaded_parity ^= 1u << ring.slot;
-          const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
-              s_memory + kMemory.ring_offset + ring.slot * kWideSlotBytes, w.present,
-              n * kTileK + i / 2 * kVRows, threadIdx.x - 32);
-          if (dropped) mailbox()->dropped[number % 2] = 1;
-          ptx::async_proxy_fence();
-          ptx::named_sync(kCleanersBarrier, kCleaners);
-          if (is_first) ptx::mbarrier_arrive(barrier(kSlotFull + ring.slot));
-          ring.skip(1);
+        for (int i = 0; i < kVSlots; ++i) {
+          const int32_t key = n * kTileK + i * kVRows;
+          if (!is_clean) {
+            const bool dropped_left = clean_slot(left.slot, loaded_parity, w.present, key);
+            const bool dropped_right = clean_slot(right.slot, loaded_parity, w.present, key);
+            if (dropped_left || dropped_right) mailbox()->dropped[number % 2] = 1;
+          }
+          left.next();
+          right.next();
         }
       }
     }
   }
 
+  __device__ __forceinline__ void skip_keys(LeftRing& ring) const {
+#pragma unroll 1
+    for (int i = 0; i < kKSlots; ++i) ring.next();
+  }
+
+  __device__ __forceinline__ bool clean_slot(int slot, uint32_t& loaded_parity, Keys present,
+                                             int32_t key) const {
+    ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
+    loaded_parity ^= 1u << slot;
+    const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
+        s_memory + kMemory.ring_offset + slot * kWideSlotBytes, present, key, threadIdx.x - 32);
+    ptx::async_proxy_fence();
+    ptx::named_sync(kCleanersBarrier, kCleaners);
+    if (threadIdx.x == 32) ptx::mbarrier_arrive(barrier(kSlotFull + slot));
+    return dropped;
+  }
+
   // --- consumers ---
 
   // What both halves do alike.
+  template <typename Ring>
   struct Consumer {
     const WideBlock& block;
     Ring ring;
-    int buffer = 0;        // of P
     float r_o[kHalf / 2];  // [64 rows, kHalf], unnormalised
 
     __device__ __forceinline__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
@@ -331,11 +351,10 @@ struct WideBlock {
     }
   };
 
-  struct Left : Consumer {
-    using Consumer::block;
-    using Consumer::buffer;
-    using Consumer::r_o;
-    using Consumer::ring;
+  struct Left : Consumer<LeftRing> {
+    using Consumer<LeftRing>::block;
+    using Consumer<LeftRing>::r_o;
+    using Consumer<LeftRing>::ring;
     OnlineSoftmax softmax;
     uint32_t r_p[kTileK / 4];  // [64 rows, kTileK], rounded to T
     ScoreRow rows[2];
@@ -365,7 +384,7 @@ struct WideBlock {
           this->release(last_slot);
         }
         last_slot = ring.slot;
-        ring.skip(1);
+        ring.next();
       }
     }
 
@@ -373,6 +392,7 @@ struct WideBlock {
 
     __device__ __forceinline__ void issue_values() {
       ptx::keep(r_o);
+      ptx::keep(r_p);
       v_slot = ring.slot;
 #pragma unroll
       for (int slot = 0; slot < kVSlots; ++slot) {
@@ -385,15 +405,17 @@ struct WideBlock {
                                                v + ptx::descriptor_offset(i * 16 * 128), 1);
         }
         ptx::wgmma_commit();
-        ring.skip(2);
+        ring.next();
       }
     }
 
-    __device__ __forceinline__ void release_values() {
+    __device__ __forceinline__ void finish_values() {
+      ptx::wgmma_wait<0>();
+      ptx::keep(r_o);
 #pragma unroll
-      for (int slot = 0; slot < 2 * kVSlots; slot += 2) {
-        const int at = v_slot + slot;
-        this->release(at < kSlots ? at : at - kSlots);
+      for (int i = 0; i < kVSlots; ++i) {
+        this->release(v_slot);
+        v_slot = LeftRing::after(v_slot);
       }
     }
 
@@ -408,35 +430,27 @@ struct WideBlock {
       softmax.update(s, scale_log2);
     }
 
-    // P and the corrections to the right warpgroup. Packed here and again in pack(): registers that
-    // a product under way still reads must not be written (C7513).
+    // Packs P, and hands it and the corrections to the right warpgroup.
     __device__ __forceinline__ void hand_over(const float (&s)[kTileK / 2]) {
-      ptx::named_sync(kWeightsFree + buffer, 256);
+#pragma unroll
+      for (int i = 0; i < kTileK / 4; ++i) r_p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
+      ptx::named_sync(kWeightsFree, 256);
       const int lane = threadIdx.x % 32;
-      const uint32_t row =
-          block.s_weights(buffer) + (threadIdx.x % 128 / 32 * 16 + lane % 16) * 128;
+      const uint32_t row = block.s_weights() + (threadIdx.x % 128 / 32 * 16 + lane % 16) * 128;
 #pragma unroll
       for (int i = 0; i < kTileK / 16; ++i) {
         const uint32_t chunk = (i % 4 * 2 + lane / 16) ^ (lane % 8);
-        const float* w = s + 8 * i;
-        ptx::stmatrix(row + i / 4 * kWideTileQ * 128 + chunk * 16, ptx::pack<T>(w[0], w[1]),
-                      ptx::pack<T>(w[2], w[3]), ptx::pack<T>(w[4], w[5]), ptx::pack<T>(w[6], w[7]));
+        ptx::stmatrix(row + i / 4 * kWideTileQ * 128 + chunk * 16, r_p[4 * i], r_p[4 * i + 1],
+                      r_p[4 * i + 2], r_p[4 * i + 3]);
       }
       if (lane % 4 == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          block.s_factors()[buffer * kWideTileQ + accumulator_row(r)] = softmax.correction[r];
+          block.s_factors()[accumulator_row(r)] = softmax.correction[r];
         }
       }
       ptx::async_proxy_fence();
-      ptx::named_arrive(kWeightsFull + buffer, 256);
-      buffer ^= 1;
-    }
-
-    __device__ __forceinline__ void pack(const float (&s)[kTileK / 2]) {
-#pragma unroll
-      for (int i = 0; i < kTileK / 4; ++i) r_p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
-      ptx::keep(r_p);
+      ptx::named_arrive(kWeightsFull, 256);
     }
 
     __device__ __forceinline__ void first_tile(int32_t tile) {
@@ -447,9 +461,9 @@ struct WideBlock {
       this->release(last_slot);
       weigh<true>(s, tile);
       hand_over(s);
-      pack(s);
     }
 
+    // Scores of `tile` and the values of the tile before, which softmax hides.
     template <bool kHides>
     __device__ __forceinline__ void next_tile(int32_t tile) {
       float s[kTileK / 2];
@@ -460,19 +474,14 @@ struct WideBlock {
       ptx::keep(s);
       this->release(last_slot);
       weigh<kHides>(s, tile);
+      finish_values();
       hand_over(s);
-      ptx::wgmma_wait<0>();
-      ptx::keep(r_o);
-      release_values();
-      pack(s);
     }
 
     __device__ __forceinline__ void last_values() {
       this->rescale(softmax.correction[0], softmax.correction[1]);
       issue_values();
-      ptx::wgmma_wait<0>();
-      ptx::keep(r_o);
-      release_values();
+      finish_values();
     }
 
     __device__ __forceinline__ void store(const QueryRows<T>& query_rows) {
@@ -535,22 +544,19 @@ struct WideBlock {
     }
   };
 
-  struct Right : Consumer {
-    using Consumer::block;
-    using Consumer::buffer;
-    using Consumer::r_o;
-    using Consumer::ring;
+  struct Right : Consumer<RightRing> {
+    using Consumer<RightRing>::block;
+    using Consumer<RightRing>::r_o;
+    using Consumer<RightRing>::ring;
 
     __device__ __forceinline__ void values() {
-      ptx::named_sync(kWeightsFull + buffer, 256);
-      const float* corrections = block.s_factors() + buffer * kWideTileQ;
-      this->rescale(corrections[accumulator_row(0)], corrections[accumulator_row(1)]);
+      ptx::named_sync(kWeightsFull, 256);
+      this->rescale(block.s_factors()[accumulator_row(0)], block.s_factors()[accumulator_row(1)]);
       ptx::keep(r_o);
       int last_slot = 0;
-      const uint64_t p = ptx::panel_descriptor(block.s_weights(buffer));
+      const uint64_t p = ptx::panel_descriptor(block.s_weights());
 #pragma unroll
       for (int slot = 0; slot < kVSlots; ++slot) {
-        ring.skip(1);  // the left half's
         this->wait_slot();
         const uint64_t v = ptx::panel_descriptor(block.s_slot(ring.slot), kVRows * 128);
         ptx::wgmma_fence();
@@ -567,30 +573,24 @@ struct WideBlock {
           this->release(last_slot);
         }
         last_slot = ring.slot;
-        ring.skip(1);
+        ring.next();
       }
       ptx::wgmma_wait<0>();
       ptx::keep(r_o);
       this->release(last_slot);
-      ptx::named_arrive(kWeightsFree + buffer, 256);
-      buffer ^= 1;
+      ptx::named_arrive(kWeightsFree, 256);
     }
 
     __device__ __forceinline__ void run() {
       ptx::named_arrive(kWeightsFree, 256);
-      ptx::named_arrive(kWeightsFree + 1, 256);
       ptx::named_arrive(kNormFree, 256);
       for (uint32_t number = 0;; ++number) {
         const int32_t index = this->next_tile_index(number);
         if (index < 0) return;
         const Work w = block.work(index);
         this->clear();
-        if (w.keys.end > w.keys.begin) ring.skip(kKSlots);
 #pragma unroll 1
-        for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
-          if (n > w.keys.begin) ring.skip(kKSlots);
-          values();
-        }
+        for (int32_t n = w.keys.end; n > w.keys.begin; --n) values();
         ptx::named_sync(kNormFull, 256);
         const float norm[2] = {block.s_factors()[kNorms + accumulator_row(0)],
                                block.s_factors()[kNorms + accumulator_row(1)]};

@@ -19,27 +19,24 @@ constexpr int kWideValueRows = 32;  // keys of a slot of V
 
 struct WideTile {
   int tile_k;
-  int slots;                                                // of the ring
+  int left_slots, right_slots;                              // of the two warpgroups' rings
   int producer_registers, left_registers, right_registers;  // their sum is 504
 };
 
-// 96 keys: Q K^T then reads 107 bytes of shared memory a clock, with 64 keys all 128 that there
-// are; 128 keys (96 bytes) leave the left warpgroup no registers. Softcap and masks need some, so
-// that only 64 keys fit.
-constexpr WideTile wide_tile(HeadDims dims, Scores scores) {
-  const bool is_widest = dims.dim_qk > 512;
-  if (scores != Scores::kPlain) return {64, is_widest ? 8 : 9, 40, 248, 216};
-  return {96, is_widest ? 7 : 8, 40, 256, 208};
+// 96 keys would ask less of shared memory's port, but ran at 470 to 520 TFLOP/s where 64 keys run
+// at 515 to 555: with 8 + 3 slots of a tile against 6 of the ring the copies come too late.
+constexpr WideTile wide_tile(HeadDims dims, Scores) {
+  return {64, dims.dim_qk > 512 ? 5 : 6, 3, 40, 248, 216};
 }
 
 // Panels of 64 columns of K in a slot. Of one panel each block of the cluster loads half of the
 // rows, of two panels one.
 constexpr int wide_panels_of_slot(WideTile tile) { return kWideSlotBytes / (tile.tile_k * 128); }
 
-// Q in panels of 64 columns, the ring, two buffers of P, row factors, barriers.
+// Q in panels of 64 columns, the rings, P, row factors, barriers.
 struct WideMemory {
   int panels_qk;
-  int q_bytes, p_bytes;  // p: of one buffer
+  int q_bytes, p_bytes;
   int ring_offset, p_offset, factor_offset, barrier_offset, bytes;
 
   constexpr WideMemory(HeadDims dims, WideTile tile)
@@ -47,9 +44,9 @@ struct WideMemory {
         q_bytes(panels_qk * kWideTileQ * 128),
         p_bytes(kWideTileQ * ((tile.tile_k + 63) / 64) * 128),
         ring_offset(q_bytes),
-        p_offset(ring_offset + tile.slots * kWideSlotBytes),
-        factor_offset(p_offset + 2 * p_bytes),
-        barrier_offset(factor_offset + 3 * kWideTileQ * 4),
+        p_offset(ring_offset + (tile.left_slots + tile.right_slots) * kWideSlotBytes),
+        factor_offset(p_offset + p_bytes),
+        barrier_offset(factor_offset + 2 * kWideTileQ * 4),
         bytes(barrier_offset + 512) {}
 };
 
