@@ -373,6 +373,8 @@ struct PrefillBlock {
         for (int i = 0; i < kDimV / 2; ++i) r_o[i] = 0;
         int32_t n = keys.end - 1;
         if (n >= keys.begin) {
+          // From a full tile on, down to here, all are full: one comparison a tile.
+          const int32_t full_begin = max(keys.begin, keys.full_begin);
           first_tile(n--);
           // Two bodies in two loops: one that tests for the mask in between would keep products
           // from overlapping.
@@ -380,7 +382,7 @@ struct PrefillBlock {
 #pragma unroll 1
             for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
 #pragma unroll 1
-            for (; n >= keys.begin && keys.is_full(n); --n) next_tile<false>(n);
+            for (; n >= full_begin; --n) next_tile<false>(n);
           }
           __syncwarp();
           release(kQFree);

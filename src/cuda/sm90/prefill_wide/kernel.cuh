@@ -525,12 +525,14 @@ struct WideBlock {
         ptx::mbarrier_wait(block.barrier(kQFull), number % 2);
         int32_t n = keys.end - 1;
         if (n >= keys.begin) {
+          // From a full tile on, down to here, all are full: one comparison a tile.
+          const int32_t full_begin = max(keys.begin, keys.full_begin);
           first_tile(n--);
           while (n >= keys.begin) {
 #pragma unroll 1
             for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
 #pragma unroll 1
-            for (; n >= keys.begin && keys.is_full(n); --n) next_tile<false>(n);
+            for (; n >= full_begin; --n) next_tile<false>(n);
           }
           if (this->is_first_lane()) ptx::mbarrier_arrive(block.barrier(kQFree));
           last_values();
