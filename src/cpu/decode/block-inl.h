@@ -122,7 +122,7 @@ HWY_INLINE void store_sums(const Vec* acc, float* to) {
 // g++ would fold a load into each multiply-add that uses it: 16 loads where 8 do, and two a cycle
 // are all there are.
 HWY_INLINE void keep_in_register([[maybe_unused]] Vec& v) {
-#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
+#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR && !HWY_COMPILER_CLANG
   asm("" : "+v"(v.raw));
 #endif
 }
