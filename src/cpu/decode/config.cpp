@@ -47,7 +47,7 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
 // Cycles, fitted to 190 problems of 16 to 16384 keys, dims 64 to 512 and 1 to 128 rows on AVX-512:
 // 15 % RMS.
 double estimate_us(const Query& query, const Config& config) {
-  constexpr double kBlock = 0.85, kBlockRow = 0.62;        // a key and vector of dims
+  constexpr double kBlock = 0.8, kBlockRow = 0.56;         // a key and vector of dims
   constexpr double kSoftmaxBlock = 9.5, kSoftmaxRow = 15;  // a key; the latter a vector of rows
   constexpr double kMoveRow = 0.5;                         // a row and dim
   constexpr double kMergeRow = 3.2;                        // a chunk's row and dim
