@@ -14,7 +14,7 @@ namespace wh::cli {
 namespace {
 
 struct CheckFlags {
-  std::string cases = "smoke", kernel;
+  std::string cases = "smoke", kernel, device = "cpu";
   uint64_t seed = 1;
   bool json = false;
 };
@@ -30,10 +30,18 @@ int run_check(const CheckFlags& flags) {
   if (!set) {
     return report(invalid(fmt::format("--cases is \"{}\"; valid: {}", flags.cases, kSets.list())));
   }
+  const auto device = kDevices.value(flags.device);
+  if (!device) {
+    return report(
+        invalid(fmt::format("--device is \"{}\"; valid: {}", flags.device, kDevices.list())));
+  }
+  if (*device == Device::kCuda && !cuda_facts(0).unavailable.empty()) {
+    return report({Code::kRefused, cuda_facts(0).unavailable});
+  }
   std::vector<std::string> kernels;
-  for (const Kernel* kernel : kernels_of(Device::kCpu)) kernels.push_back(kernel->name);
+  for (const Kernel* kernel : kernels_of(*device)) kernels.push_back(kernel->name);
   if (!flags.kernel.empty()) {
-    if (find_kernel(kernels_of(Device::kCpu), flags.kernel) == nullptr) {
+    if (find_kernel(kernels_of(*device), flags.kernel) == nullptr) {
       return report(invalid(fmt::format("--kernel is \"{}\"; did you mean \"{}\"?", flags.kernel,
                                         nearest_name(flags.kernel, kernels))));
     }
@@ -41,7 +49,7 @@ int run_check(const CheckFlags& flags) {
   }
   std::map<std::string, Tally> tallies;
   Json wrong = Json::array();
-  const std::vector<Case> cases = make_cases(*set, Device::kCpu, flags.seed);
+  const std::vector<Case> cases = make_cases(*set, *device, flags.seed);
   ProgressLine line(!flags.json);
   for (size_t i = 0; i < cases.size(); ++i) {
     if (i % 16 == 0) line.show(fmt::format("case {} of {}", i, cases.size()));
@@ -92,6 +100,7 @@ void add_check(CLI::App& app, Action& action) {
   CLI::App* verb = app.add_subcommand("check", "Compare the kernels with float64 on many cases");
   verb->add_option("--cases", flags->cases, "smoke, ci, full or corner");
   verb->add_option("--kernel", flags->kernel, "only this one");
+  verb->add_option("--device", flags->device, "cpu or cuda");
   verb->add_option("--seed", flags->seed, "of the cases");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return run_check(*flags); }; });

@@ -19,6 +19,9 @@ class GuardedTensor {
   const std::byte* data() const { return bytes_.data() + kGuardBytes; }
   int64_t size() const { return size_; }
   bool guards_intact() const;
+  // With the guards.
+  std::byte* all() { return bytes_.data(); }
+  size_t all_bytes() const { return bytes_.size(); }
 
   static constexpr int64_t kGuardBytes = 256;
 

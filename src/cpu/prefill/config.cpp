@@ -47,8 +47,9 @@ int64_t chunk_keys(const Query& query, const Config& config, PrefillArithmetic a
   int64_t wanted = std::min(divide_up(64, items), p.len_k / least);
   if (const double limit_us = query.limits.longest_step_us; limit_us > 0) {
     const double item_us = prefill_step_us(query, config, arithmetic);
-    wanted = std::max(wanted, static_cast<int64_t>(std::ceil(item_us / limit_us)));
-    wanted = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, p.len_k / config.tile_k));
+    // Compared as floats: a tiny limit asks for more chunks than an integer holds.
+    const double most = std::max(1.0, static_cast<double>(p.len_k / config.tile_k));
+    wanted = std::max(wanted, static_cast<int64_t>(std::min(std::ceil(item_us / limit_us), most)));
   }
   return wanted > 1 ? round_up(divide_up(p.len_k, wanted), config.tile_k) : 0;
 }
