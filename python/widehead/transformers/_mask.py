@@ -167,8 +167,8 @@ class _Padding:
 
 def _padding_of(present: Tensor, len_k: int) -> _Padding:
     """``present``, bool [batch, keys], as a range of keys for each of the batch where it is one."""
-    batch, count = present.shape
-    if count == 0:
+    count = present.shape[1]
+    if bool(present.all()):  # 5 us where the rest takes 45, for each kind of layer and token
         return _Padding()
     total = present.sum(dim=1)
     first = present.to(torch.int8).argmax(dim=1)

@@ -318,7 +318,8 @@ class Consumer {
   float o_[kColumns / 2];
 };
 
-// One warp: one thread of it fills the ring.
+// One warp: one thread of it fills the ring. The whole warp runs the loops, so that it meets the
+// barriers as one: a thread that comes late out of a loop of its own arrives alone.
 template <typename Tile>
 __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
   const DecodeArgs& args = tiles.args;
@@ -327,22 +328,24 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
   // The ring is empty: its first tiles are on their way before the block is told of the barriers.
   const int first_count = min(count, Tile::kSlots);
   int n = 0;
-  if (is_leader && args.fresh_keys >= 0) {
+  if (args.fresh_keys >= 0) {
     const int old_tiles = max(0, tiles.item.present.end - args.fresh_keys) / Tile::kTileK;
-    for (; n < first_count && tiles.tile(n) < old_tiles; ++n) tiles.load(n, n);
+    for (; n < first_count && tiles.tile(n) < old_tiles; ++n) {
+      if (is_leader) tiles.load(n, n);
+    }
   }
   __syncwarp();
   ptx::wait_for_dependency();
   ptx::named_sync(kQueriesRequested, Tile::kConsumers + 32);
-  if (is_leader) {
-    for (; n < first_count; ++n) tiles.load(n, n);
+  for (; n < first_count; ++n) {
+    if (is_leader) tiles.load(n, n);
+    __syncwarp();
   }
   meet_block<Tile>();
-  if (!is_leader) return;
   RingPosition<Tile::kSlots> ring;
   for (; n < count; ++n) {
     ptx::mbarrier_wait(tiles.shared.empty + 8 * ring.slot, ring.parity);
-    tiles.load(n, ring.slot);
+    if (is_leader) tiles.load(n, ring.slot);
     ring.advance();
   }
 }
@@ -386,6 +389,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::tma_prefetch(&maps.v);
     }
   }
+  __syncwarp();
   // Nothing that the kernel in front may have written is read before it has ended.
   const bool reads_lengths =
       args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr;
