@@ -6,6 +6,7 @@
 
 #include "cuda/combine/combine.h"
 #include "cuda/common/divisor.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/sm90/decode/config.h"
 
 namespace wh::cuda {
@@ -46,7 +47,7 @@ struct Planned {
 
   Query query(const Problem& p) const { return {p, limits, cpu, cuda}; }
   int64_t splits(const Problem& p) const {
-    return DecodeShape(p, kSm90Decode.configure(query(p))).splits;
+    return PackedShape(p, kSm90Decode.configure(query(p))).splits;
   }
   std::string refusal(const Problem& p) const { return kSm90Decode.refusal(query(p)).value_or(""); }
 };
@@ -103,7 +104,7 @@ TEST(CudaDecode, WorkspaceHoldsTheSharesOfEveryRow) {
   const Planned planned;
   const Problem p = decode_problem(1, 64, 2, 3, 65536, 256);
   const Config config = kSm90Decode.configure(planned.query(p));
-  const auto splits = static_cast<size_t>(DecodeShape(p, config).splits);
+  const auto splits = static_cast<size_t>(PackedShape(p, config).splits);
   ASSERT_GT(splits, 1u);
   EXPECT_EQ(kSm90Decode.workspace_bytes(p, config), splits * 64 * 3 * (256 + 1) * sizeof(float));
   const Problem spread = decode_problem(16, 32, 8, 1, 8192, 128);

@@ -168,6 +168,25 @@ TEST_P(Kernels, ASerialExecutorGivesTheSameBits) {
   EXPECT_TRUE(same_bits(attention.out, out));
 }
 
+// What ThreadSanitizer watches: TBB, the default, is not built with it.
+TEST_P(Kernels, ThreadsOfTheCallerGiveTheSameBits) {
+  Attention attention(4, 2, queries(), 5000, 64);
+  attention.limits.threads = 1;
+  attention.run(GetParam());
+  const std::vector<float> out = attention.out;
+  attention.limits.threads = 4;
+  const Executor threads{[](void*, int32_t count, Executor::Task task, void* argument) {
+                           std::vector<std::thread> all;
+                           for (int32_t i = 0; i < count; ++i) all.emplace_back(task, argument, i);
+                           for (std::thread& thread : all) thread.join();
+                         },
+                         nullptr};
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    attention.run(GetParam(), threads);
+    EXPECT_TRUE(same_bits(attention.out, out));
+  }
+}
+
 TEST_P(Kernels, BatchInvariantRowsKeepTheirBitsAlone) {
   Attention both(4, 2, queries(), 5000, 64, 2), alone(4, 2, queries(), 5000, 64, 1);
   both.limits.batch_invariant = alone.limits.batch_invariant = true;

@@ -24,7 +24,9 @@ AttentionArgs attention_args(const Problem& p, const Tensors& t) {
   args.dim_qk = static_cast<int32_t>(p.dim_qk);
   args.dim_v = static_cast<int32_t>(p.dim_v);
   args.causal = p.causal;
-  args.mask_kind = p.mask;
+  // In f32 q's type is f32: one kind less for the kernels.
+  const bool is_f32 = p.mask == MaskKind::kAdditiveQ && p.dtype_q == Dtype::kF32;
+  args.mask_kind = is_f32 ? MaskKind::kAdditiveF32 : p.mask;
   // A window beyond the longest length hides nothing more.
   args.window_left = static_cast<int32_t>(std::min(p.window_left, kMaxExtent));
   args.window_right =
@@ -38,8 +40,8 @@ AttentionArgs attention_args(const Problem& p, const Tensors& t) {
   args.key_lengths = p.has_key_lengths ? t.key_lengths : nullptr;
   args.key_starts = p.has_key_starts ? t.key_starts : nullptr;
   args.log_sum_exp = p.wants_log_sum_exp ? t.log_sum_exp : nullptr;
-  std::copy_n(p.stride_v.begin(), 3, args.stride_v);
-  std::copy_n(p.stride_out.begin(), 3, args.stride_out);
+  std::copy_n(p.stride_v.begin(), 4, args.stride_v);
+  std::copy_n(p.stride_out.begin(), 4, args.stride_out);
   std::copy_n(p.stride_mask.begin(), 4, args.stride_mask);
   return args;
 }

@@ -31,8 +31,8 @@ struct AttentionArgs {
   const int32_t* key_lengths;  // [batch]
   const int32_t* key_starts;   // [batch]
   float* log_sum_exp;          // [batch, heads_q, len_q]
-  int64_t stride_v[3];         // batch, heads, length
-  int64_t stride_out[3];
+  int64_t stride_v[4];         // batch, heads, length, dim
+  int64_t stride_out[4];
   int64_t stride_mask[4];
 };
 

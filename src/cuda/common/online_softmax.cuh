@@ -18,31 +18,53 @@ struct OnlineSoftmax {
   float sum[2] = {0, 0};                      // of this thread's columns alone, until finish()
   float correction[2] = {1, 1};               // of what was summed before the last tile
 
-  // Turns scores into unnormalised weights 2^((s - largest) * scale_log2).
+  // The largest score of row r so far, and in `s`.
+  template <int kCount>
+  __device__ __forceinline__ float top(const float (&s)[kCount], int r) const {
+    float top = largest[r];
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i)
+      top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+  }
+
+  // A row that has seen nothing yet must not compute inf - inf.
+  static __device__ __forceinline__ float shift_of(float top, float scale_log2) {
+    return top == -INFINITY ? 0.0f : __fmul_rn(top, scale_log2);
+  }
+
+  // Makes `top` the largest score of row r. The products are rounded before they are subtracted:
+  // the correction is exactly 1 where the largest score stays, and fits weights of either shift.
+  __device__ __forceinline__ void raise(int r, float top, float scale_log2) {
+    const float shift = shift_of(top, scale_log2);
+    correction[r] = ptx::exp2_approx(__fmul_rn(largest[r], scale_log2) - shift);
+    largest[r] = top;
+    sum[r] *= correction[r];
+  }
+
+  // Turns scores of row r into unnormalised weights 2^((s - largest) * scale_log2).
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&s)[kCount], int r, float scale_log2) {
+    const float shift = shift_of(largest[r], scale_log2);
+    float added = 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      float& a = s[4 * i + 2 * r];
+      float& b = s[4 * i + 2 * r + 1];
+      a = ptx::exp2_approx(fmaf(a, scale_log2, -shift));
+      b = ptx::exp2_approx(fmaf(b, scale_log2, -shift));
+      added += a + b;
+    }
+    sum[r] += added;
+  }
+
   template <int kCount>
   __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = largest[r];
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i)
-        top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      // A row that has seen nothing yet must not compute inf - inf.
-      const float shift = top == -INFINITY ? 0.0f : top * scale_log2;
-      correction[r] = ptx::exp2_approx(fmaf(largest[r], scale_log2, -shift));
-      largest[r] = top;
-      float added = 0;
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) {
-        float& a = s[4 * i + 2 * r];
-        float& b = s[4 * i + 2 * r + 1];
-        a = ptx::exp2_approx(fmaf(a, scale_log2, -shift));
-        b = ptx::exp2_approx(fmaf(b, scale_log2, -shift));
-        added += a + b;
-      }
-      sum[r] = fmaf(sum[r], correction[r], added);
+      raise(r, top(s, r), scale_log2);
+      weigh(s, r, scale_log2);
     }
   }
 
@@ -53,7 +75,7 @@ struct OnlineSoftmax {
     float total = sum[r];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    const float old_shift = largest[r] * scale_log2;
+    const float old_shift = __fmul_rn(largest[r], scale_log2);
     const float shift = fmaxf(old_shift, sink * kLog2E);
     if (shift == -INFINITY && total == 0) {  // and not NaN
       correction[r] = 0;

@@ -28,10 +28,6 @@ UnfusedPass make_pass(const Launch& launch, const UnfusedShape& shape) {
                    {},
                    launch.tensors.q,
                    launch.tensors.k};
-  // In f32 q's type is f32: one kind less for the kernels.
-  if (p.mask == MaskKind::kAdditiveQ && p.dtype_q == Dtype::kF32) {
-    pass.args.mask_kind = MaskKind::kAdditiveF32;
-  }
   std::copy_n(p.stride_q.begin(), 4, pass.stride_q);
   std::copy_n(p.stride_k.begin(), 4, pass.stride_k);
   std::copy_n(p.stride_v.begin(), 4, pass.stride_v);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/key_range.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -24,56 +24,6 @@ __device__ __forceinline__ void meet_block() {
   ptx::named_sync(kBlockReady, Tile::kThreads);
   ptx::launch_dependents();
 }
-
-// What one block works on.
-struct Item {
-  int32_t batch_idx, head_kv, split;
-  int32_t first_row, rows;  // of the pair's len_q * group rows
-  Keys present;
-  Keys seen;  // by some row
-  KeyTiles tiles;
-  int32_t tile_begin, tile_end;  // of this split
-  bool is_mixed;                 // some key is seen by some rows only
-
-  __device__ __forceinline__ Item(const DecodeArgs& args, int tile_q, int tile_k) {
-    const AttentionArgs& a = args.attention;
-    // Fastest are the row tiles, which read the same keys.
-    int32_t index = blockIdx.x;
-    int32_t next = args.row_tiles.quotient(index);
-    first_row = args.row_tiles.remainder(index, next) * tile_q;
-    index = next;
-    next = args.splits.quotient(index);
-    split = args.splits.remainder(index, next);
-    index = next;
-    batch_idx = args.heads_kv.quotient(index);
-    head_kv = args.heads_kv.remainder(index, batch_idx);
-    rows = min(tile_q, a.len_q * a.group - first_row);
-    present = present_keys(a, batch_idx);
-    const int32_t first_query = args.group.quotient(first_row);
-    const int32_t last_query = args.group.quotient(first_row + rows - 1);
-    const Keys first = visible_keys(a, present, first_query);
-    const Keys last = visible_keys(a, present, last_query);
-    seen = {first.begin, last.end};
-    is_mixed = a.mask_kind != MaskKind::kNone || first.begin != last.begin || first.end != last.end;
-    tiles = key_tiles(a, present, first_query, last_query, tile_k);
-    // Even shares; the first ones take what is left over.
-    const int32_t count = max(0, tiles.end - tiles.begin);
-    const int32_t share = args.splits.quotient(count);
-    const int32_t left = args.splits.remainder(count, share);
-    tile_begin = tiles.begin + share * split + min(split, left);
-    tile_end = tile_begin + share + (split < left ? 1 : 0);
-  }
-};
-
-// One of the rows that a block works on.
-struct QueryRow {
-  int32_t head, query;
-  __device__ __forceinline__ QueryRow(const DecodeArgs& args, const Item& item, int32_t row) {
-    const int32_t packed = item.first_row + row;
-    query = args.group.quotient(packed);
-    head = item.head_kv * args.attention.group + args.group.remainder(packed, query);
-  }
-};
 
 // A position in the ring of slots and the parity of its next completion.
 template <int kSlots>
@@ -110,7 +60,7 @@ template <typename Tile>
 struct TileLoader {
   const DecodeMaps& maps;
   const DecodeArgs& args;
-  const Item& item;
+  const PackedItem& item;
   const Shared<Tile>& shared;
 
   __device__ __forceinline__ int count() const {
@@ -157,10 +107,10 @@ struct QueryLoader {
     return (threadIdx.x % 32 + 32 * i) % kChunks;
   }
 
-  __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const Item& item) {
+  __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const PackedItem& item) {
     const T* q = static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0];
     // A lane knows where one of the warp's rows is.
-    const QueryRow at(args, item, threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows);
+    const PackedRow at(args.attention, args.rows, item, threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows);
     const int64_t row_offset = at.head * args.stride_q[1] + at.query * args.stride_q[2];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

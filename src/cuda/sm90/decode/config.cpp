@@ -7,6 +7,7 @@
 
 #include "core/names.h"
 #include "cuda/combine/combine.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/sm90/decode/kernel.h"
 #include "cuda/sm90/decode/tiles.h"
 #include "cuda/sm90/refusal.h"
@@ -139,13 +140,13 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  const auto splits = static_cast<int32_t>(DecodeShape(p, config).splits);
+  const auto splits = static_cast<int32_t>(PackedShape(p, config).splits);
   return Partials::at(nullptr, p, splits).bytes();
 }
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  return DecodeCost(query, *decode_variant(p), p.batch).us(DecodeShape(p, config).splits);
+  return DecodeCost(query, *decode_variant(p), p.batch).us(PackedShape(p, config).splits);
 }
 
 Status run(const Launch& launch) { return run_decode(launch); }
@@ -158,12 +159,6 @@ const DecodeVariant* decode_variant(const Problem& p) {
   }
   return nullptr;
 }
-
-DecodeShape::DecodeShape(const Problem& p, const Config& config)
-    : row_tiles(cuda::row_tiles(p)),
-      items(p.batch * p.heads_kv * row_tiles),
-      splits(items > 0 ? config.threads / items : 1),
-      blocks(items * splits) {}
 
 const Kernel kSm90Decode{"sm90_decode",
                          Device::kCuda,

@@ -20,16 +20,4 @@ struct DecodeVariant {
 // The narrowest variant that holds the problem; null: its heads are too wide.
 const DecodeVariant* decode_variant(const Problem& problem);
 
-// How a problem is cut into blocks; the same for planning and running. A block is up to 64 query
-// rows of one (batch, kv head) pair and one share of the key tiles that any of them may see. The
-// shares follow the key lengths on the device; their number does not.
-struct DecodeShape {
-  int64_t row_tiles;  // of a pair
-  int64_t items;      // batch * heads_kv * row_tiles
-  int64_t splits;     // blocks of an item; 1: keys are not split
-  int64_t blocks;     // items * splits
-
-  DecodeShape(const Problem& problem, const Config& config);
-};
-
 }  // namespace wh::cuda

@@ -48,7 +48,7 @@ Values values_of(const Problem& p, const Tensors& t) {
 }
 
 DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config) {
-  const DecodeShape shape(p, config);
+  const PackedShape shape(p, config);
   DecodeArgs args{};
   args.attention = attention_args(p, t);
   args.q = t.q;
@@ -58,10 +58,7 @@ DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config)
   args.scores = scores_of(p);
   args.values = values_of(p, t);
   args.fresh_keys = static_cast<int32_t>(std::min(config.fresh_keys, p.len_k));
-  args.group = Divisor(p.group());
-  args.heads_kv = Divisor(p.heads_kv);
-  args.row_tiles = Divisor(shape.row_tiles);
-  args.splits = Divisor(shape.splits);
+  args.rows = PackedRows(p, shape);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;
 }
@@ -71,7 +68,7 @@ DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config)
 Status run_decode(const Launch& launch) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
-  const DecodeShape shape(p, launch.config);
+  const PackedShape shape(p, launch.config);
   if (shape.items == 0) return {};
   if (Status status = check_alignment(p, t); !status.ok()) return status;
   const DecodeVariant& variant = *decode_variant(p);

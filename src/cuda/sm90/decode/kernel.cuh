@@ -50,7 +50,7 @@ __device__ __forceinline__ float2 load_pair(const void* from) {
 // and right whatever lies in V: hidden keys are not read. The largest scores are already known.
 template <typename Tile, typename T>
 __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const DecodeArgs& args,
-                                          const Item& item, const ScoreRow (&rows)[2],
+                                          const PackedItem& item, const ScoreRow (&rows)[2],
                                           const OnlineSoftmax& softmax, float scale_log2,
                                           const unsigned char* s_q, int first_row,
                                           int first_column) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ bool any_not_finite(const float (&o)[kCount]) {
 template <typename Tile, typename T>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const DecodeArgs& args, const Item& item,
+  __device__ __forceinline__ Consumer(const DecodeArgs& args, const PackedItem& item,
                                       const Shared<Tile>& shared, unsigned char* smem)
       : args_(args),
         item_(item),
@@ -122,7 +122,7 @@ class Consumer {
         scale_log2_((args.scores == Scores::kPlain ? args.attention.scale : 1) * kLog2E) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
-      const QueryRow at(args, item, min(first_row_ + 8 * r, item.rows - 1));
+      const PackedRow at(args.attention, args.rows, item, min(first_row_ + 8 * r, item.rows - 1));
       rows_[r] = score_row(args.attention, item.present, item.batch_idx, at.head, at.query);
     }
   }
@@ -256,9 +256,9 @@ class Consumer {
     const int row = threadIdx.x / 32 % 4 * 16 + lane;
     if (lane >= 16 || row >= item_.rows) return;
     const float log_sum = lane < 8 ? first_half : second_half;
-    const QueryRow at(args_, item_, row);
+    const PackedRow at(args_.attention, args_.rows, item_, row);
     const Partials& partials = args_.partials;
-    const int64_t row_of_all = row_index(at);
+    const int64_t row_of_all = at.index(args_.attention, item_);
     if (first_column_ == 0) {
       partials.log_sum_exp[row_of_all * partials.splits + item_.split] = log_sum;
     }
@@ -279,7 +279,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool exists = first_row_ + 8 * r < item_.rows;
-      const QueryRow at(args_, item_, first_row_ + 8 * r);
+      const PackedRow at(args_.attention, args_.rows, item_, first_row_ + 8 * r);
       const float sink = a.sinks != nullptr && exists ? a.sinks[at.head] : -INFINITY;
       const float log_sum = softmax_.finish(r, scale_log2_, sink);
       const float factor = softmax_.correction[r];
@@ -288,7 +288,7 @@ class Consumer {
 #pragma unroll
         for (int i = 0; i < kColumns / 8; ++i) o_[4 * i + 2 * r] = o_[4 * i + 2 * r + 1] = 0;
       }
-      if (thread_column == 0 && a.log_sum_exp != nullptr) a.log_sum_exp[row_index(at)] = log_sum;
+      if (thread_column == 0 && a.log_sum_exp != nullptr) a.log_sum_exp[at.index(a, item_)] = log_sum;
       T* out = static_cast<T*>(a.out) + item_.batch_idx * a.stride_out[0] +
                at.head * a.stride_out[1] + at.query * a.stride_out[2] + thread_column;
 #pragma unroll
@@ -300,14 +300,8 @@ class Consumer {
     }
   }
 
-  // Its place in log_sum_exp.
-  __device__ __forceinline__ int64_t row_index(QueryRow at) const {
-    const AttentionArgs& a = args_.attention;
-    return (int64_t{item_.batch_idx} * a.heads_q + at.head) * a.len_q + at.query;
-  }
-
   const DecodeArgs& args_;
-  const Item& item_;
+  const PackedItem& item_;
   const Shared<Tile>& shared_;
   unsigned char* smem_;
   int first_row_;     // of the thread's two, 8 apart
@@ -351,7 +345,7 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
 }
 
 template <typename Tile, typename T>
-__device__ __forceinline__ void consume(const DecodeArgs& args, const Item& item,
+__device__ __forceinline__ void consume(const DecodeArgs& args, const PackedItem& item,
                                         const Shared<Tile>& shared, unsigned char* smem) {
   Consumer<Tile, T> consumer(args, item, shared, smem);
   {
@@ -394,7 +388,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const bool reads_lengths =
       args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr;
   if (reads_lengths && args.fresh_keys < 0) ptx::wait_for_dependency();
-  const Item item(args, Tile::kTileQ, Tile::kTileK);
+  const PackedItem item(args.attention, args.rows, static_cast<int32_t>(blockIdx.x), Tile::kTileQ,
+                        Tile::kTileK);
   if (threadIdx.x < Tile::kConsumers) {
     consume<Tile, T>(args, item, shared, smem);
     return;

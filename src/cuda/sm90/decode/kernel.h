@@ -5,7 +5,7 @@
 
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
-#include "cuda/common/divisor.h"
+#include "cuda/common/packed_rows.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
@@ -31,9 +31,7 @@ struct DecodeArgs {
   Values values;
   MapUse use_k, use_v;
   int32_t fresh_keys;  // Limits::fresh_keys
-  Divisor group, heads_kv;
-  Divisor row_tiles;  // of a (batch, kv head) pair
-  Divisor splits;
+  PackedRows rows;
   Partials partials;
 };
 

@@ -4,15 +4,9 @@
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/common/head_dims.h"
 
 namespace wh::cuda {
-
-// A pair of head dimensions that a kernel is compiled for. Smaller ones run in it too: TMA fills
-// the columns they lack with zeros.
-struct HeadDims {
-  int dim_qk, dim_v;
-  constexpr bool operator==(const HeadDims&) const = default;
-};
 
 // src/cuda/CMakeLists.txt compiles one file for each of these.
 constexpr HeadDims kPrefillDims[] = {{64, 64},   {80, 80},   {96, 96},   {112, 112},

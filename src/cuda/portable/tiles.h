@@ -1,0 +1,81 @@
+// Tile sizes of cuda_portable by head dimensions, element size and the card's shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/head_dims.h"
+
+namespace wh::cuda {
+
+// src/cuda/CMakeLists.txt compiles one file for each of these, each type, and each class of shared
+// memory where they differ.
+constexpr HeadDims kPortableDims[] = {{64, 64},   {128, 128}, {192, 128}, {192, 192},
+                                      {256, 256}, {512, 512}, {576, 512}, {1024, 1024}};
+
+// What one block may have, by card: 99 KB on 8.6, 8.9 and 12.0; 163 KB and more on 8.0, 9.0 and
+// 10.0.
+enum class SharedMemory : int32_t { kSmall = 101376, kLarge = 166912 };
+
+// Heads up to 128 wide take the same tile on every card.
+constexpr bool depends_on_memory(HeadDims dims) { return dims.dim_qk > 128 || dims.dim_v > 128; }
+
+struct PortableTile {
+  int rows;           // of queries, a block
+  int warp_rows;      // a warp: 16, or 32 where two accumulators fit its registers
+  int column_groups;  // warps that share rows and split the columns of V
+  int keys;
+  bool shares_buffer;  // V waits until K has been read, and the other way round
+  int pitch_qk, pitch_v, pitch_p;  // elements of a row in shared memory
+  int bytes;
+
+  constexpr int row_warps() const { return rows / warp_rows; }
+  constexpr int warps() const { return row_warps() * column_groups; }
+  constexpr int threads() const { return 32 * warps(); }
+  // Key tiles of 8 whose scores one of the column groups computes. The last groups may have none.
+  constexpr int slice_tiles() const {
+    return keys / 8 > column_groups ? keys / 8 / column_groups : 1;
+  }
+};
+
+constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int rows, int keys,
+                                        bool shares_buffer) {
+  PortableTile tile{};
+  tile.rows = rows;
+  tile.warp_rows = rows == 128 ? 32 : 16;
+  tile.column_groups = dims.dim_v <= 256 ? 1 : dims.dim_v / 256;
+  tile.keys = keys;
+  tile.shares_buffer = shares_buffer;
+  // 16-bit: ldmatrix reads 8 rows of 16 bytes at once, 16 bytes apart by the banks. f32: pairs of
+  // columns of 4 rows (Q, K, P), one column of 8 rows, two apart (V).
+  tile.pitch_qk = dims.dim_qk + 8;
+  tile.pitch_v = dims.dim_v + (element_bytes == 2 ? 8 : 4);
+  tile.pitch_p = tile.column_groups > 1 ? keys + 8 : 0;
+  const int keys_bytes = keys * tile.pitch_qk * element_bytes;
+  const int values_bytes = keys * tile.pitch_v * element_bytes;
+  tile.bytes = rows * (tile.pitch_qk + tile.pitch_p) * element_bytes + keys_bytes +
+               (shares_buffer ? 0 : values_bytes) +
+               (tile.column_groups > 1 ? rows * tile.column_groups * 4 : 0) + 16;
+  return tile;
+}
+
+// The most rows, then the most keys, that fit. 128 rows of 16-bit narrow heads read each fragment
+// of K and V for two products instead of one.
+constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory) {
+  if (element_bytes == 2 && dims.dim_qk <= 128 && dims.dim_v <= 128) {
+    return portable_tile_of(dims, element_bytes, 128, 64, false);
+  }
+  const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
+  // Eight warps at most: more would have to share 65,536 registers.
+  const int most_rows = dims.dim_v > 512 ? 32 : 64;
+  for (const bool shares_buffer : {false, true}) {
+    for (int rows = most_rows; rows >= 16; rows /= 2) {
+      for (int keys = 64; keys >= (shares_buffer ? least_keys : 16); keys /= 2) {
+        const PortableTile tile = portable_tile_of(dims, element_bytes, rows, keys, shares_buffer);
+        if (tile.bytes <= static_cast<int>(memory)) return tile;
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace wh::cuda
