@@ -43,6 +43,14 @@ class Tensors(ctypes.Structure):
                 ("workspace_bytes", ctypes.c_size_t)]
 
 
+class Limits(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("workspace_bytes", ctypes.c_uint64),
+                ("policy", ctypes.c_int32), ("threads", ctypes.c_int32),
+                ("fused_above", ctypes.c_int64), ("kernel", ctypes.c_char_p),
+                ("precision", ctypes.c_int32), ("longest_step_us", ctypes.c_double),
+                ("batch_invariant", ctypes.c_int32), ("fresh_keys", ctypes.c_int64)]
+
+
 class RunOptions(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t),
                 *[(name, ctypes.c_void_p) for name in
@@ -62,21 +70,25 @@ class Widehead:
         if status != 0:
             raise RuntimeError(self.library.wh_last_error().decode())
 
-    def plan(self, row):
-        problem = Problem()
+    def plan(self, row, kernel=None):
+        problem, limits = Problem(), Limits()
         self.check(self.library.wh_problem_init(ctypes.byref(problem), ctypes.sizeof(problem)))
-        problem.device, problem.dtype_q, problem.dtype_kv = 1, 2, 2  # CUDA, bf16
+        self.check(self.library.wh_limits_init(ctypes.byref(limits), ctypes.sizeof(limits)))
+        limits.kernel = kernel.encode() if kernel else None
+        problem.device = 1  # CUDA
+        problem.dtype_q = problem.dtype_kv = {"f32": 0, "bf16": 2}[row["dtype"]]
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim_qk", "dim_v"):
             setattr(problem, name, row[name])
         problem.causal = 1 if row["causal"] else 0
         self.check(self.library.wh_problem_set_dense(ctypes.byref(problem)))
         plan = ctypes.c_void_p()
-        self.check(self.library.wh_plan_create(ctypes.byref(problem), None, ctypes.byref(plan)))
+        self.check(self.library.wh_plan_create(ctypes.byref(problem), ctypes.byref(limits),
+                                               ctypes.byref(plan)))
         return plan
 
-    def runner(self, row, q, k, v):
-        """A function that runs on PyTorch's current stream, and its output."""
-        plan = self.plan(row)
+    def runner(self, row, q, k, v, kernel=None):
+        """A function that runs on PyTorch's current stream; `kernel` None: the planner's choice."""
+        plan = self.plan(row, kernel)
         out = torch.empty(*q.shape[:3], row["dim_v"], dtype=q.dtype, device="cuda")
         size = self.library.wh_plan_workspace_bytes(plan)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
@@ -97,11 +109,11 @@ class Widehead:
         return run
 
 
-def problem(name, heads, dim, len_q, len_k, causal=False, batch=1):
+def problem(name, heads, dim, len_q, len_k, causal=False, batch=1, dtype="bf16"):
     heads_q, heads_kv = heads
     dim_qk, dim_v = dim if isinstance(dim, tuple) else (dim, dim)
     return dict(name=name, batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q,
-                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal)
+                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal, dtype=dtype)
 
 
 PREFILL = [
@@ -122,13 +134,27 @@ DECODE = [
     problem("d512 32/4, 65536 keys", (32, 4), 512, 1, 65536),
     problem("576/512 128/1, 65536 keys", (128, 1), (576, 512), 1, 65536),
 ]
+# What cards without wgmma run, and float32.
+PORTABLE = [
+    problem(f"{dtype} d{d} {b} x {h} heads, {n} {'causal' if c else 'full'}", (h, h), d, n, n, c, b, dtype)
+    for dtype, d, b, h, n in (("bf16", 64, 2, 32, 4096), ("bf16", 128, 2, 16, 4096),
+                              ("bf16", 256, 2, 16, 4096), ("bf16", 512, 1, 16, 4096),
+                              ("f32", 64, 1, 16, 4096), ("f32", 128, 1, 16, 4096),
+                              ("f32", 256, 1, 16, 4096))
+    for c in (False, True)
+] + [problem("bf16 d128 32/8, 1 x 32768", (32, 8), 128, 1, 32768),
+     problem("f32 d128 32/8, 1 x 32768", (32, 8), 128, 1, 32768, dtype="f32")]
+KERNELS = ("sm90_prefill", "sm90_prefill_wide", "sm90_decode", "cuda_portable", "cuda_unfused")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
 def tensors(row):
     def make(heads, length, dim):
-        return torch.randn(row["batch"], heads, length, dim, dtype=torch.bfloat16, device="cuda")
+        return torch.randn(row["batch"], heads, length, dim, dtype=DTYPES[row["dtype"]], device="cuda")
     return (make(row["heads_q"], row["len_q"], row["dim_qk"]),
             make(row["heads_kv"], row["len_k"], row["dim_qk"]),
             make(row["heads_kv"], row["len_k"], row["dim_v"]))
@@ -168,7 +194,7 @@ def graph_of(runs):
     return graph
 
 
-def time_alternating(candidates, calls, seconds=1.0):
+def time_alternating(candidates, calls, seconds=0.8):
     """Median milliseconds of each of `candidates`, which run `calls` calls at once."""
     times = {name: [] for name in candidates}
     for run in candidates.values():
@@ -185,15 +211,20 @@ def first_line(error):
     return str(error).strip().split("\n")[0][:120]
 
 
-def bench_row(widehead, row, is_decode):
-    kv_bytes = 2 * row["batch"] * row["heads_kv"] * row["len_k"] * (row["dim_qk"] + row["dim_v"])
+def bench_row(widehead, row):
+    is_decode = row["len_q"] == 1
+    kv_bytes = DTYPES[row["dtype"]].itemsize * row["batch"] * row["heads_kv"] * row["len_k"] * (row["dim_qk"] + row["dim_v"])
     sets = max(2, min(16, -(-200_000_000 // kv_bytes))) if is_decode else 1
     data = [tensors(row) for _ in range(sets)]
     refusals, candidates, kernel, workspace = {}, {}, "", 0
     makers = {"widehead": lambda d: widehead.runner(row, *d)}
     for name, backend in BACKENDS.items():
         makers["torch " + name] = lambda d, backend=backend: torch_runner(row, backend, *d)
+    for forced in KERNELS:  # beside the planner's choice: what it should have chosen
+        makers[forced] = lambda d, forced=forced: widehead.runner(row, *d, kernel=forced)
     for name, make in makers.items():
+        if name == kernel:
+            continue
         try:
             runs = [make(d) for d in data]
             runs[0]()
@@ -210,23 +241,28 @@ def bench_row(widehead, row, is_decode):
     if row["causal"]:
         pairs = row["len_q"] * (row["len_q"] + 1) // 2 + row["len_q"] * (row["len_k"] - row["len_q"])
     flops = 2 * row["batch"] * row["heads_q"] * pairs * (row["dim_qk"] + row["dim_v"])
+    ours = {name: ms for name, ms in times.items() if not name.startswith("torch")}
+    fastest = min(ours, key=ours.get)
     return dict(row, kernel=kernel, workspace_bytes=workspace, refused=refusals,
+                fastest_kernel=kernel if fastest == "widehead" else fastest,
+                regret=times["widehead"] / ours[fastest],
                 results={name: dict(median_us=ms * 1e3, tflops=flops / ms * 1e-9,
                                     kv_gbytes_per_s=kv_bytes / ms * 1e-6)
                          for name, ms in times.items()})
 
 
-def table(rows, unit, field):
-    names = ["widehead", *("torch " + name for name in BACKENDS)]
-    lines = [f"| {unit} | kernel | us | " + " | ".join(names) + " |",
-             "|---" * (3 + len(names)) + "|"]
+def table(rows, unit, field, ours="widehead"):
+    names = [ours, *("torch " + name for name in BACKENDS)]
+    lines = [f"| {unit} | kernel | us | " + " | ".join(names) + " | regret |",
+             "|---" * (4 + len(names)) + "|"]
     for row in rows:
         cells = []
         for name in names:
             result = row["results"].get(name)
             cells.append(f"{result[field]:.0f}" if result else "refused")
-        us = row["results"].get("widehead", {}).get("median_us", float("nan"))
-        lines.append(f"| {row['name']} | {row['kernel']} | {us:.1f} | " + " | ".join(cells) + " |")
+        us = row["results"]["widehead"]["median_us"]
+        lines.append(f"| {row['name']} | {row['kernel']} | {us:.1f} | " + " | ".join(cells) +
+                     f" | {row['regret']:.2f} |")
     return "\n".join(lines)
 
 
@@ -235,11 +271,11 @@ def main():
     widehead = Widehead(library)
     torch.manual_seed(0)
     groups = {}
-    for group, rows in (("prefill", PREFILL), ("decode", DECODE)):
+    for group, rows in (("prefill", PREFILL), ("decode", DECODE), ("portable", PORTABLE)):
         groups[group] = []
         for row in rows:
             print(row["name"], file=sys.stderr, flush=True)
-            groups[group].append(bench_row(widehead, row, group == "decode"))
+            groups[group].append(bench_row(widehead, row))
             torch.cuda.empty_cache()
     name, date = torch.cuda.get_device_name(), datetime.date.today().isoformat()
     with open(json_path, "w") as file:
@@ -248,7 +284,10 @@ def main():
         file.write(f"# {name}, {date}\n\nbf16, medians, one run, alternating; PyTorch "
                    f"{torch.__version__}. TFLOP/s on visible pairs, GB/s of K and V from memory.\n\n"
                    + table(groups["prefill"], "prefill, TFLOP/s", "tflops") + "\n\n"
-                   + table(groups["decode"], "decode, GB/s", "kv_gbytes_per_s") + "\n")
+                   + table(groups["decode"], "decode, GB/s", "kv_gbytes_per_s") + "\n\n"
+                   + table(groups["portable"], "cuda_portable, TFLOP/s", "tflops", "cuda_portable")
+                   + "\n\nRegret: time of the planner's choice over that of the fastest kernel "
+                     "here. In float32 PyTorch may use TF32 only where told to; it is not.\n")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,10 @@ class Bench {
                                                : read_suite(flags_.suite, flags_.problem);
     if (!requests.ok()) return report(requests.status());
     is_routing_ = flags_.suite == "routing";
+    if (!requests->empty()) {
+      const Problem& p = requests->front().problem;
+      if (p.device == Device::kCuda) device_name_ = cuda_facts(p.device_index).name;
+    }
     if (!flags_.json) print_header();
     ProgressLine line(!flags_.json);
     for (size_t i = 0; i < requests->size(); ++i) {
@@ -178,7 +182,7 @@ class Bench {
   }
 
   void print_header() const {
-    fmt::print("{}; multiply-adds {:.0f} GFLOP/s, reads {:.1f} GB/s\n\n", cpu_facts().name,
+    fmt::print("{}; the CPU's multiply-adds {:.0f} GFLOP/s, reads {:.1f} GB/s\n\n", device_name_,
                guard_.peak_gflops(), read_gbytes_per_s_);
     fmt::print("{:<58} {:<18} {:>10} {:>10} {:>8} {:>6} {:>6} {:>10} {:>7}\n", "problem", "kernel",
                "best", "median", "GFLOP/s", "share", "GB/s", "workspace", "speed");
@@ -263,7 +267,7 @@ class Bench {
 
   Json document() const {
     Json json{{"suite", flags_.suite},
-              {"device", cpu_facts().name},
+              {"device", device_name_},
               {"isa", cpu_facts().isa},
               {"threads", cpu_facts().threads(flags_.limits.threads)},
               {"multiply_add_gflops", guard_.peak_gflops()},
@@ -306,7 +310,7 @@ class Bench {
     const auto suite = suites().find(flags_.suite);
     if (suite != suites().end() && suite->contains("chart")) y = (*suite)["chart"]["y"];
     Chart chart{flags_.suite.empty() ? "widehead bench"
-                                     : "widehead bench " + flags_.suite + ", " + cpu_facts().name,
+                                     : "widehead bench " + flags_.suite + ", " + device_name_,
                 "keys",
                 y == "gflops" ? "GFLOP/s on visible pairs"
                               : (y == "kv_gbytes_per_s" ? "GB/s of K and V" : "microseconds"),
@@ -347,6 +351,7 @@ class Bench {
   const BenchFlags& flags_;
   Guard guard_;
   double read_gbytes_per_s_;
+  std::string device_name_ = cpu_facts().name;
   bool is_routing_ = false;
   std::vector<BenchResult> results_;
 };

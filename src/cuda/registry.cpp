@@ -1,5 +1,6 @@
 #include "cuda/registry.h"
 
+#include "cuda/portable/config.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/prefill_wide/config.h"
@@ -8,7 +9,8 @@
 namespace wh::cuda {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode, &kUnfused};
+  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode,
+                                     &kPortable, &kUnfused};
   return list;
 }
 

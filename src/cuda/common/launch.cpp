@@ -7,6 +7,8 @@
 #include <shared_mutex>
 #include <utility>
 
+#include "plan/cuda_facts.h"
+
 namespace wh::cuda {
 namespace {
 
@@ -39,6 +41,12 @@ class SharedMemoryOptIns {
   std::set<std::pair<const void*, int>> done_;
 };
 
+// Programmatic dependent launch came with sm_90.
+bool can_overlap() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cuda_facts(device).compute_capability >= 90;
+}
+
 }  // namespace
 
 Status cuda_status(cudaError_t error, const char* call) {
@@ -60,7 +68,7 @@ Status launch_kernel(const KernelLaunch& launch) {
     attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (launch.overlaps_front) {
+  if (launch.overlaps_front && can_overlap()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

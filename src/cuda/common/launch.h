@@ -17,7 +17,7 @@ struct KernelLaunch {
   int shared_bytes;  // dynamic; above 48 KB the kernel is told so, once a device
   int cluster = 1;   // blocks of a cluster
   // Its blocks may start while the kernel in front still runs; they wait for it themselves before
-  // they touch memory (ptx::wait_for_dependency).
+  // they touch memory (ptx::wait_for_dependency). Nothing of that on cards that cannot.
   bool overlaps_front = false;
   void** parameters;
   cudaStream_t stream;

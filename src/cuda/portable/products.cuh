@@ -58,7 +58,7 @@ struct Products {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) q_at[m] = q.square_address(16 * m, 0);
     const uint32_t k_at = k.strip_address(0, 0);
-#pragma unroll 4
+#pragma unroll 2
     for (int column = 0; column < kDim; column += 32) {
       uint32_t a[kRowTiles][2][4];
 #pragma unroll
@@ -202,7 +202,7 @@ struct Products<float> {
 #pragma unroll 1
     for (int first = 0; first < kDim; first += kSumColumns) {
       float part[4 * kTiles] = {};
-#pragma unroll 2
+#pragma unroll 1
       for (int column = first; column < first + kSumColumns; column += 8) {
         const Factor a = factor(q, 0, column);
 #pragma unroll

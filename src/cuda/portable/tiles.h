@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "cuda/common/head_dims.h"
 
@@ -18,6 +19,8 @@ enum class SharedMemory : int32_t { kSmall = 101376, kLarge = 166912 };
 
 // Heads up to 128 wide take the same tile on every card.
 constexpr bool depends_on_memory(HeadDims dims) { return dims.dim_qk > 128 || dims.dim_v > 128; }
+
+constexpr int kPortableItemBytes = 80;  // of the block's PackedItem
 
 struct PortableTile {
   int rows;           // of queries, a block
@@ -54,7 +57,7 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
   const int values_bytes = keys * tile.pitch_v * element_bytes;
   tile.bytes = rows * (tile.pitch_qk + tile.pitch_p) * element_bytes + keys_bytes +
                (shares_buffer ? 0 : values_bytes) +
-               (tile.column_groups > 1 ? rows * tile.column_groups * 4 : 0) + 16;
+               (tile.column_groups > 1 ? rows * tile.column_groups * 4 : 0) + 16 + kPortableItemBytes;
   return tile;
 }
 
@@ -62,7 +65,8 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
 // of K and V for two products instead of one.
 constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory) {
   if (element_bytes == 2 && dims.dim_qk <= 128 && dims.dim_v <= 128) {
-    return portable_tile_of(dims, element_bytes, 128, 64, false);
+    const int keys = dims.dim_v <= 64 ? 64 : 32;  // 64 spill beside 32 x 128 sums
+    return portable_tile_of(dims, element_bytes, 128, keys, false);
   }
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.

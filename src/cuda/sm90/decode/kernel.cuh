@@ -28,6 +28,7 @@
 
 #include <type_traits>
 
+#include "cuda/common/element.cuh"
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/scores.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -362,9 +363,6 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const PackedItem
 }
 
 }  // namespace decode
-
-template <Dtype kDtype>
-using Element = std::conditional_t<kDtype == Dtype::kF16, __half, __nv_bfloat16>;
 
 template <typename Tile, typename T>
 __global__ void __launch_bounds__(Tile::kThreads, 1)

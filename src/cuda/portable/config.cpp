@@ -1,0 +1,222 @@
+#include "cuda/portable/config.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "core/names.h"
+#include "cuda/combine/combine.h"
+#include "cuda/common/packed_rows.h"
+#include "cuda/portable/kernel.h"
+#include "plan/work.h"
+
+namespace wh::cuda {
+namespace {
+
+template <int kDimQk, int kDimV, Dtype kDtype, SharedMemory kMemory>
+constexpr PortableVariant variant() {
+  constexpr HeadDims kDims{kDimQk, kDimV};
+  constexpr int kElementBytes = kDtype == Dtype::kF32 ? 4 : 2;
+  return {kDims, kDtype, portable_tile(kDims, kElementBytes, kMemory),
+          portable_instance<kDimQk, kDimV, kDtype, kMemory>};
+}
+
+// Widest tiles first.
+template <int kDimQk, int kDimV, SharedMemory kMemory>
+constexpr std::array<PortableVariant, 3> of_all_types() {
+  return {variant<kDimQk, kDimV, Dtype::kF32, kMemory>(),
+          variant<kDimQk, kDimV, Dtype::kF16, kMemory>(),
+          variant<kDimQk, kDimV, Dtype::kBf16, kMemory>()};
+}
+constexpr std::array<PortableVariant, 3> kVariants[] = {
+    of_all_types<64, 64, SharedMemory::kLarge>(),
+    of_all_types<128, 128, SharedMemory::kLarge>(),
+    of_all_types<192, 128, SharedMemory::kLarge>(),
+    of_all_types<192, 128, SharedMemory::kSmall>(),
+    of_all_types<192, 192, SharedMemory::kLarge>(),
+    of_all_types<192, 192, SharedMemory::kSmall>(),
+    of_all_types<256, 256, SharedMemory::kLarge>(),
+    of_all_types<256, 256, SharedMemory::kSmall>(),
+    of_all_types<512, 512, SharedMemory::kLarge>(),
+    of_all_types<512, 512, SharedMemory::kSmall>(),
+    of_all_types<576, 512, SharedMemory::kLarge>(),
+    of_all_types<576, 512, SharedMemory::kSmall>(),
+    of_all_types<1024, 1024, SharedMemory::kLarge>(),
+    of_all_types<1024, 1024, SharedMemory::kSmall>()};
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+bool holds(const PortableVariant& variant, const Problem& p) {
+  return p.dim_qk <= variant.dims.dim_qk && p.dim_v <= variant.dims.dim_v &&
+         p.dtype_q == variant.dtype;
+}
+
+// The narrowest one that holds the problem and fits the card.
+const PortableVariant* best_variant(const Problem& p, int64_t shared_bytes) {
+  for (const auto& types : kVariants) {
+    for (const PortableVariant& variant : types) {
+      if (holds(variant, p) && variant.tile.bytes <= shared_bytes) return &variant;
+    }
+  }
+  return nullptr;
+}
+
+// What a problem costs by the number of shares its keys are cut into.
+class PortableCost {
+ public:
+  PortableCost(const Query& query, const PortableVariant& variant, int64_t batch)
+      : sms_(std::max(1, query.cuda.sms)) {
+    const Problem& p = query.problem;
+    const PortableTile& tile = variant.tile;
+    const int64_t pair_rows = p.len_q * p.group();
+    items_ = batch * p.heads_kv * divide_up(pair_rows, tile.rows);
+    // Registers allow 256 threads of 255 of them.
+    resident_ = std::clamp<int64_t>(
+        std::min(query.cuda.shared_bytes / tile.bytes, int64_t{256 / tile.threads()}), 1, 2);
+    most_tiles_ = divide_up(most_visible_keys(p), tile.keys);
+    const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q));
+    tiles_ = keys / tile.keys + 0.5;
+    // Warps without rows skip the products.
+    const int64_t rows =
+        divide_up(std::min<int64_t>(pair_rows, tile.rows), tile.warp_rows) * tile.warp_rows;
+    const double flops = 2.0 * static_cast<double>(rows * tile.keys) *
+                         (variant.dims.dim_qk + variant.dims.dim_v);
+    const double sm_flops_per_us = query.cuda.tensor_tflops * 1e6 * share(query, variant) /
+                                   static_cast<double>(sms_);
+    product_us_ = flops / sm_flops_per_us;
+    const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
+    tile_bytes_ = tile.keys * static_cast<double>(p.dim_qk + p.dim_v) * element;
+    bytes_per_us_ = query.cuda.read_gbytes_per_s * 1e3;
+    share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
+  }
+
+  int64_t most_tiles() const { return most_tiles_; }
+
+  double us(int64_t splits) const {
+    const int64_t blocks = items_ * splits;
+    const int64_t slots = sms_ * resident_;
+    const auto active = static_cast<double>(std::min(blocks, slots));
+    const double busy_sms = std::min<double>(active, static_cast<double>(sms_));
+    const double tile_us = std::max({product_us_ * active / busy_sms, kTileUs,
+                                     active * tile_bytes_ / bytes_per_us_ * kFromMemory});
+    // Blocks of unequal length follow each other where there are many.
+    const double rounds = blocks <= slots
+                              ? 1
+                              : static_cast<double>(blocks) / static_cast<double>(slots) + 0.5;
+    double us = kStartUs + rounds * tiles_ / static_cast<double>(splits) * tile_us;
+    if (splits > 1) us += kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate;
+    return us;
+  }
+
+  int64_t best_splits() const {
+    int64_t best = 1;
+    if (items_ == 0 || items_ >= sms_ * resident_) return best;  // the card is full
+    for (int64_t splits = 2; splits <= std::min<int64_t>(most_tiles_, kMostSplits); ++splits) {
+      if (us(splits) < us(best)) best = splits;
+    }
+    return best;
+  }
+
+ private:
+  // Of the dense 16-bit rate, on full tiles.
+  static double share(const Query& query, const PortableVariant& variant) {
+    // mma.sync has less than two thirds of Hopper's rate, which needs wgmma.
+    const double of_card = query.cuda.compute_capability == 90 ? 0.36 : 0.55;
+    const double of_dims = variant.dims.dim_v <= 128 ? 1 : variant.dims.dim_v <= 256 ? 0.85 : 0.6;
+    // Three products at half the rate, and the splitting of their factors.
+    return of_card * of_dims * (variant.dtype == Dtype::kF32 ? 0.12 : 1);
+  }
+
+  static constexpr double kStartUs = 4;
+  static constexpr double kTileUs = 1.2;      // of two barriers and their copies, at least
+  static constexpr double kFromMemory = 0.5;  // the rest of the tiles come from L2
+  static constexpr double kCombineUs = 2;
+  static constexpr double kCombineRate = 1e6;  // bytes a microsecond
+
+  int64_t sms_, items_, resident_, most_tiles_;
+  double tiles_, product_us_, tile_bytes_, bytes_per_us_, share_bytes_;
+};
+
+std::optional<std::string> refusal(const Query& query) {
+  const Problem& p = query.problem;
+  if (p.dtype_q != p.dtype_kv) return "needs q, k and v in one type";
+  if (query.limits.precision == Precision::kHigh && p.dtype_q != Dtype::kF32) {
+    return "rounds the weights to the input type; precision high forbids that";
+  }
+  if (!fits_int32(p)) {
+    return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
+  }
+  if (best_variant(p, query.cuda.shared_bytes) == nullptr) {
+    return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
+                       kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, query.cuda.shared_bytes);
+  }
+  const PortableVariant& variant = *best_variant(p, query.cuda.shared_bytes);
+  const int64_t pair_rows = p.len_q * p.group();
+  // Of this kernel, and of the one that merges.
+  const int64_t most_blocks = std::max(
+      p.batch * p.heads_kv * divide_up(pair_rows, variant.tile.rows) * kMostSplits,
+      p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
+  if (std::max(most_blocks, pair_rows) > std::numeric_limits<int32_t>::max()) {
+    return "has too many query rows for one grid";
+  }
+  return std::nullopt;
+}
+
+Config configure(const Query& query) {
+  const Problem& p = query.problem;
+  const PortableVariant& variant = *best_variant(p, query.cuda.shared_bytes);
+  Config config;
+  config.variant = fmt::format("{} mma.sync, {}/{}",
+                               p.dtype_q == Dtype::kF32 ? "3xTF32" : kDtypes.name(p.dtype_q),
+                               variant.dims.dim_qk, variant.dims.dim_v);
+  config.tile_q = variant.tile.rows;
+  config.tile_k = variant.tile.keys;
+  // One batch entry alone decides where bits must not depend on the batch.
+  const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
+  const PortableCost cost(query, variant, batch);
+  const int64_t splits = cost.best_splits();
+  if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.tile.keys;
+  const int64_t row_tiles = divide_up(p.len_q * p.group(), variant.tile.rows);
+  config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles * splits);
+  return config;
+}
+
+size_t workspace_bytes(const Problem& p, const Config& config) {
+  const auto splits = static_cast<int32_t>(PackedShape(p, config).splits);
+  return Partials::at(nullptr, p, splits).bytes();
+}
+
+double estimate_us(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  const PortableVariant* variant = portable_variant(p, config);
+  if (variant == nullptr) return std::numeric_limits<double>::infinity();
+  return PortableCost(query, *variant, p.batch).us(PackedShape(p, config).splits);
+}
+
+}  // namespace
+
+const PortableVariant* portable_variant(const Problem& p, const Config& config) {
+  for (const auto& types : kVariants) {
+    for (const PortableVariant& variant : types) {
+      if (holds(variant, p) && variant.tile.rows == config.tile_q &&
+          variant.tile.keys == config.tile_k) {
+        return &variant;
+      }
+    }
+  }
+  return nullptr;
+}
+
+const Kernel kPortable{"cuda_portable",
+                       Device::kCuda,
+                       true,
+                       "mma.sync and cp.async on any card from sm_80 on, any dimensions, f32 too",
+                       refusal,
+                       configure,
+                       workspace_bytes,
+                       estimate_us,
+                       run_portable};
+
+}  // namespace wh::cuda

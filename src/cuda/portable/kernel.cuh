@@ -1,0 +1,478 @@
+// cuda_portable: attention by mma.sync and cp.async, for every card from sm_80 on, any dimensions up
+// to 1024, f16, bf16 and f32; prefill and split-key decode in one kernel.
+//
+// Schedule: a block owns up to 128 query rows that share a kv head (queries x heads of the group)
+// and one share of the key tiles that any of them sees. K and V tiles come by cp.async, one of each
+// in shared memory: V arrives during S = Q K^T, the next K during softmax and O += P V. A warp keeps
+// 16 rows (narrow 16-bit heads: 32) of S and O in registers. Where V is wider than 256, two or four
+// warps share their rows: each computes the scores of some of the keys, they agree on the largest,
+// pass the weights through shared memory, and each sums its own 256 columns of V. Warps without a
+// row skip the products. Shares of keys leave normalised partial rows, merged by combine.cu.
+//
+// Roofline: mma.sync reaches 60 to 65 % of the dense rate of sm_80 and two fifths of Hopper's, whose
+// full rate needs wgmma. With 16 rows a warp each fragment of K and V feeds one product: shared
+// memory's 128 bytes a clock bound those tiles (256 wide and more), the tensor cores the narrow
+// ones. f32 takes three TF32 products for one: a sixth of the 16-bit rate.
+//
+// NaN and infinity in V: keys that do not exist are never read. In tiles where some row does not see
+// some key, and in all tiles in f32 (infinity has no second half in 3xTF32), what is not finite is
+// taken out of shared memory and added again, after the rows are stored, to the rows that see it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "cuda/common/element.cuh"
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/scores.cuh"
+#include "cuda/portable/kernel.h"
+#include "cuda/portable/products.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/sync.cuh"
+
+namespace wh::cuda {
+namespace portable {
+
+static_assert(sizeof(PackedItem) <= kPortableItemBytes);
+
+// Rows of a tensor as they lie in memory.
+template <typename T>
+struct MemoryRows {
+  const T* base;  // of the head
+  int64_t stride_dim;
+  int32_t dim;
+  bool is_whole;  // 16 bytes at a time
+};
+
+// Copies kRows rows of kColumns columns into shared memory. `offset_of` gives the offset of a row
+// in elements, or a negative number where there is none; such rows, and columns past `dim`, become
+// 0. Asynchronous where rows are whole.
+template <int kRows, int kColumns, int kThreads, typename T, typename OffsetOf>
+__device__ __forceinline__ void load_rows(const SharedRows<T>& to, const MemoryRows<T>& from,
+                                          OffsetOf offset_of) {
+  if (from.is_whole) {
+    constexpr int kChunk = 16 / sizeof(T);
+    constexpr int kRowChunks = kColumns / kChunk;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kRows * kRowChunks; i += kThreads) {
+      const int row = i / kRowChunks, column = i % kRowChunks * kChunk;
+      const int64_t offset = offset_of(row);
+      const bool exists = offset >= 0 && column < from.dim;
+      ptx::cp_async<16>(ptx::shared_address(to.at(row, column)),
+                        exists ? from.base + offset + column : from.base, exists ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
+      const int row = i / kColumns, column = i % kColumns;
+      const int64_t offset = offset_of(row);
+      const bool exists = offset >= 0 && column < from.dim;
+      *to.at(row, column) = exists ? from.base[offset + column * from.stride_dim] : T(0.0f);
+    }
+  }
+}
+
+template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
+class Block {
+ public:
+  static constexpr PortableTile kTile = portable_tile({kDimQk, kDimV}, sizeof(T), kMemory);
+  static_assert(kTile.bytes > 0 && kTile.threads() <= 256);
+
+  __device__ __forceinline__ Block(const PortableArgs& args, const PackedItem& item,
+                                   unsigned char* s_memory)
+      : args_(args),
+        a_(args.attention),
+        item_(item),
+        scale_log2_((args.scores == Scores::kPlain ? a_.scale : 1) * kLog2E) {
+    auto* next = reinterpret_cast<T*>(s_memory);
+    const auto take = [&next](int rows, int pitch) {
+      SharedRows<T> taken{next, pitch};
+      next += rows * pitch;
+      return taken;
+    };
+    s_q_ = take(kTile.rows, kTile.pitch_qk);
+    s_k_ = take(kKeys, kTile.pitch_qk);
+    s_v_ = kTile.shares_buffer ? SharedRows<T>{s_k_.data, kTile.pitch_v}
+                               : take(kKeys, kTile.pitch_v);
+    s_p_ = take(kTile.rows, kTile.pitch_p);
+    s_tops_ = reinterpret_cast<float*>(next);
+    s_dropped_ = reinterpret_cast<int32_t*>(s_tops_ + (kGroups > 1 ? kTile.rows * kGroups : 0));
+    warp_row_ = threadIdx.x / 32 / kGroups * kTile.warp_rows;
+    group_ = threadIdx.x / 32 % kGroups;
+  }
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) *s_dropped_ = 0;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) o_[m][i] = 0;
+    }
+    if (item_.tile_begin < item_.tile_end) {
+      load_queries();
+      load_keys(item_.tile_begin);
+    }
+#pragma unroll 1
+    for (int32_t tile = item_.tile_begin; tile < item_.tile_end; ++tile) work_on(tile);
+    if constexpr (kGroups > 1) gather_sums();
+    const bool is_split = args_.partials.splits > 1;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) store_row(m, r, is_split);
+    }
+    __syncthreads();
+    if (*s_dropped_ != 0) restore(is_split);
+  }
+
+ private:
+  static constexpr int kKeys = kTile.keys;
+  static constexpr int kGroups = kTile.column_groups;
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kRowTiles = kTile.warp_rows / 16;
+  static constexpr int kColumns = kDimV / kGroups;  // of V, a warp
+  static constexpr int kTiles = kTile.slice_tiles();
+  static constexpr int kSliceKeys = 8 * kTiles;
+
+  __device__ __forceinline__ PackedRow packed_row(int row) const {
+    return {a_, args_.rows, item_, row};
+  }
+  __device__ __forceinline__ int thread_row(int m, int r) const {
+    return warp_row_ + 16 * m + 8 * r + threadIdx.x % 32 / 4;
+  }
+  __device__ __forceinline__ bool warp_has_rows() const { return warp_row_ < item_.rows; }
+  __device__ __forceinline__ bool has_slice() const { return group_ * kSliceKeys < kKeys; }
+
+  __device__ __forceinline__ void load_queries() {
+    const MemoryRows<T> from{
+        static_cast<const T*>(args_.q) + item_.batch_idx * args_.stride_q[0], args_.stride_q[3],
+        a_.dim_qk, args_.q_is_whole};
+    load_rows<kTile.rows, kDimQk, kThreads>(s_q_, from, [&](int row) -> int64_t {
+      if (row >= item_.rows) return -1;
+      const PackedRow at = packed_row(row);
+      return at.head * args_.stride_q[1] + at.query * args_.stride_q[2];
+    });
+  }
+  // Keys that do not exist are not read.
+  template <int kColumnsOf>
+  __device__ __forceinline__ void load_tile(const SharedRows<T>& to, const MemoryRows<T>& from,
+                                            int64_t stride, int32_t tile) {
+    load_rows<kKeys, kColumnsOf, kThreads>(to, from, [&](int row) -> int64_t {
+      const int32_t key = tile * kKeys + row;
+      return key >= item_.present.begin && key < item_.present.end ? key * stride : -1;
+    });
+    ptx::cp_async_commit();
+  }
+  __device__ __forceinline__ void load_keys(int32_t tile) {
+    load_tile<kDimQk>(s_k_,
+                      {static_cast<const T*>(args_.k) + item_.batch_idx * args_.stride_k[0] +
+                           item_.head_kv * args_.stride_k[1],
+                       args_.stride_k[3], a_.dim_qk, args_.k_is_whole},
+                      args_.stride_k[2], tile);
+  }
+  __device__ __forceinline__ const T* values() const {
+    return static_cast<const T*>(a_.v) + item_.batch_idx * a_.stride_v[0] +
+           item_.head_kv * a_.stride_v[1];
+  }
+  __device__ __forceinline__ void load_values(int32_t tile) {
+    load_tile<kDimV>(s_v_, {values(), a_.stride_v[3], a_.dim_v, args_.v_is_whole}, a_.stride_v[2],
+                     tile);
+  }
+
+  static __device__ __forceinline__ void meet_copies() {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void work_on(int32_t tile) {
+    meet_copies();  // K is here, and V has been read
+    if constexpr (!kTile.shares_buffer) load_values(tile);
+    float s[kRowTiles][4 * kTiles];
+    const bool has_scores = warp_has_rows() && has_slice();
+    if (has_scores) scores(s, tile);
+    if constexpr (kGroups > 1) tell_tops(s, has_scores);
+    meet_copies();  // K has been read; V is here where it has a buffer of its own
+    if constexpr (kTile.shares_buffer) {
+      load_values(tile);
+    } else if (tile + 1 < item_.tile_end) {
+      load_keys(tile + 1);
+    }
+    if constexpr (kGroups == 1) {
+      if (has_scores) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) softmax_[m].update(s[m], scale_log2_);
+      }
+    } else {
+      share_weights(s, has_scores);
+    }
+    if constexpr (kTile.shares_buffer) {
+      meet_copies();  // and the weights are
+    } else if constexpr (kGroups > 1) {
+      __syncthreads();
+    }
+    if (std::is_same_v<T, float> || !item_.tiles.is_clean(tile)) {
+      clean_values(tile);
+      __syncthreads();
+    }
+    if (warp_has_rows()) {
+      using Weights = typename Products<T>::template Weights<kRowTiles, kKeys>;
+      if constexpr (kGroups == 1) {
+        Weights weights(s);
+        add_values(weights);
+      } else {
+        Weights weights(SharedRows<T>{s_p_.at(warp_row_, 0), kTile.pitch_p});
+        add_values(weights);
+      }
+    }
+    if constexpr (kTile.shares_buffer) {
+      __syncthreads();
+      if (tile + 1 < item_.tile_end) load_keys(tile + 1);
+    }
+  }
+
+  __device__ __forceinline__ void scores(float (&s)[kRowTiles][4 * kTiles], int32_t tile) {
+    const int32_t first_key = tile * kKeys + group_ * kSliceKeys;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) s[m][i] = 0;
+    }
+    Products<T>::template scores<kDimQk, kRowTiles, kTiles>(
+        s, {s_q_.at(warp_row_, 0), kTile.pitch_qk},
+        {s_k_.at(group_ * kSliceKeys, 0), kTile.pitch_qk});
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      if (args_.scores != Scores::kPlain) transform_scores(s[m], a_);
+      if (item_.tiles.is_full(tile)) continue;
+      // Computed anew: kept, they would cost 16 registers that the sums need.
+      ScoreRow rows[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
+        const PackedRow at = packed_row(min(thread_row(m, r), item_.rows - 1));
+        rows[r] = score_row(a_, item_.present, item_.batch_idx, at.head, at.query);
+      }
+      if (args_.scores == Scores::kMasked) {
+        mask_scores<T>(s[m], a_, rows, first_key);
+      } else {
+        hide_keys(s[m], rows, first_key);
+      }
+    }
+  }
+
+  // Of this warp's keys, for the other warps of its rows.
+  __device__ __forceinline__ void tell_tops(const float (&s)[kRowTiles][4 * kTiles],
+                                            bool has_scores) {
+    static_assert(kRowTiles == 1 || kGroups == 1);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float top = has_scores ? softmax_[0].top(s[0], r) : -INFINITY;
+      if (threadIdx.x % 4 == 0) s_tops_[thread_row(0, r) * kGroups + group_] = top;
+    }
+  }
+  __device__ __forceinline__ void share_weights(float (&s)[kRowTiles][4 * kTiles],
+                                                bool has_scores) {
+    if (!warp_has_rows()) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = softmax_[0].largest[r];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) top = fmaxf(top, s_tops_[thread_row(0, r) * kGroups + g]);
+      softmax_[0].raise(r, top, scale_log2_);
+      if (has_scores) softmax_[0].weigh(s[0], r, scale_log2_);
+    }
+    if (has_scores) {
+      Products<T>::template share<kTiles>(
+          s[0], {s_p_.at(warp_row_, group_ * kSliceKeys), kTile.pitch_p});
+    }
+  }
+  // The sums of all column groups, in all of them.
+  __device__ __forceinline__ void gather_sums() {
+    float sums[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sums[r] = softmax_[0].sum[r];
+      sums[r] += __shfl_xor_sync(~0u, sums[r], 1);
+      sums[r] += __shfl_xor_sync(~0u, sums[r], 2);
+    }
+    __syncthreads();  // the largest scores have been read
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (threadIdx.x % 4 == 0) s_tops_[thread_row(0, r) * kGroups + group_] = sums[r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float total = 0;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) total += s_tops_[thread_row(0, r) * kGroups + g];
+      // finish() adds the four threads of a row.
+      softmax_[0].sum[r] = threadIdx.x % 4 == 0 ? total : 0;
+    }
+  }
+
+  template <typename Weights>
+  __device__ __forceinline__ void add_values(Weights& weights) {
+    float correction[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) correction[m][r] = softmax_[m].correction[r];
+    }
+    Products<T>::template values<kRowTiles, kKeys, kColumns>(
+        o_, correction, weights, {s_v_.at(0, group_ * kColumns), kTile.pitch_v});
+  }
+
+  static __device__ __forceinline__ bool is_finite(T x) {
+    return fabsf(static_cast<float>(x)) < INFINITY;
+  }
+
+  // Takes NaN and infinity out of a tile of V.
+  __device__ __forceinline__ void clean_values(int32_t tile) {
+    bool dropped = false;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kKeys * kDimV / 4; i += kThreads) {
+      T* at = s_v_.at(i / (kDimV / 4), i % (kDimV / 4) * 4);
+      using Four = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+      union {
+        Four bits;
+        T values[4];
+      };
+      bits = *reinterpret_cast<const Four*>(at);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (is_finite(values[e])) continue;
+        at[e] = T(0.0f);
+        dropped = true;
+      }
+    }
+    if (dropped) *s_dropped_ = 1;
+  }
+
+  // Adds again what clean_values() took out, to the rows that see it.
+  __device__ __forceinline__ void restore(bool is_split) const {
+    const int32_t begin = max(item_.seen.begin, item_.tile_begin * kKeys);
+    const int32_t end = min(item_.seen.end, item_.tile_end * kKeys);
+    for (int row = 0; row < item_.rows; ++row) {
+      const PackedRow at = packed_row(row);
+      const ScoreRow mask = score_row(a_, item_.present, item_.batch_idx, at.head, at.query);
+      for (int32_t column = threadIdx.x; column < a_.dim_v; column += kThreads) {
+        float added = 0;
+        bool has_dropped = false;
+#pragma unroll 1
+        for (int32_t key = begin; key < end; ++key) {
+          const T value = values()[key * a_.stride_v[2] + column * a_.stride_v[3]];
+          if (is_finite(value)) continue;
+          const bool was_dropped =
+              std::is_same_v<T, float> || !item_.tiles.is_clean(key / kKeys);
+          if (!was_dropped || static_cast<uint32_t>(key - mask.first_key) >= mask.key_count ||
+              mask_bias<T>(a_, mask, key) == -INFINITY) {
+            continue;
+          }
+          added += static_cast<float>(value);
+          has_dropped = true;
+        }
+        if (!has_dropped) continue;
+        if (is_split) {
+          partial_row(at)[column] += added;
+        } else {
+          T& out = out_row(at)[column * a_.stride_out[3]];
+          out = static_cast<T>(static_cast<float>(out) + added);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ T* out_row(PackedRow at) const {
+    return static_cast<T*>(a_.out) + item_.batch_idx * a_.stride_out[0] +
+           at.head * a_.stride_out[1] + at.query * a_.stride_out[2];
+  }
+  __device__ __forceinline__ float* partial_row(PackedRow at) const {
+    const Partials& partials = args_.partials;
+    return partials.sums +
+           (item_.split * partials.rows + at.index(a_, item_)) * partials.columns;
+  }
+
+  __device__ __forceinline__ void store_row(int m, int r, bool is_split) {
+    const int row = thread_row(m, r);
+    const bool exists = row < item_.rows;
+    const PackedRow at = packed_row(min(row, item_.rows - 1));
+    const float sink = a_.sinks != nullptr && !is_split ? a_.sinks[at.head] : -INFINITY;
+    const float log_sum = softmax_[m].finish(r, scale_log2_, sink);
+    const float factor = softmax_[m].correction[r];
+    if (!exists) return;
+    const int first_column = group_ * kColumns + threadIdx.x % 4 * 2;
+    if (is_split) {
+      const Partials& partials = args_.partials;
+      if (first_column == 0) {
+        partials.log_sum_exp[at.index(a_, item_) * partials.splits + item_.split] = log_sum;
+      }
+      float* to = partial_row(at) + first_column;
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        if (first_column + 8 * i >= a_.dim_v) continue;
+        *reinterpret_cast<float2*>(to + 8 * i) =
+            make_float2(o_[m][4 * i + 2 * r] * factor, o_[m][4 * i + 2 * r + 1] * factor);
+      }
+      return;
+    }
+    if (first_column == 0 && a_.log_sum_exp != nullptr) {
+      a_.log_sum_exp[at.index(a_, item_)] = log_sum;
+    }
+    T* to = out_row(at) + first_column * a_.stride_out[3];
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      const int left = a_.dim_v - first_column - 8 * i;
+      // A row without weight: its sums may be 0 * NaN.
+      const float x = factor == 0 ? 0 : o_[m][4 * i + 2 * r] * factor;
+      const float y = factor == 0 ? 0 : o_[m][4 * i + 2 * r + 1] * factor;
+      if (args_.out_is_whole) {
+        if (left > 0) store_pair(to + 8 * i, x, y);
+      } else {
+        if (left > 0) to[8 * i * a_.stride_out[3]] = static_cast<T>(x);
+        if (left > 1) to[(8 * i + 1) * a_.stride_out[3]] = static_cast<T>(y);
+      }
+    }
+  }
+  static __device__ __forceinline__ void store_pair(T* to, float x, float y) {
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(to) = ptx::pack<T>(x, y);
+    } else {
+      *reinterpret_cast<float2*>(to) = make_float2(x, y);
+    }
+  }
+
+  const PortableArgs& args_;
+  const AttentionArgs& a_;
+  const PackedItem& item_;  // in shared memory: 16 registers that the sums need
+  const float scale_log2_;
+  SharedRows<T> s_q_, s_k_, s_v_, s_p_;
+  float* s_tops_;  // [rows, groups]
+  int32_t* s_dropped_;
+  int warp_row_;  // its first one
+  int group_;     // of columns
+  OnlineSoftmax softmax_[kRowTiles];
+  float o_[kRowTiles][kColumns / 2];
+};
+
+}  // namespace portable
+
+template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
+__global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kMemory).threads())
+    cuda_portable(const __grid_constant__ PortableArgs args) {
+  using Block = portable::Block<kDimQk, kDimV, T, kMemory>;
+  extern __shared__ __align__(16) unsigned char s_memory[];
+  auto* item = reinterpret_cast<PackedItem*>(s_memory + Block::kTile.bytes - kPortableItemBytes);
+  if (threadIdx.x == 0) {
+    // Longest first: the last rows see the most keys.
+    *item = PackedItem(args.attention, args.rows, static_cast<int32_t>(gridDim.x - 1 - blockIdx.x),
+                       Block::kTile.rows, Block::kTile.keys);
+  }
+  __syncthreads();
+  Block block(args, *item, s_memory);
+  ptx::launch_dependents();
+  block.run();
+}
+
+}  // namespace wh::cuda
