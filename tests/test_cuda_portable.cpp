@@ -2,10 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <vector>
 
 #include "cuda/common/packed_rows.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/kernel.h"
+#include "cuda/portable/load.h"
 
 namespace wh::cuda {
 namespace {
@@ -116,6 +118,70 @@ TEST(CudaPortable, RefusesWhatItWouldRound) {
   Problem mixed = problem(8, 8, 64, 64, Dtype::kF32);
   mixed.dtype_kv = Dtype::kF16;
   EXPECT_TRUE(kPortable.refusal(kAmpere.query(mixed)).has_value());
+}
+
+// Shared memory as a loader leaves it; -1 where nothing was written.
+struct Filled {
+  int columns;
+  std::vector<float>* tile;
+  std::vector<int>* writes;
+  void chunk(int row, int column, const float* from, int bytes) const {
+    ASSERT_TRUE(bytes == 0 || bytes == 16);
+    for (int i = 0; i < 4; ++i) element(row, column + i, bytes == 0 ? 0 : from[i]);
+  }
+  void element(int row, int column, float value) const {
+    (*tile)[static_cast<size_t>(row * columns + column)] = value;
+    ++(*writes)[static_cast<size_t>(row * columns + column)];
+  }
+};
+
+template <int kRows, int kColumns, int kThreads>
+void check_loaders(int dim, int begin, int end, bool is_whole) {
+  constexpr int kStride = kColumns + 12;
+  // Rows that do not exist are NaN: reading one shows.
+  std::vector<float> memory(kRows * kStride, NAN);
+  for (int row = begin; row < end; ++row) {
+    for (int column = 0; column < dim; ++column) {
+      memory[static_cast<size_t>(row * kStride + column)] =
+          static_cast<float>(1 + row * 2048 + column);
+    }
+  }
+  const portable::TileRows<float> rows{memory.data(), kStride, 1, dim, begin, end, is_whole};
+  for (const bool is_scattered : {false, true}) {
+    std::vector<float> tile(kRows * kColumns, -1);
+    std::vector<int> writes(tile.size());
+    const Filled filled{kColumns, &tile, &writes};
+    for (int thread = 0; thread < kThreads; ++thread) {
+      if (is_scattered) {
+        portable::load_scattered<kRows, kColumns, kThreads>(
+            thread, rows, [](int row) { return int64_t{row} * kStride; }, filled);
+      } else {
+        portable::load_rows<kRows, kColumns, kThreads>(thread, rows, filled);
+      }
+    }
+    for (int row = 0; row < kRows; ++row) {
+      for (int column = 0; column < kColumns; ++column) {
+        const auto i = static_cast<size_t>(row * kColumns + column);
+        const bool exists = row >= begin && row < end && column < dim;
+        ASSERT_EQ(writes[i], 1) << row << ", " << column;
+        ASSERT_EQ(tile[i], exists ? static_cast<float>(1 + row * 2048 + column) : 0.0f)
+            << row << ", " << column;
+      }
+    }
+  }
+}
+
+TEST(CudaPortable, LoadersFillEveryElementOnceAndReadOnlyWhatExists) {
+  for (const bool is_whole : {true, false}) {
+    for (const auto [begin, end] : {std::pair{0, 16}, {3, 11}, {0, 0}, {15, 16}}) {
+      check_loaders<16, 64, 128>(64, begin, end, is_whole);
+      check_loaders<16, 64, 128>(40, begin, end, is_whole);
+      check_loaders<16, 192, 128>(192, begin, end, is_whole);  // 48 chunks: columns change
+      check_loaders<16, 576, 256>(572, begin, end, is_whole);
+      check_loaders<16, 1024, 128>(1000, begin, end, is_whole);  // more chunks than threads
+      check_loaders<16, 512, 256>(512, begin, end, is_whole);
+    }
+  }
 }
 
 }  // namespace

@@ -36,24 +36,23 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   problem.device = 0;
   wh_plan* plan = nullptr;
   const wh_status status = wh_plan_create(&problem, &limits, &plan);
-  if (plan != nullptr) {
-    const char* json = wh_plan_json(plan);
-    wh_plan* again = nullptr;
-    // A plan that was made must survive its own JSON.
-    if (json != nullptr && wh_plan_from_json(json, std::strlen(json), &again) != WH_OK &&
-        problem.scale == problem.scale) {
-      __builtin_trap();
-    }
-    wh_plan_destroy(again);
-    (void)wh_plan_explain(plan);
+  if (status != WH_OK) return 0;
+  const char* json = wh_plan_json(plan);
+  wh_plan* again = nullptr;
+  // A plan that was made must survive its own JSON.
+  if (json != nullptr && wh_plan_from_json(json, std::strlen(json), &again) != WH_OK &&
+      problem.scale == problem.scale) {
+    __builtin_trap();
   }
+  wh_plan_destroy(again);
+  (void)wh_plan_explain(plan);
   const int64_t pairs_limit = 1 << 14;
   const bool is_small = problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 &&
                         problem.len_k <= 256 &&
                         problem.batch * problem.heads_q * problem.len_q * problem.len_k <=
                             pairs_limit &&
                         wh_plan_workspace_bytes(plan) < (64 << 20) && problem.mask == WH_MASK_NONE;
-  if (status == WH_OK && is_small && limits.threads < 4) {
+  if (is_small && limits.threads < 4) {
     const int64_t q[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_qk};
     const int64_t k[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_qk};
     const int64_t v[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_v};

@@ -28,6 +28,7 @@
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/scores.cuh"
 #include "cuda/portable/kernel.h"
+#include "cuda/portable/load.h"
 #include "cuda/portable/products.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/sync.cuh"
@@ -36,43 +37,6 @@ namespace wh::cuda {
 namespace portable {
 
 static_assert(sizeof(PackedItem) <= kPortableItemBytes);
-
-// Rows of a tensor as they lie in memory.
-template <typename T>
-struct MemoryRows {
-  const T* base;  // of the head
-  int64_t stride_dim;
-  int32_t dim;
-  bool is_whole;  // 16 bytes at a time
-};
-
-// Copies kRows rows of kColumns columns into shared memory. `offset_of` gives the offset of a row
-// in elements, or a negative number where there is none; such rows, and columns past `dim`, become
-// 0. Asynchronous where rows are whole.
-template <int kRows, int kColumns, int kThreads, typename T, typename OffsetOf>
-__device__ __forceinline__ void load_rows(const SharedRows<T>& to, const MemoryRows<T>& from,
-                                          OffsetOf offset_of) {
-  if (from.is_whole) {
-    constexpr int kChunk = 16 / sizeof(T);
-    constexpr int kRowChunks = kColumns / kChunk;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kRows * kRowChunks; i += kThreads) {
-      const int row = i / kRowChunks, column = i % kRowChunks * kChunk;
-      const int64_t offset = offset_of(row);
-      const bool exists = offset >= 0 && column < from.dim;
-      ptx::cp_async<16>(ptx::shared_address(to.at(row, column)),
-                        exists ? from.base + offset + column : from.base, exists ? 16 : 0);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
-      const int row = i / kColumns, column = i % kColumns;
-      const int64_t offset = offset_of(row);
-      const bool exists = offset >= 0 && column < from.dim;
-      *to.at(row, column) = exists ? from.base[offset + column * from.stride_dim] : T(0.0f);
-    }
-  }
-}
 
 template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
 class Block {
@@ -145,39 +109,61 @@ class Block {
   __device__ __forceinline__ bool warp_has_rows() const { return warp_row_ < item_.rows; }
   __device__ __forceinline__ bool has_slice() const { return group_ * kSliceKeys < kKeys; }
 
+  // How a loader fills rows of shared memory.
+  struct AsyncCopy {
+    SharedRows<T> to;
+    __device__ __forceinline__ void chunk(int row, int column, const T* from, int bytes) const {
+      ptx::cp_async<16>(ptx::shared_address(to.at(row, column)), from, bytes);
+    }
+    __device__ __forceinline__ void element(int row, int column, T value) const {
+      *to.at(row, column) = value;
+    }
+  };
+
   __device__ __forceinline__ void load_queries() {
-    const MemoryRows<T> from{
-        static_cast<const T*>(args_.q) + item_.batch_idx * args_.stride_q[0], args_.stride_q[3],
-        a_.dim_qk, args_.q_is_whole};
-    load_rows<kTile.rows, kDimQk, kThreads>(s_q_, from, [&](int row) -> int64_t {
-      if (row >= item_.rows) return -1;
-      const PackedRow at = packed_row(row);
-      return at.head * args_.stride_q[1] + at.query * args_.stride_q[2];
-    });
+    const TileRows<T> rows{static_cast<const T*>(args_.q) + item_.batch_idx * args_.stride_q[0],
+                           0,
+                           args_.stride_q[3],
+                           a_.dim_qk,
+                           0,
+                           item_.rows,
+                           args_.q_is_whole};
+    load_scattered<kTile.rows, kDimQk, kThreads>(
+        static_cast<int>(threadIdx.x), rows,
+        [&](int row) {
+          const PackedRow at = packed_row(row);
+          return at.head * args_.stride_q[1] + at.query * args_.stride_q[2];
+        },
+        AsyncCopy{s_q_});
   }
   // Keys that do not exist are not read.
   template <int kColumnsOf>
-  __device__ __forceinline__ void load_tile(const SharedRows<T>& to, const MemoryRows<T>& from,
-                                            int64_t stride, int32_t tile) {
-    load_rows<kKeys, kColumnsOf, kThreads>(to, from, [&](int row) -> int64_t {
-      const int32_t key = tile * kKeys + row;
-      return key >= item_.present.begin && key < item_.present.end ? key * stride : -1;
-    });
+  __device__ __forceinline__ void load_tile(const SharedRows<T>& to, const T* head, int64_t stride,
+                                            int64_t stride_dim, int32_t dim, bool is_whole,
+                                            int32_t tile) {
+    const int32_t first = tile * kKeys;
+    const TileRows<T> rows{head + first * stride,
+                           stride,
+                           stride_dim,
+                           dim,
+                           item_.present.begin - first,
+                           item_.present.end - first,
+                           is_whole};
+    load_rows<kKeys, kColumnsOf, kThreads>(static_cast<int>(threadIdx.x), rows, AsyncCopy{to});
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_keys(int32_t tile) {
-    load_tile<kDimQk>(s_k_,
-                      {static_cast<const T*>(args_.k) + item_.batch_idx * args_.stride_k[0] +
-                           item_.head_kv * args_.stride_k[1],
-                       args_.stride_k[3], a_.dim_qk, args_.k_is_whole},
-                      args_.stride_k[2], tile);
+    const T* head = static_cast<const T*>(args_.k) + item_.batch_idx * args_.stride_k[0] +
+                    item_.head_kv * args_.stride_k[1];
+    load_tile<kDimQk>(s_k_, head, args_.stride_k[2], args_.stride_k[3], a_.dim_qk,
+                      args_.k_is_whole, tile);
   }
   __device__ __forceinline__ const T* values() const {
     return static_cast<const T*>(a_.v) + item_.batch_idx * a_.stride_v[0] +
            item_.head_kv * a_.stride_v[1];
   }
   __device__ __forceinline__ void load_values(int32_t tile) {
-    load_tile<kDimV>(s_v_, {values(), a_.stride_v[3], a_.dim_v, args_.v_is_whole}, a_.stride_v[2],
+    load_tile<kDimV>(s_v_, values(), a_.stride_v[2], a_.stride_v[3], a_.dim_v, args_.v_is_whole,
                      tile);
   }
 

@@ -71,9 +71,11 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.
   const int most_rows = dims.dim_v > 512 ? 32 : 64;
+  // Both halves of the weights of 64 keys, in f32, spill beside 192 columns of sums.
+  const int most_keys = element_bytes == 4 && dims.dim_v > 128 ? 32 : 64;
   for (const bool shares_buffer : {false, true}) {
     for (int rows = most_rows; rows >= 16; rows /= 2) {
-      for (int keys = 64; keys >= (shares_buffer ? least_keys : 16); keys /= 2) {
+      for (int keys = most_keys; keys >= (shares_buffer ? least_keys : 16); keys /= 2) {
         const PortableTile tile = portable_tile_of(dims, element_bytes, rows, keys, shares_buffer);
         if (tile.bytes <= static_cast<int>(memory)) return tile;
       }
