@@ -1,0 +1,128 @@
+"""Widehead beside other libraries on a CPU suite, problem by problem, in one run.
+
+    pip install torch onnxruntime onnx mlx        # what is missing is written down as refused
+    python bench/peers/compare.py cpu-prefill cpu-decode --build build --json FILE --markdown FILE
+
+Every library runs in a process of its own, on the same problem right after Widehead, so that a slow moment of the
+machine meets both. Times are the best of the samples in which the process was not preempted; Widehead's come from
+`widehead bench`, which also guards them with a probe of the multiply-add rate.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARIES = ("torch f32", "torch bf16", "onnxruntime Attention f32",
+             "onnxruntime GroupQueryAttention f32", "mlx f32")
+
+
+def expanded(row):
+    """The rows that lists in a row's fields stand for."""
+    names = [name for name, value in row.items() if isinstance(value, list)]
+    for values in itertools.product(*(row[name] for name in names)):
+        one = row | dict(zip(names, values))
+        if isinstance(one["queries"], dict):
+            one["queries"] = min(one["keys"], one["queries"].get("at_most", one["keys"]))
+        yield one
+
+
+def problem_of(row, threads):
+    heads = [int(x) for x in row["heads"].split("/")]
+    dims = [int(x) for x in str(row["dim"]).split("/")]
+    return dict(batch=row.get("batch", 1), heads_q=heads[0], heads_kv=heads[-1], len_q=row["queries"],
+                len_k=row["keys"], dim_qk=dims[0], dim_v=dims[-1], causal="causal" in row,
+                threads=threads)
+
+
+def widehead_rows(build, row, dtype, seconds, extra=()):
+    flags = []
+    for name, value in (row | {"dtype": dtype}).items():
+        flags += [f"--{name}={value}"]
+    result = subprocess.run(
+        [f"{build}/cli/widehead", "bench", *flags, *extra, "--seconds", str(seconds), "--samples", "400",
+         "--json"], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def run_peer(python, library, problem, seconds):
+    request = json.dumps({"library": library, "problem": problem, "seconds": seconds})
+    environment = dict(os.environ, OMP_NUM_THREADS=str(problem["threads"]))
+    result = subprocess.run([python, HERE / "peer.py"], input=request, capture_output=True, text=True,
+                            env=environment)
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines()
+        return {"refused": lines[-1] if lines else f"ended by signal {-result.returncode}"}
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def cell(result):
+    if "refused" in result:
+        return "refused"
+    return f"{result['best_us'] / 1e3:.3g}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suites", nargs="+")
+    parser.add_argument("--build", default="build")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--seconds", type=float, default=3, help="for each library and problem")
+    parser.add_argument("--libraries", nargs="+", default=LIBRARIES)
+    parser.add_argument("--json")
+    parser.add_argument("--markdown")
+    options = parser.parse_args()
+    suites = json.loads((HERE.parent / "suites.json").read_text())
+    threads = os.cpu_count()
+    rows, machine = [], {}
+    for suite in options.suites:
+        for row in (one for group in suites[suite]["rows"] for one in expanded(group)):
+            problem = problem_of(row, threads)
+            results = {}
+            for dtype in ("f32", "bf16", "f16"):
+                extra = ("--against", "cpu_unfused") if dtype == "f32" else ()
+                document = widehead_rows(options.build, row, dtype, options.seconds, extra)
+                machine = {key: document[key] for key in
+                           ("device", "isa", "threads", "multiply_add_gflops", "read_gbytes_per_s")}
+                for found in document["rows"]:
+                    name = "unfused f32" if found["kernel"] == "cpu_unfused" else f"widehead {dtype}"
+                    results[name] = found
+            for library in options.libraries:
+                results[library] = run_peer(options.python, library, problem, options.seconds)
+            rows.append(dict(suite=suite, **problem, results=results))
+            name = f"{row['heads']} d{row['dim']} {row['queries']} x {row['keys']}"
+            print(name, {key: cell(value) for key, value in results.items()}, file=sys.stderr, flush=True)
+    names = list(rows[0]["results"])
+    lines = [f"{machine['device']}, {machine['threads']} threads, {machine['isa']}: multiply-adds "
+             f"{machine['multiply_add_gflops']:.0f} GFLOP/s, reads {machine['read_gbytes_per_s']:.1f} GB/s. "
+             "Best milliseconds.", "",
+             "| heads, dim, queries x keys | " + " | ".join(names) + " | f32 x best peer | bf16 x torch |",
+             "|---" * (3 + len(names)) + "|"]
+    for row in rows:
+        results = row["results"]
+        dims = f"{row['dim_qk']}" + (f"/{row['dim_v']}" if row["dim_v"] != row["dim_qk"] else "")
+        peers = [results[name]["best_us"] for name in options.libraries
+                 if name.endswith("f32") and "best_us" in results[name]]
+        ratio = f"{min(peers) / results['widehead f32']['best_us']:.2f}" if peers else "-"
+        torch16 = results.get("torch bf16", {}).get("best_us")
+        ratio16 = f"{torch16 / results['widehead bf16']['best_us']:.2f}" if torch16 else "-"
+        lines.append(f"| {row['heads_q']}/{row['heads_kv']}, {dims}, {row['len_q']} x {row['len_k']}"
+                     f"{' causal' if row['causal'] else ''} | "
+                     + " | ".join(cell(results[name]) for name in names) + f" | {ratio} | {ratio16} |")
+    versions = sorted({result["version"] for row in rows for result in row["results"].values()
+                       if "version" in result})
+    lines += ["", "; ".join(versions)]
+    table = "\n".join(lines)
+    print(table)
+    if options.markdown:
+        Path(options.markdown).write_text(table + "\n")
+    if options.json:
+        Path(options.json).write_text(json.dumps(dict(**machine, versions=versions, rows=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
