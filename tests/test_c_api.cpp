@@ -224,6 +224,23 @@ TEST(CApi, APlanIsStoredAndRunAgain) {
   wh_plan_destroy(again);
 }
 
+TEST(CApi, ANewPlansLineGoesToTheCallback) {
+  std::vector<std::string> lines;
+  wh_set_plan_log(
+      [](void* context, const char* line) {
+        static_cast<std::vector<std::string>*>(context)->push_back(line);
+      },
+      &lines);
+  Call call;
+  call.limits.fused_above = 12345;  // in no cache yet
+  ASSERT_EQ(call.run(), WH_OK);
+  ASSERT_EQ(call.run(), WH_OK);
+  wh_set_plan_log(nullptr, nullptr);
+  ASSERT_EQ(lines.size(), 1u);
+  EXPECT_NE(lines[0].find("workspace, about "), std::string::npos) << lines[0];
+  EXPECT_NE(lines[0].find("; then cpu_"), std::string::npos) << lines[0];
+}
+
 TEST(CApi, TheCallersExecutorAndProgressAreUsed) {
   Call call;
   int tasks = 0, reports = 0;

@@ -13,6 +13,7 @@
 #include "api/environment.h"
 #include "api/machine.h"
 #include "api/plan_cache.h"
+#include "api/plan_log.h"
 #include "api/workspace.h"
 #include "cuda/device.h"
 
@@ -197,13 +198,6 @@ Status read_run_options(const wh_run_options* from, RunOptions& to) {
   return {};
 }
 
-void log_plan(const Plan& plan) {
-  if (!environment().logs_plans()) return;
-  std::fprintf(stderr, "widehead: %s: %s, %s workspace, about %s\n", describe(plan.problem).c_str(),
-               plan.runnable() ? plan.kernel.c_str() : "no kernel",
-               format_bytes(plan.workspace_bytes).c_str(), format_us(plan.estimated_us).c_str());
-}
-
 Result<Plan> plan_here(const Problem& problem, const Limits& limits) {
   Result<Plan> plan =
       make_plan(problem, limits, this_machine(problem.device, problem.device_index));
@@ -291,6 +285,10 @@ using wh::guarded;
 using wh::Status;
 
 const char* wh_last_error(void) { return wh::last_error_text; }
+
+void wh_set_plan_log(void (*log)(void* context, const char* line), void* context) {
+  wh::set_plan_log(log, context);
+}
 
 wh_status wh_problem_init(wh_problem* problem, size_t size) {
   wh_problem defaults{};

@@ -1,0 +1,158 @@
+// The planner's choices for an H100 against what every kernel took there: the recorded runs in
+// bench/results. No GPU is needed: the formulas take the card's facts.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <regex>
+
+#include "api/machine.h"
+#include "cuda/registry.h"
+#include "plan/plan.h"
+
+namespace wh {
+namespace {
+
+using Json = nlohmann::json;
+
+// As the driver describes it.
+CudaFacts h100() {
+  CudaFacts facts;
+  facts.name = "NVIDIA H100 80GB HBM3";
+  facts.compute_capability = 90;
+  facts.sms = 132;
+  facts.shared_bytes = 232448;
+  facts.l2_bytes = 50 << 20;
+  facts.tensor_tflops = 4096.0 * 132 * 1.98e9 * 1e-12;
+  facts.read_gbytes_per_s = 0.9 * 2 * 2.619 * 5120 / 8;
+  return facts;
+}
+
+struct Measured {
+  std::string name;
+  Problem problem;
+  std::map<std::string, double> us;  // by kernel
+};
+
+Measured measured(const Json& row, const std::string& name) {
+  Measured one{name, {}, {}};
+  Problem& p = one.problem;
+  p.device = Device::kCuda;
+  p.batch = row["batch"];
+  p.heads_q = row["heads_q"];
+  p.heads_kv = row["heads_kv"];
+  p.len_q = row["len_q"];
+  p.len_k = row["len_k"];
+  p.dim_qk = row["dim_qk"];
+  p.dim_v = row["dim_v"];
+  p.causal = row["causal"].get<bool>() ? Causal::kBottomRight : Causal::kNone;
+  p.dtype_q = p.dtype_kv = row["dtype"] == "f32" ? Dtype::kF32 : Dtype::kBf16;
+  p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
+  p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
+  p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
+  p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
+  p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
+  return one;
+}
+
+Json read(const std::string& file) {
+  std::ifstream stream(std::string(WIDEHEAD_RESULTS) + "/" + file);
+  return Json::parse(stream);
+}
+
+// bench/gpu.py: launches in CUDA graphs or between events.
+std::vector<Measured> kernel_rows() {
+  std::vector<Measured> all;
+  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-24-kernels.json");
+  for (const char* group : {"prefill", "decode", "portable"}) {
+    for (const Json& row : document[group]) {
+      Measured one = measured(row, row["name"]);
+      for (const auto& [name, result] : row["results"].items()) {
+        if (name.starts_with("torch")) continue;
+        one.us[name == "widehead" ? row["kernel"].get<std::string>() : name] = result["median_us"];
+      }
+      all.push_back(std::move(one));
+    }
+  }
+  return all;
+}
+
+// widehead bench routing --device cuda: calls with their synchronisation, 10 us of it.
+std::vector<Measured> call_rows() {
+  const std::regex words(
+      R"((\d+)/(\d+) heads, dim (\d+)(?:/(\d+))?, (\d+) x (\d+), f16(, causal)?)");
+  std::map<std::string, Measured> all;
+  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-24-routing.json");
+  for (const Json& row : document["rows"]) {
+    const std::string name = row["problem"];
+    std::smatch found;
+    if (row.contains("refused") || !std::regex_match(name, found, words)) continue;
+    const auto number = [&](int i) { return std::stoll(found[static_cast<size_t>(i)]); };
+    const int64_t dim_v = found[4].matched ? number(4) : number(3);
+    const Json fields{{"batch", 1},          {"heads_q", number(1)}, {"heads_kv", number(2)},
+                      {"dim_qk", number(3)}, {"dim_v", dim_v},       {"len_q", number(5)},
+                      {"len_k", number(6)},  {"dtype", "bf16"},      {"causal", found[7].matched}};
+    all.try_emplace(name, measured(fields, name)).first->second.us[row["kernel"]] = row["best_us"];
+  }
+  std::vector<Measured> rows;
+  for (auto& [name, one] : all) rows.push_back(std::move(one));
+  return rows;
+}
+
+struct Choices {
+  std::vector<double> regrets, errors;  // sorted
+};
+
+Choices choices(const std::vector<Measured>& rows) {
+  const CudaFacts facts = h100();
+  const CpuFacts cpu;
+  Choices result;
+  for (const Measured& row : rows) {
+    const auto plan = make_plan(row.problem, {}, {cpu, facts, cuda::kernels()});
+    if (!plan.ok() || !row.us.contains(plan->kernel)) {
+      ADD_FAILURE() << row.name << ": " << (plan.ok() ? plan->kernel : plan.status().message());
+      continue;
+    }
+    // Without cuBLASLt the rest is what can be compared.
+    double best = INFINITY;
+    for (const Candidate& candidate : plan->candidates) {
+      const auto us = row.us.find(candidate.kernel);
+      if (candidate.verdict != Verdict::kRefused && us != row.us.end()) {
+        best = std::min(best, us->second);
+      }
+    }
+    const double took = row.us.at(plan->kernel);
+    result.regrets.push_back(took / best);
+    result.errors.push_back(std::fabs(plan->estimated_us / took - 1));
+    std::printf("%-48s %-18s estimate %9.1f us, took %9.1f, regret %.2f\n", row.name.c_str(),
+                plan->kernel.c_str(), plan->estimated_us, took, result.regrets.back());
+  }
+  std::sort(result.regrets.begin(), result.regrets.end());
+  std::sort(result.errors.begin(), result.errors.end());
+  return result;
+}
+
+double middle(const std::vector<double>& sorted) { return sorted[sorted.size() / 2]; }
+
+TEST(CudaRouting, ChoosesTheFastestKernelOfTheRecordedSuites) {
+  const Choices made = choices(kernel_rows());
+  EXPECT_LE(middle(made.regrets), 1.01);
+  EXPECT_LE(made.regrets.back(), 1.10);
+  EXPECT_LE(middle(made.errors), 0.15);
+  std::printf("estimates are off by %.0f %% (median), %.0f %% (worst)\n", 100 * middle(made.errors),
+              100 * made.errors.back());
+}
+
+TEST(CudaRouting, ChoosesTheFastestKernelOfTheRecordedShortCalls) {
+  const Choices made = choices(call_rows());
+  EXPECT_GE(made.regrets.size(), 60u);
+  EXPECT_LE(middle(made.regrets), 1.01);
+  EXPECT_LE(made.regrets.back(), 1.30);
+}
+
+}  // namespace
+}  // namespace wh
