@@ -35,8 +35,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   limits.kernel = nullptr;  // a pointer made of fuzz is the caller's fault
   problem.device = 0;
   wh_plan* plan = nullptr;
-  const wh_status status = wh_plan_create(&problem, &limits, &plan);
-  if (status != WH_OK) return 0;
+  if (wh_plan_create(&problem, &limits, &plan) != WH_OK) {
+    (void)wh_plan_explain(plan);  // WH_REFUSED leaves a plan to explain, anything else NULL
+    wh_plan_destroy(plan);
+    return 0;
+  }
   const char* json = wh_plan_json(plan);
   wh_plan* again = nullptr;
   // A plan that was made must survive its own JSON.
