@@ -1,21 +1,20 @@
-"""Makes docs/benchmarks.md of the folders that tools/bench_cpu writes.
+"""Makes docs/benchmarks.md of every folder in bench/results: a section a machine and day.
 
-    python3 bench/report.py bench/results/CPU-DATE [...]
+    python3 bench/report.py
 """
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 INTRODUCTION = """# Benchmarks
 
-`tools/bench_cpu` times every CPU suite beside the unfused path (any CBLAS, head by head, a vectorised softmax) and writes JSON and
-charts; `python3 bench/report.py FOLDER` makes this page of them. Times are the best of samples that a probe of the multiply-add rate and
-the count of preemptions found undisturbed. *Peak* is the multiply-add rate of all cores in f32 and *reads* the rate at which they
-read memory, both measured in the same run; GFLOP/s count visible query-key pairs only.
+`tools/bench_cpu` times the CPU suites, fused beside unfused (any CBLAS, head by head, a vectorised softmax), and writes JSON and charts
+into a folder of [bench/results](../bench/results); `python3 bench/report.py` makes this page of all of them. Times are the best of the samples that a probe of the
+multiply-add rate, before and after each, and the count of preemptions found undisturbed; rows where none was are marked ~. *Peak* is the
+multiply-add rate of all cores in f32 and *reads* the rate at which they read memory, both measured in the same run; GFLOP/s count visible
+query-key pairs only. "In cache": keys and values fit the last level of cache, where repeated samples find them.
 `python3 bench/peers/compare.py cpu-prefill cpu-decode` puts other libraries beside it.
-GPU results are tables of their own in [bench/results](../bench/results).
 """
 
 
@@ -35,26 +34,44 @@ def problems(rows):
     return found.items()
 
 
+def undisturbed(row):
+    return "" if row["guarded"] else " ~"
+
+
+def share(row, name):
+    return f"{100 * row[name]:.0f} %" if name in row else "in cache"
+
+
 def suite_table(document):
-    lines = ["| problem | chosen | ms | GFLOP/s | of peak | GB/s | of reads | unfused ms | speed-up | workspace | "
-             "unfused's | 16384 would choose |", "|---" * 12 + "|"]
+    has_plain = any("times_plain" in row for row in document["rows"])
+    head = ["problem", "chosen", "ms", "GFLOP/s", "of peak", "GB/s", "of reads", "workspace"]
+    head += ["x plain"] if has_plain else ["unfused ms", "speed-up", "unfused's workspace", "16384 would choose"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, kernels in problems(document["rows"]):
         chosen = next((row for row in kernels.values() if row["chosen"]), None)
         if chosen is None or "refused" in chosen:
             reason = "nothing" if chosen is None else chosen["refused"]
-            lines.append(f"| {name} | {reason} |" + " |" * 10)
+            lines.append(f"| {name} | {reason} |" + " |" * (len(head) - 2))
             continue
-        unfused = kernels.get("cpu_unfused", {})
-        time = "-" if chosen is unfused else milliseconds(unfused["best_us"]) if "best_us" in unfused \
-            else unfused.get("refused", "-")
-        speed_up = f"{unfused['best_us'] / chosen['best_us']:.2f}" if "best_us" in unfused else "-"
-        lines.append(
-            f"| {name} | {chosen['kernel']} | {milliseconds(chosen['best_us'])} | {chosen['gflops']:.0f} | "
-            f"{100 * chosen['peak_share']:.0f} % | {chosen['kv_gbytes_per_s']:.1f} | "
-            f"{100 * chosen['read_share']:.0f} % | {time} | {speed_up} | "
-            f"{gibibytes(chosen['workspace_bytes'])} | {gibibytes(unfused.get('workspace_bytes', 0))} | "
-            f"{chosen['threshold_would_choose']} |")
+        cells = [name, chosen["kernel"], milliseconds(chosen["best_us"]) + undisturbed(chosen), f"{chosen['gflops']:.0f}",
+                 share(chosen, "peak_share"), f"{chosen['kv_gbytes_per_s']:.1f}", share(chosen, "read_share"),
+                 gibibytes(chosen["workspace_bytes"])]
+        if has_plain:
+            cells.append(f"{chosen['times_plain']:.2f}" if "times_plain" in chosen else "")
+        else:
+            cells += unfused_cells(chosen, next((row for row in kernels.values() if row["kernel"].endswith("_unfused")), None))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def unfused_cells(chosen, unfused):
+    threshold = chosen["threshold_would_choose"]
+    if unfused is None or unfused is chosen:
+        return ["-", "-", "-", threshold]
+    if "best_us" not in unfused:
+        return [unfused["refused"], "-", gibibytes(unfused["workspace_bytes"]), threshold]
+    return [milliseconds(unfused["best_us"]) + undisturbed(unfused), f"{unfused['best_us'] / chosen['best_us']:.2f}",
+            gibibytes(unfused["workspace_bytes"]), threshold]
 
 
 def routing_text(document):
@@ -76,26 +93,27 @@ def routing_text(document):
 def section(folder):
     documents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     first = next(iter(documents.values()))
-    date = folder.name[-10:]
-    yield (f"## {first['device']}, {first['isa']}, {first['threads']} threads, {date}\n\n"
-           f"Peak {first['multiply_add_gflops']:.0f} GFLOP/s, reads {first['read_gbytes_per_s']:.1f} GB/s.")
+    peak = max(document["multiply_add_gflops"] for document in documents.values())
+    reads = max(document["read_gbytes_per_s"] for document in documents.values())
+    yield (f"## {first['device']}, {first['isa']}, {first['threads']} threads, {folder.name[-10:]}\n\n"
+           f"Peak {peak:.0f} GFLOP/s, reads {reads:.1f} GB/s.")
     for suite, document in documents.items():
         yield f"### {suite}"
-        if suite == "routing":
-            yield routing_text(document)
-            continue
+        if document["multiply_add_gflops"] < 0.95 * peak:
+            yield (f"This suite's own peak was {document['multiply_add_gflops']:.0f} GFLOP/s: cores were shared while it ran, and its "
+                   "shares and times are to be read with that.")
         chart = folder / f"{suite}.svg"
         if chart.exists():
             yield f"![{suite}](../{chart})"
-        yield suite_table(document)
+        yield routing_text(document) if suite.startswith("routing") and "routing" in document else suite_table(document)
 
 
 def main():
     parts = [INTRODUCTION.strip()]
-    for folder in sys.argv[1:]:
-        parts += section(Path(folder))
-    text = "\n\n".join(parts) + "\n"
-    Path("docs/benchmarks.md").write_text(text)
+    for folder in sorted(Path("bench/results").iterdir()):
+        if folder.is_dir() and any(folder.glob("*.json")):
+            parts += section(folder)
+    Path("docs/benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
 #include <memory>
+#include <optional>
 
 #include "api/machine.h"
-#include "chart.h"
+#include "bench_result.h"
 #include "core/nearest_name.h"
 #include "execution.h"
+#include "imbalance.h"
 #include "limits_flags.h"
-#include "measure.h"
 #include "plan/work.h"
 #include "probe.h"
-#include "problem_flags.h"
 #include "session.h"
 
 namespace wh::cli {
@@ -29,332 +28,257 @@ struct BenchFlags {
   bool json = false;
 };
 
-// One kernel on one problem.
-struct BenchRow {
-  std::string kernel;
-  std::string refusal;  // empty: it ran
-  Samples samples;
-  double estimated_us = 0;
-  uint64_t workspace_bytes = 0;
-};
+// A run longer than this is not repeated for the workers' times.
+constexpr double kLongestImbalanceUs = 3e6;
 
-struct BenchResult {
-  Request request;
-  std::string chosen;  // by the planner; empty: none
-  std::vector<BenchRow> rows;
-
-  const BenchRow* fastest() const {
-    const BenchRow* best = nullptr;
-    for (const BenchRow& row : rows) {
-      if (!row.refusal.empty()) continue;
-      if (best == nullptr || row.samples.best() < best->samples.best()) best = &row;
-    }
-    return best;
+BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guard) {
+  BenchDevice device;
+  if (p.device == Device::kCuda) {
+    const CudaFacts& cuda = cuda_facts(p.device_index);
+    device.name = cuda.name;
+    device.isa = fmt::format("sm_{}", cuda.compute_capability);
+    device.threads = cuda.sms;
+    device.peak_gflops = cuda.tensor_tflops * 1e3;
+    device.read_gbytes_per_s = cuda.read_gbytes_per_s;
+    device.last_level_cache_bytes = cuda.l2_bytes;
+    return device;
   }
-  const BenchRow* row_of(const std::string& kernel) const {
-    for (const BenchRow& row : rows) {
-      if (row.kernel == kernel && row.refusal.empty()) return &row;
-    }
-    return nullptr;
-  }
-  // Time of the chosen kernel over that of the fastest; 0 when nothing ran.
-  double regret() const {
-    const BenchRow* chosen_row = row_of(chosen);
-    return chosen_row == nullptr ? 0 : chosen_row->samples.best() / fastest()->samples.best();
-  }
-};
-
-// What mlx #3293 settled on at first: fused from 16384 keys on.
-const char* threshold_choice(const Problem& p) { return p.len_k >= 16384 ? "fused" : "unfused"; }
-
-double median(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
+  device.name = cpu_facts().name;
+  device.isa = cpu_facts().isa;
+  device.threads = threads;
+  device.peak_gflops = guard.peak_gflops();
+  device.one_thread_gflops = guard.one_thread_gflops();
+  device.read_gbytes_per_s = read_gbytes_per_s(threads);
+  device.last_level_cache_bytes = last_level_cache_bytes();
+  return device;
 }
+
+// Kernels to stand beside the planner's choice, by name or, for the device's own, "unfused".
+Result<std::vector<std::string>> read_against(const std::string& list, Device device) {
+  std::vector<std::string> all, names;
+  for (const Kernel* kernel : kernels_of(device)) all.push_back(kernel->name);
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(',', begin), list.size());
+    std::string name = list.substr(begin, end - begin);
+    if (name == "unfused") name = device == Device::kCpu ? "cpu_unfused" : "cuda_unfused";
+    if (std::find(all.begin(), all.end(), name) == all.end()) {
+      return invalid(fmt::format("--against names \"{}\"; did you mean \"{}\"?", name,
+                                 nearest_name(name, all)));
+    }
+    names.push_back(std::move(name));
+    begin = end + 1;
+  }
+  return names;
+}
+
+// A kernel that runs on a problem's tensors.
+struct Contestant {
+  Execution execution;
+  size_t row;  // in BenchResult::rows
+};
 
 class Bench {
  public:
-  explicit Bench(const BenchFlags& flags)
+  Bench(const BenchFlags& flags, const Limits& limits, std::vector<Request> requests,
+        std::vector<std::string> against)
       : flags_(flags),
-        guard_(cpu_facts().threads(flags.limits.threads)),
-        read_gbytes_per_s_(read_gbytes_per_s(cpu_facts().threads(flags.limits.threads))) {}
+        limits_(limits),
+        requests_(std::move(requests)),
+        against_(std::move(against)),
+        is_cpu_(requests_.front().problem.device == Device::kCpu),
+        guard_(is_cpu_ ? cpu_facts().threads(limits.threads) : 0),
+        device_(describe_device(requests_.front().problem, cpu_facts().threads(limits.threads),
+                                guard_)) {}
 
   int run() {
-    const auto limits = read_limits(flags_.limits);
-    if (!limits.ok()) return report(limits.status());
-    const auto requests = flags_.suite.empty() ? read_requests(flags_.problem)
-                                               : read_suite(flags_.suite, flags_.problem);
-    if (!requests.ok()) return report(requests.status());
-    is_routing_ = flags_.suite == "routing";
-    if (!requests->empty()) {
-      const Problem& p = requests->front().problem;
-      if (p.device == Device::kCuda) device_name_ = cuda_facts(p.device_index).name;
+    if (!flags_.json) fmt::print("{}", bench_table_header(device_));
+    if (is_cpu_ && guard_.shares_cores()) {
+      fmt::print(stderr,
+                 "widehead: {} threads reach {:.0f} GFLOP/s where one reaches {:.0f}: they share "
+                 "cores, and so will what is measured\n",
+                 device_.threads, device_.peak_gflops, device_.one_thread_gflops);
     }
-    if (!flags_.json) print_header();
-    ProgressLine line(!flags_.json);
-    for (size_t i = 0; i < requests->size(); ++i) {
-      line.show(fmt::format("{} of {}: {}", i + 1, requests->size(), (*requests)[i].name()));
-      auto result = bench_one((*requests)[i], *limits);
-      if (!result.ok()) return report(result.status());
+    ProgressLine line(true);
+    Status failed;
+    for (size_t i = 0; i < requests_.size(); ++i) {
+      line.show(fmt::format("{} of {}: {}", i + 1, requests_.size(), requests_[i].name()));
+      Result<BenchResult> result = bench_one(requests_[i]);
       line.show("");
-      if (!flags_.json) print(*result);
+      if (!result.ok()) {
+        // The others are worth having all the same.
+        failed = result.status();
+        report(Status(failed.code(), requests_[i].name() + ": " + failed.message()));
+        continue;
+      }
+      // Later probes may have found a higher rate.
+      if (is_cpu_) device_.peak_gflops = guard_.peak_gflops();
+      if (!flags_.json) fmt::print("{}", bench_table(device_, *result));
+      std::fflush(stdout);
       results_.push_back(std::move(*result));
     }
-    if (flags_.json) fmt::print("{}\n", document().dump(2));
-    if (is_routing_ && !flags_.json) print_regret();
-    return write_files();
+    const Json document = bench_json(flags_.suite, device_, results_);
+    if (flags_.json) fmt::print("{}\n", document.dump(2));
+    if (flags_.suite == "routing" && !flags_.json) fmt::print("{}", regret_text(results_));
+    if (Status status = write_files(document); !status.ok()) return report(status);
+    if (!failed.ok()) return exit_code(failed);
+    const bool any_ran = std::any_of(results_.begin(), results_.end(), [](const auto& result) {
+      return result.fastest() != nullptr;
+    });
+    return any_ran ? kFine : kNoKernel;
   }
 
  private:
-  Result<std::vector<std::string>> rivals(const Problem& p) const {
-    std::vector<std::string> all, names;
-    for (const Kernel* kernel : kernels_of(p.device)) all.push_back(kernel->name);
-    if (is_routing_) return all;
-    for (size_t begin = 0; begin < flags_.against.size();) {
-      const size_t end = std::min(flags_.against.find(',', begin), flags_.against.size());
-      names.push_back(flags_.against.substr(begin, end - begin));
-      if (std::find(all.begin(), all.end(), names.back()) == all.end()) {
-        return invalid(fmt::format("--against names \"{}\"; did you mean \"{}\"?", names.back(),
-                                   nearest_name(names.back(), all)));
-      }
-      begin = end + 1;
-    }
-    return names;
-  }
-
-  Result<BenchResult> bench_one(const Request& request, const Limits& limits) {
+  Result<BenchResult> bench_one(const Request& request) {
     const Problem& p = request.problem;
-    const auto names = rivals(p);
-    if (!names.ok()) return names.status();
-    const Result<Plan> plan = make_plan(p, limits, this_machine(p.device, p.device_index));
+    const Result<Plan> plan = make_plan(p, limits_, this_machine(p.device, p.device_index));
     if (!plan.ok()) return plan.status();
-    BenchResult result{request, plan->kernel, {}};
-    std::vector<std::string> kernels;
-    if (plan->runnable()) kernels.push_back(plan->kernel);
-    for (const std::string& name : *names) {
-      if (std::find(kernels.begin(), kernels.end(), name) == kernels.end()) kernels.push_back(name);
-    }
+    BenchResult result{request, plan->kernel, plan->estimates, {}, 0};
     HostTensors tensors = random_tensors(request, 1);
-    std::vector<Execution> executions;
-    std::vector<size_t> row_of_execution;
-    for (const std::string& kernel : kernels) {
-      BenchRow row;
-      row.kernel = kernel;
-      for (const Candidate& candidate : plan->candidates) {
-        if (candidate.kernel != kernel) continue;
-        row.workspace_bytes = candidate.workspace_bytes;
-        row.estimated_us = candidate.estimated_us;
-        if (candidate.verdict == Verdict::kRefused || candidate.verdict == Verdict::kOverBudget) {
-          row.refusal = candidate.reason;
-        }
-      }
-      if (row.refusal.empty() && row.estimated_us > flags_.skip_over * 1e6) {
-        row.refusal = fmt::format("skipped: about {}", format_us(row.estimated_us));
-      }
-      // The float64 oracle is no rival where it takes seconds.
-      if (is_routing_ && row.estimated_us > 2e6 && kernel != plan->kernel) {
-        row.refusal = fmt::format("skipped: about {}", format_us(row.estimated_us));
-      }
-      if (row.refusal.empty()) {
-        Limits forced = limits;
+    std::vector<Contestant> contestants;
+    for (const std::string& kernel : kernels(*plan)) {
+      BenchRow row = planned_row(*plan, kernel);
+      if (row.ran()) {
+        Limits forced = limits_;
         forced.kernel = kernel;
+        forced.policy = Policy::kAutomatic;
         Result<Execution> execution = Execution::prepare(p, forced, tensors);
-        if (!execution.ok()) {
-          row.refusal = execution.status().message();
+        if (execution.ok()) {
+          contestants.push_back({std::move(*execution), result.rows.size()});
         } else {
-          executions.push_back(std::move(*execution));
-          row_of_execution.push_back(result.rows.size());
+          row.refusal = execution.status().message();
         }
       }
       result.rows.push_back(std::move(row));
     }
-    std::vector<Run> runs;
-    for (Execution& execution : executions) {
-      runs.push_back([&execution] { return execution.run(); });
-    }
-    auto samples = measure(runs, guard_, {flags_.samples, flags_.seconds});
-    if (!samples.ok()) return samples.status();
-    for (size_t i = 0; i < executions.size(); ++i) {
-      result.rows[row_of_execution[i]].samples = std::move((*samples)[i]);
-    }
+    if (Status status = sample(contestants, result); !status.ok()) return status;
     return result;
   }
 
-  void print_header() const {
-    fmt::print("{}; the CPU's multiply-adds {:.0f} GFLOP/s, reads {:.1f} GB/s\n\n", device_name_,
-               guard_.peak_gflops(), read_gbytes_per_s_);
-    fmt::print("{:<58} {:<18} {:>10} {:>10} {:>8} {:>6} {:>6} {:>10} {:>7}\n", "problem", "kernel",
-               "best", "median", "GFLOP/s", "share", "GB/s", "workspace", "speed");
+  // The planner's choice, then what is to stand beside it.
+  std::vector<std::string> kernels(const Plan& plan) const {
+    std::vector<std::string> names;
+    const auto add = [&](const std::string& name) {
+      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+    };
+    if (plan.runnable()) add(plan.kernel);
+    if (flags_.suite == "routing") {
+      for (const Candidate& candidate : plan.candidates) add(candidate.kernel);
+      return names;
+    }
+    for (const std::string& name : against_) add(name);
+    return names;
   }
 
-  double peak_share(const Problem& p, const BenchRow& row) const {
-    return useful_flops(p) / row.samples.best() * 1e-3 / guard_.peak_gflops();
-  }
-
-  void print(const BenchResult& result) const {
-    const Problem& p = result.request.problem;
-    std::string name = result.request.name();
-    for (const BenchRow& row : result.rows) {
-      const std::string kernel = row.kernel + (row.kernel == result.chosen ? " *" : "");
-      if (!row.refusal.empty()) {
-        fmt::print("{:<58} {:<18} {} ({})\n", name, kernel, row.refusal,
-                   format_bytes(row.workspace_bytes));
-      } else {
-        // Speed beside the planner's choice: above 1 it should have chosen this one.
-        const BenchRow* chosen = result.row_of(result.chosen);
-        const double speed = chosen == nullptr ? 1 : chosen->samples.best() / row.samples.best();
-        fmt::print("{:<58} {:<18} {:>10} {:>10} {:>8.0f} {:>5.0f}% {:>6.1f} {:>10} {:>6.2f}x{}\n",
-                   name, kernel, format_us(row.samples.best()), format_us(row.samples.median()),
-                   useful_flops(p) / row.samples.best() * 1e-3, 100 * peak_share(p, row),
-                   kv_bytes(p) / row.samples.best() * 1e-3, format_bytes(row.workspace_bytes),
-                   speed, row.samples.is_guarded ? "" : "  disturbed");
+  BenchRow planned_row(const Plan& plan, const std::string& kernel) const {
+    BenchRow row;
+    row.kernel = kernel;
+    for (const Candidate& candidate : plan.candidates) {
+      if (candidate.kernel != kernel) continue;
+      row.workspace_bytes = candidate.workspace_bytes;
+      row.estimated_us = candidate.estimated_us;
+      const bool is_forced = candidate.verdict == Verdict::kRefused && row.estimated_us > 0;
+      if ((candidate.verdict == Verdict::kRefused && !is_forced) ||
+          candidate.verdict == Verdict::kOverBudget) {
+        row.refusal = candidate.reason;
       }
-      name.clear();
     }
-    std::fflush(stdout);
+    // The float64 oracle is no rival where it takes seconds.
+    const double longest_s = kernel.ends_with("_reference") && kernel != plan.kernel
+                                 ? std::min(1.0, flags_.skip_over)
+                                 : flags_.skip_over;
+    if (row.ran() && row.estimated_us > longest_s * 1e6) {
+      row.refusal = fmt::format("skipped: about {}", format_us(row.estimated_us));
+    }
+    return row;
   }
 
-  void print_regret() const {
-    std::vector<double> regrets, errors;
-    for (const BenchResult& result : results_) {
-      if (result.regret() == 0) continue;
-      regrets.push_back(result.regret());
-      const BenchRow* chosen = result.row_of(result.chosen);
-      errors.push_back(std::fabs(chosen->estimated_us / chosen->samples.best() - 1));
+  Status sample(std::vector<Contestant>& contestants, BenchResult& result) {
+    std::vector<Run> runs;
+    for (Contestant& one : contestants) runs.push_back([&one] { return one.execution.run(); });
+    if (Status status = prepare_plain(); !status.ok()) return status;
+    if (plain_) runs.push_back([this] { return plain_->run(); });
+    const bool is_routing = flags_.suite == "routing";
+    auto samples = measure(
+        runs, guard_,
+        {.samples = flags_.samples, .seconds = flags_.seconds, .drop_over = is_routing ? 3. : 0.});
+    if (!samples.ok()) return samples.status();
+    if (plain_) {
+      result.plain_us_per_gflop =
+          samples->back().best() / (useful_flops(requests_.front().problem) * 1e-9);
     }
-    if (regrets.empty()) return;
-    fmt::print(
-        "\n* chosen by the planner. Regret over {} problems: median {:.3f}, worst {:.3f}. "
-        "Estimates are off by {:.0f} % (median), {:.0f} % (worst)\n",
-        regrets.size(), median(regrets), *std::max_element(regrets.begin(), regrets.end()),
-        100 * median(errors), 100 * *std::max_element(errors.begin(), errors.end()));
-  }
-
-  Json row_json(const BenchResult& result, const BenchRow& row) const {
-    const Problem& p = result.request.problem;
-    Json json{{"problem", describe(p)},
-              {"queries", p.len_q},
-              {"keys", p.len_k},
-              {"kernel", row.kernel},
-              {"chosen", row.kernel == result.chosen},
-              {"threshold_would_choose", threshold_choice(p)},
-              {"estimated_us", row.estimated_us},
-              {"workspace_bytes", row.workspace_bytes}};
-    if (!row.refusal.empty()) {
-      json["refused"] = row.refusal;
-      return json;
-    }
-    json["best_us"] = row.samples.best();
-    json["median_us"] = row.samples.median();
-    json["samples"] = row.samples.us.size();
-    json["dropped"] = row.samples.dropped;
-    json["guarded"] = row.samples.is_guarded;
-    json["gflops"] = useful_flops(p) / row.samples.best() * 1e-3;
-    json["peak_share"] = peak_share(p, row);
-    json["kv_gbytes_per_s"] = kv_bytes(p) / row.samples.best() * 1e-3;
-    json["read_share"] = kv_bytes(p) / row.samples.best() * 1e-3 / read_gbytes_per_s_;
-    return json;
-  }
-
-  Json rows_json() const {
-    Json rows = Json::array();
-    for (const BenchResult& result : results_) {
-      for (const BenchRow& row : result.rows) rows.push_back(row_json(result, row));
-    }
-    return rows;
-  }
-
-  Json document() const {
-    Json json{{"suite", flags_.suite},
-              {"device", device_name_},
-              {"isa", cpu_facts().isa},
-              {"threads", cpu_facts().threads(flags_.limits.threads)},
-              {"multiply_add_gflops", guard_.peak_gflops()},
-              {"read_gbytes_per_s", read_gbytes_per_s_},
-              {"rows", rows_json()}};
-    if (!is_routing_) return json;
-    Json routing = Json::array();
-    for (const BenchResult& result : results_) {
-      const BenchRow* chosen = result.row_of(result.chosen);
-      if (chosen == nullptr) continue;
-      routing.push_back({{"problem", describe(result.request.problem)},
-                         {"chosen", result.chosen},
-                         {"fastest", result.fastest()->kernel},
-                         {"regret", result.regret()},
-                         {"estimated_us", chosen->estimated_us},
-                         {"measured_us", chosen->samples.best()}});
-    }
-    json["routing"] = routing;
-    return json;
-  }
-
-  std::string csv() const {
-    constexpr const char* kColumns[] = {
-        "problem",         "queries",         "keys",         "kernel", "chosen",
-        "best_us",         "median_us",       "samples",      "gflops", "peak_share",
-        "kv_gbytes_per_s", "workspace_bytes", "estimated_us", "refused"};
-    std::string text = fmt::format("{}\n", fmt::join(kColumns, ","));
-    for (const Json& row : rows_json()) {
-      std::vector<std::string> cells;
-      for (const char* column : kColumns) {
-        cells.push_back(row.contains(column) ? row[column].dump() : "");
+    for (size_t i = 0; i < contestants.size(); ++i) {
+      BenchRow& row = result.rows[contestants[i].row];
+      row.samples = std::move((*samples)[i]);
+      if (!is_cpu_ || row.kernel != result.chosen || row.samples.best() > kLongestImbalanceUs) {
+        continue;
       }
-      text += fmt::format("{}\n", fmt::join(cells, ","));
+      const Result<double> share = imbalance(contestants[i].execution);
+      if (!share.ok()) return share.status();
+      row.imbalance = *share;
     }
-    return text;
+    return {};
   }
 
-  Chart chart() const {
-    std::string y = "best_us";
+  // The suite's first row, where the suite compares with it.
+  Status prepare_plain() {
     const auto suite = suites().find(flags_.suite);
-    if (suite != suites().end() && suite->contains("chart")) y = (*suite)["chart"]["y"];
-    Chart chart{flags_.suite.empty() ? "widehead bench"
-                                     : "widehead bench " + flags_.suite + ", " + device_name_,
-                "keys",
-                y == "gflops" ? "GFLOP/s on visible pairs"
-                              : (y == "kv_gbytes_per_s" ? "GB/s of K and V" : "microseconds"),
-                {}};
-    // A line for each kernel and each kind of problem: heads and dims.
-    for (const BenchResult& result : results_) {
-      const Problem& p = result.request.problem;
-      for (const BenchRow& row : result.rows) {
-        if (!row.refusal.empty()) continue;
-        const std::string name =
-            fmt::format("{} {}/{} d{}", row.kernel, p.heads_q, p.heads_kv, p.dim_qk);
-        auto series = std::find_if(chart.series.begin(), chart.series.end(),
-                                   [&](const Series& one) { return one.name == name; });
-        if (series == chart.series.end()) {
-          chart.series.push_back({name, {}});
-          series = chart.series.end() - 1;
-        }
-        series->points.emplace_back(static_cast<double>(p.len_k), row_json(result, row)[y]);
-      }
-    }
-    return chart;
+    if (plain_ || suite == suites().end() || !suite->value("beside_first_row", false)) return {};
+    plain_tensors_ = random_tensors(requests_.front(), 1);
+    Result<Execution> plain =
+        Execution::prepare(requests_.front().problem, limits_, plain_tensors_);
+    if (!plain.ok()) return plain.status();
+    plain_.emplace(std::move(*plain));
+    return {};
   }
 
-  int write_files() const {
+  Status write_files(const Json& document) const {
     const std::pair<std::string, std::string> files[] = {
-        {flags_.csv, flags_.csv.empty() ? "" : csv()},
-        {flags_.svg, flags_.svg.empty() ? "" : to_svg(chart())}};
+        {flags_.csv, flags_.csv.empty() ? "" : bench_csv(document)},
+        {flags_.svg,
+         flags_.svg.empty() ? "" : to_svg(bench_chart(flags_.suite, device_, results_))}};
     for (const auto& [path, text] : files) {
       if (path.empty()) continue;
       std::ofstream file(path);
       file << text;
       file.close();
-      if (!file) return report(invalid("cannot write " + path));
+      if (!file) return invalid("cannot write " + path);
     }
-    return kFine;
+    return {};
   }
 
   const BenchFlags& flags_;
+  const Limits limits_;
+  const std::vector<Request> requests_;
+  const std::vector<std::string> against_;
+  const bool is_cpu_;
   Guard guard_;
-  double read_gbytes_per_s_;
-  std::string device_name_ = cpu_facts().name;
-  bool is_routing_ = false;
+  BenchDevice device_;
   std::vector<BenchResult> results_;
+  HostTensors plain_tensors_;
+  std::optional<Execution> plain_;
 };
+
+int run_bench(const BenchFlags& flags) {
+  if (flags.samples < 1) {
+    return report(invalid(fmt::format("--samples is {}; it must be at least 1", flags.samples)));
+  }
+  const auto limits = read_limits(flags.limits);
+  if (!limits.ok()) return report(limits.status());
+  if (Status status = validate(*limits); !status.ok()) return report(status);
+  auto requests =
+      flags.suite.empty() ? read_requests(flags.problem) : read_suite(flags.suite, flags.problem);
+  if (!requests.ok()) return report(requests.status());
+  const Problem& p = requests->front().problem;
+  if (p.device == Device::kCuda && !cuda_facts(p.device_index).unavailable.empty()) {
+    return report({Code::kRefused, cuda_facts(p.device_index).unavailable});
+  }
+  const auto suite = suites().find(flags.suite);
+  std::string list = flags.against;
+  if (list.empty() && suite != suites().end()) list = suite->value("against", "");
+  auto against = read_against(list, p.device);
+  if (!against.ok()) return report(against.status());
+  return Bench(flags, *limits, std::move(*requests), std::move(*against)).run();
+}
 
 }  // namespace
 
@@ -364,14 +288,15 @@ void add_bench(CLI::App& app, Action& action) {
   verb->add_option("suite", flags->suite, "see `list suites`; else give a PROBLEM");
   add_problem_flags(*verb, flags->problem);
   add_limits_flags(*verb, flags->limits);
-  verb->add_option("--against", flags->against, "kernels to run beside the planner's choice: A,B");
+  verb->add_option("--against", flags->against,
+                   "kernels to run beside the planner's choice: A,B or unfused");
   verb->add_option("--samples", flags->samples, "of each kernel on each problem (9)");
   verb->add_option("--seconds", flags->seconds, "stop sampling a problem after this long (20)");
   verb->add_option("--skip-over", flags->skip_over, "skip runs estimated longer, seconds (120)");
   verb->add_option("--csv", flags->csv, "write the rows as CSV");
   verb->add_option("--svg", flags->svg, "draw a chart");
   verb->add_flag("--json", flags->json, "print one JSON document");
-  verb->callback([flags, &action] { action = [flags] { return Bench(*flags).run(); }; });
+  verb->callback([flags, &action] { action = [flags] { return run_bench(*flags); }; });
 }
 
 }  // namespace wh::cli

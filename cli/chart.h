@@ -15,6 +15,7 @@ struct Series {
 struct Chart {
   std::string title, x_label, y_label;
   std::vector<Series> series;
+  double level = 0;  // a line across at this y; 0: none
 };
 
 // Series without points are left out; a chart without any is only its title.

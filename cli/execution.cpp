@@ -81,12 +81,12 @@ Status Execution::copy_to_device() {
   return {};
 }
 
-Status Execution::run(Progress::Callback callback, void* context) {
+Status Execution::run(Progress::Callback callback, void* context, const Executor& executor) {
   const Problem& p = plan_.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
   const Kernel* kernel = find_kernel(kernels_of(p.device), plan_.kernel);
   Progress progress(callback, context);
-  Status status = kernel->run({p, plan_.config, tensors_, default_executor(), progress});
+  Status status = kernel->run({p, plan_.config, tensors_, executor, progress});
   if (status.ok() && p.device == Device::kCuda) status = cuda::synchronize(nullptr);
   return status;
 }

@@ -14,7 +14,8 @@ class Execution {
 
   const Plan& plan() const { return plan_; }
   // Runs and waits.
-  Status run(Progress::Callback callback = nullptr, void* context = nullptr);
+  Status run(Progress::Callback callback = nullptr, void* context = nullptr,
+             const Executor& executor = default_executor());
   // Brings out and log-sum-exp back to the host's tensors.
   Status fetch();
 

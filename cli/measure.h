@@ -1,8 +1,9 @@
-// Times runs side by side, and throws away samples that something else disturbed.
+// Times runs side by side, and throws away samples that something else disturbed: two virtual cores
+// are sometimes one physical core, and a neighbour's work costs 20 to 50 %.
 //
-// Before each sample a short probe of multiply-adds runs on all threads; a sample after a probe
-// under 85 % of the best seen at the start is dropped, and so is one in which the kernel preempted
-// us (ru_nivcsw moved): two virtual cores are sometimes one physical core.
+// A short probe of multiply-adds runs on all threads before and after each sample. A sample is
+// disturbed when either probe stays under 85 % of the highest rate seen in the whole run, or when
+// the kernel preempted us (ru_nivcsw moved; a long sample meets a few harmless preemptions).
 #pragma once
 
 #include <functional>
@@ -23,27 +24,36 @@ struct Samples {
 };
 
 struct MeasureOptions {
-  int64_t samples = 9;
+  int64_t samples = 9;  // undisturbed ones, where there is time
   double seconds = 20;  // stop taking more after this long, with at least one of each
+  // After the first round a run slower than the fastest by more than this factor rests; 0: never.
+  double drop_over = 0;
 };
 
 class Guard {
  public:
+  // Probes for a second. threads 0: there is nothing to guard, as the work is another device's.
   explicit Guard(int32_t threads);
 
+  // Of all threads, the highest rate seen so far.
   double peak_gflops() const { return peak_gflops_; }
-  // Whether all threads have their speed right now.
-  bool is_quiet() const;
+  double one_thread_gflops() const { return one_thread_gflops_; }
+  // All threads together never reached what their number promises: they share cores.
+  bool shares_cores() const { return peak_gflops_ < 0.8 * threads_ * one_thread_gflops_; }
+
+  // The rate of all threads right now. A higher one than before is the new peak.
+  double probe();
+  bool is_quiet(double gflops) const;
 
  private:
   int32_t threads_;
-  double peak_gflops_ = 0;
+  double peak_gflops_ = 0, one_thread_gflops_ = 0;
 };
 
 using Run = std::function<Status()>;
 
 // Alternates between the runs, one warm-up of each first. Fails with a run's own status.
-Result<std::vector<Samples>> measure(const std::vector<Run>& runs, const Guard& guard,
+Result<std::vector<Samples>> measure(const std::vector<Run>& runs, Guard& guard,
                                      const MeasureOptions& options);
 
 }  // namespace wh::cli

@@ -1,5 +1,8 @@
 #include "probe.h"
 
+#include <unistd.h>
+
+#include <atomic>
 #include <chrono>
 #include <cstring>
 
@@ -68,12 +71,32 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
 double multiply_add_gflops(int32_t threads, double us) {
   // At 3 GHz with two pipes the 12 chains of a repetition take 6 cycles, 2 ns.
   const auto repetitions = static_cast<int64_t>(us * 500);
-  const auto begin = std::chrono::steady_clock::now();
-  parallel(default_executor(), threads,
-           [&](int32_t) { sink = HWY_DYNAMIC_DISPATCH(multiply_add)(repetitions); });
+  // Threads start together: one that wakes up late would otherwise count as a slow core. Where one
+  // thread runs all tasks in turn, the first gives up waiting and the rate says so.
+  constexpr double kPatienceSeconds = 1e-3;
+  std::atomic<int32_t> arrived{0};
+  std::atomic<std::chrono::steady_clock::rep> start{0};
+  parallel(default_executor(), threads, [&](int32_t) {
+    const auto begin = std::chrono::steady_clock::now();
+    ++arrived;
+    while (arrived < threads && seconds_since(begin) < kPatienceSeconds) continue;
+    std::chrono::steady_clock::rep none = 0;
+    start.compare_exchange_strong(none,
+                                  std::chrono::steady_clock::now().time_since_epoch().count());
+    sink = HWY_DYNAMIC_DISPATCH(multiply_add)(repetitions);
+  });
   const double flops = static_cast<double>(repetitions) *
                        static_cast<double>(HWY_DYNAMIC_DISPATCH(flops_each)()) * threads;
-  return flops / seconds_since(begin) * 1e-9;
+  const std::chrono::steady_clock::time_point began{std::chrono::steady_clock::duration{start}};
+  return flops / seconds_since(began) * 1e-9;
+}
+
+int64_t last_level_cache_bytes() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  return std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
+#else
+  return 0;
+#endif
 }
 
 double read_gbytes_per_s(int32_t threads) {

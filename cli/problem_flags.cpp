@@ -192,6 +192,8 @@ Result<Request> read_request(const ProblemFlags& flags) {
     // One mask for all batch entries and heads: what models make.
     if (p.mask != MaskKind::kNone) p.stride_mask = {0, 0, p.len_k, 1};
   }
+  if (p.wants_log_sum_exp) request.details += ", log-sum-exp";
+  if (layout == LayoutFlag::kLengthFirst) request.details += ", [batch, length, heads, dim]";
   if (Status status = validate(p); !status.ok()) return status;
   return request;
 }

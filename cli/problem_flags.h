@@ -19,11 +19,12 @@ struct ProblemFlags {
 
 // A problem with the values that its shape alone does not hold.
 struct Request {
-  std::string label;  // of a model's layer; empty: the problem speaks for itself
+  std::string label;    // of a model's layer; empty: the problem speaks for itself
+  std::string details;  // what describe() leaves out: ", log-sum-exp", the layout
   Problem problem;
   std::vector<int32_t> key_lengths, key_starts;
 
-  std::string name() const { return label.empty() ? describe(problem) : label; }
+  std::string name() const { return label.empty() ? describe(problem) + details : label; }
 };
 
 void add_problem_flags(CLI::App& app, ProblemFlags& flags);

@@ -104,7 +104,9 @@ class Runner {
   Result<Samples> time(Execution& execution) {
     const double estimate_us = execution.plan().estimated_us;
     if (estimate_us < 1e6) {
-      const Guard guard(cpu_facts().threads(flags_.limits.threads));
+      Guard guard(execution.plan().problem.device == Device::kCpu
+                      ? cpu_facts().threads(flags_.limits.threads)
+                      : 0);
       auto samples = measure({[&] { return execution.run(); }}, guard, {9, 5});
       if (!samples.ok()) return samples.status();
       return (*samples)[0];

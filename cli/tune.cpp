@@ -4,6 +4,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -22,7 +23,7 @@ namespace {
 
 struct TuneFlags {
   std::string device;
-  double seconds = 55;
+  double seconds = 50;
   bool show = false, json = false;
 };
 
@@ -107,7 +108,7 @@ class Tuner {
       : device_(device),
         device_index_(device_index),
         seconds_(seconds),
-        guard_(cpu_facts().cores),
+        guard_(device == Device::kCpu ? cpu_facts().cores : 0),
         profile_(this_identity(device, device_index), today()) {}
 
   // Fills the profile until done, out of time or interrupted.
@@ -126,6 +127,20 @@ class Tuner {
       if (Status status = measure_one(grid[i]); !status.ok()) return status;
     }
     return {};
+  }
+
+  // The costs of `old` at shapes that this run did not reach.
+  void add_missing(const Profile& old) {
+    const auto measured = profile_.points();
+    for (const auto& [kernel, points] : old.points()) {
+      for (const CostPoint& point : points) {
+        const auto found = measured.find(kernel);
+        const bool is_known = found != measured.end() &&
+                              std::any_of(found->second.begin(), found->second.end(),
+                                          [&](const CostPoint& one) { return one.at == point.at; });
+        if (!is_known) profile_.add(kernel, point);
+      }
+    }
   }
 
   const Profile& profile() const { return profile_; }
@@ -149,6 +164,7 @@ class Tuner {
       if (!execution.ok()) continue;
       auto samples = measure({[&] { return execution->run(); }}, guard_, {5, 0.25});
       if (!samples.ok()) return samples.status();
+      if (!(*samples)[0].is_guarded) continue;  // a neighbour's work would become our cost
       const double ratio = (*samples)[0].best() / candidate.estimated_us;
       profile_.add(candidate.kernel, {CostFeatures::of(p), static_cast<float>(std::log2(ratio))});
       ++points_;
@@ -164,17 +180,23 @@ class Tuner {
   int64_t points_ = 0;
 };
 
+// The stored profile; one that is not used here is an error, and says why.
 int show(const std::filesystem::path& path, Device device, int32_t device_index) {
-  if (!std::filesystem::exists(path)) {
-    fmt::print("no profile at {}; plans use: {}\n", path.string(),
-               loaded_profile(device, device_index).description);
-    return kFine;
+  std::error_code error;
+  if (!std::filesystem::exists(path, error)) {
+    return report(invalid(
+        fmt::format("no profile at {}{}; `widehead tune` measures one, until then plans use: {}",
+                    path.string(), error ? " (" + error.message() + ")" : "",
+                    loaded_profile(device, device_index).description)));
   }
   const Result<Profile> profile = read_profile(path);
   if (!profile.ok()) return report(profile.status());
-  fmt::print("{}\n{}", path.string(), profile->to_json());
   const std::string stale = difference(profile->identity(), this_identity(device, device_index));
-  if (!stale.empty()) fmt::print(stderr, "widehead: ignored here: {}\n", stale);
+  if (!stale.empty()) {
+    return report(invalid(fmt::format("{} is ignored here: {}", path.string(), stale)));
+  }
+  fmt::print("{}", profile->to_json());
+  fmt::print(stderr, "{}\n", path.string());
   return kFine;
 }
 
@@ -199,8 +221,18 @@ int run_tune(const TuneFlags& flags) {
   std::signal(SIGINT, [](int) { is_interrupted = 1; });
   Tuner tuner(device, index, flags.seconds);
   if (Status status = tuner.run(); !status.ok()) return report(status);
-  if (tuner.points() == 0)
-    return report({Code::kCancelled, "stopped before anything was measured"});
+  if (tuner.points() == 0) {
+    return report({Code::kCancelled, is_interrupted != 0
+                                         ? "stopped before anything was measured"
+                                         : "nothing undisturbed was measured: run it again on a "
+                                           "quieter machine"});
+  }
+  // What an early stop left out was measured before, if it was measured here.
+  if (const Result<Profile> old = read_profile(path);
+      is_interrupted != 0 && old.ok() &&
+      difference(old->identity(), tuner.profile().identity()).empty()) {
+    tuner.add_missing(*old);
+  }
   if (Status status = write_profile(path, tuner.profile()); !status.ok()) return report(status);
   if (flags.json) {
     fmt::print("{}", tuner.profile().to_json());
@@ -217,7 +249,7 @@ void add_tune(CLI::App& app, Action& action) {
   auto flags = std::make_shared<TuneFlags>();
   CLI::App* verb = app.add_subcommand("tune", "Measure this device, so that plans estimate better");
   verb->add_option("--device", flags->device, "cpu or cuda:N (cpu)");
-  verb->add_option("--seconds", flags->seconds, "stop after this long (55)");
+  verb->add_option("--seconds", flags->seconds, "stop after this long (50)");
   verb->add_flag("--show", flags->show, "print the stored profile instead");
   verb->add_flag("--json", flags->json, "print the new profile as JSON");
   verb->callback([flags, &action] { action = [flags] { return run_tune(*flags); }; });

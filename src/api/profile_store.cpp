@@ -60,7 +60,9 @@ LoadedProfile load(Device device, int32_t device_index) {
   const std::filesystem::path path = profile_path(device, device_index);
   std::error_code error;
   std::string ignored;
-  if (!path.empty() && std::filesystem::exists(path, error)) {
+  const bool exists = !path.empty() && std::filesystem::exists(path, error);
+  if (error) ignored = fmt::format("; {} cannot be read: {}", path.string(), error.message());
+  if (exists) {
     Result<Profile> cached = read_profile(path);
     ignored = cached.ok() ? difference(cached->identity(), here) : cached.status().message();
     if (ignored.empty()) {
@@ -142,9 +144,9 @@ const LoadedProfile& loaded_profile(Device device, int32_t device_index) {
   static std::mutex mutex;
   static std::map<std::pair<Device, int32_t>, LoadedProfile> profiles;
   const std::lock_guard lock(mutex);
-  const auto [entry, is_new] = profiles.try_emplace({device, device_index});
-  if (is_new) entry->second = load(device, device_index);
-  return entry->second;
+  const std::pair key{device, device_index};
+  if (const auto found = profiles.find(key); found != profiles.end()) return found->second;
+  return profiles.emplace(key, load(device, device_index)).first->second;
 }
 
 }  // namespace wh
