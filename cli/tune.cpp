@@ -145,6 +145,7 @@ class Tuner {
 
   const Profile& profile() const { return profile_; }
   int64_t points() const { return points_; }
+  int64_t disturbed() const { return disturbed_; }  // of the points
 
  private:
   Status measure_one(const Request& request) {
@@ -164,7 +165,7 @@ class Tuner {
       if (!execution.ok()) continue;
       auto samples = measure({[&] { return execution->run(); }}, guard_, {5, 0.25});
       if (!samples.ok()) return samples.status();
-      if (!(*samples)[0].is_guarded) continue;  // a neighbour's work would become our cost
+      if (!(*samples)[0].is_guarded) ++disturbed_;
       const double ratio = (*samples)[0].best() / candidate.estimated_us;
       profile_.add(candidate.kernel, {CostFeatures::of(p), static_cast<float>(std::log2(ratio))});
       ++points_;
@@ -177,7 +178,7 @@ class Tuner {
   double seconds_;
   Guard guard_;
   Profile profile_;
-  int64_t points_ = 0;
+  int64_t points_ = 0, disturbed_ = 0;
 };
 
 // The stored profile; one that is not used here is an error, and says why.
@@ -222,10 +223,13 @@ int run_tune(const TuneFlags& flags) {
   Tuner tuner(device, index, flags.seconds);
   if (Status status = tuner.run(); !status.ok()) return report(status);
   if (tuner.points() == 0) {
-    return report({Code::kCancelled, is_interrupted != 0
-                                         ? "stopped before anything was measured"
-                                         : "nothing undisturbed was measured: run it again on a "
-                                           "quieter machine"});
+    return report({Code::kCancelled, "stopped before anything was measured"});
+  }
+  if (tuner.disturbed() > 0) {
+    fmt::print(stderr,
+               "widehead: {} of {} costs were measured while something else kept the cores busy; "
+               "tune again when the machine is quiet\n",
+               tuner.disturbed(), tuner.points());
   }
   // What an early stop left out was measured before, if it was measured here.
   if (const Result<Profile> old = read_profile(path);
