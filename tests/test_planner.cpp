@@ -112,16 +112,93 @@ TEST(Planner, AnUnknownKernelIsAnErrorThatSuggestsOne) {
   EXPECT_NE(made.status().message().find("did you mean \"cpu_prefill\"?"), std::string::npos);
 }
 
-TEST(Planner, TheLongestStepSplitsKeysOrRefuses) {
-  Problem p = chunk(200000);
+TEST(Planner, TheLongestStepCostsNothingOrRefuses) {
   Limits limits;
   limits.longest_step_us = 50e3;
-  const auto made = plan(p, limits);
+  const auto any = plan(chunk(200000), {}), made = plan(chunk(200000), limits);
   ASSERT_TRUE(made.ok() && made->runnable());
   EXPECT_EQ(made->kernel, "cpu_prefill");
-  EXPECT_GT(made->config.chunk_keys, 0);
-  EXPECT_LT(made->config.chunk_keys, 200000);
-  EXPECT_NE(candidate(*made, "cpu_unfused").reason.find("longest step"), std::string::npos);
+  EXPECT_EQ(made->config, any->config);
+  EXPECT_EQ(made->workspace_bytes, any->workspace_bytes);
+  for (const char* kernel : {"cpu_unfused", "cpu_reference"}) {
+    const std::string& reason = candidate(*made, kernel).reason;
+    EXPECT_NE(reason.find("its longest step takes about "), std::string::npos) << reason;
+    EXPECT_NE(reason.find("ms, the limit is 50 ms"), std::string::npos) << reason;
+  }
+  limits.longest_step_us = 1;
+  for (const int64_t window : {kUnlimited, int64_t{100}}) {
+    Problem p = chunk(200000);
+    p.window_left = window;
+    const auto refused = plan(p, limits);
+    ASSERT_TRUE(refused.ok());
+    EXPECT_FALSE(refused->runnable());
+    EXPECT_NE(candidate(*refused, "cpu_prefill").reason.find("us, the limit is 1 us"),
+              std::string::npos)
+        << candidate(*refused, "cpu_prefill").reason;
+  }
+}
+
+// More work in a step takes longer, and nothing but the step counts.
+TEST(Planner, AStepGrowsWithItsRowsAndNotWithTheKeys) {
+  const Kernel* prefill = find_kernel(kernels_of(Device::kCpu), "cpu_prefill");
+  const auto step_us = [&](int64_t len_q, int64_t len_k, int32_t threads) {
+    Problem p = chunk(len_k);
+    p.len_q = len_q;
+    Limits limits;
+    limits.threads = threads;
+    const Machine machine = this_machine(Device::kCpu, 0);
+    const Query query{p, limits, machine.cpu, machine.cuda};
+    return prefill->step_us(query, prefill->configure(query));
+  };
+  EXPECT_NEAR(step_us(2048, 32768, 1), step_us(2048, 262144, 1), 1);
+  EXPECT_GT(step_us(2048, 32768, 1), 2 * step_us(1, 4096, 1));
+  const int32_t cores = this_machine(Device::kCpu, 0).cpu.cores;
+  EXPECT_GT(step_us(2048, 32768, 4 * cores), 3 * step_us(2048, 32768, cores));
+}
+
+int64_t partial_bytes(const Plan& plan) {
+  const Problem& p = plan.problem;
+  const int64_t chunk_keys = plan.config.chunk_keys;
+  if (chunk_keys == 0) return 0;
+  return (p.len_k + chunk_keys - 1) / chunk_keys * p.batch * p.heads_q * p.len_q * (p.dim_v + 2) *
+         4;
+}
+
+TEST(Planner, KeysAreSplitForFewRowsOnlyAndIntoFewBytes) {
+  Limits limits;
+  limits.kernel = "cpu_prefill";
+  int64_t split = 0;
+  for (const int64_t heads_kv : {1, 2, 8}) {
+    for (const int64_t len_q : {1, 30, 128, 512, 2048, 16384}) {
+      for (const int64_t len_k : {100, 4096, 16384, 262144}) {
+        for (const int64_t dim : {64, 256, 1024}) {
+          Problem p = chunk(len_k);
+          p.heads_q = 8;
+          p.heads_kv = heads_kv;
+          p.len_q = len_q;
+          p.dim_qk = p.dim_v = dim;
+          p.stride_q = p.stride_out = dense_strides(8, len_q, dim);
+          p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
+          limits.threads = 1;
+          const auto made = plan(p, limits);
+          ASSERT_TRUE(made.ok() && made->runnable());
+          split += made->config.chunk_keys > 0 ? 1 : 0;
+          EXPECT_LE(partial_bytes(*made), 8 << 20) << describe(p);
+          if (8 * len_q >= 64 * 144) {
+            EXPECT_EQ(made->config.chunk_keys, 0) << describe(p);
+          }
+          limits.threads = 64;
+          EXPECT_EQ(plan(p, limits)->config.chunk_keys, made->config.chunk_keys) << describe(p);
+          limits.batch_invariant = true;
+          const int64_t alone = plan(p, limits)->config.chunk_keys;
+          p.batch = 16;
+          EXPECT_EQ(plan(p, limits)->config.chunk_keys, alone) << describe(p);
+          limits.batch_invariant = false;
+        }
+      }
+    }
+  }
+  EXPECT_GT(split, 0) << "nothing was split: the test tests nothing";
 }
 
 TEST(Planner, AMachineWithoutCudaSaysWhy) {

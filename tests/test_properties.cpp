@@ -2,13 +2,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
-#include <numeric>
-#include <random>
+#include <thread>
 
-#include "api/machine.h"
-#include "case_data.h"
-#include "core/float16.h"
+#include "attention.h"
 
 namespace wh {
 namespace {
@@ -16,72 +12,9 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// f32 tensors, dense, and what to do with them.
-struct Attention {
-  Problem problem;
-  Limits limits;
-  std::vector<float> q, k, v, out, lse;
-  std::vector<int32_t> key_lengths;
-
-  Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
-            int64_t batch = 1) {
-    problem.batch = batch;
-    problem.heads_q = heads_q;
-    problem.heads_kv = heads_kv;
-    problem.len_q = len_q;
-    problem.len_k = len_k;
-    problem.dim_qk = problem.dim_v = dim;
-    problem.scale = 1 / std::sqrt(static_cast<float>(dim));
-    problem.wants_log_sum_exp = true;
-    std::mt19937 random(7);
-    std::normal_distribution<float> normal;
-    const auto fill = [&](std::vector<float>& to, int64_t count) {
-      to.resize(static_cast<size_t>(count));
-      for (float& value : to) value = normal(random);
-    };
-    fill(q, batch * heads_q * len_q * dim);
-    fill(k, batch * heads_kv * len_k * dim);
-    fill(v, batch * heads_kv * len_k * dim);
-  }
-
-  void run(const std::string& kernel, const Executor& executor = default_executor()) {
-    Problem& p = problem;
-    p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
-    p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
-    p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
-    p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
-    p.has_key_lengths = !key_lengths.empty();
-    out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
-    lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
-    limits.kernel = kernel;
-    const Result<Plan> plan = make_plan(p, limits, this_machine(Device::kCpu, 0));
-    ASSERT_TRUE(plan.ok()) << plan.status().message();
-    ASSERT_TRUE(plan->runnable()) << runnable_status(*plan).message();
-    std::vector<std::byte> workspace(plan->workspace_bytes + 64);
-    Tensors t;
-    t.q = q.data();
-    t.k = k.data();
-    t.v = v.data();
-    t.out = out.data();
-    t.log_sum_exp = lse.data();
-    t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
-    t.workspace =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-    t.workspace_bytes = plan->workspace_bytes;
-    Progress progress;
-    const Status status = find_kernel(kernels_of(Device::kCpu), plan->kernel)
-                              ->run({plan->problem, plan->config, t, executor, progress});
-    ASSERT_TRUE(status.ok()) << status.message();
-  }
-};
-
 void expect_near(const std::vector<float>& have, const std::vector<float>& want, float bound) {
   ASSERT_EQ(have.size(), want.size());
   for (size_t i = 0; i < have.size(); ++i) ASSERT_NEAR(have[i], want[i], bound) << "element " << i;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
 }
 
 class Kernels : public testing::TestWithParam<const char*> {
@@ -225,36 +158,6 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Kernels,
                          testing::Values("cpu_prefill", "cpu_decode", "cpu_unfused",
                                          "cpu_reference"),
                          [](const auto& info) { return std::string(info.param); });
-
-TEST(Progress, CancelsBetweenStepsAndSaysSo) {
-  Attention attention(8, 8, 64, 4096, 64);
-  Problem& p = attention.problem;
-  p.wants_log_sum_exp = false;
-  p.stride_q = p.stride_out = dense_strides(8, 64, 64);
-  p.stride_k = p.stride_v = dense_strides(8, 4096, 64);
-  const Machine machine = this_machine(Device::kCpu, 0);
-  const Result<Plan> plan = make_plan(p, {}, machine);
-  ASSERT_TRUE(plan.ok());
-  std::vector<float> out(attention.q.size());
-  std::vector<std::byte> workspace(plan->workspace_bytes + 64);
-  Tensors t{attention.q.data(), attention.k.data(), attention.v.data(), out.data()};
-  t.workspace =
-      reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-  t.workspace_bytes = plan->workspace_bytes;
-  int calls = 0;
-  Progress progress(
-      [](void* context, double fraction) {
-        EXPECT_GT(fraction, 0);
-        EXPECT_LE(fraction, 1);
-        return static_cast<int32_t>(++*static_cast<int*>(context) == 2);
-      },
-      &calls);
-  const Status status = find_kernel(machine.kernels, plan->kernel)
-                            ->run({p, plan->config, t, default_executor(), progress});
-  EXPECT_EQ(status.code(), Code::kCancelled);
-  EXPECT_NE(status.message().find("out is "), std::string::npos) << status.message();
-  EXPECT_EQ(calls, 2);
-}
 
 }  // namespace
 }  // namespace wh

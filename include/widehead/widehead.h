@@ -91,7 +91,7 @@ typedef struct wh_limits {
   int64_t fused_above;     /* keys, for WH_FUSED_ABOVE: fused from there on, 0: always */
   const char* kernel;      /* forces a kernel by name; NULL: the planner chooses */
   int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
-  double longest_step_us;  /* of a piece that cannot be cancelled; 0: any */
+  double longest_step_us;  /* between two looks at the progress callback; 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
   /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
    * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
@@ -128,8 +128,9 @@ typedef struct wh_run_options {
   size_t size;                 /* of this struct; set by wh_run_options_init() */
   void* stream;                /* a cudaStream_t; NULL: the default stream. CPU runs ignore it */
   const wh_executor* executor; /* NULL: oneTBB */
-  /* Reports the fraction done, 0..1, between two steps, from any worker but never from two at once;
-   * anything but 0 cancels the run, which then answers WH_CANCELLED and says what out holds. */
+  /* Reports the fraction done between two steps, from any worker but never from two at once; it
+   * never falls and ends at 1. Anything but 0 stops the run unless it had nothing left to do: it
+   * answers WH_CANCELLED, and wh_last_error() says whether out is untouched or partly written. */
   int32_t (*progress)(void* context, double fraction);
   void* progress_context;
 } wh_run_options;

@@ -113,7 +113,7 @@ struct Limits {
   std::string kernel{};  // forces one by name
   int32_t threads = 0;  // 0: every core
   Precision precision = Precision::kNative;
-  double longest_step_us = 0;  // of a piece that cannot be cancelled; 0: any
+  double longest_step_us = 0;  // between two looks at the progress callback; 0: any
   bool batch_invariant = false;
   int64_t fresh_keys = -1;  // a promise for CUDA streams; see wh_limits
 

@@ -4,10 +4,22 @@
 
 namespace wh {
 
-Status Progress::status(const char* state_of_out) const {
-  if (!is_cancelled_) return {};
-  return {Code::kCancelled, fmt::format("cancelled after {} of {} steps; out is {}", done_.load(),
-                                        steps_, state_of_out)};
+void Progress::report() {
+  reported_ = done_;  // read under the mutex, so that a slow worker cannot report an older value
+  const double fraction = static_cast<double>(reported_) / static_cast<double>(work_);
+  if (callback_(context_, fraction) != 0 && reported_ < work_) is_cancelled_ = true;
+}
+
+Status Progress::finish() {
+  if (callback_ == nullptr) return {};
+  if (is_cancelled_ && done_ < work_) {
+    return {Code::kCancelled, fmt::format("cancelled at {} %; out is {}",
+                                          static_cast<int>(100 * static_cast<double>(done_) /
+                                                           static_cast<double>(work_)),
+                                          is_writing_ ? "partly written" : "untouched")};
+  }
+  if (!is_cancelled_ && reported_ < work_) report();
+  return {};
 }
 
 }  // namespace wh

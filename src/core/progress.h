@@ -1,4 +1,5 @@
-// How far a run is, and whether the caller wants it to stop. Shared by all workers of a run.
+// How far a run is, whether the caller wants it to stop, and whether it has begun to write out.
+// Shared by all workers of a run.
 #pragma once
 
 #include <atomic>
@@ -11,38 +12,50 @@ namespace wh {
 
 class Progress {
  public:
-  // Reports the fraction done, 0..1; anything but 0 cancels. Never called by two threads at once.
+  // Reports the fraction done, which never falls and ends at 1; anything but 0 cancels, unless
+  // nothing is left to do. Never called by two threads at once.
   using Callback = int32_t (*)(void* context, double fraction);
 
   Progress() = default;
   Progress(Callback callback, void* context) : callback_(callback), context_(context) {}
 
-  // A run has `steps` pieces, each done in one go.
-  void start(int64_t steps) { steps_ = steps; }
+  // A run is so much work, in a unit of the kernel's choice, done in steps.
+  void start(int64_t work) { work_ = work; }
 
-  // Workers call it between two steps; false: stop.
-  bool step_done() {
-    const int64_t done = ++done_;
+  // Workers call it between two steps, with the work of the last; false: stop.
+  bool step_done(int64_t work = 1) {
     if (callback_ == nullptr) return true;
+    done_ += work;
     // A worker that finds another one reporting goes on: the next report will count its step.
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock() && !is_cancelled_) {
-      const double fraction = static_cast<double>(done) / static_cast<double>(steps_);
-      if (callback_(context_, fraction < 1 ? fraction : 1) != 0) is_cancelled_ = true;
+      report();
     }
     return !is_cancelled_;
   }
+  // Work that is not worth a look at the callback.
+  void add(int64_t work) {
+    if (callback_ != nullptr) done_ += work;
+  }
   bool is_cancelled() const { return is_cancelled_; }
 
-  // kCancelled, with how far it came and what is in out, or ok.
-  Status status(const char* state_of_out) const;
+  // Before a row of out is stored.
+  void writing_out() { is_writing_.store(true, std::memory_order_relaxed); }
+
+  // When all workers are back. kCancelled, with how far the run came and what is in out; ok when
+  // everything was done, even if the caller asked to stop meanwhile.
+  Status finish();
 
  private:
+  void report();
+
   Callback callback_ = nullptr;
   void* context_ = nullptr;
-  int64_t steps_ = 1;
+  int64_t work_ = 1;
   std::atomic<int64_t> done_{0};
   std::atomic<bool> is_cancelled_{false};
+  std::atomic<bool> is_writing_{false};
   std::mutex mutex_;
+  int64_t reported_ = 0;  // under the mutex
 };
 
 }  // namespace wh

@@ -31,11 +31,12 @@ Status run(const Launch& launch) {
   parallel(launch.executor, launch.config.threads, [&](int32_t i) {
     auto* scratch = static_cast<std::byte*>(launch.tensors.workspace) + worker_bytes(p) * i;
     for (int64_t row = next++; row < rows && !progress.is_cancelled(); row = next++) {
+      progress.writing_out();
       reference_rows(p, launch.tensors, row, row + 1, reinterpret_cast<double*>(scratch));
       progress.step_done();
     }
   });
-  return progress.status("partly written");
+  return progress.finish();
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ struct Limits {
   std::string kernel;           // forces one kernel by name; empty: the planner chooses
   int32_t threads = 0;          // CPU threads; 0: every core
   Precision precision = Precision::kNative;
-  double longest_step_us = 0;    // of a piece that cannot be cancelled; 0: any
+  double longest_step_us = 0;    // between two looks at the progress callback; 0: any
   bool batch_invariant = false;  // a row's bits do not depend on the batch around it
   // The promise that the kernel in front in the stream, and any that it overlaps, write no keys but
   // the last so many of each sequence, and neither key lengths nor key starts: the rest may be read

@@ -52,13 +52,14 @@ std::string policy_refusal(const Kernel& kernel, const Query& query) {
   return "";
 }
 
-// Why the kernel cannot stop often enough; empty: it can.
+// Why the kernel cannot stop often enough; empty: it can. The formula's step is corrected as its
+// time is.
 std::string step_refusal(const Kernel& kernel, const Query& query, const Config& config,
-                         double estimated_us) {
+                         double estimated_us, double correction) {
   const double limit_us = query.limits.longest_step_us;
   if (limit_us == 0) return "";
   const double step_us =
-      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config);
+      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config) * correction;
   if (step_us <= limit_us) return "";
   return fmt::format("its longest step takes about {}, the limit is {}", format_us(step_us),
                      format_us(limit_us));
@@ -85,14 +86,14 @@ Assessment assess(const Kernel& kernel, const Query& query, const Profile* profi
   }
   result.config = kernel.configure(query);
   candidate.workspace_bytes = kernel.workspace_bytes(query.problem, result.config);
-  candidate.estimated_us = kernel.estimate_us(query, result.config);
-  if (profile != nullptr) {
-    candidate.estimated_us *=
-        profile->correction(candidate.kernel, CostFeatures::of(query.problem));
-  }
+  const double correction =
+      profile == nullptr ? 1
+                         : profile->correction(candidate.kernel, CostFeatures::of(query.problem));
+  candidate.estimated_us = kernel.estimate_us(query, result.config) * correction;
   candidate.reason = policy_refusal(kernel, query);
   if (candidate.reason.empty()) {
-    candidate.reason = step_refusal(kernel, query, result.config, candidate.estimated_us);
+    candidate.reason =
+        step_refusal(kernel, query, result.config, candidate.estimated_us, correction);
   }
   if (!candidate.reason.empty()) return result;
   if (candidate.workspace_bytes > query.limits.workspace_bytes) {

@@ -7,6 +7,7 @@
 #include "cpu/cost.h"
 #include "cpu/decode/kernel.h"
 #include "cpu/rounding.h"
+#include "cpu/steps.h"
 #include "plan/work.h"
 
 namespace wh::cpu {
@@ -46,29 +47,36 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
 
 // Cycles, fitted to 190 problems of 16 to 16384 keys, dims 64 to 512 and 1 to 128 rows on AVX-512:
 // 15 % RMS.
-double estimate_us(const Query& query, const Config& config) {
-  constexpr double kBlock = 0.8, kBlockRow = 0.56;         // a key and vector of dims
-  constexpr double kSoftmaxBlock = 9.5, kSoftmaxRow = 15;  // a key; the latter a vector of rows
-  constexpr double kMoveRow = 0.5;                         // a row and dim
-  constexpr double kMergeRow = 3.2;                        // a chunk's row and dim
-  constexpr double kItem = 770;
-  constexpr double kHidden = 0.2;  // of the shorter of reading and computing: they overlap
-  constexpr double kCallUs = 1;
-  const Problem& p = query.problem;
-  const DecodeShape shape(p, config);
+constexpr double kBlock = 0.8, kBlockRow = 0.56;         // a key and vector of dims
+constexpr double kSoftmaxBlock = 9.5, kSoftmaxRow = 15;  // a key; the latter a vector of rows
+constexpr double kMoveRow = 0.5;                         // a row and dim
+constexpr double kMergeRow = 3.2;                        // a chunk's row and dim
+constexpr double kItem = 770;
+constexpr double kHidden = 0.2;  // of the shorter of reading and computing: they overlap
+
+// Of a key against the rows of a head.
+double key_cycles(const Query& query, const DecodeShape& shape) {
   const double lanes = query.cpu.simd_floats;
   const auto rows = static_cast<double>(shape.rows);
   // As in block-inl.h: blocks of 8 rows where there are 32 registers, else of 4.
   const int64_t block = query.cpu.simd_floats >= 16 ? 8 : 4;
   const int64_t rest = shape.rows % block;
   const auto blocks = static_cast<double>(shape.rows / block + rest / 4 + rest % 4 / 2 + rest % 2);
+  const auto dims = static_cast<double>(query.problem.dim_qk + query.problem.dim_v);
+  return dims / lanes * (blocks * kBlock + rows * kBlockRow) + blocks * kSoftmaxBlock +
+         rows / lanes * kSoftmaxRow;
+}
+
+double estimate_us(const Query& query, const Config& config) {
+  constexpr double kCallUs = 1;
+  const Problem& p = query.problem;
+  const DecodeShape shape(p, config);
+  const auto rows = static_cast<double>(shape.rows);
   const auto dims = static_cast<double>(p.dim_qk + p.dim_v);
   // A tile is computed for every row when any row sees it.
   const auto keys = static_cast<double>(most_visible_keys(p));
   const auto items = static_cast<double>(shape.items);
-  double head_cycles = keys * (dims / lanes * (blocks * kBlock + rows * kBlockRow) +
-                               blocks * kSoftmaxBlock + rows / lanes * kSoftmaxRow) +
-                       rows * dims * kMoveRow;
+  double head_cycles = keys * key_cycles(query, shape) + rows * dims * kMoveRow;
   if (shape.chunks > 1) {
     head_cycles +=
         static_cast<double>(shape.chunks) * rows * static_cast<double>(p.dim_v) * kMergeRow;
@@ -85,10 +93,19 @@ double estimate_us(const Query& query, const Config& config) {
 
 Status run(const Launch& launch) { return run_decode(launch); }
 
+// Of all rows against as many tiles of keys as are worth a look, or of a block of rows that are
+// merged.
 double step_us(const Query& query, const Config& config) {
-  const double items = static_cast<double>(DecodeShape(query.problem, config).items);
-  const double threads = std::min<double>(config.threads, query.cpu.cores);
-  return estimate_us(query, config) / std::max(1.0, items / threads);
+  const Problem& p = query.problem;
+  const DecodeShape shape(p, config);
+  const int64_t tiles = pieces_between_looks(tile_work(p, shape.rows, {0, shape.tile_k}));
+  const auto keys = static_cast<double>(std::min(shape.chunk_keys, tiles * shape.tile_k));
+  const auto dims = static_cast<double>(p.dim_qk + p.dim_v);
+  const double tile_cycles =
+      keys * key_cycles(query, shape) + static_cast<double>(shape.rows) * dims * kMoveRow;
+  const int64_t merged = shape.chunks > 1 ? std::min(kRowsPerMerge, shape.rows) * shape.chunks : 0;
+  const double merge_cycles = static_cast<double>(merged * p.dim_v) * kMergeRow;
+  return step_us_of(query, config, std::max(tile_cycles, merge_cycles), keys);
 }
 
 }  // namespace
@@ -101,6 +118,24 @@ DecodeShape::DecodeShape(const Problem& p, const Config& config)
       items(p.batch * p.heads_kv * chunks),
       columns_qk(round_up(p.dim_qk, kColumnRounding)),
       columns_v(round_up(p.dim_v, kColumnRounding)) {}
+
+// A window's chunks start where its first query's keys do: counting from key 0 would leave most of
+// them empty.
+KeyRange chunk_range(const Problem& p, KeyRange present, const DecodeShape& shape, int64_t chunk) {
+  if (shape.chunks == 1) return {0, p.len_k};
+  const int64_t origin = std::clamp<int64_t>(visible_keys(p, present, 0).begin, 0, p.len_k);
+  const int64_t begin = origin + chunk * shape.chunk_keys;
+  return {begin, begin + shape.chunk_keys};
+}
+
+// Ranges move with the query and leave no gaps: the first query begins and the last one ends.
+KeyRange keys_of_chunk(const Problem& p, KeyRange present, const DecodeShape& shape,
+                       int64_t chunk_idx) {
+  const KeyRange chunk = chunk_range(p, present, shape, chunk_idx);
+  const KeyRange keys{std::max(chunk.begin, visible_keys(p, present, 0).begin),
+                      std::min(chunk.end, visible_keys(p, present, p.len_q - 1).end)};
+  return keys.empty() ? KeyRange{0, 0} : keys;
+}
 
 DecodeScratch::DecodeScratch(Carver& carver, const DecodeShape& shape) {
   q = carver.take<float>(shape.rows * shape.columns_qk);
@@ -139,6 +174,18 @@ DecodeScratch DecodeWorkspace::scratch(int32_t worker) const {
 
 size_t DecodeWorkspace::bytes(int32_t workers) const {
   return shared_bytes_ + worker_bytes_ * static_cast<size_t>(workers);
+}
+
+int64_t DecodeWorkspace::work(const Problem& p, const Tensors& t) const {
+  int64_t work = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const KeyRange present = present_keys(p, t, b);
+    for (int64_t chunk = 0; chunk < shape.chunks; ++chunk) {
+      work += tile_work(p, shape.rows, keys_of_chunk(p, present, shape, chunk)) +
+              store_work(p, shape.rows);
+    }
+  }
+  return work * p.heads_kv + merge_work(partials, partials.rows);
 }
 
 const Kernel kDecode{"cpu_decode",

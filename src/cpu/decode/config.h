@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "core/key_range.h"
 #include "cpu/partial.h"
 #include "plan/kernel.h"
 
@@ -25,6 +26,12 @@ struct DecodeShape {
 
   DecodeShape(const Problem& problem, const Config& config);
 };
+
+// Where a chunk lies, and the keys of it that some row sees.
+KeyRange chunk_range(const Problem& problem, KeyRange present, const DecodeShape& shape,
+                     int64_t chunk);
+KeyRange keys_of_chunk(const Problem& problem, KeyRange present, const DecodeShape& shape,
+                       int64_t chunk);
 
 // One worker's scratch.
 struct DecodeScratch {
@@ -50,6 +57,7 @@ class DecodeWorkspace {
 
   DecodeScratch scratch(int32_t worker) const;
   size_t bytes(int32_t workers) const;
+  int64_t work(const Problem& problem, const Tensors& tensors) const;  // see cpu/steps.h
 
   DecodeShape shape;
   Partials partials;

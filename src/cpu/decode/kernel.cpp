@@ -19,6 +19,7 @@
 #include "core/array_mask.h"
 #include "core/key_range.h"
 #include "cpu/decode/config.h"
+#include "cpu/steps.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/decode/kernel.cpp"
@@ -39,25 +40,19 @@ using Rows = std::integral_constant<int, kRows>;
 class DecodeWorker {
  public:
   DecodeWorker(const Problem& p, const Tensors& t, const DecodeShape& shape,
-               const DecodeScratch& scratch, const Partials& partials)
-      : p_(p), t_(t), shape_(shape), w_(scratch), partials_(partials) {}
+               const DecodeScratch& scratch, const Partials& partials, Steps& steps)
+      : p_(p), t_(t), shape_(shape), w_(scratch), partials_(partials), steps_(steps) {}
 
-  void run(int64_t batch_idx, int64_t head_kv, int64_t chunk) {
+  // False: the caller wants to stop, and the item has left nothing behind.
+  bool run(int64_t batch_idx, int64_t head_kv, int64_t chunk) {
     batch_idx_ = batch_idx;
     head_kv_ = head_kv;
-    const KeyRange keys = load_rows(chunk);
-    switch (p_.dtype_kv) {
-      case Dtype::kF32:
-        run_tiles<float>(keys);
-        break;
-      case Dtype::kF16:
-        run_tiles<Half>(keys);
-        break;
-      case Dtype::kBf16:
-        run_tiles<Bfloat16>(keys);
-        break;
-    }
+    const KeyRange present = present_keys(p_, t_, batch_idx_);
+    const KeyRange keys = keys_of_chunk(p_, present, shape_, chunk);
+    load_rows(present, chunk);
+    if (!run_tiles(keys) || !steps_.look()) return false;
     store(chunk);
+    return steps_.done(store_work(p_, shape_.rows));
   }
 
  private:
@@ -86,27 +81,18 @@ class DecodeWorker {
   float* block_l(int64_t row) const { return w_.l + row * kLaneStride; }
   float* block_s(int64_t row) const { return w_.s + row * shape_.tile_k; }
 
-  // The keys of this chunk that some row sees. A window's chunks start where its first query's
-  // keys do: counting from key 0 would leave most of them empty.
-  KeyRange load_rows(int64_t chunk) {
-    const KeyRange present = present_keys(p_, t_, batch_idx_);
-    const int64_t origin = std::clamp<int64_t>(visible_keys(p_, present, 0).begin, 0, p_.len_k);
-    const int64_t begin = shape_.chunks == 1 ? 0 : origin + chunk * shape_.chunk_keys;
-    const int64_t end = shape_.chunks == 1 ? p_.len_k : begin + shape_.chunk_keys;
-    KeyRange keys{std::numeric_limits<int64_t>::max(), 0};
+  // Each row's query, and its visible keys within the chunk.
+  void load_rows(KeyRange present, int64_t chunk_idx) {
+    const KeyRange chunk = chunk_range(p_, present, shape_, chunk_idx);
     const float scale = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * 1.44269504f;
     const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
     for (int64_t row = 0; row < shape_.rows; ++row) {
       const int64_t query = row / p_.group();
       const KeyRange visible = visible_keys(p_, present, query);
-      const int64_t last = std::clamp<int64_t>(visible.end, 0, end);
-      const int64_t first = std::clamp<int64_t>(visible.begin, std::min(begin, last), last);
+      const int64_t last = std::clamp<int64_t>(visible.end, 0, chunk.end);
+      const int64_t first = std::clamp<int64_t>(visible.begin, std::min(chunk.begin, last), last);
       w_.first[row] = static_cast<int32_t>(first);
       w_.last[row] = static_cast<int32_t>(last);
-      if (first < last) {
-        keys.begin = std::min(keys.begin, first);
-        keys.end = std::max(keys.end, last);
-      }
       const int64_t offset =
           batch_idx_ * p_.stride_q[0] + head_of(row) * p_.stride_q[1] + query * p_.stride_q[2];
       float* q = w_.q + row * shape_.columns_qk;
@@ -118,7 +104,6 @@ class DecodeWorker {
     std::fill_n(w_.m, shape_.rows * kLaneStride, kMinusInfinity);
     std::fill_n(w_.l, shape_.rows * kLaneStride, 0.0f);
     std::fill_n(w_.o, shape_.rows * shape_.columns_v, 0.0f);
-    return keys.empty() ? KeyRange{0, 0} : keys;
   }
 
   template <typename T>
@@ -128,8 +113,20 @@ class DecodeWorker {
             stride[2]};
   }
 
+  bool run_tiles(KeyRange keys) {
+    switch (p_.dtype_kv) {
+      case Dtype::kF32:
+        return run_tiles_of<float>(keys);
+      case Dtype::kF16:
+        return run_tiles_of<Half>(keys);
+      case Dtype::kBf16:
+        return run_tiles_of<Bfloat16>(keys);
+    }
+    return false;
+  }
+
   template <typename T>
-  void run_tiles(KeyRange keys) {
+  bool run_tiles_of(KeyRange keys) {
     const bool k_in_place = p_.stride_k[3] == 1 && p_.dim_qk % vector_lanes() == 0;
     const bool v_in_place = p_.stride_v[3] == 1 && p_.dim_v % vector_lanes() == 0;
     for (int64_t k0 = keys.begin; k0 < keys.end; k0 += shape_.tile_k) {
@@ -151,16 +148,15 @@ class DecodeWorker {
       const bool has_hidden = is_edge || p_.mask != MaskKind::kNone;
       if (v_in_place && (!has_hidden || all_finite(v, count, p_.dim_v))) {
         values(v, p_.dim_v, ahead);
-        continue;
-      }
-      const bool is_finite =
-          widen_rows(v.data, p_.stride_v, count, p_.dim_v, shape_.columns_v, w_.v);
-      if (is_finite || !has_hidden) {
+      } else if (widen_rows(v.data, p_.stride_v, count, p_.dim_v, shape_.columns_v, w_.v) ||
+                 !has_hidden) {
         values(Matrix<float>{w_.v, shape_.columns_v}, shape_.columns_v, ahead);
       } else {
         add_values_one_by_one();
       }
+      if (!steps_.done(tile_work(p_, shape_.rows, tile_))) return false;
     }
+    return true;
   }
 
   bool all_rows_see_tile() const {
@@ -269,6 +265,7 @@ class DecodeWorker {
   }
 
   void store(int64_t chunk) {
+    if (partials_.chunks == 1) steps_.writing_out();
     for_blocks([&](auto rows, int64_t block) HWY_ATTR {
       const auto sum = fold_sum<rows()>(hn::Load(F32(), block_l(block)));
       hn::Store(sum, F32(), block_l(block));
@@ -292,14 +289,15 @@ class DecodeWorker {
   const DecodeShape& shape_;
   const DecodeScratch& w_;
   const Partials& partials_;
+  Steps& steps_;
   int64_t batch_idx_ = 0, head_kv_ = 0;
   KeyRange tile_{};
 };
 
-void run_item(const Problem& p, const Tensors& t, const DecodeWorkspace& workspace,
-              const DecodeScratch& scratch, int64_t item) {
+bool run_item(const Problem& p, const Tensors& t, const DecodeWorkspace& workspace,
+              const DecodeScratch& scratch, int64_t item, Steps& steps) {
   const int64_t pair = item / workspace.shape.chunks;
-  DecodeWorker(p, t, workspace.shape, scratch, workspace.partials)
+  return DecodeWorker(p, t, workspace.shape, scratch, workspace.partials, steps)
       .run(pair / p.heads_kv, pair % p.heads_kv, item % workspace.shape.chunks);
 }
 
@@ -309,6 +307,22 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace wh::cpu {
 HWY_EXPORT(run_item);
+
+namespace {
+
+// Merges the chunks of one (batch, kv head) pair.
+void merge_pair(const Problem& p, const Tensors& t, const DecodeWorkspace& workspace, int64_t pair,
+                float* row_scratch, Steps& steps) {
+  const int64_t end = (pair + 1) * workspace.shape.rows;
+  for (int64_t row = pair * workspace.shape.rows; row < end; row += kRowsPerMerge) {
+    const int64_t rows = std::min(kRowsPerMerge, end - row);
+    steps.writing_out();
+    merge_rows(p, t, workspace.partials, row, row + rows, row_scratch);
+    if (!steps.done(merge_work(workspace.partials, rows))) return;
+  }
+}
+
+}  // namespace
 
 Status run_decode(const Launch& launch) {
   const Problem& p = launch.problem;
@@ -321,22 +335,22 @@ Status run_decode(const Launch& launch) {
     }
   }
   Progress& progress = launch.progress;
-  progress.start(shape.items);
+  progress.start(workspace.work(p, t));
   std::atomic<int64_t> next{0};
   const auto run_item_here = HWY_DYNAMIC_DISPATCH(run_item);
   const auto workers = static_cast<int32_t>(std::min<int64_t>(launch.config.threads, shape.items));
   parallel(launch.executor, workers, [&](int32_t worker) {
     const DecodeScratch scratch = workspace.scratch(worker);
+    Steps steps(progress);
     for (int64_t item = next++; item < shape.items && !progress.is_cancelled(); item = next++) {
-      run_item_here(p, t, workspace, scratch, item);
+      if (!run_item_here(p, t, workspace, scratch, item, steps)) return;
       const int64_t pair = item / shape.chunks;
       if (shape.chunks > 1 && --workspace.chunks_left[pair] == 0) {
-        merge_rows(p, t, workspace.partials, pair * shape.rows, (pair + 1) * shape.rows, scratch.o);
+        merge_pair(p, t, workspace, pair, scratch.o, steps);
       }
-      progress.step_done();
     }
   });
-  return progress.status("partly written");
+  return progress.finish();
 }
 
 }  // namespace wh::cpu

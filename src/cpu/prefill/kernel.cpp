@@ -108,27 +108,29 @@ HWY_EXPORT(run_prefill_worker_f32);
 
 Status run_prefill_items(const Launch& launch, PrefillArithmetic arithmetic,
                          RunPrefillWorker run_worker) {
-  constexpr int64_t kRowsPerMerge = 64;
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
   const PrefillWorkspace workspace(p, launch.config, arithmetic, t.workspace);
   Progress& progress = launch.progress;
-  progress.start(workspace.shape.items);
+  progress.start(workspace.work(t));
   std::atomic<int64_t> next{0};
   parallel(launch.executor, launch.config.threads,
            [&](int32_t i) { run_worker(p, t, workspace, i, next, progress); });
-  if (workspace.partials.chunks == 1) return progress.status("partly written");
-  if (progress.is_cancelled()) return progress.status("untouched");
+  if (workspace.partials.chunks == 1 || progress.is_cancelled()) return progress.finish();
   std::atomic<int64_t> next_row{0};
   parallel(launch.executor, launch.config.threads, [&](int32_t i) {
+    Steps steps(progress);
     float* row_scratch = workspace.scratch(i).staged;
-    for (int64_t row = next_row.fetch_add(kRowsPerMerge); row < workspace.partials.rows;
+    for (int64_t row = next_row.fetch_add(kRowsPerMerge);
+         row < workspace.partials.rows && !progress.is_cancelled();
          row = next_row.fetch_add(kRowsPerMerge)) {
-      merge_rows(p, t, workspace.partials, row,
-                 std::min(row + kRowsPerMerge, workspace.partials.rows), row_scratch);
+      const int64_t end = std::min(row + kRowsPerMerge, workspace.partials.rows);
+      steps.writing_out();
+      merge_rows(p, t, workspace.partials, row, end, row_scratch);
+      steps.done(merge_work(workspace.partials, end - row));
     }
   });
-  return {};
+  return progress.finish();
 }
 
 Status run_prefill(const Launch& launch) {

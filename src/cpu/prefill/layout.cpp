@@ -4,6 +4,7 @@
 
 #include "cpu/rounding.h"
 #include "cpu/simd.h"
+#include "cpu/steps.h"
 
 namespace wh::cpu {
 
@@ -16,7 +17,27 @@ PrefillShape::PrefillShape(const Problem& p, const Config& config, int64_t simd_
       chunks(config.chunk_keys > 0 ? std::max<int64_t>(1, divide_up(p.len_k, config.chunk_keys))
                                    : 1),
       chunk_keys(chunks > 1 ? config.chunk_keys : p.len_k),
-      items(p.batch * p.heads_kv * q_tiles * chunks) {}
+      items(p.batch * p.heads_kv * q_tiles * chunks),
+      len_k(p.len_k) {}
+
+PrefillItem PrefillShape::item(int64_t batch_idx, int64_t head_kv, int64_t q_tile,
+                               int64_t chunk) const {
+  const int64_t row_begin = q_tile * tile_q;
+  return {batch_idx,
+          head_kv,
+          row_begin,
+          std::min(row_begin + tile_q, rows_per_head),
+          {chunk * chunk_keys, std::min(len_k, (chunk + 1) * chunk_keys)},
+          chunk};
+}
+
+// Ranges move with the query and leave no gaps: the first query begins and the last one ends.
+KeyRange keys_of_item(const Problem& p, KeyRange present, const PrefillItem& item) {
+  const KeyRange first = visible_keys(p, present, item.row_begin / p.group());
+  const KeyRange last = visible_keys(p, present, (item.row_end - 1) / p.group());
+  const KeyRange keys{std::max(first.begin, item.keys.begin), std::min(last.end, item.keys.end)};
+  return keys.empty() ? KeyRange{0, 0} : keys;
+}
 
 PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillShape& shape,
                                PrefillArithmetic arithmetic) {
@@ -61,6 +82,22 @@ PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config,
   Carver measure(nullptr);
   PrefillScratch(measure, p, shape, arithmetic);
   worker_bytes_ = measure.used_bytes();
+}
+
+int64_t PrefillWorkspace::work(const Tensors& t) const {
+  const Problem& p = problem_;
+  int64_t work = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const KeyRange present = present_keys(p, t, b);
+    for (int64_t q_tile = 0; q_tile < shape.q_tiles; ++q_tile) {
+      for (int64_t chunk = 0; chunk < shape.chunks; ++chunk) {
+        const PrefillItem item = shape.item(b, 0, q_tile, chunk);
+        work +=
+            tile_work(p, item.rows(), keys_of_item(p, present, item)) + store_work(p, item.rows());
+      }
+    }
+  }
+  return work * p.heads_kv + merge_work(partials, partials.rows);
 }
 
 PrefillScratch PrefillWorkspace::scratch(int32_t worker) const {

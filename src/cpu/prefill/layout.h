@@ -2,6 +2,7 @@
 // running, and for both prefill kernels.
 #pragma once
 
+#include "core/key_range.h"
 #include "cpu/partial.h"
 #include "plan/kernel.h"
 
@@ -17,6 +18,16 @@ enum class PrefillArithmetic : uint8_t {
 constexpr int64_t kPanelVectors = 3;       // SIMD vectors of query rows in a full panel
 constexpr int64_t kMostBroadcastRows = 8;  // register tiles cover 4 or 8 broadcast rows
 
+// What a worker takes from the counter.
+struct PrefillItem {
+  int64_t batch_idx, head_kv;
+  int64_t row_begin, row_end;  // within the head's len_q * group rows
+  KeyRange keys;               // of its chunk
+  int64_t chunk;
+
+  int64_t rows() const { return row_end - row_begin; }
+};
+
 struct PrefillShape {
   int64_t lanes;          // query rows of a full panel
   int64_t rows_per_head;  // len_q * group: the query rows that share a kv head
@@ -26,9 +37,15 @@ struct PrefillShape {
   int64_t chunks;   // 1: keys are not split
   int64_t chunk_keys;
   int64_t items;  // batch * heads_kv * q_tiles * chunks
+  int64_t len_k;
 
   PrefillShape(const Problem& problem, const Config& config, int64_t simd_floats);
+
+  PrefillItem item(int64_t batch_idx, int64_t head_kv, int64_t q_tile, int64_t chunk) const;
 };
+
+// The keys of an item's chunk that some row of it sees.
+KeyRange keys_of_item(const Problem& problem, KeyRange present, const PrefillItem& item);
 
 // One worker's scratch. A dword is an f32 or a pair of bf16.
 struct PrefillScratch {
@@ -67,6 +84,8 @@ class PrefillWorkspace {
 
   PrefillShape shape;
   Partials partials;
+
+  int64_t work(const Tensors& tensors) const;  // of the whole run: see cpu/steps.h
 
  private:
   const Problem& problem_;

@@ -24,8 +24,8 @@
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
-#include "core/progress.h"
 #include "cpu/prefill/layout.h"
+#include "cpu/steps.h"
 #include "cpu/tile-inl.h"
 #include "cpu/vector_math-inl.h"
 
@@ -33,25 +33,27 @@ HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-struct PrefillItem {
-  int64_t batch_idx, head_kv;
-  int64_t row_begin, row_end;  // within the head's len_q * group rows
-  KeyRange keys;               // of its chunk
-  int64_t chunk;
-};
-
 template <typename Products>
 class PrefillWorker {
  public:
   PrefillWorker(const Problem& p, const Tensors& t, const PrefillShape& shape,
-                const PrefillScratch& scratch, const Partials& partials)
-      : p_(p), t_(t), shape_(shape), w_(scratch), partials_(partials), products_(p, t, scratch) {}
+                const PrefillScratch& scratch, const Partials& partials, Progress& progress)
+      : p_(p),
+        t_(t),
+        shape_(shape),
+        w_(scratch),
+        partials_(partials),
+        products_(p, t, scratch),
+        steps_(progress) {}
 
-  void run(const PrefillItem& item) {
+  // False: the caller wants to stop, and the item has left nothing behind.
+  bool run(const PrefillItem& item) {
     item_ = item;
-    rows_ = item.row_end - item.row_begin;
+    rows_ = item.rows();
     panels_ = (rows_ + shape_.lanes - 1) / shape_.lanes;
-    const KeyRange keys = load_ranges();
+    const KeyRange present = present_keys(p_, t_, item.batch_idx);
+    const KeyRange keys = keys_of_item(p_, present, item);
+    load_ranges(present);
     load_queries();
     // Tiles sit at multiples of tile_k, so a row meets the same tiles whatever item it is in.
     for (int64_t k0 = keys.begin / shape_.tile_k * shape_.tile_k; k0 < keys.end;
@@ -71,8 +73,11 @@ class PrefillWorker {
             break;
         }
       }
+      if (!steps_.done(tile_work(p_, rows_, tile_))) return false;
     }
+    if (!steps_.look()) return false;
     store();
+    return steps_.done(store_work(p_, rows_));
   }
 
  private:
@@ -95,10 +100,8 @@ class PrefillWorker {
     return item_.head_kv * p_.group() + (item_.row_begin + slot) % p_.group();
   }
 
-  // Each row's visible keys within the chunk; answers with the range that covers them all.
-  KeyRange load_ranges() {
-    const KeyRange present = present_keys(p_, t_, item_.batch_idx);
-    KeyRange keys{std::numeric_limits<int64_t>::max(), 0};
+  // Each row's visible keys within the chunk.
+  void load_ranges(KeyRange present) {
     for (int64_t slot = 0; slot < panels_ * shape_.lanes; ++slot) {
       w_.m[slot] = kMinusInfinity;
       w_.l[slot] = 0;
@@ -109,11 +112,7 @@ class PrefillWorker {
       const int64_t begin = std::min(std::max(visible.begin, item_.keys.begin), end);
       w_.first[slot] = static_cast<int32_t>(begin);
       w_.last[slot] = static_cast<int32_t>(end);
-      if (begin >= end) continue;
-      keys.begin = std::min(keys.begin, begin);
-      keys.end = std::max(keys.end, end);
     }
-    return keys.empty() ? KeyRange{0, 0} : keys;
   }
 
   void load_queries() {
@@ -321,6 +320,7 @@ class PrefillWorker {
   }
 
   void store() {
+    if (partials_.chunks == 1) steps_.writing_out();
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t width = panel_vectors(panel) * vector_lanes();
       for (int64_t lane = 0; lane < panel_rows(panel); lane += 4) {
@@ -348,6 +348,7 @@ class PrefillWorker {
   const PrefillScratch& w_;
   const Partials& partials_;
   Products products_;
+  Steps steps_;
   PrefillItem item_{};
   int64_t rows_ = 0, panels_ = 0;
   KeyRange tile_{};
@@ -360,20 +361,17 @@ void run_prefill_worker(const Problem& p, const Tensors& t, const PrefillWorkspa
                         int32_t worker_idx, std::atomic<int64_t>& next, Progress& progress) {
   const PrefillShape& shape = workspace.shape;
   const PrefillScratch scratch = workspace.scratch(worker_idx);
-  PrefillWorker<Products> worker(p, t, shape, scratch, workspace.partials);
+  PrefillWorker<Products> worker(p, t, shape, scratch, workspace.partials, progress);
   for (int64_t i = next++; i < shape.items && !progress.is_cancelled(); i = next++) {
     // Last query tiles first: with causal they see the most keys, and the longest work should not
     // start last. Heads vary fastest so that neighbours differ in memory, not in length.
     const int64_t heads = p.batch * p.heads_kv;
     const int64_t head = i % heads;
-    const int64_t chunk = i / heads % shape.chunks;
     const int64_t q_tile = shape.q_tiles - 1 - i / heads / shape.chunks;
-    const int64_t row_begin = q_tile * shape.tile_q;
-    const KeyRange keys{chunk * shape.chunk_keys,
-                        std::min(p.len_k, (chunk + 1) * shape.chunk_keys)};
-    worker.run({head / p.heads_kv, head % p.heads_kv, row_begin,
-                std::min(row_begin + shape.tile_q, shape.rows_per_head), keys, chunk});
-    progress.step_done();
+    if (!worker.run(
+            shape.item(head / p.heads_kv, head % p.heads_kv, q_tile, i / heads % shape.chunks))) {
+      return;
+    }
   }
 }
 

@@ -11,6 +11,8 @@
 #include "core/array_mask.h"
 #include "core/key_range.h"
 #include "cpu/partial.h"
+#include "cpu/rounding.h"
+#include "cpu/steps.h"
 #include "cpu/unfused/gemm.h"
 #include "cpu/unfused/unfused.h"
 #include "plan/work.h"
@@ -135,15 +137,21 @@ struct Heads {
   int64_t head(const Problem& p, int64_t row) const { return first_head + row / p.len_q; }
 };
 
-// Rows in parallel, handed out from a counter.
+// Of an element of the score matrix in softmax, beside the multiply-adds of the products.
+constexpr int64_t kWeighWork = 16;
+constexpr int64_t kRowsPerItem = 16;
+
+// Rows in parallel, handed out from a counter until the caller wants to stop.
 template <typename Body>
-void for_rows(const Launch& launch, int64_t rows, Body&& body) {
-  constexpr int64_t kRowsPerItem = 16;
+void for_rows(const Launch& launch, int64_t rows, int64_t row_work, Body&& body) {
   std::atomic<int64_t> next{0};
   parallel(launch.executor, launch.config.threads, [&](int32_t) {
-    for (int64_t begin = next.fetch_add(kRowsPerItem); begin < rows;
-         begin = next.fetch_add(kRowsPerItem)) {
-      body(begin, std::min(begin + kRowsPerItem, rows));
+    Steps steps(launch.progress);
+    for (int64_t begin = next.fetch_add(kRowsPerItem);
+         begin < rows && !launch.progress.is_cancelled(); begin = next.fetch_add(kRowsPerItem)) {
+      const int64_t end = std::min(begin + kRowsPerItem, rows);
+      body(begin, end);
+      steps.done((end - begin) * row_work);
     }
   });
 }
@@ -152,7 +160,7 @@ void for_rows(const Launch& launch, int64_t rows, Body&& body) {
 bool widen_matrix(const Launch& launch, const void* from, Dtype dtype, int64_t first,
                   const Strides& stride, int64_t rows, int64_t dim, float* to) {
   std::atomic<bool> finite{true};
-  for_rows(launch, rows, [&](int64_t begin, int64_t end) {
+  for_rows(launch, rows, dim, [&](int64_t begin, int64_t end) {
     if (!HWY_DYNAMIC_DISPATCH(widen)(from, dtype, first + begin * stride[2], stride, end - begin,
                                      dim, to + begin * dim)) {
       finite = false;
@@ -161,23 +169,38 @@ bool widen_matrix(const Launch& launch, const void* from, Dtype dtype, int64_t f
   return finite;
 }
 
-// Cuts a product into pieces by its shape alone and hands them out.
-void parallel_gemm(const Launch& launch, int64_t m, int64_t n, int64_t k, float alpha,
-                   GemmOperand a, GemmOperand b, Transpose transpose_b, float* c,
-                   int64_t c_row_stride) {
+// The most rows and columns of a piece of a product, by its shape alone.
+struct Piece {
+  int64_t rows, columns;
+};
+
+Piece gemm_piece(int64_t m, int64_t n, Transpose transpose_b) {
   // Each piece packs its share of a and b: under 2 % of the time from 128 rows on.
   constexpr int64_t kRows = 128;
   const int64_t columns = m > kRows ? n : (transpose_b == Transpose::kYes ? 2048 : 64);
-  const int64_t row_blocks = (m + kRows - 1) / kRows;
-  const int64_t column_blocks = (n + columns - 1) / columns;
+  return {std::min(kRows, m), std::min(columns, n)};
+}
+
+// Hands out the pieces of a product until the caller wants to stop.
+void parallel_gemm(const Launch& launch, int64_t m, int64_t n, int64_t k, float alpha,
+                   GemmOperand a, GemmOperand b, Transpose transpose_b, float* c,
+                   int64_t c_row_stride) {
+  const Piece piece = gemm_piece(m, n, transpose_b);
+  const int64_t column_blocks = divide_up(n, piece.columns);
+  const int64_t blocks = divide_up(m, piece.rows) * column_blocks;
   std::atomic<int64_t> next{0};
   parallel(launch.executor, launch.config.threads, [&](int32_t) {
-    for (int64_t i = next++; i < row_blocks * column_blocks; i = next++) {
-      const int64_t row = i / column_blocks * kRows, column = i % column_blocks * columns;
+    Steps steps(launch.progress);
+    for (int64_t i = next++; i < blocks && !launch.progress.is_cancelled(); i = next++) {
+      const int64_t row = i / column_blocks * piece.rows;
+      const int64_t column = i % column_blocks * piece.columns;
+      const int64_t rows = std::min(piece.rows, m - row);
+      const int64_t columns = std::min(piece.columns, n - column);
       const int64_t b_offset = transpose_b == Transpose::kYes ? column * b.row_stride : column;
-      gemm(std::min(kRows, m - row), std::min(columns, n - column), k, alpha,
-           {a.data + row * a.row_stride, a.row_stride}, {b.data + b_offset, b.row_stride},
-           transpose_b, c + row * c_row_stride + column, c_row_stride);
+      gemm(rows, columns, k, alpha, {a.data + row * a.row_stride, a.row_stride},
+           {b.data + b_offset, b.row_stride}, transpose_b, c + row * c_row_stride + column,
+           c_row_stride);
+      steps.done(rows * columns * k);
     }
   });
 }
@@ -239,22 +262,36 @@ void run_heads(const Launch& launch, const Heads& heads, const Workspace& w) {
     parallel_gemm(launch, rows, keys, p.dim_qk, p.scale, {w.q, p.dim_qk}, {w.k, p.dim_qk},
                   Transpose::kYes, w.s, keys);
   }
-  for_rows(launch, rows, [&](int64_t begin, int64_t end) {
+  for_rows(launch, rows, keys * kWeighWork, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) weigh_row(p, t, heads, row, w);
   });
-  if (keys > 0 && heads.v_is_finite) {
+  const bool is_product = keys > 0 && heads.v_is_finite;
+  if (is_product) {
     parallel_gemm(launch, rows, p.dim_v, keys, 1.0f, {w.s, keys}, {w.v, p.dim_v}, Transpose::kNo,
                   w.o, p.dim_v);
   }
-  for_rows(launch, rows, [&](int64_t begin, int64_t end) {
+  const int64_t row_work = p.dim_v * (is_product ? 1 : keys + 1);
+  for_rows(launch, rows, row_work, [&](int64_t begin, int64_t end) {
     const int64_t group = p.group();
+    launch.progress.writing_out();
     for (int64_t row = begin; row < end; ++row) {
-      if (keys == 0 || !heads.v_is_finite) add_values_one_by_one(p, t, heads, row, w);
+      if (!is_product) add_values_one_by_one(p, t, heads, row, w);
       const int64_t head = heads.head(p, row);
       const RowId id{heads.batch_idx, head / group, row % p.len_q * group + head % group};
       store_row(p, t, id, w.m[row], w.l[row], w.o + row * p.dim_v);
     }
   });
+}
+
+// What progress counts, in multiply-adds: widening, the products, softmax and the rows stored.
+int64_t work(const Problem& p, const Tensors& t) {
+  const int64_t dims = p.dim_qk + p.dim_v;
+  int64_t work = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t keys = present_keys(p, t, b).size();
+    work += p.heads_kv * keys * dims + p.heads_q * p.len_q * (dims + keys * (dims + kWeighWork));
+  }
+  return work;
 }
 
 Status run(const Launch& launch) {
@@ -264,7 +301,7 @@ Status run(const Launch& launch) {
   const Workspace w(carver, p);
   const OneGemmThread one_thread;
   const int64_t at_once = heads_at_once(p);
-  launch.progress.start(p.batch * p.heads_q / at_once);
+  launch.progress.start(work(p, t));
   for (int64_t b = 0; b < p.batch; ++b) {
     KeyRange present = present_keys(p, t, b);
     present.begin = std::min(present.begin, present.end);
@@ -278,11 +315,12 @@ Status run(const Launch& launch) {
                                        present.size(), p.dim_v, w.v);
       for (int64_t g = 0; g < p.group(); g += at_once) {
         run_heads(launch, {b, h * p.group() + g, at_once, present, finite}, w);
-        if (!launch.progress.step_done()) return launch.progress.status("partly written");
+        // Small heads have no step that is worth a look.
+        if (!launch.progress.step_done(0)) return launch.progress.finish();
       }
     }
   }
-  return {};
+  return launch.progress.finish();
 }
 
 std::optional<std::string> refusal(const Query& query) {
@@ -306,22 +344,46 @@ size_t workspace_bytes(const Problem& p, const Config&) {
   return carver.used_bytes();
 }
 
+constexpr double kScoreBytes = 4 * 4;  // written, read, written, read
+
+// Of a core in the products.
+double product_gflops(const Query& query) {
+  const Problem& p = query.problem;
+  // A product of few rows reuses too little of what it packs: half the rate at 16.
+  const auto rows_at_once = static_cast<double>(p.len_q * heads_at_once(p));
+  const double share = query.cpu.has_cblas ? 0.6 * rows_at_once / (rows_at_once + 16) : 0.05;
+  return query.cpu.gflops_per_core * std::max(share, 1e-3);
+}
+
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const double threads = std::min(config.threads, query.cpu.cores);
   const double pairs = static_cast<double>(p.batch * p.heads_q) * static_cast<double>(p.len_q) *
                        static_cast<double>(p.len_k);
-  // A product of few rows reuses too little of what it packs: half the rate at 16.
-  const auto rows_at_once = static_cast<double>(p.len_q * heads_at_once(p));
-  const double share = query.cpu.has_cblas ? 0.6 * rows_at_once / (rows_at_once + 16) : 0.05;
   const double flops = pairs * 2 * static_cast<double>(p.dim_qk + p.dim_v);
-  const double flops_us =
-      flops / (query.cpu.gflops_per_core * threads * std::max(share, 1e-3) * 1e3);
-  const double score_bytes = pairs * 4 * 4;  // written, read, written, read
+  const double flops_us = flops / (product_gflops(query) * threads * 1e3);
+  const double score_bytes = pairs * kScoreBytes;
   // K and V are read, written as f32 and read again by the product.
   const double widen_bytes = kv_bytes(p) * (1 + 8.0 / static_cast<double>(dtype_bytes(p.dtype_kv)));
   return flops_us + (score_bytes + widen_bytes) / (query.cpu.read_gbytes_per_s * 1e3) +
          static_cast<double>(p.batch * p.heads_q) * 3;
+}
+
+// Of the larger product's piece, or of the rows of softmax that a thread takes at once.
+double step_us(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  const int64_t rows = p.len_q * heads_at_once(p);
+  const auto flops = [](Piece piece, int64_t k) {
+    return 2 * static_cast<double>(piece.rows * piece.columns) * static_cast<double>(k);
+  };
+  const double most_flops = std::max(flops(gemm_piece(rows, p.len_k, Transpose::kYes), p.dim_qk),
+                                     flops(gemm_piece(rows, p.dim_v, Transpose::kNo), p.len_k));
+  const double threads = config.threads, cores = query.cpu.cores;
+  const double score_bytes = static_cast<double>(kRowsPerItem * p.len_k) * kScoreBytes;
+  const double softmax_us =
+      score_bytes * std::min(threads, cores) / (query.cpu.read_gbytes_per_s * 1e3);
+  return std::max(most_flops / (product_gflops(query) * 1e3), softmax_us) *
+         std::max(1.0, threads / cores);
 }
 
 }  // namespace
@@ -337,11 +399,7 @@ const Kernel kUnfused{"cpu_unfused",
                       workspace_bytes,
                       estimate_us,
                       run,
-                      [](const Query& query, const Config& config) {
-                        const int64_t heads = query.problem.batch * query.problem.heads_q;
-                        return estimate_us(query, config) /
-                               static_cast<double>(std::max<int64_t>(1, heads));
-                      }};
+                      step_us};
 
 }  // namespace wh::cpu
 #endif
