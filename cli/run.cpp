@@ -5,12 +5,15 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <utility>
 
+#include "api/machine.h"
 #include "execution.h"
 #include "limits_flags.h"
 #include "measure.h"
 #include "plan/work.h"
 #include "problem_flags.h"
+#include "resident.h"
 #include "safetensors.h"
 #include "session.h"
 
@@ -49,6 +52,73 @@ Agreement compare(const std::vector<float>& have, const StoredTensor& want, doub
   return agreement;
 }
 
+// The first run: shown on a terminal, and measured for what the later ones do not tell.
+struct FirstRun {
+  double us = 0;
+  double longest_step_us = 0;        // between two looks at the progress, the begin and the end
+  uint64_t peak_resident_bytes = 0;  // of the process
+};
+
+Result<FirstRun> run_watched(Execution& execution) {
+  using Clock = std::chrono::steady_clock;
+  struct Watch {
+    ProgressLine line{true};
+    int percent = -1;
+    Clock::time_point begin = Clock::now(), last = begin;
+    double longest_us = 0;
+
+    static double us(Clock::duration duration) {
+      return std::chrono::duration<double, std::micro>(duration).count();
+    }
+    void look() {
+      const auto now = Clock::now();
+      longest_us = std::max(longest_us, us(now - last));
+      last = now;
+    }
+  };
+  restart_peak();
+  Watch watch;
+  const Status status = execution.run(
+      [](void* context, double fraction) {
+        auto& self = *static_cast<Watch*>(context);
+        self.look();
+        const int percent = static_cast<int>(fraction * 100);
+        if (percent != std::exchange(self.percent, percent)) {
+          self.line.show(fmt::format("{:3} %", percent));
+        }
+        return 0;
+      },
+      &watch);
+  watch.look();
+  if (!status.ok()) return status;
+  return FirstRun{Watch::us(watch.last - watch.begin), watch.longest_us, peak_resident_bytes()};
+}
+
+// Runs something small on the kernel that the problem will take: threads start with their first
+// call, and libraries allocate what they keep.
+Status warm_up(const Problem& problem, const Limits& limits) {
+  if (problem.device != Device::kCpu) return {};
+  const Result<Plan> plan = make_plan(problem, limits, this_machine(Device::kCpu, 0));
+  if (!plan.ok() || !plan->runnable()) return {};  // the run itself will say so
+  Request small;
+  Problem& p = small.problem;
+  p.dtype_q = problem.dtype_q;
+  p.dtype_kv = problem.dtype_kv;
+  p.heads_q = p.heads_kv = p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
+  p.scale = 1.0f / 8;
+  p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(64, 64, 64);
+  HostTensors tensors = random_tensors(small, 1);
+  Limits forced;
+  forced.kernel = plan->kernel;
+  forced.threads = limits.threads;
+  Result<Execution> execution = Execution::prepare(p, forced, tensors);
+  if (!execution.ok()) return execution.status();
+  for (int i = 0; i < 20; ++i) {
+    if (Status status = execution->run(); !status.ok()) return status;
+  }
+  return {};
+}
+
 double out_tolerance(Dtype dtype) {
   return dtype == Dtype::kF32 ? 4e-6 : (dtype == Dtype::kF16 ? 9e-4 : 7e-3);
 }
@@ -63,13 +133,12 @@ class Runner {
     if (!flags_.file.empty()) {
       Result<StoredProblem> stored = read_problem_file(flags_.file);
       if (!stored.ok()) return report(stored.status());
-      return run_one(stored->request, *limits, stored->tensors, &*stored);
+      return run_one(stored->request, *limits, stored->tensors, &*stored, 0);
     }
     const auto requests = read_requests(flags_.problem);
     if (!requests.ok()) return report(requests.status());
     for (const Request& request : *requests) {
-      HostTensors tensors = random_tensors(request, flags_.seed);
-      if (const int code = run_one(request, *limits, tensors, nullptr); code != kFine) return code;
+      if (const int code = run_random(request, *limits); code != kFine) return code;
     }
     if (flags_.json) {
       const bool is_one = documents_.size() == 1;
@@ -79,17 +148,32 @@ class Runner {
   }
 
  private:
+  int run_random(const Request& request, const Limits& limits) {
+    if (Status status = warm_up(request.problem, limits); !status.ok()) return report(status);
+    const uint64_t resident_before = resident_bytes();
+    HostTensors tensors = random_tensors(request, flags_.seed);
+    return run_one(request, limits, tensors, nullptr, resident_before);
+  }
+
+  // resident_before: before there were tensors; 0: unknown.
   int run_one(const Request& request, const Limits& limits, HostTensors& tensors,
-              const StoredProblem* stored) {
+              const StoredProblem* stored, uint64_t resident_before) {
     Result<Execution> execution = Execution::prepare(request.problem, limits, tensors);
     if (!execution.ok()) return report(execution.status());
     const Plan& plan = execution->plan();
     if (!flags_.json) fmt::print("{}\n", explain(plan));
     execution->paint_workspace();
-    const auto samples = time(*execution);
+    const auto first = run_watched(*execution);
+    if (!first.ok()) return report(first.status());
+    const auto samples = time(*execution, *first);
     if (!samples.ok()) return report(samples.status());
     if (Status status = execution->fetch(); !status.ok()) return report(status);
     Json document = describe_run(plan, *samples, execution->peak_workspace_bytes());
+    document["longest_step_us"] = first->longest_step_us;
+    if (request.problem.device == Device::kCpu && resident_before > 0) {
+      document["tensor_bytes"] = tensors.bytes();
+      document["peak_resident_bytes"] = first->peak_resident_bytes - resident_before;
+    }
     if (!flags_.json) print_run(document);
     int code = kFine;
     if (stored != nullptr) code = compare_stored(*stored, tensors, document);
@@ -101,7 +185,7 @@ class Runner {
     return code;
   }
 
-  Result<Samples> time(Execution& execution) {
+  Result<Samples> time(Execution& execution, const FirstRun& first) {
     const double estimate_us = execution.plan().estimated_us;
     if (estimate_us < 1e6) {
       Guard guard(execution.plan().problem.device == Device::kCpu
@@ -111,21 +195,10 @@ class Runner {
       if (!samples.ok()) return samples.status();
       return (*samples)[0];
     }
-    // Long enough to watch, and to need no second sample.
-    ProgressLine line(true);
-    const auto begin = std::chrono::steady_clock::now();
-    const Status status = execution.run(
-        [](void* context, double fraction) {
-          static_cast<ProgressLine*>(context)->show(fmt::format("{:3.0f} %", fraction * 100));
-          return 0;
-        },
-        &line);
-    if (!status.ok()) return status;
+    // Long enough to need no second sample.
     Samples samples;
     samples.is_guarded = false;
-    samples.us.push_back(
-        std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
-            .count());
+    samples.us.push_back(first.us);
     return samples;
   }
 

@@ -293,6 +293,14 @@ void HostBuffer::Release::operator()(std::byte* data) const { ::operator delete(
 HostBuffer::HostBuffer(size_t bytes)
     : data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))), size_(bytes) {}
 
+size_t HostTensors::bytes() const {
+  size_t sum = (key_lengths.size() + key_starts.size()) * sizeof(int32_t);
+  for (const HostBuffer* buffer : {&q, &k, &v, &out, &mask, &sinks, &log_sum_exp}) {
+    sum += buffer->size();
+  }
+  return sum;
+}
+
 HostTensors random_tensors(const Request& request, uint64_t seed) {
   const Problem& p = request.problem;
   FastNormals normals(seed);

@@ -32,6 +32,8 @@ struct HostTensors {
   HostBuffer q, k, v, out, mask, sinks, log_sum_exp;
   std::vector<int32_t> key_lengths, key_starts;
   Tensors tensors;
+
+  size_t bytes() const;  // of the buffers
 };
 
 // N(0, 1) data, and a mask that hides a quarter of the keys.

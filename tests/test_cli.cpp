@@ -84,6 +84,37 @@ TEST(Cli, RandomRunsBenchAndCheckPrintDocuments) {
   EXPECT_TRUE(nlohmann::json::parse(check.out)["wrong"].empty());
 }
 
+// In a process of its own, as every command line is. Beside tensors and plan there are the pages
+// that each of those begins and ends in, stacks of threads, and for cpu_unfused the CBLAS's
+// buffers.
+TEST(Cli, ARunTakesItsTensorsAndItsPlanInMemory) {
+  struct Case {
+    const char* problem;
+    const char* kernel;
+    int64_t bound_kib;
+  };
+  const Case cases[] = {
+      {"--heads 8/2 --dim 64 --queries 1024 --keys 4096", "cpu_prefill", 128},
+      {"--heads 1 --dim 256 --queries 100 --keys 16384", "cpu_prefill", 128},  // splits the keys
+      {"--heads 8/2 --dim 64 --queries 4 --keys 20000", "cpu_decode", 128},
+      {"--heads 8/2 --dim 64 --queries 1024 --keys 2048", "cpu_unfused", 8192},
+      {"--heads 8/2 --dim 64 --queries 16 --keys 2048", "cpu_reference", 128},
+  };
+  for (const Case& one : cases) {
+    const auto run = widehead(std::string("run ") + one.problem + " --kernel " + one.kernel +
+                              " --threads 2 --json");
+    ASSERT_EQ(run.code, 0) << run.err;
+    const auto json = nlohmann::json::parse(run.out);
+    const auto planned =
+        json["tensor_bytes"].get<int64_t>() + json["workspace_bytes"].get<int64_t>();
+    ASSERT_GT(planned, 1 << 20);
+    const int64_t difference = json["peak_resident_bytes"].get<int64_t>() - planned;
+    EXPECT_LE(difference, one.bound_kib << 10) << run.out;
+    EXPECT_GE(difference, -(128 << 10)) << run.out;
+    EXPECT_GT(json["longest_step_us"], 0);
+  }
+}
+
 TEST(Cli, ListsAreDocumentsToo) {
   for (const char* what : {"kernels", "models", "suites", "devices"}) {
     const Outcome outcome = widehead(std::string("list ") + what + " --json");

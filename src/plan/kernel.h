@@ -33,6 +33,7 @@ struct Query {
   const Limits& limits;
   const CpuFacts& cpu;
   const CudaFacts& cuda;
+  double correction = 1;  // a profile's, of measured time to formula, for the kernel that is asked
 };
 
 struct Launch {

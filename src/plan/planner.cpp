@@ -55,11 +55,11 @@ std::string policy_refusal(const Kernel& kernel, const Query& query) {
 // Why the kernel cannot stop often enough; empty: it can. The formula's step is corrected as its
 // time is.
 std::string step_refusal(const Kernel& kernel, const Query& query, const Config& config,
-                         double estimated_us, double correction) {
+                         double estimated_us) {
   const double limit_us = query.limits.longest_step_us;
   if (limit_us == 0) return "";
   const double step_us =
-      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config) * correction;
+      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config) * query.correction;
   if (step_us <= limit_us) return "";
   return fmt::format("its longest step takes about {}, the limit is {}", format_us(step_us),
                      format_us(limit_us));
@@ -76,7 +76,7 @@ bool profile_holds(const Machine& machine, const Limits& limits, Device device) 
          (device == Device::kCuda || machine.cpu.threads(limits.threads) == machine.cpu.cores);
 }
 
-Assessment assess(const Kernel& kernel, const Query& query, const Profile* profile) {
+Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
   Assessment result;
   Candidate& candidate = result.candidate;
   candidate.kernel = kernel.name;
@@ -84,16 +84,15 @@ Assessment assess(const Kernel& kernel, const Query& query, const Profile* profi
     candidate.reason = *reason;
     return result;
   }
+  if (profile != nullptr) {
+    query.correction = profile->correction(candidate.kernel, CostFeatures::of(query.problem));
+  }
   result.config = kernel.configure(query);
   candidate.workspace_bytes = kernel.workspace_bytes(query.problem, result.config);
-  const double correction =
-      profile == nullptr ? 1
-                         : profile->correction(candidate.kernel, CostFeatures::of(query.problem));
-  candidate.estimated_us = kernel.estimate_us(query, result.config) * correction;
+  candidate.estimated_us = kernel.estimate_us(query, result.config) * query.correction;
   candidate.reason = policy_refusal(kernel, query);
   if (candidate.reason.empty()) {
-    candidate.reason =
-        step_refusal(kernel, query, result.config, candidate.estimated_us, correction);
+    candidate.reason = step_refusal(kernel, query, result.config, candidate.estimated_us);
   }
   if (!candidate.reason.empty()) return result;
   if (candidate.workspace_bytes > query.limits.workspace_bytes) {
