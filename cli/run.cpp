@@ -104,9 +104,10 @@ Status warm_up(const Problem& problem, const Limits& limits) {
   Problem& p = small.problem;
   p.dtype_q = problem.dtype_q;
   p.dtype_kv = problem.dtype_kv;
-  p.heads_q = p.heads_kv = p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
+  p.heads_q = p.heads_kv = 16;
+  p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
   p.scale = 1.0f / 8;
-  p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(64, 64, 64);
+  p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(16, 64, 64);
   HostTensors tensors = random_tensors(small, 1);
   Limits forced;
   forced.kernel = plan->kernel;

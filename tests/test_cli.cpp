@@ -94,11 +94,11 @@ TEST(Cli, ARunTakesItsTensorsAndItsPlanInMemory) {
     int64_t bound_kib;
   };
   const Case cases[] = {
-      {"--heads 8/2 --dim 64 --queries 1024 --keys 4096", "cpu_prefill", 128},
+      {"--heads 8/2 --dim 64 --queries 256 --keys 4096", "cpu_prefill", 128},
       {"--heads 1 --dim 256 --queries 100 --keys 16384", "cpu_prefill", 128},  // splits the keys
       {"--heads 8/2 --dim 64 --queries 4 --keys 20000", "cpu_decode", 128},
-      {"--heads 8/2 --dim 64 --queries 1024 --keys 2048", "cpu_unfused", 8192},
-      {"--heads 8/2 --dim 64 --queries 16 --keys 2048", "cpu_reference", 128},
+      {"--heads 8/2 --dim 64 --queries 256 --keys 2048", "cpu_unfused", 8192},
+      {"--heads 8/2 --dim 64 --queries 4 --keys 2048", "cpu_reference", 128},
   };
   for (const Case& one : cases) {
     const auto run = widehead(std::string("run ") + one.problem + " --kernel " + one.kernel +
