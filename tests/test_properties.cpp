@@ -9,6 +9,7 @@
 #include "api/machine.h"
 #include "case_data.h"
 #include "core/float16.h"
+#include "plan/cpu_facts.h"
 
 namespace wh {
 namespace {
@@ -16,7 +17,15 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// f32 tensors, dense, and what to do with them.
+bool is_bf16_kernel(const std::string& kernel) { return kernel == "cpu_prefill_bf16"; }
+
+std::vector<Bfloat16> narrow(const std::vector<float>& from) {
+  std::vector<Bfloat16> to;
+  for (const float value : from) to.push_back(from_float<Bfloat16>(value));
+  return to;
+}
+
+// Dense tensors, held as f32 whatever type the kernel takes, and what to do with them.
 struct Attention {
   Problem problem;
   Limits limits;
@@ -42,6 +51,8 @@ struct Attention {
     fill(q, batch * heads_q * len_q * dim);
     fill(k, batch * heads_kv * len_k * dim);
     fill(v, batch * heads_kv * len_k * dim);
+    out.resize(q.size());
+    lse.resize(static_cast<size_t>(batch * heads_q * len_q));
   }
 
   void run(const std::string& kernel, const Executor& executor = default_executor()) {
@@ -51,18 +62,30 @@ struct Attention {
     p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
     p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
     p.has_key_lengths = !key_lengths.empty();
-    out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
-    lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
+    std::fill(out.begin(), out.end(), kNan);
+    std::fill(lse.begin(), lse.end(), kNan);
     limits.kernel = kernel;
+    const bool is_bf16 = is_bf16_kernel(kernel);
+    p.dtype_q = p.dtype_kv = is_bf16 ? Dtype::kBf16 : Dtype::kF32;
+    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16;
+    if (is_bf16) {
+      q_bf16 = narrow(q);
+      k_bf16 = narrow(k);
+      v_bf16 = narrow(v);
+      out_bf16 = narrow(out);
+    }
     const Result<Plan> plan = make_plan(p, limits, this_machine(Device::kCpu, 0));
     ASSERT_TRUE(plan.ok()) << plan.status().message();
     ASSERT_TRUE(plan->runnable()) << runnable_status(*plan).message();
     std::vector<std::byte> workspace(plan->workspace_bytes + 64);
     Tensors t;
-    t.q = q.data();
-    t.k = k.data();
-    t.v = v.data();
-    t.out = out.data();
+    const auto data = [&](auto& f32, auto& bf16) {
+      return is_bf16 ? static_cast<void*>(bf16.data()) : static_cast<void*>(f32.data());
+    };
+    t.q = data(q, q_bf16);
+    t.k = data(k, k_bf16);
+    t.v = data(v, v_bf16);
+    t.out = data(out, out_bf16);
     t.log_sum_exp = lse.data();
     t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
     t.workspace =
@@ -72,6 +95,7 @@ struct Attention {
     const Status status = find_kernel(kernels_of(Device::kCpu), plan->kernel)
                               ->run({plan->problem, plan->config, t, executor, progress});
     ASSERT_TRUE(status.ok()) << status.message();
+    for (size_t i = 0; i < out_bf16.size(); ++i) out[i] = to_float(out_bf16[i]);
   }
 };
 
@@ -84,10 +108,26 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
 }
 
+// A NaN's payload is nobody's promise.
+bool same_bits_but_nan(std::vector<float> a, std::vector<float> b) {
+  for (auto* values : {&a, &b}) {
+    for (float& value : *values) value = std::isnan(value) ? kNan : value;
+  }
+  return same_bits(a, b);
+}
+
 class Kernels : public testing::TestWithParam<const char*> {
  protected:
+  void SetUp() override {
+    if (is_bf16_kernel(GetParam()) && !cpu_facts().has_avx512_bf16) {
+      GTEST_SKIP() << "this CPU has no AVX512-BF16";
+    }
+  }
   // A shape that the kernel takes: decode takes few rows.
   static int64_t queries() { return std::string(GetParam()) == "cpu_decode" ? 4 : 70; }
+  // How far two ways to compute the same may be apart: outputs are below 2, and each way rounds
+  // them, and in bf16 the weights, to the type.
+  static float bound() { return is_bf16_kernel(GetParam()) ? 0x1p-6f : 3e-6f; }
 };
 
 TEST_P(Kernels, GroupedQueriesEqualRepeatedHeads) {
@@ -102,7 +142,7 @@ TEST_P(Kernels, GroupedQueriesEqualRepeatedHeads) {
   }
   grouped.run(GetParam());
   repeated.run(GetParam());
-  expect_near(grouped.out, repeated.out, 2e-6f);
+  expect_near(grouped.out, repeated.out, bound());
 }
 
 TEST_P(Kernels, TheOrderOfKeysDoesNotMatter) {
@@ -114,7 +154,7 @@ TEST_P(Kernels, TheOrderOfKeysDoesNotMatter) {
   }
   one.run(GetParam());
   other.run(GetParam());
-  expect_near(one.out, other.out, 2e-6f);
+  expect_near(one.out, other.out, bound());
   expect_near(one.lse, other.lse, 1e-5f);
 }
 
@@ -137,7 +177,7 @@ TEST_P(Kernels, TwoHalvesMergeByLogSumExp) {
       const size_t i = row * 64 + d;
       const double merged =
           low.out[i] * std::exp(low.lse[row] - lse) + high.out[i] * std::exp(high.lse[row] - lse);
-      ASSERT_NEAR(whole.out[i], merged, 3e-6);
+      ASSERT_NEAR(whole.out[i], merged, bound());
     }
   }
 }
@@ -221,9 +261,46 @@ TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
   }
 }
 
+// Every head of a group of 64 is a row of the same query, so whole panels of prefill see the same
+// keys: an odd number of them, with a key in the tile that they do not see.
+TEST_P(Kernels, NanInTheFirstKeyThatAQueryDoesNotSeeDoesNotReachIt) {
+  const int64_t len_q = std::string(GetParam()) == "cpu_decode" ? 2 : 5;
+  for (int64_t key = 38 - len_q; key < 38; ++key) {
+    Attention attention(64, 1, len_q, 37, 40);
+    attention.problem.causal = Causal::kBottomRight;
+    if (key < 37) attention.v[static_cast<size_t>(key * 40 + 7)] = kNan;
+    attention.run(GetParam());
+    for (size_t i = 0; i < attention.out.size(); ++i) {
+      const auto query = static_cast<int64_t>(i) / 40 % len_q;
+      const bool sees_it = key < 37 && key <= query + 37 - len_q;
+      ASSERT_EQ(std::isnan(attention.out[i]), sees_it && i % 40 == 7) << key << " " << i;
+    }
+  }
+}
+
+// Items follow the number of threads, and with them the keys that share a tile with a NaN.
+TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
+  Attention attention(4, 2, 4 * queries(), 700, 40);
+  attention.problem.causal = Causal::kBottomRight;
+  if (std::string(GetParam()) == "cpu_decode") attention = Attention(4, 2, 4, 700, 40);
+  std::mt19937 random(3);
+  for (size_t i = 0; i < 40; ++i) {
+    attention.v[random() % attention.v.size()] = i % 2 == 0 ? kNan : kInfinity;
+  }
+  attention.limits.threads = 1;
+  attention.run(GetParam());
+  const std::vector<float> out = attention.out, lse = attention.lse;
+  for (const int32_t threads : {2, 3, 8, 64}) {
+    attention.limits.threads = threads;
+    attention.run(GetParam());
+    EXPECT_TRUE(same_bits_but_nan(attention.out, out) && same_bits(attention.lse, lse))
+        << threads << " threads";
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Cpu, Kernels,
-                         testing::Values("cpu_prefill", "cpu_decode", "cpu_unfused",
-                                         "cpu_reference"),
+                         testing::Values("cpu_prefill", "cpu_prefill_bf16", "cpu_decode",
+                                         "cpu_unfused", "cpu_reference"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(Progress, CancelsBetweenStepsAndSaysSo) {
