@@ -30,7 +30,9 @@ struct Attention {
   Problem problem;
   Limits limits;
   std::vector<float> q, k, v, out, lse;
+  std::vector<float> mask;  // [len_q, len_k], additive; of q's type, or f32
   std::vector<int32_t> key_lengths;
+  Dtype dtype = Dtype::kF32;  // kF32 or kBf16
 
   Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
             int64_t batch = 1) {
@@ -65,10 +67,16 @@ struct Attention {
     std::fill(out.begin(), out.end(), kNan);
     std::fill(lse.begin(), lse.end(), kNan);
     limits.kernel = kernel;
-    const bool is_bf16 = is_bf16_kernel(kernel);
-    p.dtype_q = p.dtype_kv = is_bf16 ? Dtype::kBf16 : Dtype::kF32;
-    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16;
+    if (is_bf16_kernel(kernel)) dtype = Dtype::kBf16;
+    const bool is_bf16 = dtype == Dtype::kBf16;
+    p.dtype_q = p.dtype_kv = dtype;
+    if (!mask.empty()) {
+      if (p.mask == MaskKind::kNone) p.mask = MaskKind::kAdditiveQ;
+      p.stride_mask = {0, 0, p.len_k, 1};
+    }
+    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16, mask_bf16;
     if (is_bf16) {
+      mask_bf16 = narrow(mask);
       q_bf16 = narrow(q);
       k_bf16 = narrow(k);
       v_bf16 = narrow(v);
@@ -86,6 +94,8 @@ struct Attention {
     t.k = data(k, k_bf16);
     t.v = data(v, v_bf16);
     t.out = data(out, out_bf16);
+    if (p.mask == MaskKind::kAdditiveF32) t.mask = mask.data();
+    if (p.mask == MaskKind::kAdditiveQ) t.mask = data(mask, mask_bf16);
     t.log_sum_exp = lse.data();
     t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
     t.workspace =
@@ -274,6 +284,63 @@ TEST_P(Kernels, NanInTheFirstKeyThatAQueryDoesNotSeeDoesNotReachIt) {
       const auto query = static_cast<int64_t>(i) / 40 % len_q;
       const bool sees_it = key < 37 && key <= query + 37 - len_q;
       ASSERT_EQ(std::isnan(attention.out[i]), sees_it && i % 40 == 7) << key << " " << i;
+    }
+  }
+}
+
+// Programs mask with the lowest number of a type. It is finite: a row that has nothing else is the
+// mean of V, with no 0 and no NaN, in every kernel as in the reference.
+TEST_P(Kernels, AFiniteBiasNeverHidesAKey) {
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  constexpr float kLowestBf16 = -0x1.fep127f;
+  constexpr size_t kKeys = 45;
+  struct Row {
+    float even, odd;           // biases of even and odd keys
+    bool sees_even, sees_odd;  // what is left to sum
+  };
+  const Row rows[] = {{kLowest, kLowest, true, true},
+                      {kLowestBf16, kLowestBf16, true, true},
+                      {kLowest, kLowestBf16, true, true},
+                      {-3e38f, -1e38f, true, true},
+                      {kLowest, -kInfinity, true, false},
+                      {0, kLowest, true, false},
+                      {-kLowest, 0, true, false},
+                      {-kLowest, -kLowest, true, true},
+                      {-kInfinity, -kInfinity, false, false}};
+  for (const Row& row : rows) {
+    for (const MaskKind kind : {MaskKind::kAdditiveF32, MaskKind::kAdditiveQ}) {
+      for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        // narrow() would round f32's lowest number to minus infinity.
+        if (kind == MaskKind::kAdditiveQ && dtype == Dtype::kBf16 &&
+            (std::fabs(row.even) > -kLowestBf16 || std::fabs(row.odd) > -kLowestBf16)) {
+          continue;
+        }
+        SCOPED_TRACE(row.even);
+        Attention attention(32, 1, queries() / 2, kKeys, 64);
+        attention.dtype = dtype;
+        attention.problem.mask = kind;
+        std::fill(attention.q.begin(), attention.q.end(), 0.0f);  // every key weighs the same
+        for (size_t i = 0; i < static_cast<size_t>(queries() / 2) * kKeys; ++i) {
+          attention.mask.push_back(i % kKeys % 2 == 0 ? row.even : row.odd);
+        }
+        attention.run(GetParam());
+        const float bound = attention.dtype == Dtype::kBf16 ? 0x1p-6f : 3e-6f;
+        for (size_t d = 0; d < 64; ++d) {
+          double sum = 0, count = 0;
+          for (size_t j = 0; j < kKeys; ++j) {
+            if (!(j % 2 == 0 ? row.sees_even : row.sees_odd)) continue;
+            sum += attention.v[j * 64 + d];
+            ++count;
+          }
+          const double mean = count == 0 ? 0 : sum / count;
+          for (size_t i = d; i < attention.out.size(); i += 64) {
+            ASSERT_NEAR(attention.out[i], mean, bound) << i;
+          }
+        }
+        for (const float lse : attention.lse) {
+          ASSERT_EQ(std::isfinite(lse), row.sees_even) << lse;
+        }
+      }
     }
   }
 }
