@@ -142,9 +142,10 @@ const LoadedProfile& loaded_profile(Device device, int32_t device_index) {
   static std::mutex mutex;
   static std::map<std::pair<Device, int32_t>, LoadedProfile> profiles;
   const std::lock_guard lock(mutex);
-  const auto [entry, is_new] = profiles.try_emplace({device, device_index});
-  if (is_new) entry->second = load(device, device_index);
-  return entry->second;
+  const std::pair key{device, device_index};
+  // Loaded before it gets an entry: when loading throws, the next call tries again.
+  if (const auto entry = profiles.find(key); entry != profiles.end()) return entry->second;
+  return profiles.emplace(key, load(device, device_index)).first->second;
 }
 
 }  // namespace wh
