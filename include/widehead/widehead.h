@@ -93,7 +93,7 @@ typedef struct wh_limits {
   int64_t fused_above;     /* keys, for WH_FUSED_ABOVE: fused from there on, 0: always */
   const char* kernel;      /* forces a kernel by name; NULL: the planner chooses */
   int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
-  double longest_step_us;  /* of a piece that cannot be cancelled; 0: any */
+  double longest_step_us;  /* of a piece that cannot be cancelled (CUDA: of a launch); 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
   /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
    * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
@@ -131,7 +131,8 @@ typedef struct wh_run_options {
   void* stream; /* a cudaStream_t of the problem's device; NULL: its default stream. CPU: ignored */
   const wh_executor* executor; /* NULL: oneTBB */
   /* Reports the fraction done, 0..1, between two steps, from any worker but never from two at once;
-   * anything but 0 cancels the run, which then answers WH_CANCELLED and says what out holds. */
+   * anything but 0 cancels the run, which then answers WH_CANCELLED and says what out holds. A
+   * CUDA run waits for its launches then: it returns when out is written, and cannot be captured. */
   int32_t (*progress)(void* context, double fraction);
   void* progress_context;
 } wh_run_options;
@@ -157,8 +158,10 @@ WH_API wh_status wh_problem_set_dense(wh_problem* problem);
  * that cannot run but can be explained; on any other failure it is NULL. */
 WH_API wh_status wh_plan_create(const wh_problem* problem, const wh_limits* limits, wh_plan** plan);
 WH_API void wh_plan_destroy(wh_plan* plan);
-/* options NULL: the defaults. CPU: returns when out is written. CUDA: returns when the work is on
- * the stream; capturable in a graph. Does not allocate. */
+/* options NULL: the defaults. CPU: returns when out is written. CUDA without a progress callback:
+ * returns when the work is on the stream; capturable in a graph. Does not allocate, but for
+ * cuda_unfused's first run on a device, which starts cuBLASLt: a capture before it is
+ * WH_DEVICE_ERROR. */
 WH_API wh_status wh_plan_run(const wh_plan* plan, const wh_tensors* tensors,
                              const wh_run_options* options);
 WH_API const char* wh_plan_kernel(const wh_plan* plan); /* "" when none is allowed */
