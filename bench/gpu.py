@@ -56,6 +56,8 @@ DECODE = [
     problem("d128 32/8, 16 x 8192 keys", (32, 8), 128, 1, 8192, batch=16),
     problem("d512 32/4, 65536 keys", (32, 4), 512, 1, 65536),
     problem("576/512 128/1, 65536 keys", (128, 1), (576, 512), 1, 65536),
+    problem("576/512 128/1, 65536 keys, V in K", (128, 1), (576, 512), 1, 65536,
+            values_in_keys=True),
     problem("f16 d256 64/2, 65536 keys", (64, 2), 256, 1, 65536, dtype="f16"),
 ]
 # What cards without wgmma run, and float32.
@@ -141,7 +143,8 @@ def work(row: Row) -> tuple[float, float]:
     if row["causal"]:
         pairs -= row["len_q"] * (row["len_q"] - 1) // 2
     dims = row["dim_qk"] + row["dim_v"]
-    kv_bytes = DTYPES[row["dtype"]].itemsize * row["batch"] * row["heads_kv"] * row["len_k"] * dims
+    width = row["dim_qk"] if row["values_in_keys"] else dims
+    kv_bytes = DTYPES[row["dtype"]].itemsize * row["batch"] * row["heads_kv"] * row["len_k"] * width
     return 2 * row["batch"] * row["heads_q"] * pairs * dims, kv_bytes
 
 

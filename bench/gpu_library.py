@@ -15,6 +15,7 @@ DTYPE_CODES = {"f32": 0, "f16": 1, "bf16": 2}
 TOLERANCES = {"f32": 4e-6, "f16": 9e-4, "bf16": 7e-3}
 KERNELS = ("sm90_prefill", "sm90_prefill_wide", "sm90_decode", "cuda_portable", "cuda_unfused")
 CANCELLED = 5
+USES_VALUES_IN_KEYS = 16
 Row = dict[str, Any]
 
 
@@ -55,11 +56,13 @@ class RunOptions(ctypes.Structure):
 
 
 def problem(name: str, heads: tuple[int, int], dim: int | tuple[int, int], len_q: int, len_k: int,
-            causal: bool = False, batch: int = 1, dtype: str = "bf16") -> Row:
+            causal: bool = False, batch: int = 1, dtype: str = "bf16",
+            values_in_keys: bool = False) -> Row:
     heads_q, heads_kv = heads
     dim_qk, dim_v = dim if isinstance(dim, tuple) else (dim, dim)
     return dict(name=name, batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q,
-                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal, dtype=dtype)
+                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal, dtype=dtype,
+                values_in_keys=values_in_keys)
 
 
 def shapes(row: Row) -> tuple[tuple[int, ...], ...]:
@@ -73,8 +76,9 @@ def shapes(row: Row) -> tuple[tuple[int, ...], ...]:
 
 
 def random_tensors(row: Row) -> list[torch.Tensor]:
-    return [torch.randn(*shape, dtype=DTYPES[row["dtype"]], device="cuda")
-            for shape in shapes(row)[:3]]
+    q, k, v = (torch.randn(*shape, dtype=DTYPES[row["dtype"]], device="cuda")
+               for shape in shapes(row)[:3])
+    return [q, k, k[..., :row["dim_v"]] if row["values_in_keys"] else v]
 
 
 def relative_rms(have: torch.Tensor, want: torch.Tensor) -> float:
@@ -151,6 +155,7 @@ class Widehead:
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim_qk", "dim_v"):
             setattr(p, name, row[name])
         p.causal = 1 if row["causal"] else 0
+        p.uses = USES_VALUES_IN_KEYS if row["values_in_keys"] else 0
         self.check(self.c.wh_problem_set_dense(ctypes.byref(p)))
         plan = ctypes.c_void_p()
         self.check(self.c.wh_plan_create(ctypes.byref(p), ctypes.byref(allowed),

@@ -92,7 +92,7 @@ class Check {
     wrong_.push_back({{"case", c.name}, {"kernel", kernel}, {"message", result.message}});
     // After a fault on the device every further call fails: those are no kernel's mistakes.
     if (device_ == Device::kCuda) {
-      if (Status status = cuda::synchronize(nullptr); !status.ok()) {
+      if (Status status = cuda::synchronize({0, nullptr}); !status.ok()) {
         device_failure_ = status.message();
       }
     }

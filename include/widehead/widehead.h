@@ -48,13 +48,15 @@ enum wh_mask {
 enum wh_policy { WH_AUTOMATIC = 0, WH_FUSED = 1, WH_FUSED_ABOVE = 2 };
 enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
 
-/* Optional tensors and results of a problem, combined with |. */
+/* Optional tensors, results and properties of a problem, combined with |. */
 enum wh_uses {
   WH_USES_SINKS = 1,       /* f32 [heads_q]: one more logit a head, in the denominator only */
   WH_USES_KEY_LENGTHS = 2, /* int32 [batch], 0..len_k: keys from there on are not read, and the
                               diagonal of causal and window is aligned to the length */
   WH_USES_KEY_STARTS = 4,  /* int32 [batch], >= 0: keys before it are not read */
-  WH_USES_LOG_SUM_EXP = 8  /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+  WH_USES_LOG_SUM_EXP = 8, /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+  WH_USES_VALUES_IN_KEYS = 16 /* v is the first dim_v columns of k, as in absorbed latent attention:
+                                 stride_v equals stride_k, v is NULL or k, and K is read once */
 };
 
 #define WH_UNLIMITED (-1)                   /* a window side that hides nothing */
@@ -91,7 +93,7 @@ typedef struct wh_limits {
   int64_t fused_above;     /* keys, for WH_FUSED_ABOVE: fused from there on, 0: always */
   const char* kernel;      /* forces a kernel by name; NULL: the planner chooses */
   int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
-  double longest_step_us;  /* of a piece that cannot be cancelled; 0: any */
+  double longest_step_us;  /* of a piece that cannot be cancelled (CUDA: of a launch); 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
   /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
    * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
@@ -126,10 +128,11 @@ typedef struct wh_executor {
 
 typedef struct wh_run_options {
   size_t size;                 /* of this struct; set by wh_run_options_init() */
-  void* stream;                /* a cudaStream_t; NULL: the default stream. CPU runs ignore it */
+  void* stream; /* a cudaStream_t of the problem's device; NULL: its default stream. CPU: ignored */
   const wh_executor* executor; /* NULL: oneTBB */
   /* Reports the fraction done, 0..1, between two steps, from any worker but never from two at once;
-   * anything but 0 cancels the run, which then answers WH_CANCELLED and says what out holds. */
+   * anything but 0 cancels the run, which then answers WH_CANCELLED and says what out holds. A
+   * CUDA run waits for its launches then: it returns when out is written, and cannot be captured. */
   int32_t (*progress)(void* context, double fraction);
   void* progress_context;
 } wh_run_options;
@@ -147,15 +150,18 @@ WH_API wh_status wh_problem_init(wh_problem* problem, size_t size);
 WH_API wh_status wh_limits_init(wh_limits* limits, size_t size);
 WH_API wh_status wh_tensors_init(wh_tensors* tensors, size_t size);
 WH_API wh_status wh_run_options_init(wh_run_options* options, size_t size);
-/* Sets every stride to that of a contiguous tensor, and scale to 1 / sqrt(dim_qk). */
+/* Sets every stride to that of a contiguous tensor (stride_v to stride_k where `uses` says that v
+ * lies in k), and scale to 1 / sqrt(dim_qk). */
 WH_API wh_status wh_problem_set_dense(wh_problem* problem);
 
 /* limits NULL: the defaults. Takes microseconds and reads no tensor. On WH_REFUSED *plan is a plan
  * that cannot run but can be explained; on any other failure it is NULL. */
 WH_API wh_status wh_plan_create(const wh_problem* problem, const wh_limits* limits, wh_plan** plan);
 WH_API void wh_plan_destroy(wh_plan* plan);
-/* options NULL: the defaults. CPU: returns when out is written. CUDA: returns when the work is on
- * the stream; capturable in a graph. Does not allocate. */
+/* options NULL: the defaults. CPU: returns when out is written. CUDA without a progress callback:
+ * returns when the work is on the stream; capturable in a graph. Does not allocate, but for
+ * cuda_unfused's first run on a device, which starts cuBLASLt: a capture before it is
+ * WH_DEVICE_ERROR. */
 WH_API wh_status wh_plan_run(const wh_plan* plan, const wh_tensors* tensors,
                              const wh_run_options* options);
 WH_API const char* wh_plan_kernel(const wh_plan* plan); /* "" when none is allowed */
@@ -170,7 +176,8 @@ WH_API const char* wh_plan_json(const wh_plan* plan);
 WH_API wh_status wh_plan_from_json(const char* text, size_t length, wh_plan** plan);
 
 /* Plans (cached by shape and limits) and runs. Without tensors->workspace it allocates what the
- * plan takes, for the time of the call. */
+ * plan takes, for the time of the call; on CUDA in the order of the stream, from a memory pool of
+ * its own, which keeps up to 32 MiB a device. */
 WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
                               const wh_tensors* tensors, const wh_run_options* options);
 

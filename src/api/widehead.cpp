@@ -119,8 +119,8 @@ Status read_problem(const wh_problem* from, Problem& to) {
   WH_RETURN_IF_ERROR(read_enum("dtype_kv", c.dtype_kv, WH_BF16, to.dtype_kv));
   WH_RETURN_IF_ERROR(read_enum("causal", c.causal, WH_CAUSAL_TOP_LEFT, to.causal));
   WH_RETURN_IF_ERROR(read_enum("mask", c.mask, WH_MASK_ADDITIVE, to.mask));
-  constexpr uint32_t kKnown =
-      WH_USES_SINKS | WH_USES_KEY_LENGTHS | WH_USES_KEY_STARTS | WH_USES_LOG_SUM_EXP;
+  constexpr uint32_t kKnown = WH_USES_SINKS | WH_USES_KEY_LENGTHS | WH_USES_KEY_STARTS |
+                              WH_USES_LOG_SUM_EXP | WH_USES_VALUES_IN_KEYS;
   if ((c.uses & ~kKnown) != 0) {
     return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, kKnown));
   }
@@ -146,6 +146,7 @@ Status read_problem(const wh_problem* from, Problem& to) {
   to.has_key_lengths = (c.uses & WH_USES_KEY_LENGTHS) != 0;
   to.has_key_starts = (c.uses & WH_USES_KEY_STARTS) != 0;
   to.wants_log_sum_exp = (c.uses & WH_USES_LOG_SUM_EXP) != 0;
+  to.values_in_keys = (c.uses & WH_USES_VALUES_IN_KEYS) != 0;
   return validate(to);
 }
 
@@ -238,14 +239,13 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
   const Problem& p = plan.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
-  const Kernel* kernel = find_kernel(kernels_of(p.device), plan.kernel);
+  if (p.device == Device::kCuda) {
+    WH_RETURN_IF_ERROR(cuda::check_stream(p, options.stream));
+    WH_RETURN_IF_ERROR(cuda::check_pointers(p, used));
+  }
   Progress progress(options.progress, options.progress_context);
-  const Launch launch{p, plan.config, used, options.executor, progress, options.stream};
-  if (p.device == Device::kCpu) return kernel->run(launch);
-  const cuda::DeviceScope scope(p.device_index);
-  WH_RETURN_IF_ERROR(scope.status());
-  WH_RETURN_IF_ERROR(cuda::check_pointers(p, used));
-  return kernel->run(launch);
+  return run_kernel(plan.kernel,
+                    {p, plan.config, used, options.executor, progress, options.stream});
 }
 
 PlanCache& plan_cache() {
@@ -345,7 +345,8 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
     };
     set(problem->stride_q, p.heads_q, p.len_q, p.dim_qk);
     set(problem->stride_k, p.heads_kv, p.len_k, p.dim_qk);
-    set(problem->stride_v, p.heads_kv, p.len_k, p.dim_v);
+    const bool values_in_keys = (p.uses & WH_USES_VALUES_IN_KEYS) != 0;
+    set(problem->stride_v, p.heads_kv, p.len_k, values_in_keys ? p.dim_qk : p.dim_v);
     set(problem->stride_out, p.heads_q, p.len_q, p.dim_v);
     set(problem->stride_mask, p.heads_q, p.len_q, p.len_k);
     problem->scale = 1.0f / std::sqrt(static_cast<float>(p.dim_qk));
@@ -444,7 +445,7 @@ wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
     if (!plan.ok()) return plan.status();
     if (t.workspace != nullptr) return wh::run_plan(**plan, t, o);
     wh::Result<wh::Workspace> workspace =
-        wh::Workspace::allocate(p.device, p.device_index, (*plan)->workspace_bytes, o.stream);
+        wh::Workspace::allocate({p.device, p.device_index, o.stream}, (*plan)->workspace_bytes);
     if (!workspace.ok()) return workspace.status();
     t.workspace = workspace->data();
     t.workspace_bytes = (*plan)->workspace_bytes;

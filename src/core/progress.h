@@ -32,6 +32,7 @@ class Progress {
     return !is_cancelled_;
   }
   bool is_cancelled() const { return is_cancelled_; }
+  bool is_watched() const { return callback_ != nullptr; }
 
   // kCancelled, with how far it came and what is in out, or ok.
   Status status(const char* state_of_out) const;

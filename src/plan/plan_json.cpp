@@ -38,7 +38,8 @@ Json problem_json(const Problem& p) {
           {"sinks", p.has_sinks},
           {"key_lengths", p.has_key_lengths},
           {"key_starts", p.has_key_starts},
-          {"log_sum_exp", p.wants_log_sum_exp}};
+          {"log_sum_exp", p.wants_log_sum_exp},
+          {"values_in_keys", p.values_in_keys}};
 }
 
 Problem read_problem(const Json& json) {
@@ -70,6 +71,7 @@ Problem read_problem(const Json& json) {
   reader.read("key_lengths", p.has_key_lengths);
   reader.read("key_starts", p.has_key_starts);
   reader.read("log_sum_exp", p.wants_log_sum_exp);
+  reader.read("values_in_keys", p.values_in_keys);
   return p;
 }
 
@@ -106,12 +108,10 @@ Limits read_limits(const Json& json) {
 }
 
 Json config_json(const Config& config) {
-  return {{"variant", config.variant},
-          {"threads", config.threads},
-          {"tile_q", config.tile_q},
-          {"tile_k", config.tile_k},
-          {"chunk_keys", config.chunk_keys},
-          {"fresh_keys", config.fresh_keys}};
+  return {{"variant", config.variant},       {"threads", config.threads},
+          {"tile_q", config.tile_q},         {"tile_k", config.tile_k},
+          {"chunk_keys", config.chunk_keys}, {"fresh_keys", config.fresh_keys},
+          {"step_tiles", config.step_tiles}};
 }
 
 Config read_config(const Json& json) {
@@ -123,6 +123,7 @@ Config read_config(const Json& json) {
   reader.read("tile_k", config.tile_k);
   reader.read("chunk_keys", config.chunk_keys);
   reader.read("fresh_keys", config.fresh_keys);
+  reader.read("step_tiles", config.step_tiles);
   return config;
 }
 

@@ -52,13 +52,14 @@ std::string policy_refusal(const Kernel& kernel, const Query& query) {
   return "";
 }
 
-// Why the kernel cannot stop often enough; empty: it can.
+// Why the kernel cannot stop often enough; empty: it can. The formula's step is corrected as its
+// time is.
 std::string step_refusal(const Kernel& kernel, const Query& query, const Config& config,
                          double estimated_us) {
   const double limit_us = query.limits.longest_step_us;
   if (limit_us == 0) return "";
   const double step_us =
-      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config);
+      kernel.step_us == nullptr ? estimated_us : kernel.step_us(query, config) * query.correction;
   if (step_us <= limit_us) return "";
   return fmt::format("its longest step takes about {}, the limit is {}", format_us(step_us),
                      format_us(limit_us));
@@ -75,7 +76,7 @@ bool profile_holds(const Machine& machine, const Limits& limits, Device device) 
          (device == Device::kCuda || machine.cpu.threads(limits.threads) == machine.cpu.cores);
 }
 
-Assessment assess(const Kernel& kernel, const Query& query, const Profile* profile) {
+Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
   Assessment result;
   Candidate& candidate = result.candidate;
   candidate.kernel = kernel.name;
@@ -83,13 +84,12 @@ Assessment assess(const Kernel& kernel, const Query& query, const Profile* profi
     candidate.reason = *reason;
     return result;
   }
+  if (profile != nullptr) {
+    query.correction = profile->correction(candidate.kernel, CostFeatures::of(query.problem));
+  }
   result.config = kernel.configure(query);
   candidate.workspace_bytes = kernel.workspace_bytes(query.problem, result.config);
-  candidate.estimated_us = kernel.estimate_us(query, result.config);
-  if (profile != nullptr) {
-    candidate.estimated_us *=
-        profile->correction(candidate.kernel, CostFeatures::of(query.problem));
-  }
+  candidate.estimated_us = kernel.estimate_us(query, result.config) * query.correction;
   candidate.reason = policy_refusal(kernel, query);
   if (candidate.reason.empty()) {
     candidate.reason = step_refusal(kernel, query, result.config, candidate.estimated_us);

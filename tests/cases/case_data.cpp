@@ -199,7 +199,8 @@ uint64_t GuardedTensor::fingerprint() const {
   return result;
 }
 
-CaseData::CaseData(const Case& c) : problem(c.problem), v_is_k(c.v_is_k) {
+CaseData::CaseData(const Case& c)
+    : problem(c.problem), v_is_k(c.v_is_k || c.problem.values_in_keys) {
   const Problem& p = problem;
   const int64_t bytes_q = bytes_of(p.dtype_q), bytes_kv = bytes_of(p.dtype_kv);
   const Extents extents_out{p.batch, p.heads_q, p.len_q, p.dim_v};

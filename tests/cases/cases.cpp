@@ -229,7 +229,8 @@ std::vector<Case> corner_cases(Device device) {
     p.stride_v = p.stride_k;
     p.stride_out = dense_strides(16, 3, 512);
     p.causal = Causal::kBottomRight;
-    add("V is in K, latent attention", p).v_is_k = true;
+    p.values_in_keys = true;
+    add("V is in K, latent attention", p);
   }
   // Refused by every CUDA kernel, and taken by the CPU's.
   Problem mixed = dense(device, Dtype::kF32, 4, 2, 40, 200, 64);

@@ -37,7 +37,7 @@ struct Case {
   MaskPattern mask_pattern = MaskPattern::kRandom;
   float mean_v = 0;
   bool has_visible_nan = false;  // some K and V that rows do see hold NaN
-  bool v_is_k = false;           // V is the first dim_v columns of K: absorbed latent attention
+  bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so
   int64_t sampled_rows = 0;      // so many are compared with float64; 0: all
   uint64_t seed = 0;             // of the data
 };

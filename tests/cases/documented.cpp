@@ -28,11 +28,6 @@ bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
          problem.dim_v <= most_dim_v && is_for_tma();
 }
 
-bool Documented::is_any_cuda() const {
-  return cuda.compute_capability >= 80 && is_one_type() &&
-         (precision == Precision::kNative || problem.dtype_q == Dtype::kF32);
-}
-
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
@@ -46,7 +41,9 @@ bool Documented::takes(const std::string& kernel) const {
   if (is_cpu) return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
-  return (kernel == "cuda_portable" || kernel == "cuda_unfused") && is_any_cuda();
+  if (cuda.compute_capability < 80 || !is_one_type()) return false;
+  if (kernel == "cuda_portable") return precision == Precision::kNative || p.dtype_q == Dtype::kF32;
+  return kernel == "cuda_unfused";
 }
 
 }  // namespace wh

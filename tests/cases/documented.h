@@ -24,7 +24,6 @@ struct Documented {
   bool is_for_tma() const;
   bool is_one_type() const { return problem.dtype_q == problem.dtype_kv; }
   bool is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const;
-  bool is_any_cuda() const;
 };
 
 }  // namespace wh

@@ -44,8 +44,8 @@ class PlacedTensors {
     place_workspace(paints_workspace);
   }
   ~PlacedTensors() {
-    for (const Copy& copy : copies_) cuda::release(copy.device, nullptr);
-    if (device_workspace_ != nullptr) cuda::release(device_workspace_, nullptr);
+    for (const Copy& copy : copies_) cuda::release(stream(), copy.device);
+    if (device_workspace_ != nullptr) cuda::release(stream(), device_workspace_);
   }
   PlacedTensors(const PlacedTensors&) = delete;
   PlacedTensors& operator=(const PlacedTensors&) = delete;
@@ -91,12 +91,14 @@ class PlacedTensors {
     void* device;
   };
 
-  static Status move(void* to, const void* from, size_t bytes) {
-    return cuda::copy(to, from, bytes, nullptr);
+  cuda::DeviceStream stream() const { return {index_, nullptr}; }
+
+  Status move(void* to, const void* from, size_t bytes) const {
+    return cuda::copy(stream(), to, from, bytes);
   }
   std::byte* allocate(size_t bytes) {
     if (!status_.ok()) return nullptr;
-    Result<void*> memory = cuda::allocate(index_, bytes, nullptr);
+    Result<void*> memory = cuda::allocate(stream(), bytes);
     if (!memory.ok()) status_ = memory.status();
     return memory.ok() ? static_cast<std::byte*>(*memory) : nullptr;
   }
@@ -138,7 +140,7 @@ class PlacedTensors {
 
   Status fetch_from(size_t first) {
     if (device_ == Device::kCpu) return {};
-    if (Status status = cuda::synchronize(nullptr); !status.ok()) return status;
+    if (Status status = cuda::synchronize(stream()); !status.ok()) return status;
     for (size_t i = first; i < copies_.size(); ++i) {
       const Copy& copy = copies_[i];
       if (Status status = move(copy.host->all(), copy.device, copy.host->all_bytes());
