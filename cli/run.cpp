@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 
 #include "execution.h"
@@ -81,7 +82,9 @@ class Runner {
       Result<StoredProblem> stored = read_problem_file(flags_.file, flags_.problem);
       if (!stored.ok()) return report(stored.status());
       const int code = run_one(stored->request, *limits, &*stored);
-      if (flags_.json && !documents_.empty()) fmt::print("{}\n", documents_.front().dump(2));
+      if (flags_.json && (code == kFine || code == kWrongNumbers)) {
+        fmt::print("{}\n", documents_.front().dump(2));
+      }
       return code;
     }
     const auto requests = read_requests(flags_.problem);
@@ -92,44 +95,53 @@ class Runner {
     }
     int worst = kFine;
     for (const Request& request : *requests) {
-      const int code = run_one(request, *limits, nullptr);
-      if (code != kFine && code != kWrongNumbers) return code;
-      worst = std::max(worst, code);
+      worst = std::max(worst, run_one(request, *limits, nullptr));
+      if (is_interrupted()) break;
     }
-    if (flags_.json) {
-      const bool is_one = flags_.problem.model.empty();
-      fmt::print("{}\n", (is_one ? documents_.front() : documents_).dump(2));
+    const bool is_one = flags_.problem.model.empty();
+    if (flags_.json && !is_one) {
+      fmt::print("{}\n", documents_.dump(2));
+    } else if (flags_.json && (worst == kFine || worst == kWrongNumbers)) {
+      fmt::print("{}\n", documents_.front().dump(2));
     }
     return worst;
   }
 
  private:
-  int run_one(const Request& request, const Limits& limits, StoredProblem* stored) {
+  // The other kinds of layers of a model still run.
+  int fail(const Request& request, const Status& status) {
+    documents_.push_back({{"problem", request.name()}, {"error", status.message()}});
+    return report(status);
+  }
+
+  int run_one(const Request& request, const Limits& limits, StoredProblem* stored) try {
     const Problem& p = request.problem;
     Result<Plan> plan = plan_as_library(p, limits);
-    if (!plan.ok()) return report(plan.status());
-    if (Status status = runnable_status(*plan); !status.ok()) return report(status);
+    if (!plan.ok()) return fail(request, plan.status());
+    if (Status status = runnable_status(*plan); !status.ok()) return fail(request, status);
     if (!flags_.json) fmt::print("{}{}\n", environment_line(p.device), explain(*plan));
     // Only now: what the limits refuse may have tensors of 100 GB.
     HostTensors random;
     if (stored == nullptr) random = random_tensors(request, flags_.seed.value_or(1));
     HostTensors& tensors = stored == nullptr ? random : stored->tensors;
     Result<Execution> execution = Execution::prepare(std::move(*plan), tensors);
-    if (!execution.ok()) return report(execution.status());
+    if (!execution.ok()) return fail(request, execution.status());
     execution->paint_workspace();
     const auto samples = time(*execution);
-    if (!samples.ok()) return report(samples.status());
-    if (Status status = execution->fetch(); !status.ok()) return report(status);
+    if (!samples.ok()) return fail(request, samples.status());
+    if (Status status = execution->fetch(); !status.ok()) return fail(request, status);
     Json document =
         describe_run(request, execution->plan(), *samples, execution->peak_workspace_bytes());
     if (!flags_.json) print_run(document);
     const int code = stored == nullptr ? compare_sampled(p, tensors, document)
                                        : compare_stored(*stored, tensors, document);
     if (!flags_.out.empty()) {
-      if (Status status = write_out(p, tensors); !status.ok()) return report(status);
+      if (Status status = write_out(p, tensors); !status.ok()) return fail(request, status);
     }
     documents_.push_back(std::move(document));
     return code;
+  } catch (const std::bad_alloc&) {
+    return fail(request, {Code::kOutOfMemory, "not enough memory"});
   }
 
   Result<Samples> time(Execution& execution) {
@@ -143,14 +155,9 @@ class Runner {
       return (*samples)[0];
     }
     // Long enough to watch, and to need no second sample.
-    ProgressLine line(true);
+    RunProgress progress;
     const auto begin = std::chrono::steady_clock::now();
-    const Status status = execution.run(
-        [](void* context, double fraction) {
-          static_cast<ProgressLine*>(context)->show(fmt::format("{:3.0f} %", fraction * 100));
-          return 0;
-        },
-        &line);
+    const Status status = execution.run(RunProgress::report, &progress);
     if (!status.ok()) return status;
     Samples samples;
     samples.is_guarded = false;
