@@ -83,8 +83,11 @@ struct PrefillBlock {
 
   // Words that the producer warpgroup hands to the consumers.
   struct Mailbox {
-    int32_t tile;        // index in the order; negative: no more
-    int32_t dropped[2];  // whether cleaning lost anything, by the parity of the tile's number
+    int32_t tile;  // index in the order; negative: no more
+    // By the parity of a tile's number: the number + 1 of the last such tile in which cleaning lost
+    // something. Nobody resets it: tiles without keys to wait for would read a flag that is just
+    // being cleared.
+    uint32_t dropped[2];
   };
   static_assert(kBarriers * 8 + sizeof(Mailbox) <= 256);
 
@@ -118,6 +121,7 @@ struct PrefillBlock {
       ptx::mbarrier_init(barrier(kVFree + i), 4 * kWarpgroups);
     }
     ptx::mbarrier_init_fence();
+    for (int parity = 0; parity < 2; ++parity) mailbox()->dropped[parity] = 0;
   }
 
   // A tile's place in the problem and the keys it works on.
@@ -203,8 +207,7 @@ struct PrefillBlock {
     for (uint32_t number = 0;; ++number) {
       ptx::mbarrier_wait(barrier(kQFull), number % 2);
       const int32_t index = mailbox()->tile;
-      if (is_first) mailbox()->dropped[number % 2] = 0;
-      ptx::named_sync(kCleanersBarrier, kCleaners);  // before another thread may raise the flag
+      ptx::named_sync(kCleanersBarrier, kCleaners);  // all have read the tile
       if (is_first) ptx::mbarrier_arrive(barrier(kQFree));
       if (index < 0) return;
       const Work w = work(index);
@@ -216,7 +219,8 @@ struct PrefillBlock {
           const bool dropped = clean_values<T, kMemory.panels_v, kTileK, kCleaners>(
               s_memory + kMemory.v_offset + ring.stage * kMemory.v_bytes, w.present, n * kTileK,
               threadIdx.x - 32);
-          if (dropped) mailbox()->dropped[number % 2] = 1;
+          // Before the stage is full: the consumers have waited for all of them when they look.
+          if (dropped) mailbox()->dropped[number % 2] = number + 1;
           ptx::async_proxy_fence();
           ptx::named_sync(kCleanersBarrier, kCleaners);
           if (is_first) ptx::mbarrier_arrive(barrier(kVFull + ring.stage));
@@ -393,7 +397,7 @@ struct PrefillBlock {
         }
         const Work w = block.work(index);
         store(query_rows(w));
-        if (block.mailbox()->dropped[number % 2] != 0) {
+        if (block.mailbox()->dropped[number % 2] == number + 1) {
           ptx::named_sync(kWarpgroupBarrier + warpgroup, 128);  // all rows are stored
           query_rows(w).restore(w.present, w.keys, kTileK, warpgroup * 64, 0, kDimV);
         }

@@ -74,8 +74,12 @@ struct WideBlock {
   };
 
   struct Mailbox {
-    int32_t tile;        // index in the order; negative: no more
-    int32_t dropped[2];  // whether cleaning lost anything, by the parity of the tile's number
+    int32_t tile;  // index in the order; negative: no more
+    // By the parity of a tile's number, and the half: the number + 1 of the last such tile in which
+    // cleaning that half of V lost something. A half's warpgroup has waited for all of its own
+    // slots when it looks, not for the other's. Nobody resets it: tiles without keys to wait for
+    // would read a flag that is just being cleared.
+    uint32_t dropped[2][2];
   };
   static_assert(kBarriers * 8 + sizeof(Mailbox) <= 512);
 
@@ -132,6 +136,7 @@ struct WideBlock {
       ptx::mbarrier_init(barrier(kSlotFree + i), kWideCluster * 4);
     }
     ptx::mbarrier_init_fence();
+    for (int i = 0; i < 4; ++i) mailbox()->dropped[i / 2][i % 2] = 0;
   }
 
   struct Work {
@@ -261,12 +266,23 @@ struct WideBlock {
     uint32_t loaded_parity = 0;  // a bit a slot: only slots to be cleaned complete this barrier
     for (uint32_t number = 0;; ++number) {
       const int32_t index = read_tile(number);
-      if (is_first) mailbox()->dropped[number % 2] = 0;
-      ptx::named_sync(kCleanersBarrier, kCleaners);  // before another thread may raise the flag
+      ptx::named_sync(kCleanersBarrier, kCleaners);  // all have read the tile
       if (is_first) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
       if (index < 0) return;
       const Work w = work(index);
       if (w.keys.end > w.keys.begin) skip_keys(left);
+      const auto clean_slot = [&](int slot, int half, int32_t key) {
+        ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
+        loaded_parity ^= 1u << slot;
+        const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
+            s_memory + kMemory.ring_offset + slot * kWideSlotBytes, w.present, key,
+            threadIdx.x - 32);
+        // Before the slot is full, so that whoever has waited for it knows.
+        if (dropped) mailbox()->dropped[number % 2][half] = number + 1;
+        ptx::async_proxy_fence();
+        ptx::named_sync(kCleanersBarrier, kCleaners);
+        if (is_first) ptx::mbarrier_arrive(barrier(kSlotFull + slot));
+      };
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
         if (n > w.keys.begin) skip_keys(left);
@@ -275,9 +291,8 @@ struct WideBlock {
         for (int i = 0; i < kVSlots; ++i) {
           const int32_t key = n * kTileK + i * kVRows;
           if (!is_clean) {
-            const bool dropped_left = clean_slot(left.slot, loaded_parity, w.present, key);
-            const bool dropped_right = clean_slot(right.slot, loaded_parity, w.present, key);
-            if (dropped_left || dropped_right) mailbox()->dropped[number % 2] = 1;
+            clean_slot(left.slot, 0, key);
+            clean_slot(right.slot, 1, key);
           }
           left.next();
           right.next();
@@ -289,18 +304,6 @@ struct WideBlock {
   __device__ __forceinline__ void skip_keys(LeftRing& ring) const {
 #pragma unroll 1
     for (int i = 0; i < kKSlots; ++i) ring.next();
-  }
-
-  __device__ __forceinline__ bool clean_slot(int slot, uint32_t& loaded_parity, Keys present,
-                                             int32_t key) const {
-    ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
-    loaded_parity ^= 1u << slot;
-    const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
-        s_memory + kMemory.ring_offset + slot * kWideSlotBytes, present, key, threadIdx.x - 32);
-    ptx::async_proxy_fence();
-    ptx::named_sync(kCleanersBarrier, kCleaners);
-    if (threadIdx.x == 32) ptx::mbarrier_arrive(barrier(kSlotFull + slot));
-    return dropped;
   }
 
   // --- consumers ---
@@ -345,7 +348,7 @@ struct WideBlock {
     }
 
     __device__ __forceinline__ void restore(const Work& w, uint32_t number, int half) {
-      if (block.mailbox()->dropped[number % 2] == 0) return;
+      if (block.mailbox()->dropped[number % 2][half] != number + 1) return;
       ptx::named_sync(kWarpgroupBarrier + half, 128);  // all rows are stored
       query_rows(w).restore(w.present, w.keys, kTileK, 0, half * kHalf, (half + 1) * kHalf);
     }
