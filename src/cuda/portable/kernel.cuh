@@ -397,7 +397,7 @@ class Block {
       float* to = partial_row(at) + first_column;
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
-        if (first_column + 8 * i >= a_.dim_v) continue;
+        if (first_column + 8 * i >= partials.columns) continue;  // combine.cu reads whole float4
         *reinterpret_cast<float2*>(to + 8 * i) =
             make_float2(o_[m][4 * i + 2 * r] * factor, o_[m][4 * i + 2 * r + 1] * factor);
       }

@@ -264,7 +264,9 @@ class Consumer {
       partials.log_sum_exp[row_of_all * partials.splits + item_.split] = log_sum;
     }
     const int columns = min(kColumns, args_.attention.dim_v - first_column_);
-    if (log_sum == -INFINITY || columns <= 0) return;  // nobody reads the sums
+    if (columns <= 0) return;
+    // Rows that saw no key too, though they weigh nothing: combine.cu asks for the sums before it
+    // knows their weights.
     const int64_t to = item_.split * partials.rows + row_of_all;
     ptx::bulk_store(partials.sums + to * partials.columns + first_column_,
                     shared_.q + warp_offset + lane * kPitch, columns * 4);
