@@ -8,6 +8,7 @@
 #include "cuda/portable/config.h"
 #include "cuda/portable/kernel.h"
 #include "cuda/portable/load.h"
+#include "cuda/portable/whole_rows.h"
 
 namespace wh::cuda {
 namespace {
@@ -58,7 +59,7 @@ TEST(CudaPortable, HasATileForEveryDimensionTypeAndCard) {
           ASSERT_FALSE(kPortable.refusal(planned->query(p)).has_value())
               << *kPortable.refusal(planned->query(p));
           const Config config = kPortable.configure(planned->query(p));
-          const PortableVariant* variant = portable_variant(p, config);
+          const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
           ASSERT_NE(variant, nullptr) << dim_qk << "/" << dim_v;
           EXPECT_LE(variant->tile.bytes, planned->cuda.shared_bytes);
           EXPECT_GE(variant->dims.dim_qk, dim_qk);
@@ -67,6 +68,48 @@ TEST(CudaPortable, HasATileForEveryDimensionTypeAndCard) {
         }
       }
     }
+  }
+}
+
+// 64 keys of f32 128/128 would take 103,520 bytes: 2 KB more than 8.6, 8.9 and 12.0 have.
+TEST(CudaPortable, F32OfDims65To128DoesNotRunInAWiderTileOnSmallCards) {
+  for (const int64_t dim : {65, 80, 128}) {
+    const Problem p = problem(300, 300, dim, dim, Dtype::kF32);
+    for (const auto& [planned, keys] : {std::pair{&kAda, 32}, {&kAmpere, 64}, {&kHopper, 64}}) {
+      const Config config = kPortable.configure(planned->query(p));
+      const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
+      ASSERT_NE(variant, nullptr);
+      EXPECT_EQ(variant->dims.dim_qk, 128);
+      EXPECT_EQ(variant->tile.rows, 64);
+      EXPECT_EQ(variant->tile.keys, keys);
+    }
+  }
+  EXPECT_EQ(portable_tile({128, 128}, 4, SharedMemory::kSmall).bytes, 69'216);
+  EXPECT_EQ(portable_tile({128, 128}, 4, SharedMemory::kLarge).bytes, 103'520);
+}
+
+TEST(CudaPortable, AVariantFitsTheCardThatItIsAskedFor) {
+  const Problem p = problem(300, 300, 128, 128, Dtype::kF32);
+  const Config config = kPortable.configure(kAmpere.query(p));
+  EXPECT_NE(portable_variant(p, config, kAmpere.cuda.shared_bytes), nullptr);
+  EXPECT_EQ(portable_variant(p, config, kAda.cuda.shared_bytes), nullptr);
+}
+
+TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {
+  for (const Dtype dtype : {Dtype::kBf16, Dtype::kF32}) {
+    const auto us = [&](const Problem& p) {
+      return kPortable.estimate_us(kHopper.query(p), kPortable.configure(kHopper.query(p)));
+    };
+    Problem p = problem(4096, 4096, 128, 128, dtype);
+    const double plain = us(p);
+    p.softcap = 30;
+    const double capped = us(p);
+    p.mask = MaskKind::kBoolean;
+    const double masked = us(p);
+    EXPECT_GT(capped, plain);
+    EXPECT_GT(masked, capped);
+    // Beside f32's slower products the same scores weigh less.
+    EXPECT_LT(masked, (dtype == Dtype::kF32 ? 1.3 : 2.6) * plain);
   }
 }
 
@@ -168,6 +211,45 @@ void check_loaders(int dim, int begin, int end, bool is_whole) {
             << row << ", " << column;
       }
     }
+  }
+}
+
+TEST(CudaPortable, PiecesNeedAlignedRowsEvenWhereThereIsOneAlone) {
+  alignas(16) static const float memory[64] = {};
+  const Strides extent{1, 1, 1, 8};
+  EXPECT_TRUE(portable::is_whole(memory, {0, 0, 8, 1}, extent, Dtype::kF32, 16));
+  // A cache of one key, whose length stride nobody multiplies with anything but 0, except the
+  // loader, which goes on to rows that do not exist.
+  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 67, 1}, extent, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory + 1, {0, 0, 8, 1}, extent, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 8, 1}, {1, 1, 1, 6}, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 8, 2}, extent, Dtype::kF32, 16));
+  // Strides of heads and batches that are one alone do not matter.
+  EXPECT_TRUE(portable::is_whole(memory, {3, 5, 8, 1}, extent, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {3, 5, 8, 1}, {1, 2, 1, 8}, Dtype::kF32, 16));
+}
+
+// The addresses of copies, those of 0 bytes among them.
+struct Addresses {
+  bool* all_aligned;
+  void chunk(int, int, const float* from, int) const {
+    *all_aligned = *all_aligned && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  }
+  void element(int, int, float) const {}
+};
+
+TEST(CudaPortable, WholeRowsAreCopiedFromAlignedAddresses) {
+  alignas(16) static const float memory[16 * 80] = {};
+  for (const int64_t stride : {64, 68, 67, 66}) {
+    const Strides strides{0, 0, stride, 1};
+    const bool is_whole = portable::is_whole(memory, strides, {1, 1, 1, 64}, Dtype::kF32, 16);
+    const portable::TileRows<float> rows{memory, stride, 1, 64, 0, 1, is_whole};
+    bool all_aligned = true;
+    for (int thread = 0; thread < 128; ++thread) {
+      portable::load_rows<16, 64, 128>(thread, rows, Addresses{&all_aligned});
+    }
+    EXPECT_TRUE(all_aligned) << stride;
+    EXPECT_EQ(is_whole, stride % 4 == 0);
   }
 }
 

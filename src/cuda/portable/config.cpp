@@ -15,12 +15,15 @@
 namespace wh::cuda {
 namespace {
 
+// Where the tile is the same for both classes of cards, so is the code.
 template <int kDimQk, int kDimV, Dtype kDtype, SharedMemory kMemory>
 constexpr PortableVariant variant() {
   constexpr HeadDims kDims{kDimQk, kDimV};
   constexpr int kElementBytes = kDtype == Dtype::kF32 ? 4 : 2;
-  return {kDims, kDtype, portable_tile(kDims, kElementBytes, kMemory),
-          portable_instance<kDimQk, kDimV, kDtype, kMemory>};
+  constexpr SharedMemory kCompiled =
+      depends_on_memory(kDims, kElementBytes) ? kMemory : SharedMemory::kLarge;
+  return {kDims, kDtype, portable_tile(kDims, kElementBytes, kCompiled),
+          portable_instance<kDimQk, kDimV, kDtype, kCompiled>};
 }
 
 // Widest tiles first.
@@ -33,6 +36,7 @@ constexpr std::array<PortableVariant, 3> of_all_types() {
 constexpr std::array<PortableVariant, 3> kVariants[] = {
     of_all_types<64, 64, SharedMemory::kLarge>(),
     of_all_types<128, 128, SharedMemory::kLarge>(),
+    of_all_types<128, 128, SharedMemory::kSmall>(),
     of_all_types<192, 128, SharedMemory::kLarge>(),
     of_all_types<192, 128, SharedMemory::kSmall>(),
     of_all_types<192, 192, SharedMemory::kLarge>(),
@@ -83,10 +87,10 @@ class PortableCost {
     // Warps without rows skip the products.
     const int64_t rows =
         divide_up(std::min<int64_t>(pair_rows, tile.rows), tile.warp_rows) * tile.warp_rows;
-    const double flops = 2.0 * static_cast<double>(rows * tile.keys) *
-                         (variant.dims.dim_qk + variant.dims.dim_v);
-    product_us_ = flops * static_cast<double>(sms_) /
-                  (query.cuda.tensor_tflops * 1e6 * share(query, variant));
+    const double flops =
+        2.0 * static_cast<double>(rows * tile.keys) * (variant.dims.dim_qk + variant.dims.dim_v);
+    product_us_ = flops * static_cast<double>(sms_) / (query.cuda.tensor_tflops * 1e6) *
+                  (1 / share(query, variant.dtype, variant.dims) + of_scores(query, variant.dims));
     const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
     tile_bytes_ = tile.keys * static_cast<double>(p.dim_qk + p.dim_v) * element;
     bytes_per_us_ = query.cuda.read_gbytes_per_s * 1e3 * kReached;
@@ -99,16 +103,12 @@ class PortableCost {
   double us(int64_t splits) const {
     const int64_t blocks = items_ * splits;
     const int64_t slots = sms_ * resident_;
-    const auto active = static_cast<double>(std::min(blocks, slots));
-    const double busy_sms = std::min<double>(active, static_cast<double>(sms_));
-    const double tile_us = std::max({product_us_ * active / busy_sms,
-                                     kTileUs + kTileUsPerByte * tile_bytes_,
-                                     active * tile_bytes_ / bytes_per_us_});
     // One wave lasts as long as its longest block; many even out.
-    const double longest = std::ceil(static_cast<double>(most_tiles_) / static_cast<double>(splits));
+    const double longest =
+        std::ceil(static_cast<double>(most_tiles_) / static_cast<double>(splits));
     const double all = tiles_ / static_cast<double>(splits) * static_cast<double>(blocks) /
                        static_cast<double>(slots);
-    double us = kStartUs + std::max(longest, all + longest / 4) * tile_us;
+    double us = kStartUs + std::max(longest, all + longest / 4) * tile_us(blocks);
     if (splits > 1) us += kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate;
     return us;
   }
@@ -123,13 +123,30 @@ class PortableCost {
   }
 
  private:
+  // Of a tile of keys in a block, while so many of those want to run.
+  double tile_us(int64_t blocks) const {
+    const auto active = static_cast<double>(std::min(blocks, sms_ * resident_));
+    const double busy_sms = std::min<double>(active, static_cast<double>(sms_));
+    return std::max({product_us_ * active / busy_sms, kTileUs + kTileUsPerByte * tile_bytes_,
+                     active * tile_bytes_ / bytes_per_us_});
+  }
+
   // Of the dense 16-bit rate, on full tiles.
-  static double share(const Query& query, const PortableVariant& variant) {
+  static double share(const Query& query, Dtype dtype, HeadDims dims) {
     // mma.sync has less than two thirds of Hopper's rate, which needs wgmma.
     const double of_card = query.cuda.compute_capability == 90 ? 0.36 : 0.55;
-    if (variant.dtype != Dtype::kF32) return of_card * (variant.dims.dim_v <= 256 ? 1 : 0.6);
+    if (dtype != Dtype::kF32) return of_card * (dims.dim_v <= 256 ? 1 : 0.6);
     // Three products at half the rate, and the splitting of their factors.
-    return of_card * (variant.dims.dim_v <= 128 ? 0.082 : 0.048);
+    return of_card * (dims.dim_v <= 128 ? 0.082 : 0.048);
+  }
+
+  // What softcap and array masks add to the time of the products, those of 16 bits being 1 / share:
+  // the shares that sm90_prefill keeps with them, not measured here.
+  static double of_scores(const Query& query, HeadDims dims) {
+    const Scores scores = scores_of(query.problem);
+    if (scores == Scores::kPlain) return 0;
+    const double kept = scores == Scores::kMasked ? 0.4 : 0.65;
+    return (1 / kept - 1) / share(query, Dtype::kF16, dims);
   }
 
   static constexpr double kStartUs = 6;
@@ -160,9 +177,9 @@ std::optional<std::string> refusal(const Query& query) {
   const PortableVariant& variant = *best_variant(p, query.cuda.shared_bytes);
   const int64_t pair_rows = p.len_q * p.group();
   // Of this kernel, and of the one that merges.
-  const int64_t most_blocks = std::max(
-      p.batch * p.heads_kv * divide_up(pair_rows, variant.tile.rows) * kMostSplits,
-      p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
+  const int64_t most_blocks =
+      std::max(p.batch * p.heads_kv * divide_up(pair_rows, variant.tile.rows) * kMostSplits,
+               p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
   if (std::max(most_blocks, pair_rows) > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows for one grid";
   }
@@ -195,18 +212,19 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const PortableVariant* variant = portable_variant(p, config);
+  const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
   return PortableCost(query, *variant, p.batch).us(PackedShape(p, config).splits);
 }
 
 }  // namespace
 
-const PortableVariant* portable_variant(const Problem& p, const Config& config) {
+const PortableVariant* portable_variant(const Problem& p, const Config& config,
+                                        int64_t shared_bytes) {
   for (const auto& types : kVariants) {
     for (const PortableVariant& variant : types) {
       if (holds(variant, p) && variant.tile.rows == config.tile_q &&
-          variant.tile.keys == config.tile_k) {
+          variant.tile.keys == config.tile_k && variant.tile.bytes <= shared_bytes) {
         return &variant;
       }
     }

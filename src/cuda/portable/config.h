@@ -16,7 +16,9 @@ struct PortableVariant {
   const void* (*instance)();
 };
 
-// The variant that a plan's config names; null: it names none that holds the problem.
-const PortableVariant* portable_variant(const Problem& problem, const Config& config);
+// The variant that a plan's config names for a card with so much shared memory a block; null: it
+// names none that holds the problem.
+const PortableVariant* portable_variant(const Problem& problem, const Config& config,
+                                        int64_t shared_bytes);
 
 }  // namespace wh::cuda

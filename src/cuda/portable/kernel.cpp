@@ -5,21 +5,10 @@
 #include "cuda/common/launch.h"
 #include "cuda/portable/config.h"
 
+#include "cuda/portable/whole_rows.h"
+#include "plan/cuda_facts.h"
 namespace wh::cuda {
 namespace {
-
-// Whether all rows begin at a multiple of `bytes`, have their elements side by side, and consist
-// of whole pieces of that many bytes.
-bool is_whole(const void* data, const Strides& stride, const Strides& extent, Dtype dtype,
-              size_t bytes) {
-  const auto elements = static_cast<int64_t>(bytes / dtype_bytes(dtype));
-  if (reinterpret_cast<uintptr_t>(data) % bytes != 0 || extent[3] % elements != 0) return false;
-  if (extent[3] > 1 && stride[3] != 1) return false;
-  for (size_t i = 0; i < 3; ++i) {
-    if (extent[i] > 1 && stride[i] % elements != 0) return false;
-  }
-  return true;
-}
 
 PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape& shape) {
   PortableArgs args{};
@@ -31,12 +20,13 @@ PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape
   args.scores = scores_of(p);
   const Dtype dtype = p.dtype_q;
   args.q_is_whole =
-      is_whole(t.q, p.stride_q, {p.batch, p.heads_q, p.len_q, p.dim_qk}, dtype, 16);
+      portable::is_whole(t.q, p.stride_q, {p.batch, p.heads_q, p.len_q, p.dim_qk}, dtype, 16);
   args.k_is_whole =
-      is_whole(t.k, p.stride_k, {p.batch, p.heads_kv, p.len_k, p.dim_qk}, dtype, 16);
-  args.v_is_whole = is_whole(t.v, p.stride_v, {p.batch, p.heads_kv, p.len_k, p.dim_v}, dtype, 16);
-  args.out_is_whole = is_whole(t.out, p.stride_out, {p.batch, p.heads_q, p.len_q, p.dim_v}, dtype,
-                               2 * dtype_bytes(dtype));
+      portable::is_whole(t.k, p.stride_k, {p.batch, p.heads_kv, p.len_k, p.dim_qk}, dtype, 16);
+  args.v_is_whole =
+      portable::is_whole(t.v, p.stride_v, {p.batch, p.heads_kv, p.len_k, p.dim_v}, dtype, 16);
+  args.out_is_whole = portable::is_whole(
+      t.out, p.stride_out, {p.batch, p.heads_q, p.len_q, p.dim_v}, dtype, 2 * dtype_bytes(dtype));
   args.rows = PackedRows(p, shape);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;
@@ -46,7 +36,8 @@ PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape
 
 Status run_portable(const Launch& launch) {
   const Problem& p = launch.problem;
-  const PortableVariant* variant = portable_variant(p, launch.config);
+  const PortableVariant* variant =
+      portable_variant(p, launch.config, cuda_facts(p.device_index).shared_bytes);
   if (variant == nullptr) return invalid("the plan's tile fits no variant of cuda_portable");
   const PackedShape shape(p, launch.config);
   if (shape.items == 0) return {};

@@ -17,9 +17,6 @@ constexpr HeadDims kPortableDims[] = {{64, 64},   {128, 128}, {192, 128}, {192, 
 // 10.0.
 enum class SharedMemory : int32_t { kSmall = 101376, kLarge = 166912 };
 
-// Heads up to 128 wide take the same tile on every card.
-constexpr bool depends_on_memory(HeadDims dims) { return dims.dim_qk > 128 || dims.dim_v > 128; }
-
 constexpr int kPortableItemBytes = 80;  // of the block's PackedItem
 
 struct PortableTile {
@@ -82,6 +79,13 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
     }
   }
   return {};
+}
+
+// Whether the two classes of cards need two tiles: for heads above 128, and in f32 above 64 (64 x 64
+// of 128/128 take 103,520 bytes, 2,144 more than the small ones have).
+constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {
+  return portable_tile(dims, element_bytes, SharedMemory::kSmall).bytes !=
+         portable_tile(dims, element_bytes, SharedMemory::kLarge).bytes;
 }
 
 }  // namespace wh::cuda
