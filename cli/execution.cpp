@@ -26,7 +26,7 @@ Result<Execution> Execution::prepare(const Problem& p, const Limits& limits, Hos
   if (!plan.ok()) return plan.status();
   if (Status status = runnable_status(*plan); !status.ok()) return status;
   Result<Workspace> workspace =
-      Workspace::allocate(p.device, p.device_index, plan->workspace_bytes, nullptr);
+      Workspace::allocate({p.device, p.device_index, nullptr}, plan->workspace_bytes);
   if (!workspace.ok()) return workspace.status();
   Execution execution(std::move(*plan), host, std::move(*workspace));
   if (p.device == Device::kCuda) {
@@ -40,9 +40,9 @@ Status Execution::copy_to_device() {
   const Problem& p = plan_.problem;
   const auto move = [&](const auto*& pointer, size_t bytes) -> Status {
     if (pointer == nullptr || bytes == 0) return {};
-    Result<Workspace> copy = Workspace::allocate(p.device, p.device_index, bytes, nullptr);
+    Result<Workspace> copy = Workspace::allocate({p.device, p.device_index, nullptr}, bytes);
     if (!copy.ok()) return copy.status();
-    if (Status status = cuda::copy(copy->data(), pointer, bytes, nullptr); !status.ok()) {
+    if (Status status = cuda::copy(stream(), copy->data(), pointer, bytes); !status.ok()) {
       return status;
     }
     pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(copy->data());
@@ -84,21 +84,20 @@ Status Execution::copy_to_device() {
 Status Execution::run(Progress::Callback callback, void* context, const Executor& executor) {
   const Problem& p = plan_.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
-  const Kernel* kernel = find_kernel(kernels_of(p.device), plan_.kernel);
   Progress progress(callback, context);
-  Status status = kernel->run({p, plan_.config, tensors_, executor, progress});
-  if (status.ok() && p.device == Device::kCuda) status = cuda::synchronize(nullptr);
+  Status status = run_kernel(plan_.kernel, {p, plan_.config, tensors_, executor, progress});
+  if (status.ok() && p.device == Device::kCuda) status = cuda::synchronize(stream());
   return status;
 }
 
 Status Execution::fetch() {
   if (plan_.problem.device == Device::kCpu) return {};
-  if (Status status = cuda::copy(host_->out.data(), tensors_.out, host_->out.size(), nullptr);
+  if (Status status = cuda::copy(stream(), host_->out.data(), tensors_.out, host_->out.size());
       !status.ok()) {
     return status;
   }
-  return cuda::copy(host_->log_sum_exp.data(), tensors_.log_sum_exp, host_->log_sum_exp.size(),
-                    nullptr);
+  return cuda::copy(stream(), host_->log_sum_exp.data(), tensors_.log_sum_exp,
+                    host_->log_sum_exp.size());
 }
 
 void Execution::paint_workspace() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "api/workspace.h"
+#include "cuda/allocate.h"
 #include "plan/plan.h"
 #include "tensors.h"
 
@@ -26,6 +27,7 @@ class Execution {
  private:
   Execution(Plan plan, HostTensors& host, Workspace workspace);
   Status copy_to_device();
+  cuda::DeviceStream stream() const { return {plan_.problem.device_index, nullptr}; }
 
   Plan plan_;
   HostTensors* host_;

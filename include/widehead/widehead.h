@@ -126,7 +126,7 @@ typedef struct wh_executor {
 
 typedef struct wh_run_options {
   size_t size;                 /* of this struct; set by wh_run_options_init() */
-  void* stream;                /* a cudaStream_t; NULL: the default stream. CPU runs ignore it */
+  void* stream; /* a cudaStream_t of the problem's device; NULL: its default stream. CPU: ignored */
   const wh_executor* executor; /* NULL: oneTBB */
   /* Reports the fraction done between two steps, from any worker but never from two at once; it
    * never falls and ends at 1. Anything but 0 stops the run unless it had nothing left to do: it
@@ -171,7 +171,8 @@ WH_API const char* wh_plan_json(const wh_plan* plan);
 WH_API wh_status wh_plan_from_json(const char* text, size_t length, wh_plan** plan);
 
 /* Plans (cached by shape and limits) and runs. Without tensors->workspace it allocates what the
- * plan takes, for the time of the call. */
+ * plan takes, for the time of the call; on CUDA in the order of the stream, from a memory pool of
+ * its own, which keeps up to 32 MiB a device. */
 WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
                               const wh_tensors* tensors, const wh_run_options* options);
 

@@ -2,6 +2,7 @@
 
 #include "api/profile_store.h"
 #include "cpu/registry.h"
+#include "cuda/device.h"
 #include "cuda/registry.h"
 
 namespace wh {
@@ -18,6 +19,15 @@ Machine this_machine(Device device, int32_t device_index) {
   const LoadedProfile& loaded = loaded_profile(device, device_index);
   return {cpu_facts(), cuda, kernels_of(device), loaded.is_valid ? &loaded.profile : nullptr,
           loaded.description};
+}
+
+Status run_kernel(const std::string& name, const Launch& launch) {
+  const Problem& p = launch.problem;
+  const Kernel* kernel = find_kernel(kernels_of(p.device), name);
+  if (p.device == Device::kCpu) return kernel->run(launch);
+  const cuda::DeviceScope scope(p.device_index);
+  if (Status status = scope.status(); !status.ok()) return status;
+  return kernel->run(launch);
 }
 
 }  // namespace wh

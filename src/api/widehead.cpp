@@ -238,14 +238,13 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
   const Problem& p = plan.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
-  const Kernel* kernel = find_kernel(kernels_of(p.device), plan.kernel);
+  if (p.device == Device::kCuda) {
+    WH_RETURN_IF_ERROR(cuda::check_stream(p, options.stream));
+    WH_RETURN_IF_ERROR(cuda::check_pointers(p, used));
+  }
   Progress progress(options.progress, options.progress_context);
-  const Launch launch{p, plan.config, used, options.executor, progress, options.stream};
-  if (p.device == Device::kCpu) return kernel->run(launch);
-  const cuda::DeviceScope scope(p.device_index);
-  WH_RETURN_IF_ERROR(scope.status());
-  WH_RETURN_IF_ERROR(cuda::check_pointers(p, used));
-  return kernel->run(launch);
+  return run_kernel(plan.kernel,
+                    {p, plan.config, used, options.executor, progress, options.stream});
 }
 
 PlanCache& plan_cache() {
@@ -444,7 +443,7 @@ wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
     if (!plan.ok()) return plan.status();
     if (t.workspace != nullptr) return wh::run_plan(**plan, t, o);
     wh::Result<wh::Workspace> workspace =
-        wh::Workspace::allocate(p.device, p.device_index, (*plan)->workspace_bytes, o.stream);
+        wh::Workspace::allocate({p.device, p.device_index, o.stream}, (*plan)->workspace_bytes);
     if (!workspace.ok()) return workspace.status();
     t.workspace = workspace->data();
     t.workspace_bytes = (*plan)->workspace_bytes;

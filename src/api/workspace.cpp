@@ -13,25 +13,24 @@ namespace {
 constexpr std::align_val_t kAlignment{WH_WORKSPACE_ALIGNMENT};
 }  // namespace
 
-Result<Workspace> Workspace::allocate(Device device, int32_t device_index, size_t bytes,
-                                      void* stream) {
-  if (bytes == 0) return Workspace(device, stream, nullptr);
-  if (device == Device::kCuda) {
-    Result<void*> data = cuda::allocate(device_index, bytes, stream);
+Result<Workspace> Workspace::allocate(const Place& place, size_t bytes) {
+  if (bytes == 0) return Workspace(place, nullptr);
+  if (place.device == Device::kCuda) {
+    Result<void*> data = cuda::allocate({place.device_index, place.stream}, bytes);
     if (!data.ok()) return data.status();
-    return Workspace(device, stream, *data);
+    return Workspace(place, *data);
   }
   void* data = ::operator new(bytes, kAlignment, std::nothrow);
   if (data == nullptr) {
     return Status(Code::kOutOfMemory, fmt::format("no memory for {} bytes of workspace", bytes));
   }
-  return Workspace(device, stream, data);
+  return Workspace(place, data);
 }
 
 Workspace::~Workspace() {
   if (data_ == nullptr) return;
-  if (device_ == Device::kCuda) {
-    cuda::release(data_, stream_);
+  if (place_.device == Device::kCuda) {
+    cuda::release({place_.device_index, place_.stream}, data_);
   } else {
     ::operator delete(data_, kAlignment);
   }

@@ -11,24 +11,26 @@ namespace wh {
 
 class Workspace {
  public:
-  // Host memory, or memory of the device in the order of `stream`. Without bytes, null.
-  static Result<Workspace> allocate(Device device, int32_t device_index, size_t bytes,
-                                    void* stream);
+  // Where memory is: on the host, or on a device, in the order of `stream` there.
+  struct Place {
+    Device device;
+    int32_t device_index;
+    void* stream;
+  };
+
+  // Without bytes, null.
+  static Result<Workspace> allocate(const Place& place, size_t bytes);
   Workspace(Workspace&& other) noexcept
-      : device_(other.device_),
-        stream_(other.stream_),
-        data_(std::exchange(other.data_, nullptr)) {}
+      : place_(other.place_), data_(std::exchange(other.data_, nullptr)) {}
   Workspace& operator=(Workspace&&) = delete;
   ~Workspace();
 
   void* data() const { return data_; }
 
  private:
-  Workspace(Device device, void* stream, void* data)
-      : device_(device), stream_(stream), data_(data) {}
+  Workspace(const Place& place, void* data) : place_(place), data_(data) {}
 
-  Device device_;
-  void* stream_;
+  Place place_;
   void* data_;
 };
 

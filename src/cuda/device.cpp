@@ -40,9 +40,9 @@ CudaFacts detect(int32_t index) {
   }
   facts.driver = version_text(driver);
   if (driver / 1000 < runtime / 1000) {
-    facts.unavailable = fmt::format(
-        "the driver supports CUDA {}, this build needs {}; update the driver", facts.driver,
-        version_text(runtime));
+    facts.unavailable =
+        fmt::format("the driver supports CUDA {}, this build needs {}; update the driver",
+                    facts.driver, version_text(runtime));
     return facts;
   }
   if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
@@ -54,8 +54,7 @@ CudaFacts detect(int32_t index) {
     return facts;
   }
   cudaDeviceProp properties{};
-  if (const cudaError_t error = cudaGetDeviceProperties(&properties, index);
-      error != cudaSuccess) {
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, index); error != cudaSuccess) {
     facts.unavailable = fmt::format("cudaGetDeviceProperties: {}", cudaGetErrorString(error));
     return facts;
   }
@@ -71,9 +70,8 @@ CudaFacts detect(int32_t index) {
   facts.read_gbytes_per_s = 0.9 * 2e3 * attribute(cudaDevAttrMemoryClockRate, index) *
                             attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 * 1e-9;
   if (facts.compute_capability < 80) {
-    facts.unavailable = fmt::format(
-        "{} has compute capability {}.{}; kernels need 8.0 or later", facts.name, properties.major,
-        properties.minor);
+    facts.unavailable = fmt::format("{} has compute capability {}.{}; kernels need 8.0 or later",
+                                    facts.name, properties.major, properties.minor);
   }
   return facts;
 }
@@ -91,12 +89,16 @@ const CudaFacts& cuda_facts(int32_t index) {
 
 namespace cuda {
 
-DeviceScope::DeviceScope(int32_t index) {
+DeviceScope::DeviceScope(int32_t index) noexcept {
   int current = -1;
-  status_ = cuda_status(cudaGetDevice(&current), "cudaGetDevice");
-  if (!status_.ok() || current == index) return;
-  status_ = cuda_status(cudaSetDevice(index), "cudaSetDevice");
-  if (status_.ok()) previous_ = current;
+  error_ = cudaGetDevice(&current);
+  if (error_ != cudaSuccess || current == index) return;
+  error_ = cudaSetDevice(index);
+  if (error_ == cudaSuccess) previous_ = current;
+}
+
+Status DeviceScope::status() const {
+  return cuda_status(static_cast<cudaError_t>(error_), "cudaSetDevice");
 }
 
 DeviceScope::~DeviceScope() {
@@ -132,6 +134,26 @@ Status check_pointers(const Problem& p, const Tensors& t) {
                                  pointer.name, attributes.device, p.device_index));
     }
   }
+  return {};
+}
+
+Status check_stream(const Problem& p, void* stream) {
+  // cudaStreamLegacy and cudaStreamPerThread are 1 and 2.
+  if (reinterpret_cast<uintptr_t>(stream) <= 2) return {};
+#if CUDART_VERSION >= 12080  // the runtime could not be asked before
+  int device = -1;
+  const cudaError_t error = cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &device);
+  if (error == cudaErrorCallRequiresNewerDriver || error == cudaErrorNotSupported) {
+    cudaGetLastError();  // an older driver cannot say
+    return {};
+  }
+  if (error != cudaSuccess) return cuda_status(error, "cudaStreamGetDevice of run_options.stream");
+  if (device != p.device_index) {
+    return invalid(
+        fmt::format("run_options.stream is a stream of cuda:{}; the problem is for cuda:{}", device,
+                    p.device_index));
+  }
+#endif
   return {};
 }
 

@@ -11,20 +11,24 @@ namespace wh::cuda {
 // Makes `index` the calling thread's device while it lives, and restores the one before.
 class DeviceScope {
  public:
-  explicit DeviceScope(int32_t index);
+  explicit DeviceScope(int32_t index) noexcept;
   ~DeviceScope();
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
-  const Status& status() const { return status_; }
+  Status status() const;
 
  private:
-  Status status_;
+  int32_t error_ = 0;  // a cudaError_t
   int32_t previous_ = -1;
 };
 
 // Whether every tensor that the problem uses lies on its device: host pointers and those of another
 // device are errors that name the tensor. Costs about 0.1 us a tensor and works during capture.
 Status check_pointers(const Problem& problem, const Tensors& tensors);
+
+// Whether a run's stream is one of the problem's device. The default streams are those of whichever
+// device is current, so they are.
+Status check_stream(const Problem& problem, void* stream);
 
 }  // namespace wh::cuda

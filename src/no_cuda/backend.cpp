@@ -20,20 +20,23 @@ namespace cuda {
 
 std::span<const Kernel* const> kernels() { return {}; }
 
-DeviceScope::DeviceScope(int32_t) : status_(Code::kRefused, cuda_facts(0).unavailable) {}
+DeviceScope::DeviceScope(int32_t) noexcept {}
 DeviceScope::~DeviceScope() = default;
+Status DeviceScope::status() const { return {Code::kRefused, cuda_facts(0).unavailable}; }
 Status check_pointers(const Problem&, const Tensors&) {
   return {Code::kRefused, cuda_facts(0).unavailable};
 }
 
-Result<void*> allocate(int32_t, size_t, void*) {
+Status check_stream(const Problem&, void*) { return {Code::kRefused, cuda_facts(0).unavailable}; }
+
+Result<void*> allocate(DeviceStream, size_t) {
   return Status(Code::kRefused, cuda_facts(0).unavailable);
 }
-void release(void*, void*) noexcept {}
-Status copy(void*, const void*, size_t, void*) {
+void release(DeviceStream, void*) noexcept {}
+Status copy(DeviceStream, void*, const void*, size_t) {
   return {Code::kRefused, cuda_facts(0).unavailable};
 }
-Status synchronize(void*) { return {Code::kRefused, cuda_facts(0).unavailable}; }
+Status synchronize(DeviceStream) { return {Code::kRefused, cuda_facts(0).unavailable}; }
 
 }  // namespace cuda
 

@@ -35,7 +35,7 @@ class PlacedTensors {
     place(workspace_, tensors_.workspace);
   }
   ~PlacedTensors() {
-    for (const Copy& copy : copies_) cuda::release(copy.device, nullptr);
+    for (const Copy& copy : copies_) cuda::release(stream(), copy.device);
   }
   PlacedTensors(const PlacedTensors&) = delete;
   PlacedTensors& operator=(const PlacedTensors&) = delete;
@@ -47,10 +47,10 @@ class PlacedTensors {
   // there.
   Status fetch() {
     if (device_ == Device::kCpu) return {};
-    if (Status status = cuda::synchronize(nullptr); !status.ok()) return status;
+    if (Status status = cuda::synchronize(stream()); !status.ok()) return status;
     for (const Copy& copy : copies_) {
       if (Status status =
-              cuda::copy(copy.host->all(), copy.device, copy.host->all_bytes(), nullptr);
+              cuda::copy(stream(), copy.host->all(), copy.device, copy.host->all_bytes());
           !status.ok()) {
         return status;
       }
@@ -71,17 +71,19 @@ class PlacedTensors {
     void* device;
   };
 
+  cuda::DeviceStream stream() const { return {index_, nullptr}; }
+
   template <typename Pointer>
   void place(GuardedTensor& host, Pointer& pointer) {
     if (pointer == nullptr && &host != &workspace_) return;
     if (!status_.ok()) return;
-    Result<void*> device = cuda::allocate(index_, host.all_bytes(), nullptr);
+    Result<void*> device = cuda::allocate(stream(), host.all_bytes());
     if (!device.ok()) {
       status_ = device.status();
       return;
     }
     copies_.push_back({&host, *device});
-    status_ = cuda::copy(*device, host.all(), host.all_bytes(), nullptr);
+    status_ = cuda::copy(stream(), *device, host.all(), host.all_bytes());
     pointer = static_cast<Pointer>(
         static_cast<void*>(static_cast<std::byte*>(*device) + GuardedTensor::kGuardBytes));
   }
@@ -123,9 +125,8 @@ CaseResult run_case(const Case& c, CaseData& data, const Expected& expected,
   }
   if (c.problem.batch > 0 && c.problem.len_q > 0) {
     Progress unwatched;
-    const Status status =
-        find_kernel(machine.kernels, plan->kernel)
-            ->run({plan->problem, plan->config, placed.tensors(), default_executor(), unwatched});
+    const Status status = run_kernel(plan->kernel, {plan->problem, plan->config, placed.tensors(),
+                                                    default_executor(), unwatched});
     if (!status.ok()) return wrong(status.message());
   }
   if (Status status = placed.fetch(); !status.ok()) return wrong(status.message());
