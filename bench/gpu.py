@@ -80,6 +80,7 @@ class Widehead:
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim_qk", "dim_v"):
             setattr(problem, name, row[name])
         problem.causal = 1 if row["causal"] else 0
+        problem.uses = USES_VALUES_IN_KEYS if row["values_in_keys"] else 0
         self.check(self.library.wh_problem_set_dense(ctypes.byref(problem)))
         plan = ctypes.c_void_p()
         self.check(self.library.wh_plan_create(ctypes.byref(problem), ctypes.byref(limits),
@@ -109,11 +110,16 @@ class Widehead:
         return run
 
 
-def problem(name, heads, dim, len_q, len_k, causal=False, batch=1, dtype="bf16"):
+USES_VALUES_IN_KEYS = 16
+
+
+def problem(name, heads, dim, len_q, len_k, causal=False, batch=1, dtype="bf16",
+            values_in_keys=False):
     heads_q, heads_kv = heads
     dim_qk, dim_v = dim if isinstance(dim, tuple) else (dim, dim)
     return dict(name=name, batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q,
-                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal, dtype=dtype)
+                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal, dtype=dtype,
+                values_in_keys=values_in_keys)
 
 
 PREFILL = [
@@ -133,6 +139,8 @@ DECODE = [
     problem("d128 32/8, 16 x 8192 keys", (32, 8), 128, 1, 8192, batch=16),
     problem("d512 32/4, 65536 keys", (32, 4), 512, 1, 65536),
     problem("576/512 128/1, 65536 keys", (128, 1), (576, 512), 1, 65536),
+    problem("576/512 128/1, 65536 keys, V in K", (128, 1), (576, 512), 1, 65536,
+            values_in_keys=True),
 ]
 # What cards without wgmma run, and float32.
 PORTABLE = [
@@ -155,9 +163,11 @@ DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 def tensors(row):
     def make(heads, length, dim):
         return torch.randn(row["batch"], heads, length, dim, dtype=DTYPES[row["dtype"]], device="cuda")
-    return (make(row["heads_q"], row["len_q"], row["dim_qk"]),
-            make(row["heads_kv"], row["len_k"], row["dim_qk"]),
-            make(row["heads_kv"], row["len_k"], row["dim_v"]))
+    q = make(row["heads_q"], row["len_q"], row["dim_qk"])
+    k = make(row["heads_kv"], row["len_k"], row["dim_qk"])
+    if row["values_in_keys"]:
+        return q, k, k[..., :row["dim_v"]]
+    return q, k, make(row["heads_kv"], row["len_k"], row["dim_v"])
 
 
 def torch_runner(row, backend, q, k, v):
@@ -213,7 +223,8 @@ def first_line(error):
 
 def bench_row(widehead, row):
     is_decode = row["len_q"] == 1
-    kv_bytes = DTYPES[row["dtype"]].itemsize * row["batch"] * row["heads_kv"] * row["len_k"] * (row["dim_qk"] + row["dim_v"])
+    width = row["dim_qk"] + (0 if row["values_in_keys"] else row["dim_v"])
+    kv_bytes = DTYPES[row["dtype"]].itemsize * row["batch"] * row["heads_kv"] * row["len_k"] * width
     sets = max(2, min(16, -(-200_000_000 // kv_bytes))) if is_decode else 1
     data = [tensors(row) for _ in range(sets)]
     refusals, candidates, kernel, workspace = {}, {}, "", 0

@@ -38,6 +38,8 @@ constexpr Field kFields[] = {
      "N,N,... one a batch entry, or one for all"},
     {"key-starts", &ProblemFlags::key_starts, nullptr, "N,N,... one a batch entry, or one for all"},
     {"log-sum-exp", &ProblemFlags::log_sum_exp, "true", "write the log-sum-exp too"},
+    {"values-in-keys", &ProblemFlags::values_in_keys, "true",
+     "v is the first columns of k: absorbed latent attention"},
     {"layout", &ProblemFlags::layout, nullptr,
      "heads-first [b, heads, length, dim] or length-first [b, length, heads, dim]"},
     {"device", &ProblemFlags::device, nullptr, "cpu, cuda or cuda:1 (cpu)"},
@@ -164,6 +166,7 @@ Result<Request> read_request(const ProblemFlags& flags) {
                         1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, p.dim_qk))));
   p.has_sinks = read.yes("sinks", flags.sinks);
   p.wants_log_sum_exp = read.yes("log-sum-exp", flags.log_sum_exp);
+  p.values_in_keys = read.yes("values-in-keys", flags.values_in_keys);
   if (!flags.window.empty()) {
     const std::vector<int64_t> window = read.integers("window", flags.window);
     if (window.size() != 2) {
@@ -187,7 +190,7 @@ Result<Request> read_request(const ProblemFlags& flags) {
   if (sane) {
     p.stride_q = strides_of(layout, p.heads_q, p.len_q, p.dim_qk);
     p.stride_k = strides_of(layout, p.heads_kv, p.len_k, p.dim_qk);
-    p.stride_v = strides_of(layout, p.heads_kv, p.len_k, p.dim_v);
+    p.stride_v = p.values_in_keys ? p.stride_k : strides_of(layout, p.heads_kv, p.len_k, p.dim_v);
     p.stride_out = strides_of(layout, p.heads_q, p.len_q, p.dim_v);
     // One mask for all batch entries and heads: what models make.
     if (p.mask != MaskKind::kNone) p.stride_mask = {0, 0, p.len_k, 1};

@@ -14,7 +14,8 @@ namespace wh::cli {
 // As written; empty: not given.
 struct ProblemFlags {
   std::string batch, heads, dim, queries, keys, dtype, kv_dtype, causal, window, softcap, scale,
-      mask, sinks, key_lengths, key_starts, log_sum_exp, layout, device, model, context;
+      mask, sinks, key_lengths, key_starts, log_sum_exp, values_in_keys, layout, device, model,
+      context;
 };
 
 // A problem with the values that its shape alone does not hold.

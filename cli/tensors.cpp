@@ -309,8 +309,10 @@ HostTensors random_tensors(const Request& request, uint64_t seed) {
       random_buffer(span_of(p.batch, p.heads_q, p.len_q, p.dim_qk, p.stride_q), p.dtype_q, normals);
   h.k = random_buffer(span_of(p.batch, p.heads_kv, p.len_k, p.dim_qk, p.stride_k), p.dtype_kv,
                       normals);
-  h.v = random_buffer(span_of(p.batch, p.heads_kv, p.len_k, p.dim_v, p.stride_v), p.dtype_kv,
-                      normals);
+  if (!p.values_in_keys) {
+    h.v = random_buffer(span_of(p.batch, p.heads_kv, p.len_k, p.dim_v, p.stride_v), p.dtype_kv,
+                        normals);
+  }
   h.tensors.q = h.q.data();
   h.tensors.k = h.k.data();
   h.tensors.v = h.v.data();

@@ -56,6 +56,38 @@ TEST(CApi, OneCallWorks) {
   EXPECT_STREQ(wh_version(), "0.1.0");
 }
 
+// K holds V in its first columns: the same answer as from a copy of those, by every kernel.
+TEST(CApi, ValuesMayLieInKeys) {
+  for (size_t i = 0; wh_kernel_name(WH_CPU, i) != nullptr; ++i) {
+    Call own, shared;
+    own.problem.dim_v = shared.problem.dim_v = 3;
+    shared.problem.uses = WH_USES_VALUES_IN_KEYS;
+    own.limits.kernel = shared.limits.kernel = wh_kernel_name(WH_CPU, i);
+    for (Call* call : {&own, &shared}) {
+      ASSERT_EQ(wh_problem_set_dense(&call->problem), WH_OK);
+      for (size_t j = 0; j < call->k.size(); ++j) call->k[j] = static_cast<float>(j % 7);
+    }
+    for (size_t j = 0; j < 5 * 3; ++j) own.v[j] = own.k[j / 3 * 8 + j % 3];
+    shared.tensors.v = nullptr;
+    const wh_status status = own.run();
+    ASSERT_EQ(shared.run(), status);
+    if (status == WH_REFUSED) continue;
+    ASSERT_EQ(status, WH_OK) << wh_last_error();
+    EXPECT_EQ(std::vector(own.out.begin(), own.out.begin() + 18),
+              std::vector(shared.out.begin(), shared.out.begin() + 18));
+    // Saying so twice is fine, and so are plans that are stored.
+    shared.tensors.v = shared.k.data();
+    wh_plan *plan = nullptr, *again = nullptr;
+    ASSERT_EQ(wh_plan_create(&shared.problem, &shared.limits, &plan), WH_OK);
+    const std::string json = wh_plan_json(plan);
+    EXPECT_NE(json.find("\"values_in_keys\": true"), std::string::npos);
+    ASSERT_EQ(wh_plan_from_json(json.data(), json.size(), &again), WH_OK) << wh_last_error();
+    EXPECT_EQ(shared.run(), WH_OK) << wh_last_error();
+    wh_plan_destroy(plan);
+    wh_plan_destroy(again);
+  }
+}
+
 struct BadCall {
   const char* name;
   void (*spoil)(Call&);
@@ -86,7 +118,22 @@ const BadCall kBadCalls[] = {
     {"causal", [](Call& c) { c.problem.causal = 3; }, {"causal is 3", "between 0 and 2"}},
     {"mask", [](Call& c) { c.problem.mask = 7; }, {"mask is 7", "between 0 and 3"}},
     {"device", [](Call& c) { c.problem.device = 2; }, {"device is 2", "between 0 and 1"}},
-    {"uses", [](Call& c) { c.problem.uses = 64; }, {"uses is 0x40", "0xf"}},
+    {"uses", [](Call& c) { c.problem.uses = 64; }, {"uses is 0x40", "0x1f"}},
+    {"values_wider_than_keys",
+     [](Call& c) {
+       c.problem.uses = WH_USES_VALUES_IN_KEYS;
+       c.problem.dim_v = 9;
+     },
+     {"dim_v is", "at most dim_qk"}},
+    {"values_beside_keys",
+     [](Call& c) {
+       c.problem.uses = WH_USES_VALUES_IN_KEYS;
+       c.problem.stride_v[2] += 8;
+     },
+     {"stride_v[2] is", "must be stride_k[2]"}},
+    {"values_elsewhere",
+     [](Call& c) { c.problem.uses = WH_USES_VALUES_IN_KEYS; },
+     {"v is 0x", "must be null or k"}},
     {"problem_size", [](Call& c) { c.problem.size = 8; }, {"problem.size is 8", "wh_problem_init"}},
     {"limits_size", [](Call& c) { c.limits.size = 0; }, {"limits.size is 0", "wh_limits_init"}},
     {"tensors_size", [](Call& c) { c.tensors.size = 1 << 20; }, {"tensors.size is 1048576"}},

@@ -149,6 +149,23 @@ TEST(CudaDecode, RefusesWithTheReason) {
   EXPECT_NE(planned.refusal(decode_problem(1, 8, 1, 1, 128, 64)).find("9.0"), std::string::npos);
 }
 
+// Latent attention after absorption: K alone is read.
+TEST(CudaDecode, CountsKeysAloneWhereValuesLieInThem) {
+  const Planned planned;
+  Problem p = decode_problem(8, 64, 1, 1, 65536, 576);
+  p.dim_v = 512;
+  p.stride_v = p.stride_k;
+  p.stride_out = dense_strides(64, 1, 512);
+  const auto us = [&] {
+    return kSm90Decode.estimate_us(planned.query(p), kSm90Decode.configure(planned.query(p)));
+  };
+  const double own = us();
+  p.values_in_keys = true;
+  const double in_keys = us();
+  EXPECT_LT(in_keys, 0.8 * own);
+  EXPECT_GT(in_keys, 0.5 * own);
+}
+
 TEST(CudaDecode, TakesKeysThatHeadsOrBatchesShare) {
   Problem p = decode_problem(4, 8, 2, 1, 128, 64);
   p.stride_k[0] = p.stride_v[0] = 0;

@@ -54,7 +54,8 @@ Measured measured(const Json& row, const std::string& name) {
   p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
   p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
   p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
-  p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
+  p.values_in_keys = row.value("values_in_keys", false);
+  p.stride_v = p.values_in_keys ? p.stride_k : dense_strides(p.heads_kv, p.len_k, p.dim_v);
   p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
   return one;
 }

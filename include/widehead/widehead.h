@@ -48,13 +48,15 @@ enum wh_mask {
 enum wh_policy { WH_AUTOMATIC = 0, WH_FUSED = 1, WH_FUSED_ABOVE = 2 };
 enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
 
-/* Optional tensors and results of a problem, combined with |. */
+/* Optional tensors, results and properties of a problem, combined with |. */
 enum wh_uses {
   WH_USES_SINKS = 1,       /* f32 [heads_q]: one more logit a head, in the denominator only */
   WH_USES_KEY_LENGTHS = 2, /* int32 [batch], 0..len_k: keys from there on are not read, and the
                               diagonal of causal and window is aligned to the length */
   WH_USES_KEY_STARTS = 4,  /* int32 [batch], >= 0: keys before it are not read */
-  WH_USES_LOG_SUM_EXP = 8  /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+  WH_USES_LOG_SUM_EXP = 8, /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+  WH_USES_VALUES_IN_KEYS = 16 /* v is the first dim_v columns of k, as in absorbed latent attention:
+                                 stride_v equals stride_k, v is NULL or k, and K is read once */
 };
 
 #define WH_UNLIMITED (-1)                   /* a window side that hides nothing */
@@ -148,7 +150,8 @@ WH_API wh_status wh_problem_init(wh_problem* problem, size_t size);
 WH_API wh_status wh_limits_init(wh_limits* limits, size_t size);
 WH_API wh_status wh_tensors_init(wh_tensors* tensors, size_t size);
 WH_API wh_status wh_run_options_init(wh_run_options* options, size_t size);
-/* Sets every stride to that of a contiguous tensor, and scale to 1 / sqrt(dim_qk). */
+/* Sets every stride to that of a contiguous tensor (stride_v to stride_k where `uses` says that v
+ * lies in k), and scale to 1 / sqrt(dim_qk). */
 WH_API wh_status wh_problem_set_dense(wh_problem* problem);
 
 /* limits NULL: the defaults. Takes microseconds and reads no tensor. On WH_REFUSED *plan is a plan

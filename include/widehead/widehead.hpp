@@ -101,6 +101,7 @@ struct Options {
   const int32_t* key_lengths = nullptr;  // [batch]
   const int32_t* key_starts = nullptr;   // [batch]
   float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written
+  bool values_in_keys = false;           // v is the first columns of k: the same data and strides
   Device device = Device::kCpu;
   int32_t device_index = 0;
 };
@@ -183,6 +184,7 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
   if (options.key_lengths != nullptr) problem.uses |= WH_USES_KEY_LENGTHS;
   if (options.key_starts != nullptr) problem.uses |= WH_USES_KEY_STARTS;
   if (options.log_sum_exp != nullptr) problem.uses |= WH_USES_LOG_SUM_EXP;
+  if (options.values_in_keys) problem.uses |= WH_USES_VALUES_IN_KEYS;
   return problem;
 }
 

@@ -24,10 +24,13 @@ Machine this_machine(Device device, int32_t device_index) {
 Status run_kernel(const std::string& name, const Launch& launch) {
   const Problem& p = launch.problem;
   const Kernel* kernel = find_kernel(kernels_of(p.device), name);
-  if (p.device == Device::kCpu) return kernel->run(launch);
+  Tensors tensors = launch.tensors;
+  if (p.values_in_keys) tensors.v = tensors.k;
+  const Launch whole{p, launch.config, tensors, launch.executor, launch.progress, launch.stream};
+  if (p.device == Device::kCpu) return kernel->run(whole);
   const cuda::DeviceScope scope(p.device_index);
   if (Status status = scope.status(); !status.ok()) return status;
-  return kernel->run(launch);
+  return kernel->run(whole);
 }
 
 }  // namespace wh

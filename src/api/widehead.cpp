@@ -119,8 +119,8 @@ Status read_problem(const wh_problem* from, Problem& to) {
   WH_RETURN_IF_ERROR(read_enum("dtype_kv", c.dtype_kv, WH_BF16, to.dtype_kv));
   WH_RETURN_IF_ERROR(read_enum("causal", c.causal, WH_CAUSAL_TOP_LEFT, to.causal));
   WH_RETURN_IF_ERROR(read_enum("mask", c.mask, WH_MASK_ADDITIVE, to.mask));
-  constexpr uint32_t kKnown =
-      WH_USES_SINKS | WH_USES_KEY_LENGTHS | WH_USES_KEY_STARTS | WH_USES_LOG_SUM_EXP;
+  constexpr uint32_t kKnown = WH_USES_SINKS | WH_USES_KEY_LENGTHS | WH_USES_KEY_STARTS |
+                              WH_USES_LOG_SUM_EXP | WH_USES_VALUES_IN_KEYS;
   if ((c.uses & ~kKnown) != 0) {
     return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, kKnown));
   }
@@ -146,6 +146,7 @@ Status read_problem(const wh_problem* from, Problem& to) {
   to.has_key_lengths = (c.uses & WH_USES_KEY_LENGTHS) != 0;
   to.has_key_starts = (c.uses & WH_USES_KEY_STARTS) != 0;
   to.wants_log_sum_exp = (c.uses & WH_USES_LOG_SUM_EXP) != 0;
+  to.values_in_keys = (c.uses & WH_USES_VALUES_IN_KEYS) != 0;
   return validate(to);
 }
 
@@ -344,7 +345,8 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
     };
     set(problem->stride_q, p.heads_q, p.len_q, p.dim_qk);
     set(problem->stride_k, p.heads_kv, p.len_k, p.dim_qk);
-    set(problem->stride_v, p.heads_kv, p.len_k, p.dim_v);
+    const bool values_in_keys = (p.uses & WH_USES_VALUES_IN_KEYS) != 0;
+    set(problem->stride_v, p.heads_kv, p.len_k, values_in_keys ? p.dim_qk : p.dim_v);
     set(problem->stride_out, p.heads_q, p.len_q, p.dim_v);
     set(problem->stride_mask, p.heads_q, p.len_q, p.len_k);
     problem->scale = 1.0f / std::sqrt(static_cast<float>(p.dim_qk));

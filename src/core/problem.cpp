@@ -134,6 +134,15 @@ Status validate(const Problem& p) {
   WH_RETURN_IF_ERROR(check_strides("stride_q", extents_q(p), p.stride_q));
   WH_RETURN_IF_ERROR(check_strides("stride_k", extents_k(p), p.stride_k));
   WH_RETURN_IF_ERROR(check_strides("stride_v", extents_v(p), p.stride_v));
+  if (p.values_in_keys && p.dim_v > p.dim_qk) {
+    return invalid(fmt::format("dim_v is {}; as v lies in k it must be at most dim_qk, which is {}",
+                               p.dim_v, p.dim_qk));
+  }
+  for (size_t i = 0; p.values_in_keys && i < 4; ++i) {
+    if (p.stride_v[i] == p.stride_k[i]) continue;
+    return invalid(fmt::format("stride_v[{}] is {}; as v lies in k it must be stride_k[{}], {}", i,
+                               p.stride_v[i], i, p.stride_k[i]));
+  }
   WH_RETURN_IF_ERROR(check_strides("stride_out", extents_out(p), p.stride_out));
   WH_RETURN_IF_ERROR(check_out_distinct(extents_out(p), p.stride_out));
   if (p.mask != MaskKind::kNone) {
@@ -154,7 +163,7 @@ Status validate(const Problem& p, const Tensors& t) {
   const Bytes inputs[] = {
       {"q", t.q, span_elements(extents_q(p), p.stride_q) * bytes_q},
       {"k", t.k, span_elements(extents_k(p), p.stride_k) * bytes_kv},
-      {"v", t.v, span_elements(extents_v(p), p.stride_v) * bytes_kv},
+      {"v", t.v, p.values_in_keys ? 0 : span_elements(extents_v(p), p.stride_v) * bytes_kv},
       {"mask", t.mask,
        p.mask == MaskKind::kNone
            ? 0
@@ -172,6 +181,11 @@ Status validate(const Problem& p, const Tensors& t) {
       return invalid(fmt::format("{} overlaps {}; an output must not share memory with an input",
                                  overlap(out, input) ? "out" : "log_sum_exp", input.name));
     }
+  }
+  if (p.values_in_keys && t.v != nullptr && t.v != t.k) {
+    return invalid(fmt::format(
+        "v is {}; the problem says that it lies in k, so it must be null or k, which is {}", t.v,
+        t.k));
   }
   if (p.wants_log_sum_exp && t.log_sum_exp == nullptr) {
     return invalid("log_sum_exp is null; the problem asks for it");
@@ -210,6 +224,7 @@ std::string describe(const Problem& p) {
   if (p.has_sinks) text += ", sinks";
   if (p.has_key_lengths) text += ", key lengths";
   if (p.has_key_starts) text += ", key starts";
+  if (p.values_in_keys) text += ", values in keys";
   return text;
 }
 

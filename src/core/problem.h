@@ -58,6 +58,7 @@ struct Problem {
   bool has_key_lengths = false;
   bool has_key_starts = false;
   bool wants_log_sum_exp = false;
+  bool values_in_keys = false;  // v is the first dim_v columns of k: absorbed latent attention
 
   int64_t group() const { return heads_q / heads_kv; }
   bool operator==(const Problem&) const = default;

@@ -38,7 +38,8 @@ Json problem_json(const Problem& p) {
           {"sinks", p.has_sinks},
           {"key_lengths", p.has_key_lengths},
           {"key_starts", p.has_key_starts},
-          {"log_sum_exp", p.wants_log_sum_exp}};
+          {"log_sum_exp", p.wants_log_sum_exp},
+          {"values_in_keys", p.values_in_keys}};
 }
 
 Problem read_problem(const Json& json) {
@@ -70,6 +71,7 @@ Problem read_problem(const Json& json) {
   reader.read("key_lengths", p.has_key_lengths);
   reader.read("key_starts", p.has_key_starts);
   reader.read("log_sum_exp", p.wants_log_sum_exp);
+  reader.read("values_in_keys", p.values_in_keys);
   return p;
 }
 

@@ -42,7 +42,8 @@ double useful_flops(const Problem& p) {
 
 double kv_bytes(const Problem& p) {
   return static_cast<double>(p.batch * p.heads_kv) * static_cast<double>(p.len_k) *
-         static_cast<double>(p.dim_qk + p.dim_v) * static_cast<double>(dtype_bytes(p.dtype_kv));
+         static_cast<double>(p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) *
+         static_cast<double>(dtype_bytes(p.dtype_kv));
 }
 
 }  // namespace wh

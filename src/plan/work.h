@@ -16,7 +16,7 @@ int64_t most_visible_keys(const Problem& problem);
 // Multiply-adds counted twice: 2 * (dim_qk + dim_v) a visible pair and query head.
 double useful_flops(const Problem& problem);
 
-// Bytes of K and V, each counted once: what decode streams.
+// Bytes of K and V, each counted once, or of K alone where V lies in it: what decode streams.
 double kv_bytes(const Problem& problem);
 
 }  // namespace wh

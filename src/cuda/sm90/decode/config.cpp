@@ -49,7 +49,9 @@ class DecodeCost {
     // A window does not start at a tile's edge.
     const int64_t keys = most_visible_keys(p);
     tiles_ = divide_up(keys, variant.tile_k) + (keys < p.len_k ? 1 : 0);
-    tile_bytes_ = static_cast<double>(variant.tile_k * (p.dim_qk + p.dim_v) * 2);
+    tile_work_ = static_cast<double>(variant.tile_k * (p.dim_qk + p.dim_v) * 2);
+    tile_bytes_ =
+        static_cast<double>(variant.tile_k * (p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) * 2);
     share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
   }
 
@@ -82,7 +84,7 @@ class DecodeCost {
   double tile_us(int64_t blocks) const {
     const auto busy = static_cast<double>(blocks);
     const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(sms_));
-    return std::max(tile_bytes_ / kBlockRate,
+    return std::max(tile_work_ / kBlockRate,
                     tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached);
   }
 
@@ -90,12 +92,12 @@ class DecodeCost {
   static constexpr double kBlockUs = 0.5;         // between two blocks of a multiprocessor
   static constexpr double kCombineUs = 1.3;       // launched behind the main kernel
   static constexpr double kCombineRate = 1.25e6;  // bytes a microsecond
-  static constexpr double kBlockRate = 34e3;
+  static constexpr double kBlockRate = 34e3;      // of work, counted as if V were read too
 
   int64_t sms_;
   double gbytes_per_s_;
   int64_t row_tiles_, items_, tiles_;
-  double tile_bytes_, share_bytes_;
+  double tile_work_, tile_bytes_, share_bytes_;
 };
 
 std::optional<std::string> refusal(const Query& query) {

@@ -41,7 +41,8 @@ struct MappedTensor {
   }
 };
 
-// Absorbed latent attention hands in the same memory twice.
+// Absorbed latent attention hands in the same memory twice. The planner counts that where the
+// problem says so; the kernel sees it anyway.
 Values values_of(const Problem& p, const Tensors& t) {
   const bool is_prefix = t.v == t.k && p.dim_v <= p.dim_qk && p.stride_v == p.stride_k;
   return is_prefix ? Values::kInKeys : Values::kOwn;
