@@ -93,7 +93,7 @@ typedef struct wh_limits {
   int64_t fused_above;     /* keys, for WH_FUSED_ABOVE: fused from there on, 0: always */
   const char* kernel;      /* forces a kernel by name; NULL: the planner chooses */
   int32_t precision;       /* of the weights before they multiply v; see docs/semantics.md */
-  double longest_step_us;  /* between two looks at the progress callback; 0: any */
+  double longest_step_us;  /* between two looks at the callback; CUDA: of a launch; 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
   /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
    * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
@@ -132,7 +132,8 @@ typedef struct wh_run_options {
   const wh_executor* executor; /* NULL: oneTBB */
   /* Reports the fraction done between two steps, from any worker but never from two at once; it
    * never falls and ends at 1. Anything but 0 stops the run unless it had nothing left to do: it
-   * answers WH_CANCELLED, and wh_last_error() says whether out is untouched or partly written. */
+   * answers WH_CANCELLED, and wh_last_error() says whether out is untouched or partly written. A
+   * CUDA run then waits for its launches, returns when out is written, and cannot be captured. */
   int32_t (*progress)(void* context, double fraction);
   void* progress_context;
 } wh_run_options;
@@ -158,8 +159,10 @@ WH_API wh_status wh_problem_set_dense(wh_problem* problem);
  * that cannot run but can be explained; on any other failure it is NULL. */
 WH_API wh_status wh_plan_create(const wh_problem* problem, const wh_limits* limits, wh_plan** plan);
 WH_API void wh_plan_destroy(wh_plan* plan);
-/* options NULL: the defaults. CPU: returns when out is written. CUDA: returns when the work is on
- * the stream; capturable in a graph. Does not allocate. */
+/* options NULL: the defaults. CPU: returns when out is written. CUDA without a progress callback:
+ * returns when the work is on the stream; capturable in a graph. Does not allocate, but for
+ * cuda_unfused's first run on a device, which starts cuBLASLt: a capture before it is
+ * WH_DEVICE_ERROR. */
 WH_API wh_status wh_plan_run(const wh_plan* plan, const wh_tensors* tensors,
                              const wh_run_options* options);
 WH_API const char* wh_plan_kernel(const wh_plan* plan); /* "" when none is allowed */

@@ -37,6 +37,7 @@ class Progress {
     if (callback_ != nullptr) done_ += work;
   }
   bool is_cancelled() const { return is_cancelled_; }
+  bool is_watched() const { return callback_ != nullptr; }
 
   // Before a row of out is stored.
   void writing_out() { is_writing_.store(true, std::memory_order_relaxed); }

@@ -25,6 +25,7 @@ struct Config {
   int64_t tile_k = 0;      // keys a tile covers
   int64_t chunk_keys = 0;  // keys between two merges by log-sum-exp; 0: keys are not split
   int64_t fresh_keys = kAnyKeys;  // Limits::fresh_keys, where the kernel makes use of it
+  int64_t step_tiles = 0;  // CUDA: tiles (blocks, passes) that one launch takes; 0: all of them
   bool operator==(const Config&) const = default;
 };
 

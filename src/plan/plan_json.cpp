@@ -108,12 +108,10 @@ Limits read_limits(const Json& json) {
 }
 
 Json config_json(const Config& config) {
-  return {{"variant", config.variant},
-          {"threads", config.threads},
-          {"tile_q", config.tile_q},
-          {"tile_k", config.tile_k},
-          {"chunk_keys", config.chunk_keys},
-          {"fresh_keys", config.fresh_keys}};
+  return {{"variant", config.variant},       {"threads", config.threads},
+          {"tile_q", config.tile_q},         {"tile_k", config.tile_k},
+          {"chunk_keys", config.chunk_keys}, {"fresh_keys", config.fresh_keys},
+          {"step_tiles", config.step_tiles}};
 }
 
 Config read_config(const Json& json) {
@@ -125,6 +123,7 @@ Config read_config(const Json& json) {
   reader.read("tile_k", config.tile_k);
   reader.read("chunk_keys", config.chunk_keys);
   reader.read("fresh_keys", config.fresh_keys);
+  reader.read("step_tiles", config.step_tiles);
   return config;
 }
 

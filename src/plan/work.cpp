@@ -29,11 +29,13 @@ double visible_pairs(const Problem& p) {
   return std::max(0.0, pairs);
 }
 
-int64_t most_visible_keys(const Problem& p) {
+int64_t most_visible_keys(const Problem& p, int64_t queries) {
   const int64_t right = p.causal != Causal::kNone ? 0 : p.window_right;
   if (p.window_left == kUnlimited || right == kUnlimited) return p.len_k;
-  return std::min(p.len_k, p.window_left + right + std::max<int64_t>(1, p.len_q));
+  return std::min(p.len_k, p.window_left + right + std::max<int64_t>(1, queries));
 }
+
+int64_t most_visible_keys(const Problem& p) { return most_visible_keys(p, p.len_q); }
 
 double useful_flops(const Problem& p) {
   return visible_pairs(p) * static_cast<double>(p.batch * p.heads_q) * 2 *

@@ -9,9 +9,10 @@ namespace wh {
 // key present. Key lengths are data, not shape: they count as full.
 double visible_pairs(const Problem& problem);
 
-// The most keys that the queries of one head may see together: fewer than len_k with a window on
-// both sides. Their first one depends on key lengths, their number does not.
-int64_t most_visible_keys(const Problem& problem);
+// The most keys that so many neighbouring queries of one head may see together: fewer than len_k
+// with a window on both sides. Their first one depends on key lengths, their number does not.
+int64_t most_visible_keys(const Problem& problem, int64_t queries);
+int64_t most_visible_keys(const Problem& problem);  // of all queries
 
 // Multiply-adds counted twice: 2 * (dim_qk + dim_v) a visible pair and query head.
 double useful_flops(const Problem& problem);

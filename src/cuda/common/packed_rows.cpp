@@ -1,5 +1,7 @@
 #include "cuda/common/packed_rows.h"
 
+#include "plan/kernel.h"
+
 namespace wh::cuda {
 
 PackedShape::PackedShape(const Problem& p, const Config& config)

@@ -6,7 +6,10 @@
 
 #include "cuda/common/divisor.h"
 #include "cuda/common/key_range.h"
-#include "plan/kernel.h"
+
+namespace wh {
+struct Config;  // the kernels must not be compiled anew when the planner changes
+}
 
 namespace wh::cuda {
 

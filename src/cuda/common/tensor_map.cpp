@@ -33,10 +33,9 @@ std::optional<std::string> tensor_map_refusal(const char* name, const Strides& s
   for (int i = 0; i < 3; ++i) {
     if (shape[i] <= 1) continue;
     const int64_t bytes = strides[i] * kElementBytes;
-    if (bytes < 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) {
-      return fmt::format(
-          "{} has a {} stride of {} elements; TMA needs a positive multiple of 8 below 2^39", name,
-          kNames[i], strides[i]);
+    if (bytes % 16 != 0 || bytes >= int64_t{1} << 40) {
+      return fmt::format("{} has a {} stride of {} elements; TMA needs a multiple of 8 below 2^39",
+                         name, kNames[i], strides[i]);
     }
   }
   return std::nullopt;
@@ -67,8 +66,8 @@ Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shap
              stride_bytes, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    return Status(Code::kDeviceError,
-                  fmt::format("cuTensorMapEncodeTiled answered {}", static_cast<int>(result)));
+    return Status(Code::kDeviceError, fmt::format("cuTensorMapEncodeTiled answered {} for {}",
+                                                  static_cast<int>(result), shape.name));
   }
   return map;
 }

@@ -17,12 +17,13 @@ namespace wh::cuda {
 constexpr int kPanelColumns = 64;
 
 // Why TMA cannot describe a [batch, heads, length, dim] tensor of a 16-bit type with these strides;
-// nullopt: it can.
+// nullopt: it can. A stride of 0 is one of the multiples of 16 bytes that it takes.
 std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
                                               const std::array<int64_t, 4>& shape);
 
 // Dimensions innermost first, the first one dense; strides in elements from the second one on.
 struct TensorMapShape {
+  const char* name;  // of the tensor, for messages
   Dtype dtype;
   int rank;
   std::array<int64_t, 5> extent;

@@ -18,7 +18,8 @@ struct TileOrder {
   int32_t head_sets;     // batch * heads_q / packed_heads
   int32_t section_sets;  // head sets whose K and V share L2
   int32_t tiles;         // query_tiles * head_sets
-  int32_t* next;         // tiles claimed beyond the grid's first; null: dealt in turn
+  int32_t begin, end;    // of the tiles that this launch takes
+  int32_t* next;         // claims beyond the first tile of each worker; null: dealt in turn
 };
 
 struct QueryTile {
@@ -26,6 +27,15 @@ struct QueryTile {
   int32_t first_head;  // of the packed ones
   int32_t first_query;
 };
+
+// A worker (a block, or a cluster) begins with its own tile of the launch, and goes on with the one
+// that is a round further, or with the next that nobody has claimed: `claim` counts them from 0.
+constexpr int32_t first_tile(const TileOrder& order, int32_t worker) {
+  return order.begin + worker;
+}
+constexpr int32_t claimed_tile(const TileOrder& order, int32_t workers, int32_t claim) {
+  return order.begin + workers + claim;
+}
 
 constexpr QueryTile query_tile(const TileOrder& order, int32_t heads_q, int32_t index) {
   const int32_t section_tiles = order.section_sets * order.query_tiles;

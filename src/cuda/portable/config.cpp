@@ -9,6 +9,7 @@
 #include "core/names.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
+#include "cuda/common/steps.h"
 #include "cuda/portable/kernel.h"
 #include "plan/work.h"
 
@@ -82,6 +83,10 @@ class PortableCost {
     resident_ = std::clamp<int64_t>(
         std::min(query.cuda.shared_bytes / tile.bytes, int64_t{256 / tile.threads()}), 1, 2);
     most_tiles_ = divide_up(most_visible_keys(p), tile.keys);
+    // Of a block alone; a window does not start at a tile's edge.
+    const int64_t block_queries = divide_up(tile.rows, std::max<int64_t>(1, p.group())) + 1;
+    block_tiles_ =
+        std::min(most_tiles_, divide_up(most_visible_keys(p, block_queries), tile.keys) + 1);
     const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q));
     tiles_ = keys / tile.keys + 0.5;
     // Warps without rows skip the products.
@@ -111,6 +116,12 @@ class PortableCost {
     double us = kStartUs + std::max(longest, all + longest / 4) * tile_us(blocks);
     if (splits > 1) us += kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate;
     return us;
+  }
+
+  TileWaves waves(int64_t splits) const {
+    const int64_t blocks = items_ * splits;
+    const auto tiles = static_cast<double>(divide_up(block_tiles_, splits));
+    return {blocks, sms_ * resident_, kStartUs + tiles * tile_us(blocks)};
   }
 
   int64_t best_splits() const {
@@ -157,7 +168,7 @@ class PortableCost {
   static constexpr double kCombineUs = 2;
   static constexpr double kCombineRate = 1e6;  // bytes a microsecond
 
-  int64_t sms_, items_, resident_, most_tiles_;
+  int64_t sms_, items_, resident_, most_tiles_, block_tiles_;
   double tiles_, product_us_, tile_bytes_, bytes_per_us_, share_bytes_;
 };
 
@@ -202,6 +213,10 @@ Config configure(const Query& query) {
   if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.tile.keys;
   const int64_t row_tiles = divide_up(p.len_q * p.group(), variant.tile.rows);
   config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles * splits);
+  if (query.limits.longest_step_us > 0) {
+    const PortableCost all(query, variant, p.batch);
+    config.step_tiles = choose_step_tiles(query, all.waves(splits), all.us(splits));
+  }
   return config;
 }
 
@@ -215,6 +230,15 @@ double estimate_us(const Query& query, const Config& config) {
   const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
   return PortableCost(query, *variant, p.batch).us(PackedShape(p, config).splits);
+}
+
+double step_us(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
+  if (variant == nullptr) return std::numeric_limits<double>::infinity();
+  const PortableCost cost(query, *variant, p.batch);
+  const int64_t splits = PackedShape(p, config).splits;
+  return step_us_of(cost.waves(splits), config.step_tiles, cost.us(splits));
 }
 
 }  // namespace
@@ -240,6 +264,7 @@ const Kernel kPortable{"cuda_portable",
                        configure,
                        workspace_bytes,
                        estimate_us,
-                       run_portable};
+                       run_portable,
+                       step_us};
 
 }  // namespace wh::cuda

@@ -3,10 +3,11 @@
 #include <algorithm>
 
 #include "cuda/common/launch.h"
+#include "cuda/common/steps.h"
 #include "cuda/portable/config.h"
-
 #include "cuda/portable/whole_rows.h"
 #include "plan/cuda_facts.h"
+
 namespace wh::cuda {
 namespace {
 
@@ -42,16 +43,19 @@ Status run_portable(const Launch& launch) {
   const PackedShape shape(p, launch.config);
   if (shape.items == 0) return {};
   PortableArgs args = portable_args(p, launch.tensors, shape);
-  void* parameters[] = {&args};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  Status status = launch_kernel({.function = variant->instance(),
-                                 .blocks = static_cast<int>(shape.blocks),
-                                 .threads = variant->tile.threads(),
-                                 .shared_bytes = variant->tile.bytes,
-                                 .parameters = parameters,
-                                 .stream = stream});
-  if (!status.ok() || shape.splits == 1) return status;
-  return launch_combine(args.attention, p.dtype_q, args.partials, stream);
+  return run_in_steps(launch, shape.blocks, [&](int64_t first, int64_t end) -> Status {
+    args.last_item = static_cast<int32_t>(shape.blocks - 1 - first);
+    void* parameters[] = {&args};
+    Status status = launch_kernel({.function = variant->instance(),
+                                   .blocks = static_cast<int>(end - first),
+                                   .threads = variant->tile.threads(),
+                                   .shared_bytes = variant->tile.bytes,
+                                   .parameters = parameters,
+                                   .stream = stream});
+    if (!status.ok() || shape.splits == 1 || end < shape.blocks) return status;
+    return launch_combine(args.attention, p.dtype_q, args.partials, stream);
+  });
 }
 
 }  // namespace wh::cuda

@@ -1,22 +1,24 @@
-// cuda_portable: attention by mma.sync and cp.async, for every card from sm_80 on, any dimensions up
-// to 1024, f16, bf16 and f32; prefill and split-key decode in one kernel.
+// cuda_portable: attention by mma.sync and cp.async, for every card from sm_80 on, any dimensions
+// up to 1024, f16, bf16 and f32; prefill and split-key decode in one kernel.
 //
 // Schedule: a block owns up to 128 query rows that share a kv head (queries x heads of the group)
 // and one share of the key tiles that any of them sees. K and V tiles come by cp.async, one of each
-// in shared memory: V arrives during S = Q K^T, the next K during softmax and O += P V. A warp keeps
-// 16 rows (narrow 16-bit heads: 32) of S and O in registers. Where V is wider than 256, two or four
-// warps share their rows: each computes the scores of some of the keys, they agree on the largest,
-// pass the weights through shared memory, and each sums its own 256 columns of V. Warps without a
-// row skip the products. Shares of keys leave normalised partial rows, merged by combine.cu.
+// in shared memory: V arrives during S = Q K^T, the next K during softmax and O += P V. A warp
+// keeps 16 rows (narrow 16-bit heads: 32) of S and O in registers. Where V is wider than 256, two
+// or four warps share their rows: each computes the scores of some of the keys, they agree on the
+// largest, pass the weights through shared memory, and each sums its own 256 columns of V. Warps
+// without a row skip the products. Shares of keys leave normalised partial rows, merged by
+// combine.cu.
 //
-// Roofline: mma.sync reaches 60 to 65 % of the dense rate of sm_80 and two fifths of Hopper's, whose
-// full rate needs wgmma. With 16 rows a warp each fragment of K and V feeds one product: shared
-// memory's 128 bytes a clock bound those tiles (256 wide and more), the tensor cores the narrow
-// ones. f32 takes three TF32 products for one: a sixth of the 16-bit rate.
+// Roofline: mma.sync reaches 60 to 65 % of the dense rate of sm_80 and two fifths of Hopper's,
+// whose full rate needs wgmma. With 16 rows a warp each fragment of K and V feeds one product:
+// shared memory's 128 bytes a clock bound those tiles (256 wide and more), the tensor cores the
+// narrow ones. f32 takes three TF32 products for one: a sixth of the 16-bit rate.
 //
-// NaN and infinity in V: keys that do not exist are never read. In tiles where some row does not see
-// some key, and in all tiles in f32 (infinity has no second half in 3xTF32), what is not finite is
-// taken out of shared memory and added again, after the rows are stored, to the rows that see it.
+// NaN and infinity in V: keys that do not exist are never read. In tiles where some row does not
+// see some key, and in all tiles in f32 (infinity has no second half in 3xTF32), what is not finite
+// is taken out of shared memory and added again, after the rows are stored, to the rows that see
+// it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -58,8 +60,8 @@ class Block {
     };
     s_q_ = take(kTile.rows, kTile.pitch_qk);
     s_k_ = take(kKeys, kTile.pitch_qk);
-    s_v_ = kTile.shares_buffer ? SharedRows<T>{s_k_.data, kTile.pitch_v}
-                               : take(kKeys, kTile.pitch_v);
+    s_v_ =
+        kTile.shares_buffer ? SharedRows<T>{s_k_.data, kTile.pitch_v} : take(kKeys, kTile.pitch_v);
     s_p_ = take(kTile.rows, kTile.pitch_p);
     s_tops_ = reinterpret_cast<float*>(next);
     s_dropped_ = reinterpret_cast<int32_t*>(s_tops_ + (kGroups > 1 ? kTile.rows * kGroups : 0));
@@ -142,21 +144,17 @@ class Block {
                                             int64_t stride_dim, int32_t dim, bool is_whole,
                                             int32_t tile) {
     const int32_t first = tile * kKeys;
-    const TileRows<T> rows{head + first * stride,
-                           stride,
-                           stride_dim,
-                           dim,
-                           item_.present.begin - first,
-                           item_.present.end - first,
-                           is_whole};
+    const TileRows<T> rows{
+        head + first * stride,     stride,  stride_dim, dim, item_.present.begin - first,
+        item_.present.end - first, is_whole};
     load_rows<kKeys, kColumnsOf, kThreads>(static_cast<int>(threadIdx.x), rows, AsyncCopy{to});
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_keys(int32_t tile) {
     const T* head = static_cast<const T*>(args_.k) + item_.batch_idx * args_.stride_k[0] +
                     item_.head_kv * args_.stride_k[1];
-    load_tile<kDimQk>(s_k_, head, args_.stride_k[2], args_.stride_k[3], a_.dim_qk,
-                      args_.k_is_whole, tile);
+    load_tile<kDimQk>(s_k_, head, args_.stride_k[2], args_.stride_k[3], a_.dim_qk, args_.k_is_whole,
+                      tile);
   }
   __device__ __forceinline__ const T* values() const {
     return static_cast<const T*>(a_.v) + item_.batch_idx * a_.stride_v[0] +
@@ -269,8 +267,8 @@ class Block {
       if (has_scores) softmax_[0].weigh(s[0], r, scale_log2_);
     }
     if (has_scores) {
-      Products<T>::template share<kTiles>(
-          s[0], {s_p_.at(warp_row_, group_ * kSliceKeys), kTile.pitch_p});
+      Products<T>::template share<kTiles>(s[0],
+                                          {s_p_.at(warp_row_, group_ * kSliceKeys), kTile.pitch_p});
     }
   }
   // The sums of all column groups, in all of them.
@@ -350,8 +348,7 @@ class Block {
         for (int32_t key = begin; key < end; ++key) {
           const T value = values()[key * a_.stride_v[2] + column * a_.stride_v[3]];
           if (is_finite(value)) continue;
-          const bool was_dropped =
-              std::is_same_v<T, float> || !item_.tiles.is_clean(key / kKeys);
+          const bool was_dropped = std::is_same_v<T, float> || !item_.tiles.is_clean(key / kKeys);
           if (!was_dropped || static_cast<uint32_t>(key - mask.first_key) >= mask.key_count ||
               mask_bias<T>(a_, mask, key) == -INFINITY) {
             continue;
@@ -376,8 +373,7 @@ class Block {
   }
   __device__ __forceinline__ float* partial_row(PackedRow at) const {
     const Partials& partials = args_.partials;
-    return partials.sums +
-           (item_.split * partials.rows + at.index(a_, item_)) * partials.columns;
+    return partials.sums + (item_.split * partials.rows + at.index(a_, item_)) * partials.columns;
   }
 
   __device__ __forceinline__ void store_row(int m, int r, bool is_split) {
@@ -452,7 +448,7 @@ __global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kMem
   auto* item = reinterpret_cast<PackedItem*>(s_memory + Block::kTile.bytes - kPortableItemBytes);
   if (threadIdx.x == 0) {
     // Longest first: the last rows see the most keys.
-    *item = PackedItem(args.attention, args.rows, static_cast<int32_t>(gridDim.x - 1 - blockIdx.x),
+    *item = PackedItem(args.attention, args.rows, args.last_item - static_cast<int32_t>(blockIdx.x),
                        Block::kTile.rows, Block::kTile.keys);
   }
   __syncthreads();

@@ -1,11 +1,15 @@
 // cuda_portable, the running side.
 #pragma once
 
+#include "core/status.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/portable/tiles.h"
-#include "plan/kernel.h"
+
+namespace wh {
+struct Launch;
+}
 
 namespace wh::cuda {
 
@@ -19,6 +23,7 @@ struct PortableArgs {
   bool q_is_whole, k_is_whole, v_is_whole;
   bool out_is_whole;  // pairs of elements can be stored at once
   PackedRows rows;
+  int32_t last_item;  // of this launch, which takes items from there down
   Partials partials;
 };
 

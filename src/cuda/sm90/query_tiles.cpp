@@ -12,6 +12,23 @@ namespace {
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+// A worker's, of a tile whose queries see so many keys, those of cut tiles included.
+double tile_us(const Query& query, const TileCost& cost, double keys) {
+  double share = cost.share;
+  if (scores_of(query.problem) == Scores::kTransformed) share *= 0.65;
+  if (scores_of(query.problem) == Scores::kMasked) share *= 0.4;
+  // An H100 under load runs at 0.84 of the boost clock that its driver names.
+  constexpr double kSustained = 0.84;
+  const double worker_flops_per_us = query.cuda.tensor_tflops * kSustained * share * 1e6 *
+                                     cost.worker_sms / std::max(1, query.cuda.sms);
+  return keys * 2.0 * (cost.dims.dim_qk + cost.dims.dim_v) * cost.tile_q / worker_flops_per_us +
+         1.0;
+}
+
+double read_us(const Query& query) {
+  return kv_bytes(query.problem) / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3);
+}
+
 }  // namespace
 
 TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
@@ -40,10 +57,9 @@ TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
   return order;
 }
 
-bool claims_tiles(const Problem& p, const TileOrder& order, int32_t workers) {
-  return order.tiles > workers &&
-         (p.causal != Causal::kNone || p.window_left != kUnlimited ||
-          p.window_right != kUnlimited || p.has_key_lengths || p.has_key_starts);
+bool claims_tiles(const Problem& p, int64_t tiles, int32_t workers) {
+  return tiles > workers && (p.causal != Causal::kNone || p.window_left != kUnlimited ||
+                             p.window_right != kUnlimited || p.has_key_lengths || p.has_key_starts);
 }
 
 std::optional<std::string> tile_count_refusal(const Problem& p) {
@@ -56,25 +72,24 @@ std::optional<std::string> tile_count_refusal(const Problem& p) {
 double estimate_tiles_us(const Query& query, const TileOrder& order, const TileCost& cost) {
   const Problem& p = query.problem;
   const int32_t workers = std::max(1, cost.workers);
-  double share = cost.share;
-  if (scores_of(p) == Scores::kTransformed) share *= 0.65;
-  if (scores_of(p) == Scores::kMasked) share *= 0.4;
-  // An H100 under load runs at 0.84 of the boost clock that its driver names.
-  constexpr double kSustained = 0.84;
-  const double worker_flops_per_us = query.cuda.tensor_tflops * kSustained * share * 1e6 *
-                                     cost.worker_sms / std::max(1, query.cuda.sms);
   // Keys of a query on average, and half a tile more where its last tile is cut.
   const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q)) +
                       static_cast<double>(cost.tile_k) / 2;
-  const double tile_us =
-      keys * 2.0 * (cost.dims.dim_qk + cost.dims.dim_v) * cost.tile_q / worker_flops_per_us + 1.0;
   // Tiles dealt in turn end together; claimed ones leave half a tile idle in the end.
-  const double rounds = claims_tiles(p, order, workers)
+  const double rounds = claims_tiles(p, order.tiles, workers)
                             ? static_cast<double>(order.tiles) / workers + 0.5
                             : static_cast<double>(divide_up(order.tiles, workers));
   constexpr double kFixedUs = 12;  // what small problems take in a graph, beyond their tiles
-  const double read_us = kv_bytes(p) / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3);
-  return std::max(tile_us * rounds, read_us) + kFixedUs;
+  return std::max(tile_us(query, cost, keys) * rounds, read_us(query)) + kFixedUs;
+}
+
+TileWaves tile_waves(const Query& query, const TileOrder& order, const TileCost& cost) {
+  const int64_t workers = std::max(1, cost.workers);
+  const auto keys =
+      static_cast<double>(most_visible_keys(query.problem, order.tile_queries) + cost.tile_k);
+  const double read_share =
+      std::min(1.0, static_cast<double>(workers) / static_cast<double>(std::max(1, order.tiles)));
+  return {order.tiles, workers, std::max(tile_us(query, cost, keys), read_us(query) * read_share)};
 }
 
 }  // namespace wh::cuda

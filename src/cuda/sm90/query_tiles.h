@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "cuda/common/steps.h"
 #include "cuda/common/tile_order.h"
 #include "cuda/sm90/prefill/tiles.h"
 #include "plan/kernel.h"
@@ -16,8 +17,9 @@ namespace wh::cuda {
 // Packs at least `least_packed` heads of a group into a tile, more where that fills tiles better.
 TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packed);
 
-// Whether tiles differ in length, so that claiming them from a counter beats dealing them in turn.
-bool claims_tiles(const Problem& problem, const TileOrder& order, int32_t workers);
+// Whether so many tiles differ in length and are more than the workers, so that claiming them from
+// a counter beats dealing them in turn.
+bool claims_tiles(const Problem& problem, int64_t tiles, int32_t workers);
 constexpr size_t kTileCounterBytes = 16;
 
 // Too many tiles to count by int32.
@@ -32,5 +34,7 @@ struct TileCost {
   double share;        // of the card's dense tensor rate that the main loop reaches
 };
 double estimate_tiles_us(const Query& query, const TileOrder& order, const TileCost& cost);
+// A wave here is of the longest tiles that there are.
+TileWaves tile_waves(const Query& query, const TileOrder& order, const TileCost& cost);
 
 }  // namespace wh::cuda

@@ -5,9 +5,13 @@
 
 #include <cstddef>
 
+#include "core/status.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/tile_order.h"
-#include "plan/kernel.h"
+
+namespace wh {
+struct Launch;  // the kernels must not be compiled anew when the planner changes
+}
 
 namespace wh::cuda {
 
@@ -31,10 +35,9 @@ struct TileLaunch {
   int32_t box_keys;       // rows of a box of K
   int32_t box_values;     // rows of a box of V
   const void* function;
-  int32_t blocks;
   int32_t threads;
   int32_t shared_bytes;
-  int32_t cluster = 1;
+  int32_t cluster = 1;  // blocks of a worker
 };
 
 Status run_tiles(const Launch& launch, const TileLaunch& tiles);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/common/launch.h"
+#include "cuda/common/steps.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/refusal.h"
@@ -12,6 +13,7 @@ namespace {
 
 // K or V of a variant: how its tiles are read, and the map for that.
 struct MappedTensor {
+  const char* name;
   const Problem& problem;
   const Strides& stride;
   int64_t dim;          // of the problem
@@ -27,6 +29,7 @@ struct MappedTensor {
     const int64_t heads = stride[1] != 0 ? p.heads_kv : 1;
     const int64_t batch = stride[0] != 0 ? p.batch : 1;
     TensorMapShape shape{};
+    shape.name = name;
     shape.dtype = p.dtype_kv;
     shape.rank = 5;
     shape.stride = {1, stride[2], kPanelColumns, stride[1], stride[0]};
@@ -73,8 +76,8 @@ Status run_decode(const Launch& launch) {
   if (shape.items == 0) return {};
   if (Status status = check_alignment(p, t); !status.ok()) return status;
   const DecodeVariant& variant = *decode_variant(p);
-  const MappedTensor k{p, p.stride_k, p.dim_qk, variant.dim_qk};
-  const MappedTensor v{p, p.stride_v, p.dim_v, variant.dim_v};
+  const MappedTensor k{"k", p, p.stride_k, p.dim_qk, variant.dim_qk};
+  const MappedTensor v{"v", p, p.stride_v, p.dim_v, variant.dim_v};
   DecodeArgs args = decode_args(p, t, launch.config);
   args.use_k = k.use();
   args.use_v = v.use();
@@ -86,18 +89,21 @@ Status run_decode(const Launch& launch) {
     if (!map_v.ok()) return map_v.status();
     maps = {*map_k, *map_v};
   }
-  void* parameters[] = {&maps, &args};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  Status status = launch_kernel(
-      {.function = p.dtype_q == Dtype::kBf16 ? variant.instance_bf16() : variant.instance_f16(),
-       .blocks = static_cast<int>(shape.blocks),
-       .threads = variant.threads,
-       .shared_bytes = variant.shared_bytes,
-       .overlaps_front = true,
-       .parameters = parameters,
-       .stream = stream});
-  if (!status.ok() || shape.splits == 1) return status;
-  return launch_combine(args.attention, p.dtype_q, args.partials, stream);
+  // One launch: its blocks end together, and the merge waits for the kernel right in front of it.
+  return run_in_steps(launch, 1, [&](int64_t, int64_t) -> Status {
+    void* parameters[] = {&maps, &args};
+    Status status = launch_kernel(
+        {.function = p.dtype_q == Dtype::kBf16 ? variant.instance_bf16() : variant.instance_f16(),
+         .blocks = static_cast<int>(shape.blocks),
+         .threads = variant.threads,
+         .shared_bytes = variant.shared_bytes,
+         .overlaps_front = true,
+         .parameters = parameters,
+         .stream = stream});
+    if (!status.ok() || shape.splits == 1) return status;
+    return launch_combine(args.attention, p.dtype_q, args.partials, stream);
+  });
 }
 
 }  // namespace wh::cuda

@@ -3,10 +3,14 @@
 
 #include <cuda.h>
 
+#include "core/status.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/packed_rows.h"
-#include "plan/kernel.h"
+
+namespace wh {
+struct Launch;
+}
 
 namespace wh::cuda {
 
@@ -14,8 +18,8 @@ namespace wh::cuda {
 // products and is read once.
 enum class Values : int32_t { kOwn, kInKeys };
 
-// How a tensor map is read. TMA has no strides of 0: a dimension that is broadcast has an extent of
-// 1 there, and a step of 0. One box holds all panels of a tile where the dim is whole panels.
+// How a tensor map is read. A dimension that is broadcast has an extent of 1 there, and a step of 0.
+// One box holds all panels of a tile where the dim is whole panels.
 struct MapUse {
   int32_t head_step, batch_step;
   int32_t boxes;  // of a tile

@@ -25,22 +25,6 @@ std::optional<std::string> refusal(const Query& query) {
   return tile_count_refusal(p);
 }
 
-Config configure(const Query& query) {
-  const Problem& p = query.problem;
-  const PrefillTile tile = tile_of(p);
-  Config config;
-  config.variant = p.dtype_q == Dtype::kF16 ? "wgmma f16" : "wgmma bf16";
-  config.tile_q = tile.tile_q();
-  config.tile_k = tile.tile_k;
-  config.threads = std::max(1, std::min(query.cuda.sms, tile_order(p, tile.tile_q(), 1).tiles));
-  return config;
-}
-
-size_t workspace_bytes(const Problem& p, const Config& config) {
-  const TileOrder order = tile_order(p, tile_of(p).tile_q(), 1);
-  return claims_tiles(p, order, config.threads) ? kTileCounterBytes : 0;
-}
-
 // Share of the dense tensor rate that the main loop reaches on full tiles, measured on an H100
 // (2 x 16 heads, 8192 square; 900 TFLOP/s).
 struct Rate {
@@ -52,19 +36,53 @@ constexpr Rate kRates[] = {{{64, 64}, 0.55},   {{80, 80}, 0.52},   {{96, 96}, 0.
                            {{192, 128}, 0.81}, {{192, 192}, 0.85}, {{192, 256}, 0.77},
                            {{256, 256}, 0.85}, {{320, 256}, 0.74}};
 
-double estimate_us(const Query& query, const Config& config) {
-  const HeadDims dims = dims_of(query.problem);
+TileCost cost_of(const Problem& p, const Config& config) {
+  const HeadDims dims = dims_of(p);
   double share = 0.5;
   for (const Rate& rate : kRates) {
     if (rate.dims == dims) share = rate.share;
   }
-  return estimate_tiles_us(query, tile_order(query.problem, static_cast<int32_t>(config.tile_q), 1),
-                           {.dims = dims,
-                            .tile_q = static_cast<int32_t>(config.tile_q),
-                            .tile_k = static_cast<int32_t>(config.tile_k),
-                            .workers = config.threads,
-                            .worker_sms = 1,
-                            .share = share});
+  return {.dims = dims,
+          .tile_q = static_cast<int32_t>(config.tile_q),
+          .tile_k = static_cast<int32_t>(config.tile_k),
+          .workers = config.threads,
+          .worker_sms = 1,
+          .share = share};
+}
+
+TileOrder order_of(const Problem& p) { return tile_order(p, tile_of(p).tile_q(), 1); }
+
+double estimate_us(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  return estimate_tiles_us(query, order_of(p), cost_of(p, config));
+}
+
+TileWaves waves_of(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  return tile_waves(query, order_of(p), cost_of(p, config));
+}
+
+Config configure(const Query& query) {
+  const Problem& p = query.problem;
+  const PrefillTile tile = tile_of(p);
+  Config config;
+  config.variant = p.dtype_q == Dtype::kF16 ? "wgmma f16" : "wgmma bf16";
+  config.tile_q = tile.tile_q();
+  config.tile_k = tile.tile_k;
+  config.threads = std::max(1, std::min(query.cuda.sms, order_of(p).tiles));
+  if (query.limits.longest_step_us > 0) {
+    config.step_tiles =
+        choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
+  }
+  return config;
+}
+
+size_t workspace_bytes(const Problem& p, const Config& config) {
+  return claims_tiles(p, order_of(p).tiles, config.threads) ? kTileCounterBytes : 0;
+}
+
+double step_us(const Query& query, const Config& config) {
+  return step_us_of(waves_of(query, config), config.step_tiles, estimate_us(query, config));
 }
 
 }  // namespace
@@ -90,6 +108,7 @@ const Kernel kSm90Prefill{"sm90_prefill",
                           configure,
                           workspace_bytes,
                           estimate_us,
-                          run_prefill};
+                          run_prefill,
+                          step_us};
 
 }  // namespace wh::cuda

@@ -6,6 +6,7 @@
 
 #include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/query_tiles.h"
+#include "plan/kernel.h"
 
 namespace wh::cuda {
 namespace {
@@ -35,7 +36,6 @@ Status run_prefill(const Launch& launch) {
                             .box_keys = tile.tile_k,
                             .box_values = tile.tile_k,
                             .function = kInstances[variant(dims_index, p)](),
-                            .blocks = launch.config.threads,
                             .threads = tile.threads(),
                             .shared_bytes = PrefillMemory(dims, tile).bytes});
 }

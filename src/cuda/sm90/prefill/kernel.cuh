@@ -147,8 +147,8 @@ struct PrefillBlock {
     Ring<kStages> ring;
     uint32_t q_parity = 1;
     const uint32_t q_bytes = order.packed_heads * order.tile_queries * 128 * kMemory.panels_qk;
-    for (int32_t index = blockIdx.x;; index = next_tile(index)) {
-      const bool is_last = index >= order.tiles;
+    for (int32_t index = first_tile(order, blockIdx.x);; index = next_tile(index)) {
+      const bool is_last = index >= order.end;
       ptx::mbarrier_wait(barrier(kQFree), q_parity);
       q_parity ^= 1;
       mailbox()->tile = is_last ? -1 : index;
@@ -180,7 +180,7 @@ struct PrefillBlock {
 
   __device__ __forceinline__ int32_t next_tile(int32_t index) const {
     if (order.next == nullptr) return index + gridDim.x;
-    return gridDim.x + atomicAdd(order.next, 1);
+    return claimed_tile(order, gridDim.x, atomicAdd(order.next, 1));
   }
 
   struct TileAt {

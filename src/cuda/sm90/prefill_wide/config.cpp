@@ -26,6 +26,25 @@ std::optional<std::string> refusal(const Query& query) {
   return tile_count_refusal(p);
 }
 
+TileCost cost_of(const Problem& p, const Config& config) {
+  return {.dims = kWideDims[wide_dims_index(p)],
+          .tile_q = kWideCluster * kWideTileQ,
+          .tile_k = static_cast<int32_t>(config.tile_k),
+          .workers = config.threads / kWideCluster,
+          .worker_sms = kWideCluster,
+          .share = 0.61};  // of the dense tensor rate, measured on an H100
+}
+
+double estimate_us(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  return estimate_tiles_us(query, wide_order(p), cost_of(p, config));
+}
+
+TileWaves waves_of(const Query& query, const Config& config) {
+  const Problem& p = query.problem;
+  return tile_waves(query, wide_order(p), cost_of(p, config));
+}
+
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
@@ -34,24 +53,20 @@ Config configure(const Query& query) {
   config.tile_k = tile_of(p).tile_k;
   const int32_t clusters = std::min(query.cuda.sms / kWideCluster, wide_order(p).tiles);
   config.threads = kWideCluster * std::max(1, clusters);
+  if (query.limits.longest_step_us > 0) {
+    config.step_tiles =
+        choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
+  }
   return config;
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return claims_tiles(p, wide_order(p), config.threads / kWideCluster) ? kTileCounterBytes : 0;
+  const int32_t clusters = config.threads / kWideCluster;
+  return claims_tiles(p, wide_order(p).tiles, clusters) ? kTileCounterBytes : 0;
 }
 
-double estimate_us(const Query& query, const Config& config) {
-  const HeadDims dims = kWideDims[wide_dims_index(query.problem)];
-  constexpr double kShare = 0.61;  // of the dense tensor rate, measured on an H100
-  return estimate_tiles_us(query, wide_order(query.problem),
-                           {.dims = dims,
-                            .tile_q = kWideCluster * kWideTileQ,
-                            .tile_k = static_cast<int32_t>(config.tile_k),
-
-                            .workers = config.threads / kWideCluster,
-                            .worker_sms = kWideCluster,
-                            .share = kShare});
+double step_us(const Query& query, const Config& config) {
+  return step_us_of(waves_of(query, config), config.step_tiles, estimate_us(query, config));
 }
 
 }  // namespace
@@ -82,6 +97,7 @@ const Kernel kSm90PrefillWide{"sm90_prefill_wide",
                               configure,
                               workspace_bytes,
                               estimate_us,
-                              run_prefill_wide};
+                              run_prefill_wide,
+                              step_us};
 
 }  // namespace wh::cuda

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/sm90/prefill_wide/config.h"
+#include "plan/kernel.h"
 
 namespace wh::cuda {
 namespace {
@@ -26,14 +27,12 @@ Status run_prefill_wide(const Launch& launch) {
   const HeadDims dims = kWideDims[dims_index];
   const WideTile tile = wide_tile(dims, scores_of(p));
   const TileOrder order = wide_order(p);
-  const int blocks = launch.config.threads;
   return run_tiles(launch, {.order = order,
-                            .workers = blocks / kWideCluster,
+                            .workers = launch.config.threads / kWideCluster,
                             .block_queries = order.tile_queries / kWideCluster,
                             .box_keys = tile.tile_k * wide_panels_of_slot(tile) / kWideCluster,
                             .box_values = kWideValueRows,
                             .function = kInstances[variant(dims_index, p)](),
-                            .blocks = blocks,
                             .threads = kWideThreads,
                             .shared_bytes = WideMemory(dims, tile).bytes,
                             .cluster = kWideCluster});

@@ -171,17 +171,18 @@ struct WideBlock {
     LeftRing left;
     RightRing right;
     const int32_t clusters = gridDim.x / kWideCluster;
-    int32_t index = blockIdx.x / kWideCluster;
+    int32_t index = first_tile(order, blockIdx.x / kWideCluster);
     for (uint32_t number = 0;; ++number) {
       ptx::mbarrier_expect(barrier(kTileFull), sizeof(int32_t));
       if (rank == 0) {
         if (number > 0) {
-          index = order.next == nullptr ? index + clusters : clusters + atomicAdd(order.next, 1);
+          index = order.next == nullptr ? index + clusters
+                                        : claimed_tile(order, clusters, atomicAdd(order.next, 1));
         }
         ptx::mbarrier_wait(barrier(kTileFree), (number + 1) % 2);
         const uint32_t word = s_q + kMemory.barrier_offset + kBarriers * 8;
         for (uint32_t block = 0; block < kWideCluster; ++block) {
-          ptx::store_remote(word, barrier(kTileFull), block, index < order.tiles ? index : -1);
+          ptx::store_remote(word, barrier(kTileFull), block, index < order.end ? index : -1);
         }
       }
       index = read_tile(number);
@@ -270,7 +271,6 @@ struct WideBlock {
       if (is_first) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
       if (index < 0) return;
       const Work w = work(index);
-      if (w.keys.end > w.keys.begin) skip_keys(left);
       const auto clean_slot = [&](int slot, int half, int32_t key) {
         ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
         loaded_parity ^= 1u << slot;
@@ -283,6 +283,7 @@ struct WideBlock {
         ptx::named_sync(kCleanersBarrier, kCleaners);
         if (is_first) ptx::mbarrier_arrive(barrier(kSlotFull + slot));
       };
+      if (w.keys.end > w.keys.begin) skip_keys(left);
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
         if (n > w.keys.begin) skip_keys(left);

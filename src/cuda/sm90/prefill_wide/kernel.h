@@ -3,7 +3,6 @@
 
 #include "cuda/sm90/prefill_wide/tiles.h"
 #include "cuda/sm90/tile_launch.h"
-#include "plan/kernel.h"
 
 namespace wh::cuda {
 
