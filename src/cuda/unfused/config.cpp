@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/common/steps.h"
 #include "cuda/unfused/cublas_lt.h"
 #include "cuda/unfused/kernel.h"
 #include "plan/work.h"
@@ -14,6 +15,8 @@ namespace {
 
 constexpr int64_t kScoreBytesAtOnce = int64_t{256} << 20;
 constexpr size_t kAlignment = 256;
+constexpr const char* kF32Variant = "cuBLASLt f32";
+constexpr const char* kTensorCoreVariant = "cuBLASLt tensor cores";
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -26,42 +29,55 @@ std::optional<std::string> refusal(const Query& query) {
   if (!fits_int32(p)) {
     return fmt::format("a length or batch * heads_q is above {}", kMaxExtent);
   }
-  if (query.limits.precision == Precision::kHigh && p.dtype_q != Dtype::kF32) {
-    return "the weights are rounded to q's type, and the precision is high";
-  }
   if (static_cast<double>(p.len_q) * static_cast<double>(p.len_k) > 0x1p40) {
     return "the score matrix of one head has more than 2^40 elements";
   }
   return std::nullopt;
 }
 
-Config configure(const Query& query) {
-  Config config;
-  config.variant = query.problem.dtype_q == Dtype::kF32 ? "cuBLASLt f32" : "cuBLASLt tensor cores";
-  config.threads = query.cuda.sms;
-  return config;
+size_t workspace_bytes(const Problem& p, const Config& config) {
+  return UnfusedWorkspace(nullptr, UnfusedTypes(p, config).packed, UnfusedShape(p)).bytes;
 }
 
-size_t workspace_bytes(const Problem& p, const Config&) {
-  return UnfusedWorkspace(nullptr, p, UnfusedShape(p)).bytes;
-}
-
-// Five launches a pass, products at 70 % of the tensor cores' rate (f32: of 1/16 of it), scores
+// Six launches a pass, products at 70 % of the tensor cores' rate (f32: of 1/16 of it), scores
 // written and read twice, everything packed once.
-double estimate_us(const Query& query, const Config&) {
+double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const UnfusedShape shape(p);
-  const double passes = static_cast<double>((shape.items + shape.items_at_once - 1) /
-                                            std::max<int64_t>(1, shape.items_at_once));
+  const bool is_f32 = UnfusedTypes(p, config).packed == Dtype::kF32;
   const double pairs =
       static_cast<double>(shape.items * shape.rows) * static_cast<double>(shape.keys);
   const double flops = pairs * 2 * static_cast<double>(shape.columns_qk + shape.columns_v);
-  const double rate = query.cuda.tensor_tflops * (p.dtype_q == Dtype::kF32 ? 0.045 : 0.6);
-  const double bytes_each = p.dtype_q == Dtype::kF32 ? 16 : 12;
+  const double rate = query.cuda.tensor_tflops * (is_f32 ? 0.045 : 0.6);
+  const double bytes_each = is_f32 ? 16 : 12;
   const double bytes = pairs * bytes_each + 2 * kv_bytes(p) * static_cast<double>(p.group()) /
                                                 static_cast<double>(shape.heads);
   return flops / (std::max(1.0, rate) * 1e6) +
-         bytes / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3) + passes * 20;
+         bytes / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3) +
+         static_cast<double>(shape.passes()) * 20;
+}
+
+TileWaves waves_of(const Problem& p, double call_us) {
+  const int64_t passes = std::max<int64_t>(1, UnfusedShape(p).passes());
+  return {passes, 1, call_us / static_cast<double>(passes)};
+}
+
+Config configure(const Query& query) {
+  const Problem& p = query.problem;
+  const bool is_f32 = p.dtype_q == Dtype::kF32 || query.limits.precision == Precision::kHigh;
+  Config config;
+  config.variant = is_f32 ? kF32Variant : kTensorCoreVariant;
+  config.threads = query.cuda.sms;
+  if (query.limits.longest_step_us > 0) {
+    const double call_us = estimate_us(query, config);
+    config.step_tiles = choose_step_tiles(query, waves_of(p, call_us), call_us);
+  }
+  return config;
+}
+
+double step_us(const Query& query, const Config& config) {
+  const double call_us = estimate_us(query, config);
+  return step_us_of(waves_of(query.problem, call_us), config.step_tiles, call_us);
 }
 
 }  // namespace
@@ -79,21 +95,23 @@ UnfusedShape::UnfusedShape(const Problem& p) {
       std::clamp<int64_t>(kScoreBytesAtOnce / (rows * keys * 4), 1, std::max<int64_t>(1, items));
 }
 
-UnfusedWorkspace::UnfusedWorkspace(void* base, const Problem& problem, const UnfusedShape& shape)
-    : bytes(0) {
+UnfusedTypes::UnfusedTypes(const Problem& p, const Config& config)
+    : tensors(p.dtype_q), packed(config.variant == kF32Variant ? Dtype::kF32 : p.dtype_q) {}
+
+UnfusedWorkspace::UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape& shape) : bytes(0) {
   const auto take = [&](int64_t elements, size_t element_bytes) -> void* {
     void* piece = base == nullptr ? nullptr : static_cast<std::byte*>(base) + bytes;
     bytes +=
         (static_cast<size_t>(elements) * element_bytes + kAlignment - 1) / kAlignment * kAlignment;
     return piece;
   };
-  const size_t element = dtype_bytes(problem.dtype_q);
+  const size_t element = dtype_bytes(packed);
   const int64_t n = shape.items_at_once;
   q = take(n * shape.rows * shape.columns_qk, element);
   k = take(n * shape.keys * shape.columns_qk, element);
   v = take(n * shape.keys * shape.columns_v, element);
   s = static_cast<float*>(take(n * shape.rows * shape.keys, sizeof(float)));
-  p = problem.dtype_q == Dtype::kF32 ? s : take(n * shape.rows * shape.keys, element);
+  p = packed == Dtype::kF32 ? s : take(n * shape.rows * shape.keys, element);
   o = static_cast<float*>(take(n * shape.rows * shape.columns_v, sizeof(float)));
   m = static_cast<float*>(take(n * shape.rows, sizeof(float)));
   l = static_cast<float*>(take(n * shape.rows, sizeof(float)));
@@ -106,6 +124,6 @@ const Kernel kUnfused{
     false,           "cuBLASLt, softmax, cuBLASLt: the baseline, and the last resort",
     refusal,         configure,
     workspace_bytes, estimate_us,
-    run_unfused};
+    run_unfused,     step_us};
 
 }  // namespace wh::cuda

@@ -18,15 +18,24 @@ struct UnfusedShape {
   int64_t keys;                   // padded likewise
 
   explicit UnfusedShape(const Problem& problem);
+  int64_t passes() const { return (items + items_at_once - 1) / items_at_once; }
+};
+
+// With precision high, 16-bit tensors are packed to f32, and so the weights are too.
+struct UnfusedTypes {
+  Dtype tensors;  // of q, k, v and out
+  Dtype packed;   // of both products' factors
+
+  UnfusedTypes(const Problem& problem, const Config& config);
 };
 
 // Where the pieces of a workspace lie; measured with a null base.
 struct UnfusedWorkspace {
-  void* q;               // [items, rows, columns_qk] of q's type
+  void* q;               // [items, rows, columns_qk] of the packed type
   void* k;               // [items, keys, columns_qk]
   void* v;               // [items, keys, columns_v], hidden keys' values 0
   float* s;              // [items, rows, keys]
-  void* p;               // [items, rows, keys] of q's type; s itself in f32
+  void* p;               // [items, rows, keys] of the packed type; s itself in f32
   float* o;              // [items, rows, columns_v]
   float* m;              // [items, rows]: the largest score
   float* l;              // [items, rows]: the sum of weights
@@ -36,7 +45,7 @@ struct UnfusedWorkspace {
 
   static constexpr size_t kGemmBytes = size_t{32} << 20;
 
-  UnfusedWorkspace(void* base, const Problem& problem, const UnfusedShape& shape);
+  UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape& shape);
 };
 
 }  // namespace wh::cuda

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "cuda/common/launch.h"
+
 namespace wh::cuda {
 namespace {
 
@@ -161,18 +163,19 @@ class Matmul {
 // Handles and prepared products of every device, for the life of the process.
 class Products {
  public:
-  Result<std::pair<cublasLtHandle_t, const Matmul*>> find(const Gemm& g, size_t workspace_bytes) {
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) {
-      return Status(Code::kDeviceError, "cudaGetDevice failed");
-    }
+  // The current device's handle, made on the first call.
+  Status start(cudaStream_t stream) {
     const std::lock_guard lock(mutex_);
-    cublasLtHandle_t& handle = handles_[device];
-    if (handle == nullptr) {
-      if (Status status = lt_status(library().create(&handle), "cublasLtCreate"); !status.ok()) {
-        return status;
-      }
-    }
+    int device = 0;
+    return start_locked(stream, device);
+  }
+
+  Result<std::pair<cublasLtHandle_t, const Matmul*>> find(const Gemm& g, size_t workspace_bytes,
+                                                          cudaStream_t stream) {
+    const std::lock_guard lock(mutex_);
+    int device = 0;
+    WH_RETURN_IF_ERROR(start_locked(stream, device));
+    const cublasLtHandle_t handle = handles_[device];
     const Key key{device, g.dtype, g.transpose_a, g.m, g.n, g.k, g.lda, g.ldb, g.batch};
     const auto [entry, is_new] = matmuls_.try_emplace(key);
     if (is_new) {
@@ -185,19 +188,42 @@ class Products {
   }
 
  private:
+  Status start_locked(cudaStream_t stream, int& device) {
+    WH_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "cudaGetDevice"));
+    cublasLtHandle_t& handle = handles_[device];
+    if (handle != nullptr) return {};
+    // It allocates on the device and may wait for it, which would break a capture.
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    WH_RETURN_IF_ERROR(
+        cuda_status(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing"));
+    if (capture != cudaStreamCaptureStatusNone) {
+      return {Code::kDeviceError,
+              fmt::format("cublasLtCreate cannot be called while run_options.stream is captured in "
+                          "a graph; run cuda_unfused once on cuda:{} before the capture",
+                          device)};
+    }
+    return lt_status(library().create(&handle), "cublasLtCreate");
+  }
+
   using Key = std::tuple<int, Dtype, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
   std::mutex mutex_;
   std::map<int, cublasLtHandle_t> handles_;
   std::map<Key, Matmul> matmuls_;
 };
 
+Products& products() {
+  static Products all;
+  return all;
+}
+
 }  // namespace
 
 std::string cublas_lt_unavailable() { return library().unavailable; }
 
+Status start_cublas_lt(cudaStream_t stream) { return products().start(stream); }
+
 Status run_gemm(const Gemm& gemm, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
-  static Products products;
-  const auto found = products.find(gemm, workspace_bytes);
+  const auto found = products().find(gemm, workspace_bytes, stream);
   if (!found.ok()) return found.status();
   return found->second->run(found->first, gemm, workspace, workspace_bytes, stream);
 }

@@ -14,6 +14,9 @@ namespace wh::cuda {
 // Why it cannot be used; empty: it can.
 std::string cublas_lt_unavailable();
 
+// Sets it up on the current device, on the first call there. An error while `stream` is captured.
+Status start_cublas_lt(cudaStream_t stream);
+
 // Column-major c[m, n] = op(a) b for `batch` matrices, sums in f32, no TF32. a is [k, m] when
 // transposed, else [m, k]; b is [k, n]. Strides between matrices in elements.
 struct Gemm {

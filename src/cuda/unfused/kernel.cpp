@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cuda/common/launch.h"
+#include "cuda/common/steps.h"
 #include "cuda/unfused/cublas_lt.h"
 
 namespace wh::cuda {
@@ -19,6 +20,7 @@ namespace {
 UnfusedPass make_pass(const Launch& launch, const UnfusedShape& shape) {
   const Problem& p = launch.problem;
   UnfusedPass pass{attention_args(p, launch.tensors),
+                   UnfusedTypes(p, launch.config),
                    shape,
                    0,
                    0,
@@ -78,22 +80,28 @@ Gemm value_product(Dtype dtype, const UnfusedShape& s, const UnfusedWorkspace& w
 Status run_unfused(const Launch& launch) {
   const Problem& p = launch.problem;
   const UnfusedShape shape(p);
-  const UnfusedWorkspace w(launch.tensors.workspace, p, shape);
+  const Dtype packed = UnfusedTypes(p, launch.config).packed;
+  const UnfusedWorkspace w(launch.tensors.workspace, packed, shape);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  WH_RETURN_IF_ERROR(start_cublas_lt(stream));  // before anything is on the stream
   UnfusedPass pass = make_pass(launch, shape);
-  for (pass.first = 0; pass.first < shape.items; pass.first += shape.items_at_once) {
+  const auto run_pass = [&](int64_t i) -> Status {
+    pass.first = i * shape.items_at_once;
     pass.count = std::min(shape.items_at_once, shape.items - pass.first);
     WH_RETURN_IF_ERROR(cuda_status(
         cudaMemsetAsync(w.has_special, 0, sizeof(*w.has_special), stream), "cudaMemsetAsync"));
-    WH_RETURN_IF_ERROR(launch_pack(pass, p.dtype_q, w, stream));
-    WH_RETURN_IF_ERROR(run_gemm(score_product(p.dtype_q, shape, w, pass.count), w.gemm,
+    WH_RETURN_IF_ERROR(launch_pack(pass, w, stream));
+    WH_RETURN_IF_ERROR(run_gemm(score_product(packed, shape, w, pass.count), w.gemm,
                                 UnfusedWorkspace::kGemmBytes, stream));
-    WH_RETURN_IF_ERROR(launch_softmax(pass, p.dtype_q, w, stream));
-    WH_RETURN_IF_ERROR(run_gemm(value_product(p.dtype_q, shape, w, pass.count), w.gemm,
+    WH_RETURN_IF_ERROR(launch_softmax(pass, w, stream));
+    WH_RETURN_IF_ERROR(run_gemm(value_product(packed, shape, w, pass.count), w.gemm,
                                 UnfusedWorkspace::kGemmBytes, stream));
-    WH_RETURN_IF_ERROR(launch_finish(pass, p.dtype_q, w, stream));
-  }
-  return {};
+    return launch_finish(pass, w, stream);
+  };
+  return run_in_steps(launch, shape.passes(), [&](int64_t first, int64_t end) -> Status {
+    for (int64_t i = first; i < end; ++i) WH_RETURN_IF_ERROR(run_pass(i));
+    return {};
+  });
 }
 
 }  // namespace wh::cuda

@@ -40,21 +40,21 @@ __device__ bool is_special(T value) {
 }
 
 // One row, padded with zeros up to `columns`.
-template <typename T>
+template <typename T, typename W>
 __device__ void copy_row(const T* from, int64_t stride, int32_t dim, int32_t columns, bool keep,
-                         T* to, int32_t* has_special) {
+                         W* to, int32_t* has_special) {
   bool special = false;
   for (auto d = static_cast<int32_t>(threadIdx.x % 32); d < columns; d += 32) {
     const T value = keep && d < dim ? from[d * stride] : T(0.0f);
     special = special || is_special(value);
-    to[d] = value;
+    to[d] = static_cast<W>(value);
   }
   if (has_special != nullptr && __any_sync(~0u, special) && threadIdx.x % 32 == 0) {
     *has_special = 1;  // every writer writes the same
   }
 }
 
-template <typename T>
+template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads) pack(const UnfusedPass pass, const UnfusedWorkspace w) {
   const UnfusedShape& s = pass.shape;
   const AttentionArgs& a = pass.args;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) pack(const UnfusedPass pass, const U
       const T* q = static_cast<const T*>(pass.q) + row.batch_idx * pass.stride_q[0] +
                    row.head * pass.stride_q[1] + row.query * pass.stride_q[2];
       copy_row(q, pass.stride_q[3], a.dim_qk, static_cast<int32_t>(s.columns_qk), true,
-               static_cast<T*>(w.q) + i * s.columns_qk, nullptr);
+               static_cast<W*>(w.q) + i * s.columns_qk, nullptr);
       continue;
     }
     const uint32_t item = (i - rows) / item_keys;
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kThreads) pack(const UnfusedPass pass, const U
     const T* v = static_cast<const T*>(a.v) + row.batch_idx * pass.stride_v[0] +
                  row.head_kv * pass.stride_v[1] + key * pass.stride_v[2];
     copy_row(k, pass.stride_k[3], a.dim_qk, static_cast<int32_t>(s.columns_qk), is_present,
-             static_cast<T*>(w.k) + (i - rows) * s.columns_qk, nullptr);
+             static_cast<W*>(w.k) + (i - rows) * s.columns_qk, nullptr);
     copy_row(v, pass.stride_v[3], a.dim_v, static_cast<int32_t>(s.columns_v), is_present,
-             static_cast<T*>(w.v) + (i - rows) * s.columns_v, w.has_special);
+             static_cast<W*>(w.v) + (i - rows) * s.columns_v, w.has_special);
   }
 }
 
@@ -117,7 +117,7 @@ __device__ float transformed_score(const AttentionArgs& args, const ScoreRow& ma
   return bias == -INFINITY ? -INFINITY : score + bias;
 }
 
-template <typename T>
+template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
     softmax(const UnfusedPass pass, const UnfusedWorkspace w) {
   __shared__ float s_parts[kWarps];
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   const Keys visible = visible_keys(args, present, row.query);
   const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
   float* scores = w.s + int64_t{blockIdx.x} * pass.shape.keys;
-  T* weights = static_cast<T*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
+  W* weights = static_cast<W*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
   float m = -INFINITY;
   for (int32_t key = visible.begin + threadIdx.x; key < visible.end; key += kThreads) {
     const float score = transformed_score<T>(args, mask, key, scores[key]);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
       weight = score == -INFINITY ? 0 : expf(score - shift);
     }
     l += weight;
-    weights[key] = T(weight);
+    weights[key] = W(weight);
   }
   l = block_sum(l, s_parts);
   if (threadIdx.x == 0) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Where a present V holds an infinity or NaN, a weight of 0 would not hide it: the sums are made
 // anew over the keys that the row sees, one by one.
-template <typename T>
+template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
     sum_one_by_one(const UnfusedPass pass, const UnfusedWorkspace w) {
   if (*w.has_special == 0) return;
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads)
   const Keys present = present_keys(args, row.batch_idx);
   const Keys visible = visible_keys(args, present, row.query);
   const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
-  const T* weights = static_cast<const T*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
-  const T* v = static_cast<const T*>(w.v) + row.item * pass.shape.keys * pass.shape.columns_v;
+  const W* weights = static_cast<const W*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
+  const W* v = static_cast<const W*>(w.v) + row.item * pass.shape.keys * pass.shape.columns_v;
   float* o = w.o + int64_t{blockIdx.x} * pass.shape.columns_v;
   for (int32_t d = threadIdx.x; d < args.dim_v; d += kThreads) {
     float sum = 0;
@@ -208,65 +208,68 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <template <typename> class Function>
-Status launch_rows(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w, int64_t blocks,
+// One of the kernels, by the type of the tensors and of what is packed.
+template <template <typename, typename> class Function>
+const void* function_of(const UnfusedTypes& types) {
+  if (types.tensors == Dtype::kF32) return Function<float, float>::get();
+  const bool is_f16 = types.tensors == Dtype::kF16;
+  if (types.packed == Dtype::kF32) {
+    return is_f16 ? Function<__half, float>::get() : Function<__nv_bfloat16, float>::get();
+  }
+  return is_f16 ? Function<__half, __half>::get() : Function<__nv_bfloat16, __nv_bfloat16>::get();
+}
+
+template <template <typename, typename> class Function>
+Status launch_rows(const UnfusedPass& pass, const UnfusedWorkspace& w, int64_t blocks,
                    cudaStream_t stream) {
   UnfusedPass pass_copy = pass;
   UnfusedWorkspace w_copy = w;
   void* parameters[] = {&pass_copy, &w_copy};
-  const void* function = dtype == Dtype::kF32   ? Function<float>::get()
-                         : dtype == Dtype::kF16 ? Function<__half>::get()
-                                                : Function<__nv_bfloat16>::get();
-  KernelLaunch launch{};
-  launch.function = function;
-  launch.blocks = static_cast<int>(blocks);
-  launch.threads = kThreads;
-  launch.cluster = 1;
-  launch.parameters = parameters;
-  launch.stream = stream;
-  return launch_kernel(launch);
+  return launch_kernel({.function = function_of<Function>(pass.types),
+                        .blocks = static_cast<int>(blocks),
+                        .threads = kThreads,
+                        .shared_bytes = 0,
+                        .parameters = parameters,
+                        .stream = stream});
 }
 
-template <typename T>
+template <typename T, typename W>
 struct Pack {
-  static const void* get() { return reinterpret_cast<const void*>(&pack<T>); }
+  static const void* get() { return reinterpret_cast<const void*>(&pack<T, W>); }
 };
-template <typename T>
+template <typename T, typename W>
 struct Softmax {
-  static const void* get() { return reinterpret_cast<const void*>(&softmax<T>); }
+  static const void* get() { return reinterpret_cast<const void*>(&softmax<T, W>); }
 };
-template <typename T>
+template <typename T, typename W>
 struct SumOneByOne {
-  static const void* get() { return reinterpret_cast<const void*>(&sum_one_by_one<T>); }
+  static const void* get() { return reinterpret_cast<const void*>(&sum_one_by_one<T, W>); }
 };
-template <typename T>
+// Of sums in f32, whatever was packed.
+template <typename T, typename>
 struct Finish {
   static const void* get() { return reinterpret_cast<const void*>(&finish<T>); }
 };
 
 }  // namespace
 
-Status launch_pack(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
-                   cudaStream_t stream) {
+Status launch_pack(const UnfusedPass& pass, const UnfusedWorkspace& w, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 4096;
   const int64_t warps = pass.count * (pass.shape.rows + pass.shape.keys);
   const int64_t blocks = (warps + kWarps - 1) / kWarps;
-  return launch_rows<Pack>(pass, dtype, w, blocks < kMostBlocks ? blocks : kMostBlocks, stream);
+  return launch_rows<Pack>(pass, w, blocks < kMostBlocks ? blocks : kMostBlocks, stream);
 }
 
-Status launch_softmax(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
-                      cudaStream_t stream) {
-  return launch_rows<Softmax>(pass, dtype, w, pass.count * pass.shape.rows, stream);
+Status launch_softmax(const UnfusedPass& pass, const UnfusedWorkspace& w, cudaStream_t stream) {
+  return launch_rows<Softmax>(pass, w, pass.count * pass.shape.rows, stream);
 }
 
-Status launch_finish(const UnfusedPass& pass, Dtype dtype, const UnfusedWorkspace& w,
-                     cudaStream_t stream) {
-  if (Status status =
-          launch_rows<SumOneByOne>(pass, dtype, w, pass.count * pass.shape.rows, stream);
+Status launch_finish(const UnfusedPass& pass, const UnfusedWorkspace& w, cudaStream_t stream) {
+  if (Status status = launch_rows<SumOneByOne>(pass, w, pass.count * pass.shape.rows, stream);
       !status.ok()) {
     return status;
   }
-  return launch_rows<Finish>(pass, dtype, w, pass.count * pass.shape.rows, stream);
+  return launch_rows<Finish>(pass, w, pass.count * pass.shape.rows, stream);
 }
 
 }  // namespace wh::cuda
