@@ -75,7 +75,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     wh_tensors_init(&tensors, sizeof(tensors));
     tensors.q = q_data.data();
     tensors.k = k_data.data();
-    tensors.v = v_data.data();
+    if ((problem.uses & WH_USES_VALUES_IN_KEYS) == 0) tensors.v = v_data.data();
     tensors.out = out_data.data();
     tensors.sinks = sinks.data();
     tensors.key_lengths = lengths.data();
