@@ -50,11 +50,11 @@ enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
 
 /* Optional tensors, results and properties of a problem, combined with |. */
 enum wh_uses {
-  WH_USES_SINKS = 1,       /* f32 [heads_q]: one more logit a head, in the denominator only */
-  WH_USES_KEY_LENGTHS = 2, /* int32 [batch], 0..len_k: keys from there on are not read, and the
-                              diagonal of causal and window is aligned to the length */
-  WH_USES_KEY_STARTS = 4,  /* int32 [batch], >= 0: keys before it are not read */
-  WH_USES_LOG_SUM_EXP = 8, /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+  WH_USES_SINKS = 1,          /* f32 [heads_q]: one more logit a head, in the denominator only */
+  WH_USES_KEY_LENGTHS = 2,    /* int32 [batch], 0..len_k: keys from there on are not read, and the
+                                 diagonal of causal and window is aligned to the length */
+  WH_USES_KEY_STARTS = 4,     /* int32 [batch], >= 0: keys before it are not read */
+  WH_USES_LOG_SUM_EXP = 8,    /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
   WH_USES_VALUES_IN_KEYS = 16 /* v is the first dim_v columns of k, as in absorbed latent attention:
                                  stride_v equals stride_k, v is NULL or k, and K is read once */
 };
@@ -97,7 +97,7 @@ typedef struct wh_limits {
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
   /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
    * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
-   * starts. The rest may then be read before that kernel has ended. Too small a number is a race. */
+   * starts. The rest may then be read before that kernel has ended. Too small an n is a race. */
   int64_t fresh_keys;
 } wh_limits;
 
@@ -127,7 +127,7 @@ typedef struct wh_executor {
 } wh_executor;
 
 typedef struct wh_run_options {
-  size_t size;                 /* of this struct; set by wh_run_options_init() */
+  size_t size;  /* of this struct; set by wh_run_options_init() */
   void* stream; /* a cudaStream_t of the problem's device; NULL: its default stream. CPU: ignored */
   const wh_executor* executor; /* NULL: oneTBB */
   /* Reports the fraction done between two steps, from any worker but never from two at once; it

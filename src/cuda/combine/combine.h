@@ -16,8 +16,8 @@ constexpr int32_t kMostSplits = 160;
 
 // A row is (batch_idx * heads_q + head) * len_q + query_idx: its place in log_sum_exp too. A split
 // that saw no key of a row leaves minus infinity in log_sum_exp and anything in `sums`, but writes
-// them: a merge that waited for log_sum_exp before it asked for sums would take one more trip to L2,
-// 0.2 us of 7.
+// them: a merge that waited for log_sum_exp before it asked for sums would take one more trip to
+// L2, 0.2 us of 7.
 struct Partials {
   float* sums = nullptr;         // [splits, rows, columns]: normalised weights times V, all written
   float* log_sum_exp = nullptr;  // [rows, splits], natural; a merge reads a row of them at once

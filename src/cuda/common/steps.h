@@ -1,6 +1,6 @@
-// A call cut into launches over ranges of its tiles, so that none runs longer than the caller allows
-// and the progress callback is asked between them. The bits do not change: a tile is worked on by
-// itself, and in which launch does not matter.
+// A call cut into launches over ranges of its tiles, so that none runs longer than the caller
+// allows and the progress callback is asked between them. The bits do not change: a tile is worked
+// on by itself, and in which launch does not matter.
 #pragma once
 
 #include <algorithm>

@@ -24,7 +24,7 @@ struct PortableTile {
   int warp_rows;      // a warp: 16, or 32 where two accumulators fit its registers
   int column_groups;  // warps that share rows and split the columns of V
   int keys;
-  bool shares_buffer;  // V waits until K has been read, and the other way round
+  bool shares_buffer;              // V waits until K has been read, and the other way round
   int pitch_qk, pitch_v, pitch_p;  // elements of a row in shared memory
   int bytes;
 
@@ -54,7 +54,8 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
   const int values_bytes = keys * tile.pitch_v * element_bytes;
   tile.bytes = rows * (tile.pitch_qk + tile.pitch_p) * element_bytes + keys_bytes +
                (shares_buffer ? 0 : values_bytes) +
-               (tile.column_groups > 1 ? rows * tile.column_groups * 4 : 0) + 16 + kPortableItemBytes;
+               (tile.column_groups > 1 ? rows * tile.column_groups * 4 : 0) + 16 +
+               kPortableItemBytes;
   return tile;
 }
 
@@ -81,8 +82,8 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   return {};
 }
 
-// Whether the two classes of cards need two tiles: for heads above 128, and in f32 above 64 (64 x 64
-// of 128/128 take 103,520 bytes, 2,144 more than the small ones have).
+// Whether the two classes of cards need two tiles: for heads above 128, and in f32 above 64 (64 x
+// 64 of 128/128 take 103,520 bytes, 2,144 more than the small ones have).
 constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {
   return portable_tile(dims, element_bytes, SharedMemory::kSmall).bytes !=
          portable_tile(dims, element_bytes, SharedMemory::kLarge).bytes;

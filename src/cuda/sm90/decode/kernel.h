@@ -18,8 +18,8 @@ namespace wh::cuda {
 // products and is read once.
 enum class Values : int32_t { kOwn, kInKeys };
 
-// How a tensor map is read. A dimension that is broadcast has an extent of 1 there, and a step of 0.
-// One box holds all panels of a tile where the dim is whole panels.
+// How a tensor map is read. A dimension that is broadcast has an extent of 1 there, and a step of
+// 0. One box holds all panels of a tile where the dim is whole panels.
 struct MapUse {
   int32_t head_step, batch_step;
   int32_t boxes;  // of a tile
