@@ -149,6 +149,7 @@ def test_compiled_generation_is_identical(tokens):
     config = transformers.CompileConfig(fullgraph=True, mode="default")
     config._compile_all_devices = True  # transformers compiles for the CPU when asked twice
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of this process's other tests
     compiled = generate(
         model, "widehead", tokens, cache_implementation="static", compile_config=config
     )
