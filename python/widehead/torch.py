@@ -30,6 +30,12 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
     )
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# By names of their own: looked up through three modules they would cost as much as they take.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack  # vmap, grad, functionalize
+_is_grad_enabled = torch.is_grad_enabled
 
 
 @lru_cache(maxsize=64)
@@ -110,13 +116,11 @@ _operator.register_autograd(_no_backward)
 def _needs_operator(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> bool:
     """Whether PyTorch has to see the call: it compiles, traces, transforms or differentiates it, or
     wraps the tensors. ``others``: what else the call reads, None where it is absent."""
-    if torch.compiler.is_compiling() or q.is_meta:
+    if _is_compiling() or q.is_meta:
         return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if _dispatch_modes() > 0 or _tracing_state() is not None or _transform() is not None:
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad, functionalize
-        return True
-    differentiates = torch.is_grad_enabled()
+    differentiates = _is_grad_enabled()
     for tensor in (q, k, v, *others):
         if tensor is None:
             continue
