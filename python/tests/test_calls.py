@@ -110,7 +110,7 @@ def _resident_bytes():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "mlx"])
 def test_ten_thousand_calls_leak_nothing(library):
     arrays = qkv(batch=1, length=(16, 64), dim=(64, 64))
     if library != "numpy":

@@ -98,6 +98,20 @@ def test_wrong_limits_are_named(arguments, message):
         widehead.Limits(**arguments)
 
 
+def test_a_workspace_of_another_type_is_named():
+    with pytest.raises(TypeError, match="workspace is 1000000000.0; it must be bytes as an int"):
+        widehead.Limits(workspace=1e9)
+
+
+def test_a_promise_about_fresh_keys_reaches_the_planner():
+    q, k, v = qkv()
+    for promise, number in ((None, -1), (0, 0), (64, 64)):
+        limits = widehead.Limits(fresh_keys=promise)
+        assert widehead.plan(q, k, v, limits=limits).to_dict()["limits"]["fresh_keys"] == number
+    with pytest.raises(ValueError, match="fresh_keys is -5"):
+        widehead.plan(q, k, v, limits=widehead.Limits(fresh_keys=-5))
+
+
 def test_policies_reach_the_planner():
     q, k, v = qkv(length=(64, 100))
     above = widehead.Limits(policy="fused_above", fused_above=101)

@@ -108,6 +108,53 @@ def test_any_shape_and_strides(
     assert relative_rms(out, expected) <= 4e-6
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    group=st.integers(1, 3),
+    len_q=st.integers(1, 20),
+    len_k=st.integers(1, 40),
+    scale=st.one_of(st.none(), st.floats(-0.5, 0.5, width=32)),
+    causal=st.sampled_from([False, True, "bottom_right", "top_left"]),
+    window=st.one_of(st.none(), st.tuples(*[st.one_of(st.none(), st.integers(0, 25))] * 2)),
+    softcap=st.one_of(st.none(), st.floats(0.5, 50, width=32)),
+    mask=st.sampled_from([None, "boolean", "additive", "of q's type"]),
+    mask_is_one=st.tuples(*[st.booleans()] * 4),
+    sinks=st.booleans(),
+    lengths=st.one_of(st.none(), st.tuples(st.integers(0, 40), st.integers(0, 40))),
+    starts=st.one_of(st.none(), st.tuples(st.integers(0, 40), st.integers(0, 40))),
+    dtype=st.sampled_from(list(BOUNDS)),
+    seed=st.integers(0, 1000),
+)
+def test_any_combination_of_options(
+    group, len_q, len_k, scale, causal, window, softcap, mask, mask_is_one, sinks, lengths, starts,
+    dtype, seed,
+):  # fmt: skip
+    rng = np.random.default_rng(seed)
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    q, k, v = qkv(seed, heads=(2 * group, 2), length=(len_q, len_k), dim=(32, 24), dtype=kind)
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    if mask is not None:
+        whole = (2, 2 * group, len_q, len_k)
+        shape = tuple(1 if is_one else size for is_one, size in zip(mask_is_one, whole))
+        options["mask"] = rng.random(shape) < 0.7
+        if mask != "boolean":
+            bias = np.where(options["mask"], rng.standard_normal(shape), -np.inf)
+            options["mask"] = bias.astype(np.float32 if mask == "additive" else kind)
+    if sinks:
+        options["sinks"] = rng.standard_normal(2 * group).astype(np.float32)
+    if lengths is not None:
+        options["key_lengths"] = np.minimum(lengths, len_k).astype(np.int32)
+    if starts is not None:
+        options["key_starts"] = np.array(starts, np.int32)
+    out, log_sum_exp = widehead.sdpa(q, k, v, return_log_sum_exp=True, **options)
+    expected, expected_lse = oracle(q, k, v, **options)
+    # A result of few numbers may be off by more of its size than a large one.
+    assert relative_rms(out, expected) <= 2 * BOUNDS[dtype]
+    seen = np.isfinite(expected_lse)
+    assert np.array_equal(np.isneginf(log_sum_exp), ~seen)
+    np.testing.assert_allclose(log_sum_exp[seen], expected_lse[seen], atol=1e-4)
+
+
 def test_out_is_written_in_place_and_returned():
     q, k, v = qkv()
     memory = np.full((2, 33, 4, 48), np.nan, np.float32)

@@ -1,5 +1,8 @@
 """PyTorch: the operator, the borrowed signature, compilation, gradients, threads."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import widehead
@@ -50,6 +53,33 @@ def test_sdpa_means_what_pytorchs_means(case):
     actual = widehead.torch.sdpa(q, k, v, **options)
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 33, 64), (2, 4, 0, 64), (0, 2, 4, 33, 64)])
+def test_sdpa_of_no_elements(shape):
+    q = torch.randn(shape)
+    k = torch.randn((*shape[:-2], 77, 64))
+    expected = F.scaled_dot_product_attention(q, k, k)
+    actual = widehead.torch.sdpa(q, k, k)
+    assert actual.shape == expected.shape and not actual.any()
+    no_keys = widehead.torch.sdpa(k, q[..., :0, :], q[..., :0, :])
+    assert no_keys.shape == k.shape and not no_keys.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sdpa_obeys_autocast(dtype):
+    q, k, v = tensors(heads=(4, 4), dim=(64, 64))
+    mask = torch.randn(33, 77)
+    with torch.autocast("cpu", dtype):
+        expected = F.scaled_dot_product_attention(q, k, v.to(dtype), mask)
+        actual = widehead.torch.sdpa(q, k, v.to(dtype), mask)
+        with widehead.torch.override_sdpa(LIMITS):
+            overridden = F.scaled_dot_product_attention(q, k, v, mask)
+        compile_ = torch.compile(widehead.torch.sdpa, fullgraph=True, backend="eager")
+        compiled = compile_(q, k, v, mask)
+    assert expected.dtype == actual.dtype == overridden.dtype == compiled.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(overridden, actual) and torch.equal(compiled, actual)
 
 
 def test_sdpa_says_what_it_does_not_do():
@@ -135,3 +165,90 @@ def test_subclasses_go_through_the_operator():
     q, k, v = tensors()
     out = widehead.sdpa(q.as_subclass(Named), k, v)
     assert np.array_equal(out.as_subclass(torch.Tensor).numpy(), widehead.sdpa(q, k, v).numpy())
+
+
+@pytest.mark.parametrize("name", ["mask", "sinks"])
+def test_gradients_of_masks_and_sinks_reach_no_backward(name):
+    q, k, v = tensors()
+    option = torch.randn(33, 77) if name == "mask" else torch.randn(4)
+    expected = widehead.sdpa(q, k, v, **{name: option})
+    out = widehead.sdpa(q, k, v, **{name: option.requires_grad_()})
+    assert torch.equal(out, expected)
+    with pytest.raises(NotImplementedError, match="widehead has no backward yet"):
+        out.sum().backward()
+
+
+def test_dispatch_modes_see_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = tensors()
+    with Record():
+        widehead.sdpa(q, k, v)
+    assert "widehead.attention.default" in seen
+
+
+def test_transforms_see_the_operator():
+    q, k, v = (torch.stack([tensor, 2 * tensor]) for tensor in tensors())
+    out = torch.func.vmap(lambda q, k, v: widehead.sdpa(q, k, v, causal=True))(q, k, v)
+    for i in range(2):
+        assert torch.equal(out[i], widehead.sdpa(q[i], k[i], v[i], causal=True))
+    functional = torch.func.functionalize(lambda q: widehead.sdpa(q, k[0], v[0]) + 1)
+    assert torch.equal(functional(q[0]), widehead.sdpa(q[0], k[0], v[0]) + 1)
+
+
+def test_tracing_records_the_operator():
+    q, k, v = tensors()
+    traced = torch.jit.trace(lambda q: widehead.sdpa(q, k, v), (q,), check_trace=False)
+    assert torch.equal(traced(2 * q), widehead.sdpa(2 * q, k, v))
+
+
+WRONG = {
+    "causal": ({"causal": "left"}, ValueError),
+    "causal by number": ({"causal": 1}, ValueError),
+    "window": ({"window": 7}, ValueError),
+    "window list": ({"window": [7, 0]}, ValueError),
+    "window side": ({"window": (-2, 0)}, ValueError),
+    "three sides": ({"window": (1, 2, 3)}, ValueError),
+    "scale": ({"scale": float("nan")}, ValueError),
+    "lengths": ({"key_lengths": [1, 78]}, ValueError),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_operator_says_what_the_direct_call_says(case):
+    options, error = WRONG[case]
+    q, k, v = tensors()
+    with pytest.raises(error) as direct:
+        widehead.sdpa(q, k, v, **options)
+    with pytest.raises(error) as through_operator:
+        widehead.sdpa(q.requires_grad_(), k, v, **options)
+    assert str(through_operator.value) == str(direct.value)
+
+
+FIRST_CALL = """
+import torch, widehead
+IMPORT
+q = torch.randn(1, 2, 8, 16)
+attend = torch.compile(lambda q: widehead.sdpa(q, q, q) + 1, fullgraph=True, backend="eager")
+for _ in range(3):
+    out = attend(q)
+assert torch.equal(out, widehead.sdpa(q, q, q) + 1)
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.parametrize(("line", "graphs"), [("import widehead.torch", "1"), ("", "2")])
+def test_the_first_call_of_a_process_may_be_compiled(line, graphs):
+    """Without widehead.torch the first trace imports it, and the next call is traced again."""
+    result = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL.replace("IMPORT", line)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(result.stdout) <= int(graphs)

@@ -116,6 +116,31 @@ def test_two_chunks_of_prefill(model, tokens, cache_class, cut):
     assert error(torch.cat([first, second], dim=1), expected) <= 1e-4
 
 
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_two_chunks_of_padded_prefill(model, tokens, cache_class, side):
+    """Chunks of 30 and 20: the padding of either side lies within one of them."""
+    mask = padding_mask(tokens, side)
+    extra = {"max_cache_len": 96} if cache_class is StaticCache else {}
+
+    def chunked(implementation):
+        cache = cache_class(config=model.config, **extra)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        parts = [
+            logits(
+                model, implementation, tokens[:, a:b], attention_mask=mask[:, :b],
+                position_ids=positions[:, a:b], past_key_values=cache, use_cache=True,
+            )
+            for a, b in ((0, 30), (30, LENGTH))
+        ]  # fmt: skip
+        return torch.cat(parts, dim=1)
+
+    seen = mask.bool()
+    ours = chunked("widehead")
+    assert torch.isfinite(ours).all()
+    assert error(ours[seen], chunked("eager")[seen].double()) <= 1e-4
+
+
 @pytest.mark.slow
 def test_compiled_generation_is_identical(tokens):
     widehead.transformers.register()
@@ -124,6 +149,7 @@ def test_compiled_generation_is_identical(tokens):
     config = transformers.CompileConfig(fullgraph=True, mode="default")
     config._compile_all_devices = True  # transformers compiles for the CPU when asked twice
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of this process's other tests
     compiled = generate(
         model, "widehead", tokens, cache_implementation="static", compile_config=config
     )

@@ -275,6 +275,7 @@ def test_13_decoding_from_a_static_cache_takes_no_mask(recorder):
     past=st.integers(0, 12),
     tail=st.integers(0, 5),
     window=st.one_of(st.none(), st.integers(1, 20)),
+    cut_off=st.integers(0, 6),
     counted_by_tensor=st.booleans(),
     padding=st.sampled_from([None, "none", "left", "right", "both", "holes", "short"]),
     compiled_decode=st.booleans(),
@@ -282,11 +283,15 @@ def test_13_decoding_from_a_static_cache_takes_no_mask(recorder):
     data=st.data(),
 )
 def test_structure_says_what_the_dense_mask_says(
-    len_q, past, tail, window, counted_by_tensor, padding, compiled_decode, kept, data
+    len_q, past, tail, window, cut_off, counted_by_tensor, padding, compiled_decode, kept, data
 ):
-    """Against transformers' own boolean mask, for queries that are no padding themselves."""
+    """Against transformers' own boolean mask, for queries that are no padding themselves.
+
+    ``cut_off``: keys that a window cache has let go of already.
+    """
     count = past + len_q
-    len_k = count + tail
+    kv_offset = min(cut_off, past)
+    len_k = count - kv_offset + tail
     present = None
     if padding is not None:
         present = torch.ones(2, count, dtype=torch.bool)
@@ -310,6 +315,7 @@ def test_structure_says_what_the_dense_mask_says(
         "q_length": len_q,
         "kv_length": len_k,
         "q_offset": torch.tensor(past) if counted_by_tensor else past,
+        "kv_offset": kv_offset,
         "mask_function": function,
         "attention_mask": present,
         "allow_is_causal_skip": not compiled_decode,
@@ -347,3 +353,17 @@ def test_a_mask_of_another_shape_is_refused():
         attention_forward(Causal(), q, k, v, attention_mask(2, 10, 10))
     with pytest.raises(NotImplementedError, match="cannot be indexed"):
         attention_mask(2, 10, 10)[:, :, :4, :]
+
+
+def test_unknown_window_functions_become_boolean_masks(monkeypatch):
+    """As if transformers made its window masks in another way: slower, not wrong."""
+    from widehead.transformers import _mask
+
+    monkeypatch.setattr(_mask, "_REFERENCE", lambda batch, head, q, k: k <= q)
+    function = sliding_window_causal_mask_function(5)
+    expected = sdpa_mask(2, 10, 10, mask_function=function, allow_is_causal_skip=False)
+    warnings = []
+    monkeypatch.setattr(_mask.logger, "warning_once", warnings.append)
+    assert torch.equal(attention_mask(2, 10, 10, mask_function=function), expected)
+    assert len(warnings) == 1 and "does not know the window masks" in warnings[0]
+    assert isinstance(attention_mask(2, 10, 10), StructuredMask)

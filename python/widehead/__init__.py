@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from widehead import _core
-from widehead._arrays import library_of
+from widehead._arrays import expect_writable, library_of
 from widehead._errors import Refused
 from widehead._limits import DEFAULT_LIMITS, Limits
 from widehead._merge import merge
@@ -65,11 +65,12 @@ def sdpa(
     """Scaled dot-product attention: ``softmax(mask(softcap(scale * q k^T))) v``.
 
     Takes any array that supports DLPack (NumPy, PyTorch, JAX, MLX, CuPy, bfloat16 of ml_dtypes)
-    without copying it, and answers with an array of q's kind. CUDA arrays run on the caller's
-    stream; CPU arrays run without the GIL. Plans are cached by shape and limits.
+    without copying it, and answers with an array of q's kind; MLX adopts no memory and copies the
+    result. CUDA arrays run on the caller's stream; CPU arrays run without the GIL. Plans are cached
+    by shape and limits.
 
-    q: [batch, heads_q, len_q, dim_qk], float32, float16 or bfloat16, any strides. Dimensions from
-        1 to 1024.
+    q: [batch, heads_q, len_q, dim_qk], float32, float16 or bfloat16. Dimensions from 1 to 1024.
+        Any strides that are not negative, here and below: a reversed view must be copied.
     k: [batch, heads_kv, len_k, dim_qk]; heads_q is a multiple of heads_kv, and query head h reads
         kv head h // (heads_q // heads_kv).
     v: [batch, heads_kv, len_k, dim_v], of k's type.
@@ -86,14 +87,20 @@ def sdpa(
         in place of len_k.
     key_starts: int32 [batch]: keys before it are not read (left padding).
     return_log_sum_exp: also returns float32 [batch, heads_q, len_q], natural log, sinks included.
-    out: [batch, heads_q, len_q, dim_v] of q's type, written in place of a new array.
+    out: [batch, heads_q, len_q, dim_v] of q's type, written in place of a new array. JAX and MLX
+        arrays are immutable and refused.
     limits: what the call may take; see :class:`Limits`.
 
     Returns out, or (out, log_sum_exp). A row that sees no key is 0, its log-sum-exp minus infinity.
 
     Raises :class:`Refused` when the limits allow no kernel, ValueError and TypeError with the
     argument, its value and what would be valid, MemoryError, RuntimeError when a device fails.
+
+    The formula is that of Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1, with
+    the cap on scores of Gemma 2 and the sinks of gpt-oss; docs/semantics.md is the contract.
     """
+    if out is not None:
+        expect_writable(out)
     return library_of(q).sdpa(
         (q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
          return_log_sum_exp, out),

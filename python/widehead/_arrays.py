@@ -15,13 +15,22 @@ from widehead import _core
 from widehead._limits import Limits
 
 Array = Any
+# Of widehead.sdpa, all thirteen in their order.
+Arguments = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 class Library:
     """The arrays of one library. This class serves every library with an array namespace."""
 
+    is_immutable = False  # its arrays cannot be an ``out``
+
     def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
         """A writable array where q is, of q's dtype or float32."""
+        if not hasattr(q, "__array_namespace__"):
+            raise TypeError(
+                f"q is a {type(q).__name__}, of a library that offers no way to make an array; "
+                f"pass out= of shape {shape}" + (" and no return_log_sum_exp" if len(shape) == 3 else "")
+            )
         namespace = q.__array_namespace__()
         kind = namespace.float32 if dtype == "float32" else q.dtype
         return namespace.empty(shape, dtype=kind, device=q.device)
@@ -38,7 +47,7 @@ class Library:
         """CPU threads where the limits leave them open; 0: every core."""
         return 0
 
-    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+    def sdpa(self, arguments: Arguments, limits: Limits) -> Any:
         """Runs :func:`widehead.sdpa`, whose arguments these are, in their order."""
         result = _core.sdpa(
             *arguments, limits._core, self.threads(), self.stream(arguments[0]), self.empty
@@ -54,7 +63,7 @@ class _NumPy(Library):
     def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
         return np.empty(shape, np.float32 if dtype == "float32" else q.dtype)
 
-    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+    def sdpa(self, arguments: Arguments, limits: Limits) -> Any:
         return _core.sdpa(*arguments, limits._core, 0, None, self.empty)
 
 
@@ -72,6 +81,8 @@ class _CuPy(Library):
 
 
 class _Jax(Library):
+    is_immutable = True
+
     def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
         if next(iter(q.devices())).platform != "cpu":
             raise TypeError("q is a JAX array on a GPU; only those on the CPU are supported")
@@ -82,7 +93,7 @@ class _Jax(Library):
 
         return jax.dlpack.from_dlpack(array)
 
-    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+    def sdpa(self, arguments: Arguments, limits: Limits) -> Any:
         import jax
 
         if isinstance(arguments[0], jax.core.Tracer):
@@ -94,27 +105,32 @@ class _Jax(Library):
 
 
 class _Mlx(Library):
+    is_immutable = True
+
     def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
         return _core.empty(shape, dtype)
 
     def finished(self, array: Array) -> Array:
         import mlx.core as mx
 
-        return mx.array(array)
+        return mx.array(array)  # a copy: MLX adopts no memory
 
 
 class _Torch(Library):
     # Outputs come from PyTorch's own allocator, through the exchange table of DLPack, which also
     # names the current stream.
     def __init__(self) -> None:
+        import torch
+
         from widehead import torch as widehead_torch
 
+        self._torch = torch
         self._module = widehead_torch
 
     def threads(self) -> int:
-        return self._module.torch.get_num_threads()
+        return int(self._torch.get_num_threads())
 
-    def sdpa(self, arguments: tuple[Any, ...], limits: Limits) -> Any:
+    def sdpa(self, arguments: Arguments, limits: Limits) -> Any:
         return self._module.attention(arguments, limits)
 
 
@@ -133,9 +149,23 @@ _libraries: dict[type, Library] = {}
 
 def library_of(array: Array) -> Library:
     """The library whose kind of array the result will be."""
-    kind = type(array)
+    return library_of_type(type(array))
+
+
+def library_of_type(kind: type) -> Library:
+    """The library that arrays of this type belong to."""
     found = _libraries.get(kind)
     return found if found is not None else _find(kind)
+
+
+def expect_writable(out: Array) -> None:
+    """Raises TypeError for arrays that their library promises never to change."""
+    if library_of(out).is_immutable:
+        kind = type(out)
+        raise TypeError(
+            f"out is a {kind.__name__} of {kind.__module__.partition('.')[0]}, whose arrays are "
+            "immutable; leave out= away and take the result"
+        )
 
 
 def _find(kind: type) -> Library:

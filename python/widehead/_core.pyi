@@ -15,6 +15,7 @@ class Limits:
         precision: str,
         longest_step_us: float,
         batch_invariant: bool,
+        fresh_keys: int,
     ) -> None: ...
 
 def sdpa(

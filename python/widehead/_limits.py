@@ -14,6 +14,11 @@ _UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def _bytes_of(workspace: int | str | None) -> int | None:
+    if workspace is not None and not isinstance(workspace, (int, str)):
+        raise TypeError(
+            f"workspace is {workspace!r}; it must be bytes as an int, a size as in '512MiB', "
+            "or None"
+        )
     if workspace is None or isinstance(workspace, int):
         if workspace is not None and workspace < 0:
             raise ValueError(f"workspace is {workspace}; it must be bytes from 0 on, or None")
@@ -41,6 +46,9 @@ class Limits:
         that type; ``"high"`` keeps them at float32's accuracy.
     longest_step_ms: of a piece of work that cannot be interrupted; 0: any.
     batch_invariant: a row's bits do not depend on the batch around it.
+    fresh_keys: a promise for CUDA streams: the kernel in front in the stream writes no keys but the
+        last so many of each sequence, and neither key lengths nor key starts. The rest may then be
+        read before it has ended; too small a number is a race. None: no promise.
     """
 
     workspace: int | str | None = None
@@ -51,6 +59,7 @@ class Limits:
     precision: Literal["native", "high"] = "native"
     longest_step_ms: float = 0.0
     batch_invariant: bool = False
+    fresh_keys: int | None = None
     _core: _core.Limits = field(init=False, repr=False, compare=False)
     text: str = field(init=False, repr=False, compare=False)  # for operators, which take no objects
 
@@ -64,6 +73,7 @@ class Limits:
             precision=self.precision,
             longest_step_us=self.longest_step_ms * 1e3,
             batch_invariant=self.batch_invariant,
+            fresh_keys=-1 if self.fresh_keys is None else self.fresh_keys,
         )
         object.__setattr__(self, "_core", core)
         object.__setattr__(self, "text", json.dumps(self._values()))

@@ -7,6 +7,7 @@ There is no backward: a result that needs gradients raises when ``backward()`` r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,11 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widehead import _core
+from widehead._arrays import Arguments, library_of_type
 from widehead._limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["attention_rows", "override_sdpa", "sdpa"]
 
+if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(
+        f"PyTorch {torch.__version__} is too old for widehead: its tensors carry no exchange table "
+        "of DLPack; 2.10 and later have it"
+    )
+
 _PLAIN = (Tensor, torch.nn.Parameter)
+# By names of their own: looked up through three modules they would cost as much as they take.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack  # vmap, grad, functionalize
+_is_grad_enabled = torch.is_grad_enabled
 
 
 @lru_cache(maxsize=64)
@@ -99,13 +113,54 @@ def _no_backward(context: Any, *gradients: Tensor) -> NoReturn:
 _operator.register_autograd(_no_backward)
 
 
-def _needs_operator(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch has to see the call: it compiles, differentiates, or wraps the tensors."""
-    if torch.compiler.is_compiling() or q.is_meta:
+def _needs_operator(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> bool:
+    """Whether PyTorch has to see the call: it compiles, traces, transforms or differentiates it, or
+    wraps the tensors. ``others``: what else the call reads, None where it is absent."""
+    if _is_compiling() or q.is_meta:
         return True
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _dispatch_modes() > 0 or _tracing_state() is not None or _transform() is not None:
         return True
-    return type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN
+    differentiates = _is_grad_enabled()
+    for tensor in (q, k, v, *others):
+        if tensor is None:
+            continue
+        if type(tensor) in _PLAIN:
+            if differentiates and tensor.requires_grad:
+                return True
+        elif isinstance(tensor, Tensor):
+            return True
+    return False
+
+
+def _causal_of(causal: Any) -> str:
+    """As the operator takes it. The messages are those of the direct call, which compiled code and
+    fake tensors never reach."""
+    if causal is False or causal == "":
+        return ""
+    if causal is True:
+        return "bottom_right"
+    if isinstance(causal, str) and causal in ("bottom_right", "top_left"):
+        return causal
+    raise ValueError(
+        f"causal is {causal!r}; valid: False, True (the same as \"bottom_right\"), "
+        '"bottom_right", "top_left"'
+    )
+
+
+def _sides_of(window: Any) -> tuple[int, int]:
+    """A window as the operator takes it: -1 for a side without limit."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise ValueError(f"window is {window!r}; it must be a tuple (left, right) of keys")
+    for side in window:
+        if side is not None and side < 0:
+            raise ValueError(
+                f"window is {window!r}; each side must be a number of keys from 0 on, or None for "
+                "no limit"
+            )
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
 
 
 def _keys_tensor(keys: Any, q: Tensor) -> Tensor | None:
@@ -114,20 +169,18 @@ def _keys_tensor(keys: Any, q: Tensor) -> Tensor | None:
     return torch.as_tensor(keys, device=q.device).to(torch.int32)
 
 
-def attention(arguments: tuple[Any, ...], limits: Limits) -> Any:
+def attention(arguments: Arguments, limits: Limits) -> Any:
     """:func:`widehead.sdpa` on tensors; its arguments in their order."""
-    q, k, v = arguments[:3]
-    if not _needs_operator(q, k, v):
-        return _core.sdpa(*arguments, limits._core, torch.get_num_threads(), None, None)
     (
-        *_, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+        q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
         return_log_sum_exp, out,
     ) = arguments  # fmt: skip
-    left, right = window if window is not None else (None, None)
+    if not _needs_operator(q, k, v, mask, sinks, key_lengths, key_starts, out):
+        return _core.sdpa(*arguments, limits._core, torch.get_num_threads(), None, None)
+    left, right = _sides_of(window)
     result, log_sum_exp = torch.ops.widehead.attention(
         q, k, v, mask, sinks, _keys_tensor(key_lengths, q), _keys_tensor(key_starts, q), scale,
-        "bottom_right" if causal is True else causal or "", -1 if left is None else left,
-        -1 if right is None else right, softcap, return_log_sum_exp, limits.text,
+        _causal_of(causal), left, right, softcap, return_log_sum_exp, limits.text,
     )  # fmt: skip
     if out is not None:
         result = out.copy_(result)
@@ -153,7 +206,7 @@ def attention_rows(
 
     ``causal`` is ``""``, ``"bottom_right"`` or ``"top_left"``.
     """
-    direct = not _needs_operator(q, k, v)
+    direct = not _needs_operator(q, k, v, mask, sinks, key_lengths, key_starts)
     out = _empty_out(q, v) if direct else None
     result: Tensor = attention(
         (q, k, v, scale, causal or False, window, softcap, mask, sinks, key_lengths, key_starts,
@@ -161,6 +214,16 @@ def attention_rows(
         limits,
     )  # fmt: skip
     return result.transpose(1, 2)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """What autocast hands to PyTorch's attention. A mask stays as precise as it is."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensor
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def sdpa(
@@ -178,8 +241,9 @@ def sdpa(
     """``torch.nn.functional.scaled_dot_product_attention`` by Widehead.
 
     The same arguments and meaning: leading dimensions as in PyTorch, ``is_causal`` aligned
-    top-left, boolean masks attend where True. Beyond it: ``is_causal`` may be combined with a mask,
-    rows without a visible key are 0 instead of NaN, and ``limits``.
+    top-left, boolean masks attend where True, query, key and value cast to autocast's type where it
+    is on. Beyond it: ``is_causal`` may be combined with a mask, rows without a visible key are 0
+    instead of NaN, and ``limits``.
 
     query: [..., heads_q, len_q, dim_qk]; key, value: [..., heads_kv, len_k, dim]; without
     ``enable_gqa`` the numbers of heads must be equal. Raises ValueError for dropout.
@@ -192,14 +256,17 @@ def sdpa(
             f"query has {heads[0]} heads and key {heads[1]}; they must be equal, or enable_gqa True"
         )
     leading = query.shape[:-3]
+    batch = math.prod(leading)  # -1 would be ambiguous for tensors of no elements
     q, k, v = (
-        tensor if tensor.dim() == 4 else tensor.reshape((-1, count, *tensor.shape[-2:]))
-        for tensor, count in ((query, heads[0]), (key, heads[1]), (value, heads[1]))
-    )
+        tensor if tensor.dim() == 4 else tensor.reshape((batch, count, *tensor.shape[-2:]))
+        for tensor, count in (
+            (_autocast(query), heads[0]), (_autocast(key), heads[1]), (_autocast(value), heads[1]),
+        )
+    )  # fmt: skip
     mask = attn_mask
     if mask is not None and query.dim() > 4 and mask.dim() > 3:
-        mask = mask.expand((*leading, *mask.shape[-3:])).reshape((-1, *mask.shape[-3:]))
-    out = attention(
+        mask = mask.expand((*leading, *mask.shape[-3:])).reshape((batch, *mask.shape[-3:]))
+    out: Tensor = attention(
         (q, k, v, scale, "top_left" if is_causal else False, None, None, mask, None, None, None,
          False, None),
         DEFAULT_LIMITS if limits is None else limits,
@@ -227,3 +294,10 @@ def override_sdpa(limits: Limits | None = None) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original
+
+
+# Known from here on: found by the first call, they would be a change that makes PyTorch compile
+# again what it has just compiled. A trace that imports this module must not see them appear.
+if torch._guards.TracingContext.try_get() is None:
+    for _kind in _PLAIN:
+        library_of_type(_kind)

@@ -19,10 +19,13 @@ from transformers.masking_utils import (
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False)
-class StructuredMask(BlockMask):  # type: ignore[misc]
+class StructuredMask(BlockMask):
     """A causal mask of [batch, 1, len_q, len_k] by what it says.
 
     It is a BlockMask to pass for a ready mask where transformers looks for one, and nothing else of
@@ -40,7 +43,7 @@ class StructuredMask(BlockMask):  # type: ignore[misc]
     keys: Tensor | None = None  # bool [batch, 1, 1, len_k], where padding is no range
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int, int, int]:
         return (self.batch, 1, self.len_q, self.len_k)
 
     @property
@@ -56,7 +59,7 @@ class StructuredMask(BlockMask):  # type: ignore[misc]
     def contiguous(self) -> StructuredMask:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> StructuredMask:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> StructuredMask:
         """Where a model lies on several devices, masks follow its hidden states."""
         kwargs.pop("dtype", None)
         moved = {
@@ -70,6 +73,8 @@ class StructuredMask(BlockMask):  # type: ignore[misc]
         """``mask[:, :, -n:, :]``: the last n queries, as models take it whose layers share keys."""
         everything = slice(None)
         if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (everything,) * 2:
+            raise NotImplementedError(f"a structured mask cannot be indexed by {index!r}")
+        if not isinstance(index[2], slice) or not isinstance(index[3], slice):
             raise NotImplementedError(f"a structured mask cannot be indexed by {index!r}")
         queries = range(self.len_q)[index[2]]
         keys = range(self.len_k)[index[3]]
@@ -133,14 +138,18 @@ def _pattern_of(mask_function: Callable[..., Any]) -> _Pattern | None:
     """
     if mask_function is causal_mask_function:
         return _Pattern(window=None)
-    closed = _closed_over(mask_function, _REFERENCE)
-    if closed is None:
-        return None
-    parts = closed["mask_functions"]
+    window = _window_of(mask_function, _REFERENCE)
+    return None if window is None else _Pattern(window=window)
+
+
+def _window_of(mask_function: Callable[..., Any], reference: Callable[..., Any]) -> int | None:
+    """The window of what was made as ``reference`` was, sliding_window_causal_mask_function(1)."""
+    parts = (_closed_over(mask_function, reference) or {}).get("mask_functions", ())
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
-    overlay = _closed_over(parts[0], _REFERENCE_OVERLAY)
-    return None if overlay is None else _Pattern(window=overlay["sliding_window"])
+    own = (_closed_over(reference, reference) or {})["mask_functions"][0]
+    window = (_closed_over(parts[0], own) or {}).get("sliding_window")
+    return window if isinstance(window, int) else None
 
 
 def _closed_over(
@@ -148,14 +157,14 @@ def _closed_over(
 ) -> dict[str, Any] | None:
     """The closure of a function that was made where ``reference`` was; None if it was not."""
     code = getattr(function, "__code__", None)
-    if code is None or code is not reference.__code__:
+    is_same = code is not None and code is getattr(reference, "__code__", None)
+    if not is_same:
         return None
     cells = function.__closure__ or ()
-    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells)}
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells)}
 
 
 _REFERENCE = sliding_window_causal_mask_function(1)
-_REFERENCE_OVERLAY = (_closed_over(_REFERENCE, _REFERENCE) or {})["mask_functions"][0]
 
 
 @dataclass(frozen=True)
@@ -213,13 +222,18 @@ def attention_mask(
     """
     pattern = _pattern_of(mask_function)
     if pattern is None:
+        if _window_of(_REFERENCE, _REFERENCE) is None:
+            logger.warning_once(
+                "widehead does not know the window masks of this version of transformers: windows "
+                "become masks of queries by keys, right but slow."
+            )
         # True for encoders alone, which may also need no mask at all: None.
         kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]  # a tensor for a static cache
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
