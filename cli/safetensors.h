@@ -16,8 +16,6 @@ struct StoredTensor {
   std::string dtype;  // as stored: "F16", "BF16", "F32", "I32", "U8", "BOOL", ...
   std::vector<int64_t> shape;
   std::span<const std::byte> bytes;
-
-  int64_t elements() const;
 };
 
 struct SafetensorsView {
