@@ -28,6 +28,10 @@ int report(const Status& status) {
   return exit_code(status);
 }
 
+std::string refuse_empty(const std::string& text) {
+  return text.empty() ? "it is empty; leave the flag out or give it a value" : "";
+}
+
 ProgressLine::ProgressLine(bool enabled) : is_shown_(enabled && isatty(STDERR_FILENO) != 0) {}
 
 ProgressLine::~ProgressLine() { show(""); }

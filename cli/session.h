@@ -24,6 +24,9 @@ int exit_code(const Status& status);
 // Prints "widehead: message" on stderr and answers with the exit code.
 int report(const Status& status);
 
+// A check for CLI11: the flags' texts are empty where they were not given, so nobody may give that.
+std::string refuse_empty(const std::string& text);
+
 // A line that is rewritten in place on a terminal and silent elsewhere; on stderr, so that stdout
 // stays a table or a document.
 class ProgressLine {

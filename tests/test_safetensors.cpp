@@ -121,12 +121,24 @@ TEST(Safetensors, WritesWhatItReads) {
             std::string::npos);
 }
 
+TEST(ProblemFile, ABatchOfNoneMayHaveAnySizes) {
+  const std::string huge = "[0,4611686018427387904,4611686018427387904,64]";
+  const std::string tensor = R"({"dtype":"F32","shape":)" + huge + R"(,"data_offsets":[0,0]})";
+  const auto file =
+      file_of(R"({"q":)" + tensor + R"(,"k":)" + tensor + R"(,"v":)" + tensor +
+                  R"(,"mask":{"dtype":"U8","shape":)" + huge + R"(,"data_offsets":[0,0]}})",
+              0);
+  const auto view = parse_safetensors(file);
+  ASSERT_TRUE(view.ok()) << view.status().message();
+  EXPECT_FALSE(read_problem(*view, {}).ok());
+}
+
 std::string problem_message(const std::string& header, size_t data_bytes) {
   const std::string path = testing::TempDir() + "widehead_problem.safetensors";
   const auto bytes = file_of(header, data_bytes);
   std::ofstream(path, std::ios::binary)
       .write(reinterpret_cast<const char*>(bytes.data()), static_cast<long>(bytes.size()));
-  const auto stored = read_problem_file(path);
+  const auto stored = read_problem_file(path, {});
   return stored.ok() ? "" : stored.status().message();
 }
 
@@ -151,6 +163,15 @@ TEST(ProblemFile, NamesTheTensorThatDoesNotFit) {
             std::string::npos);
   EXPECT_NE(with(R"(,"__metadata__":{"causal":"sideways"})").find("causal is \"sideways\""),
             std::string::npos);
+  for (const char* window : {"1e30", "nan", "1.7", "99999999999999999999", ""}) {
+    EXPECT_NE(with(fmt::format(R"(,"__metadata__":{{"window_left":"{}"}})", window))
+                  .find("window_left is \"" + std::string(window) + "\"; it must be an integer"),
+              std::string::npos)
+        << window;
+  }
+  EXPECT_NE(with(R"(,"__metadata__":{"window_left":"-2"})").find("window_left is -2"),
+            std::string::npos);
+  EXPECT_EQ(with(R"(,"__metadata__":{"window_left":"16777217"})"), "");
   EXPECT_NE(with(R"(,"__metadata__":{"scale":"big"})").find("scale is \"big\""), std::string::npos);
 }
 
