@@ -300,6 +300,54 @@ TEST(Cli, TuneStoresAProfileThatPlansUse) {
   unsetenv("XDG_CACHE_HOME");
 }
 
+// Disabled until `bench` does as they say.
+TEST(Cli, DISABLED_BenchRunsRivalsOfAForcedKernel) {
+  const Outcome outcome =
+      widehead("bench " + kSmall + "--kernel cpu_decode --against cpu_unfused --samples 1 --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto rows = nlohmann::json::parse(outcome.out)["rows"];
+  ASSERT_EQ(rows.size(), 2u);
+  for (const auto& row : rows) {
+    EXPECT_FALSE(row.contains("refused")) << row;
+    EXPECT_GT(row["best_us"], 0) << row;
+  }
+}
+
+TEST(Cli, DISABLED_BenchRefusesNoSamples) {
+  for (const char* flag : {"--samples 0", "--samples -1"}) {
+    const Outcome outcome = widehead("bench " + kSmall + flag);
+    EXPECT_EQ(outcome.code, 2) << flag;
+    EXPECT_EQ(outcome.out, "") << flag;
+    EXPECT_NE(outcome.err.find("--samples"), std::string::npos) << outcome.err;
+  }
+}
+
+TEST(Cli, DISABLED_BenchLooksAtItsLimitsBeforeItProbes) {
+  // A probe of so many threads would not end, or end in a failure of the device.
+  const Outcome outcome = widehead("bench " + kSmall + "--threads 1000000");
+  EXPECT_EQ(outcome.code, 2) << outcome.err;
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_NE(outcome.err.find("limits.threads is 1000000"), std::string::npos) << outcome.err;
+}
+
+TEST(Cli, DISABLED_BenchExitsWith3WithoutAKernel) {
+  const Outcome outcome = widehead("bench " + kSmall + "--workspace 10");
+  EXPECT_EQ(outcome.code, 3) << outcome.out;
+  EXPECT_NE(outcome.err.find("wants"), std::string::npos) << outcome.err;
+}
+
+TEST(Cli, DISABLED_BenchObeysTheEnvironment) {
+  setenv("WIDEHEAD_KERNEL", "bogus", 1);
+  const Outcome bogus = widehead("bench " + kSmall + "--samples 1");
+  setenv("WIDEHEAD_KERNEL", "cpu_unfused", 1);
+  const Outcome forced = widehead("bench " + kSmall + "--samples 1 --json");
+  unsetenv("WIDEHEAD_KERNEL");
+  EXPECT_EQ(bogus.code, 2) << bogus.out;
+  EXPECT_NE(bogus.err.find("WIDEHEAD_KERNEL is \"bogus\""), std::string::npos) << bogus.err;
+  ASSERT_EQ(forced.code, 0) << forced.err;
+  EXPECT_EQ(nlohmann::json::parse(forced.out)["rows"][0]["kernel"], "cpu_unfused");
+}
+
 struct BadUsage {
   const char* arguments;
   int code;
