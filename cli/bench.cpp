@@ -1,9 +1,11 @@
 // widehead bench: kernels side by side on a suite or one problem.
+#include <dlfcn.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <optional>
 
 #include "api/machine.h"
@@ -30,6 +32,20 @@ struct BenchFlags {
 
 // A run longer than this is not repeated for the workers' times.
 constexpr double kLongestImbalanceUs = 3e6;
+constexpr double kInterruptibleUs = 1e6;
+// So many times the fastest's time, a kernel is not the fastest by any slip of a clock.
+constexpr double kNoRivalOver = 3;
+
+// OpenBLAS chooses kernels by the CPU that it finds, and not always the best: which ones it took is
+// part of any comparison with it.
+std::string blas_name() {
+  if (!cpu_facts().has_cblas) return "none";
+  using Name = const char* (*)();
+  const auto core = reinterpret_cast<Name>(dlsym(RTLD_DEFAULT, "openblas_get_corename"));
+  const auto config = reinterpret_cast<Name>(dlsym(RTLD_DEFAULT, "openblas_get_config"));
+  if (core == nullptr || config == nullptr) return "a CBLAS that does not say which";
+  return fmt::format("{}; kernels for {}", config(), core());
+}
 
 BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guard) {
   BenchDevice device;
@@ -50,10 +66,13 @@ BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guar
   device.one_thread_gflops = guard.one_thread_gflops();
   device.read_gbytes_per_s = read_gbytes_per_s(threads);
   device.last_level_cache_bytes = last_level_cache_bytes();
+  device.blas = blas_name();
+  device.warning = guard.warning();
   return device;
 }
 
-// Kernels to stand beside the planner's choice, by name or, for the device's own, "unfused".
+// Kernels to stand beside the planner's choice, by name, or "fused" and "unfused" for whatever
+// they are on the device and problem.
 Result<std::vector<std::string>> read_against(const std::string& list, Device device) {
   std::vector<std::string> all, names;
   for (const Kernel* kernel : kernels_of(device)) all.push_back(kernel->name);
@@ -61,7 +80,7 @@ Result<std::vector<std::string>> read_against(const std::string& list, Device de
     const size_t end = std::min(list.find(',', begin), list.size());
     std::string name = list.substr(begin, end - begin);
     if (name == "unfused") name = device == Device::kCpu ? "cpu_unfused" : "cuda_unfused";
-    if (std::find(all.begin(), all.end(), name) == all.end()) {
+    if (name != "fused" && std::find(all.begin(), all.end(), name) == all.end()) {
       return invalid(fmt::format("--against names \"{}\"; did you mean \"{}\"?", name,
                                  nearest_name(name, all)));
     }
@@ -92,29 +111,35 @@ class Bench {
 
   int run() {
     if (!flags_.json) fmt::print("{}", bench_table_header(device_));
-    if (is_cpu_ && guard_.shares_cores()) {
-      fmt::print(stderr,
-                 "widehead: {} threads reach {:.0f} GFLOP/s where one reaches {:.0f}: they share "
-                 "cores, and so will what is measured\n",
-                 device_.threads, device_.peak_gflops, device_.one_thread_gflops);
-    }
+    note_interrupts();
     ProgressLine line(true);
     Status failed;
     for (size_t i = 0; i < requests_.size(); ++i) {
-      line.show(fmt::format("{} of {}: {}", i + 1, requests_.size(), requests_[i].name()));
-      Result<BenchResult> result = bench_one(requests_[i]);
+      line.show(fmt::format("{} {} of {}: {}", progress_bar(i, requests_.size()), i + 1,
+                            requests_.size(), requests_[i].name()));
+      BenchResult result{requests_[i], "", "", {}, 0};
+      const Status status = bench_one(result);
       line.show("");
-      if (!result.ok()) {
-        // The others are worth having all the same.
-        failed = result.status();
-        report(Status(failed.code(), requests_[i].name() + ": " + failed.message()));
-        continue;
+      if (is_interrupted()) {
+        failed = {Code::kCancelled, "interrupted; the rows so far are whole"};
+        report(failed);
+        break;
       }
-      // Later probes may have found a higher rate.
-      if (is_cpu_) device_.peak_gflops = guard_.peak_gflops();
-      if (!flags_.json) fmt::print("{}", bench_table(device_, *result));
+      if (!status.ok()) {
+        // The others are worth having all the same.
+        failed = status;
+        report(Status(failed.code(), requests_[i].name() + ": " + failed.message()));
+        result.rows.assign(1, {});
+        result.rows.front().kernel = result.chosen;
+        result.rows.front().refusal = failed.message();
+      }
+      if (is_cpu_) {  // later probes may have found a higher rate
+        device_.peak_gflops = guard_.peak_gflops();
+        device_.warning = guard_.warning();
+      }
+      if (!flags_.json) fmt::print("{}", bench_table(device_, result));
       std::fflush(stdout);
-      results_.push_back(std::move(*result));
+      results_.push_back(std::move(result));
     }
     const Json document = bench_json(flags_.suite, device_, results_);
     if (flags_.json) fmt::print("{}\n", document.dump(2));
@@ -128,12 +153,13 @@ class Bench {
   }
 
  private:
-  Result<BenchResult> bench_one(const Request& request) {
-    const Problem& p = request.problem;
+  Status bench_one(BenchResult& result) try {
+    const Problem& p = result.request.problem;
     const Result<Plan> plan = make_plan(p, limits_, this_machine(p.device, p.device_index));
     if (!plan.ok()) return plan.status();
-    BenchResult result{request, plan->kernel, plan->estimates, {}, 0};
-    HostTensors tensors = random_tensors(request, 1);
+    result.chosen = plan->kernel;
+    result.estimates = plan->estimates;
+    HostTensors tensors = random_tensors(result.request, 1);
     std::vector<Contestant> contestants;
     for (const std::string& kernel : kernels(*plan)) {
       BenchRow row = planned_row(*plan, kernel);
@@ -150,8 +176,9 @@ class Bench {
       }
       result.rows.push_back(std::move(row));
     }
-    if (Status status = sample(contestants, result); !status.ok()) return status;
-    return result;
+    return sample(contestants, result);
+  } catch (const std::bad_alloc&) {
+    return {Code::kOutOfMemory, "not enough memory for its tensors"};
   }
 
   // The planner's choice, then what is to stand beside it.
@@ -165,8 +192,28 @@ class Bench {
       for (const Candidate& candidate : plan.candidates) add(candidate.kernel);
       return names;
     }
-    for (const std::string& name : against_) add(name);
+    for (const std::string& name : against_) {
+      if (name != "fused") {
+        add(name);
+      } else if (const std::string fused = fastest_fused(plan); !fused.empty()) {
+        add(fused);
+      }
+    }
     return names;
+  }
+
+  // The fused kernel that the planner would take if it had to; empty: none can.
+  static std::string fastest_fused(const Plan& plan) {
+    const Candidate* fastest = nullptr;
+    for (const Candidate& candidate : plan.candidates) {
+      const Kernel* kernel = find_kernel(kernels_of(plan.problem.device), candidate.kernel);
+      if (!kernel->is_fused || candidate.estimated_us == 0) continue;
+      if (candidate.verdict == Verdict::kOverBudget) continue;
+      if (fastest == nullptr || candidate.estimated_us < fastest->estimated_us) {
+        fastest = &candidate;
+      }
+    }
+    return fastest == nullptr ? "" : fastest->kernel;
   }
 
   BenchRow planned_row(const Plan& plan, const std::string& kernel) const {
@@ -194,13 +241,19 @@ class Bench {
 
   Status sample(std::vector<Contestant>& contestants, BenchResult& result) {
     std::vector<Run> runs;
-    for (Contestant& one : contestants) runs.push_back([&one] { return one.execution.run(); });
+    for (Contestant& one : contestants) {
+      one.execution.paint_workspace();
+      runs.push_back({[&one] { return run(one.execution); }});
+    }
+    if (runs.empty()) return {};
     if (Status status = prepare_plain(); !status.ok()) return status;
-    if (plain_) runs.push_back([this] { return plain_->run(); });
-    const bool is_routing = flags_.suite == "routing";
-    auto samples = measure(
-        runs, guard_,
-        {.samples = flags_.samples, .seconds = flags_.seconds, .drop_over = is_routing ? 3. : 0.});
+    if (plain_) runs.push_back({[this] { return plain_->run(); }});
+    MeasureOptions options{.samples = flags_.samples, .seconds = flags_.seconds};
+    if (flags_.suite == "routing") {
+      options.drop_over = kNoRivalOver;
+      options.least_of_fastest = 5;
+    }
+    auto samples = measure(runs, guard_, options);
     if (!samples.ok()) return samples.status();
     if (plain_) {
       result.plain_us_per_gflop =
@@ -209,6 +262,7 @@ class Bench {
     for (size_t i = 0; i < contestants.size(); ++i) {
       BenchRow& row = result.rows[contestants[i].row];
       row.samples = std::move((*samples)[i]);
+      row.peak_workspace_bytes = contestants[i].execution.peak_workspace_bytes();
       if (!is_cpu_ || row.kernel != result.chosen || row.samples.best() > kLongestImbalanceUs) {
         continue;
       }
@@ -217,6 +271,12 @@ class Bench {
       row.imbalance = *share;
     }
     return {};
+  }
+
+  // A long one can be interrupted. The question would show in the time of a short one.
+  static Status run(Execution& execution) {
+    if (execution.plan().estimated_us < kInterruptibleUs) return execution.run();
+    return execution.run([](void*, double) { return int32_t{is_interrupted()}; });
   }
 
   // The suite's first row, where the suite compares with it.
@@ -289,8 +349,9 @@ void add_bench(CLI::App& app, Action& action) {
   add_problem_flags(*verb, flags->problem);
   add_limits_flags(*verb, flags->limits);
   verb->add_option("--against", flags->against,
-                   "kernels to run beside the planner's choice: A,B or unfused");
-  verb->add_option("--samples", flags->samples, "of each kernel on each problem (9)");
+                   "kernels to run beside the planner's choice: A,B, fused, unfused");
+  verb->add_option("--samples", flags->samples,
+                   "undisturbed ones of each kernel on each problem (9)");
   verb->add_option("--seconds", flags->seconds, "stop sampling a problem after this long (20)");
   verb->add_option("--skip-over", flags->skip_over, "skip runs estimated longer, seconds (120)");
   verb->add_option("--csv", flags->csv, "write the rows as CSV");

@@ -19,6 +19,8 @@ struct BenchDevice {
   double one_thread_gflops = 0;  // CPU only
   double read_gbytes_per_s = 0;
   int64_t last_level_cache_bytes = 0;
+  std::string blas;     // CPU: what cpu_unfused multiplies with
+  std::string warning;  // why times and shares are not what the machine should reach
 };
 
 // One kernel on one problem.
@@ -27,7 +29,7 @@ struct BenchRow {
   std::string refusal;  // empty: it ran
   Samples samples;
   double estimated_us = 0;
-  uint64_t workspace_bytes = 0;
+  uint64_t workspace_bytes = 0, peak_workspace_bytes = 0;  // planned and touched
   double imbalance = 0;  // of the workers' times: largest over mean, less 1; CPU only
 
   bool ran() const { return refusal.empty(); }
@@ -47,6 +49,8 @@ struct BenchResult {
   const BenchRow* unfused() const;
   // Time of the chosen kernel over that of the fastest; 0 when nothing ran.
   double regret() const;
+  // Both of them have undisturbed samples.
+  bool is_regret_guarded() const;
   // What the chosen kernel takes for a useful multiply-add, over what the first row takes.
   double times_plain() const;
 };

@@ -218,7 +218,7 @@ class Runner {
       Guard guard(execution.plan().problem.device == Device::kCpu
                       ? cpu_facts().threads(flags_.limits.threads)
                       : 0);
-      auto samples = measure({[&] { return execution.run(); }}, guard, {9, 5});
+      auto samples = measure({{[&] { return execution.run(); }}}, guard, {9, 5});
       if (!samples.ok()) return samples.status();
       return (*samples)[0];
     }

@@ -2,9 +2,16 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <csignal>
 #include <cstdio>
 
 namespace wh::cli {
+namespace {
+
+volatile std::sig_atomic_t interrupted = 0;
+
+}  // namespace
 
 int exit_code(const Status& status) {
   switch (status.code()) {
@@ -31,6 +38,21 @@ int report(const Status& status) {
 std::string refuse_empty(const std::string& text) {
   return text.empty() ? "it is empty; leave the flag out or give it a value" : "";
 }
+
+std::string progress_bar(double done, double total) {
+  constexpr int kCells = 40;
+  const auto filled = static_cast<size_t>(kCells * std::clamp(done / total, 0.0, 1.0));
+  return "[" + std::string(filled, '=') + std::string(kCells - filled, ' ') + "]";
+}
+
+void note_interrupts() {
+  struct sigaction action {};
+  action.sa_handler = [](int) { interrupted = 1; };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigaction(SIGINT, &action, nullptr);
+}
+
+bool is_interrupted() { return interrupted != 0; }
 
 ProgressLine::ProgressLine(bool enabled) : is_shown_(enabled && isatty(STDERR_FILENO) != 0) {}
 

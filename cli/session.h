@@ -40,6 +40,14 @@ class ProgressLine {
   size_t width_ = 0;
 };
 
+// "[====      ]"
+std::string progress_bar(double done, double total);
+
+// From now on the first Ctrl-C is only noted, so that what is done can be kept; the second ends the
+// process as ever.
+void note_interrupts();
+bool is_interrupted();
+
 // Each verb adds its subcommand and leaves in `action` what to do when it is the one called.
 using Action = std::function<int()>;
 void add_plan(CLI::App& app, Action& action);

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <ctime>
 #include <memory>
 
@@ -26,8 +25,6 @@ struct TuneFlags {
   double seconds = 50;
   bool show = false, json = false;
 };
-
-volatile std::sig_atomic_t is_interrupted = 0;
 
 // Held while tuning: two processes at once would measure each other.
 class TuneLock {
@@ -116,14 +113,12 @@ class Tuner {
     const std::vector<Request> grid = tuning_grid(device_, device_index_);
     ProgressLine line(true);
     const auto begin = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < grid.size() && is_interrupted == 0; ++i) {
+    for (size_t i = 0; i < grid.size() && !is_interrupted(); ++i) {
       const double elapsed =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       if (elapsed > seconds_) break;
-      line.show(
-          fmt::format("[{:<40}] {:2.0f} s  {}",
-                      std::string(static_cast<size_t>(40 * std::min(1.0, elapsed / seconds_)), '='),
-                      elapsed, grid[i].name()));
+      line.show(fmt::format("{} {:2.0f} s  {}", progress_bar(elapsed, seconds_), elapsed,
+                            grid[i].name()));
       if (Status status = measure_one(grid[i]); !status.ok()) return status;
     }
     return {};
@@ -163,7 +158,7 @@ class Tuner {
       forced.kernel = candidate.kernel;
       Result<Execution> execution = Execution::prepare(p, forced, tensors);
       if (!execution.ok()) continue;
-      auto samples = measure({[&] { return execution->run(); }}, guard_, {5, 0.25});
+      auto samples = measure({{[&] { return execution->run(); }}}, guard_, {5, 0.25});
       if (!samples.ok()) return samples.status();
       if (!(*samples)[0].is_guarded) ++disturbed_;
       const double ratio = (*samples)[0].best() / candidate.estimated_us;
@@ -219,7 +214,7 @@ int run_tune(const TuneFlags& flags) {
   }
   const TuneLock lock(path);
   if (Status status = lock.status(path); !status.ok()) return report(status);
-  std::signal(SIGINT, [](int) { is_interrupted = 1; });
+  note_interrupts();
   Tuner tuner(device, index, flags.seconds);
   if (Status status = tuner.run(); !status.ok()) return report(status);
   if (tuner.points() == 0) {
@@ -233,7 +228,7 @@ int run_tune(const TuneFlags& flags) {
   }
   // What an early stop left out was measured before, if it was measured here.
   if (const Result<Profile> old = read_profile(path);
-      is_interrupted != 0 && old.ok() &&
+      is_interrupted() && old.ok() &&
       difference(old->identity(), tuner.profile().identity()).empty()) {
     tuner.add_missing(*old);
   }
@@ -242,7 +237,7 @@ int run_tune(const TuneFlags& flags) {
     fmt::print("{}", tuner.profile().to_json());
   } else {
     fmt::print("measured {} costs{}; plans use them from now on: {}\n", tuner.points(),
-               is_interrupted != 0 ? " before the interrupt" : "", path.string());
+               is_interrupted() ? " before the interrupt" : "", path.string());
   }
   return kFine;
 }
