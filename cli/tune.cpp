@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <ctime>
 #include <memory>
 
@@ -34,6 +36,7 @@ class TuneLock {
     std::filesystem::create_directories(profile.parent_path(), error);
     const std::string path = profile.string() + ".lock";
     file_ = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    if (file_ < 0) reason_ = std::strerror(errno);
     is_held_ = file_ >= 0 && flock(file_, LOCK_EX | LOCK_NB) == 0;
   }
   ~TuneLock() {
@@ -45,9 +48,9 @@ class TuneLock {
   Status status(const std::filesystem::path& profile) const {
     if (file_ < 0) {
       return {Code::kInternal,
-              fmt::format("cannot write in {}; set XDG_CACHE_HOME to a folder that "
-                          "can be written",
-                          profile.parent_path().string())};
+              fmt::format("cannot write in {}: {}; set XDG_CACHE_HOME to a folder that can be "
+                          "written",
+                          profile.parent_path().string(), reason_)};
     }
     if (!is_held_) {
       return {Code::kInternal, "another widehead tune is running; wait for it, or stop it"};
@@ -57,6 +60,7 @@ class TuneLock {
 
  private:
   int file_;
+  std::string reason_;  // why it could not be opened
   bool is_held_ = false;
 };
 

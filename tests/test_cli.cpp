@@ -1,45 +1,18 @@
 // The command line as a user meets it: exit codes, documents, messages.
-#include <gtest/gtest.h>
-#include <sys/wait.h>
-
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "command_line.h"
 #include "safetensors.h"
 
 namespace {
 
-struct Outcome {
-  int code = -1;
-  std::string out, err;
-};
-
-Outcome widehead(const std::string& arguments) {
-  const std::string errors = testing::TempDir() + "widehead_cli_errors.txt";
-  const std::string command =
-      std::string(WIDEHEAD_CLI) + " " + arguments + " 2>" + errors + " </dev/null";
-  Outcome outcome;
-  FILE* pipe = popen(command.c_str(), "r");
-  std::array<char, 4096> buffer;
-  while (size_t count = fread(buffer.data(), 1, buffer.size(), pipe)) {
-    outcome.out.append(buffer.data(), count);
-  }
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  if (FILE* file = fopen(errors.c_str(), "r")) {
-    while (size_t count = fread(buffer.data(), 1, buffer.size(), file)) {
-      outcome.err.append(buffer.data(), count);
-    }
-    fclose(file);
-  }
-  return outcome;
-}
+using wh::Outcome;
+using wh::widehead;
 
 const std::string kSmall = "--heads 4/2 --dim 64 --queries 16 --keys 40 --causal ";
 
@@ -257,6 +230,28 @@ TEST(Cli, AFailingDeviceExitsWith4) {
                      "--key-lengths 5")
                 .code,
             0);
+}
+
+TEST(Cli, BenchInterruptedPrintsTheRowsThatAreDone) {
+  Outcome outcome;
+  nlohmann::json rows;
+  // A busy machine may need longer until there is a row.
+  for (int seconds = 3; seconds <= 24 && rows.empty(); seconds *= 2) {
+    outcome = wh::widehead_interrupted("bench square --samples 2 --seconds 1 --json", seconds);
+    ASSERT_EQ(outcome.code, 4) << outcome.err;
+    EXPECT_NE(outcome.err.find("interrupted"), std::string::npos) << outcome.err;
+    rows = nlohmann::json::parse(outcome.out)["rows"];
+  }
+  ASSERT_FALSE(rows.empty());
+  for (const auto& row : rows) EXPECT_TRUE(row.contains("best_us")) << row;
+}
+
+TEST(Cli, BenchWritesCsvThatQuotesItsCommas) {
+  const std::string file = testing::TempDir() + "widehead_" + std::to_string(getpid()) + ".csv";
+  const auto bench = widehead("bench " + kSmall + "--samples 1 --csv " + file);
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  const auto text = wh::shell("sed -n 2p " + file + " | cut -c-48; rm " + file);
+  EXPECT_EQ(text.out, "\"4/2 heads, dim 64, 16 x 40, f16, causal\",16,40,\n");
 }
 
 TEST(Cli, ListsAreDocumentsToo) {
