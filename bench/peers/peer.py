@@ -54,7 +54,8 @@ def blas_libraries():
     known = " ".join(names)
     for line in Path("/proc/self/maps").read_text().splitlines():
         file = Path(line.split()[-1]).name
-        if any(word in file.lower() for word in ("blas", "mkl", "blis", "lapack")) and file not in known:
+        is_blas = any(word in file.lower() for word in ("blas", "mkl", "blis", "lapack"))
+        if is_blas and "cublas" not in file and file not in known:
             names.add(file)
     return names
 
