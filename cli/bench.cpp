@@ -3,20 +3,23 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <memory>
 #include <new>
 #include <optional>
 
+#include "api/environment.h"
 #include "api/machine.h"
 #include "bench_result.h"
 #include "core/nearest_name.h"
 #include "execution.h"
 #include "imbalance.h"
 #include "limits_flags.h"
-#include "plan/work.h"
 #include "probe.h"
+#include "sampled_rows.h"
 #include "session.h"
+#include "useful_work.h"
 
 namespace wh::cli {
 namespace {
@@ -94,7 +97,18 @@ Result<std::vector<std::string>> read_against(const std::string& list, Device de
 struct Contestant {
   Execution execution;
   size_t row;  // in BenchResult::rows
+  double relative_rms;
 };
+
+double relative_rms(const SampledRows& rows) {
+  double errors = 0, squares = 0;
+  for (size_t i = 0; i < rows.want.size(); ++i) {
+    const double error = static_cast<double>(rows.have[i]) - rows.want[i];
+    errors += error * error;
+    squares += static_cast<double>(rows.want[i]) * rows.want[i];
+  }
+  return std::sqrt(squares > 0 ? errors / squares : errors);
+}
 
 class Bench {
  public:
@@ -129,9 +143,10 @@ class Bench {
         // The others are worth having all the same.
         failed = status;
         report(Status(failed.code(), requests_[i].name() + ": " + failed.message()));
-        result.rows.assign(1, {});
-        result.rows.front().kernel = result.chosen;
-        result.rows.front().refusal = failed.message();
+        if (result.rows.empty()) result.rows.emplace_back().kernel = result.chosen;
+        for (BenchRow& row : result.rows) {
+          if (row.ran()) row.refusal = failed.message();
+        }
       }
       if (is_cpu_) {  // later probes may have found a higher rate
         device_.peak_gflops = guard_.peak_gflops();
@@ -159,24 +174,28 @@ class Bench {
     if (!plan.ok()) return plan.status();
     result.chosen = plan->kernel;
     result.estimates = plan->estimates;
+    for (const std::string& kernel : kernels(*plan)) {
+      result.rows.push_back(planned_row(*plan, kernel));
+    }
+    const auto ran = [](const BenchRow& row) { return row.ran(); };
+    if (std::none_of(result.rows.begin(), result.rows.end(), ran)) return runnable_status(*plan);
+    // Only now: what no kernel takes may have tensors of 100 GB.
     HostTensors tensors = random_tensors(result.request, 1);
     std::vector<Contestant> contestants;
-    for (const std::string& kernel : kernels(*plan)) {
-      BenchRow row = planned_row(*plan, kernel);
-      if (row.ran()) {
-        Limits forced = limits_;
-        forced.kernel = kernel;
-        forced.policy = Policy::kAutomatic;
-        Result<Execution> execution = Execution::prepare(p, forced, tensors);
-        if (execution.ok()) {
-          contestants.push_back({std::move(*execution), result.rows.size()});
-        } else {
-          row.refusal = execution.status().message();
-        }
+    for (size_t i = 0; i < result.rows.size(); ++i) {
+      BenchRow& row = result.rows[i];
+      if (!row.ran()) continue;
+      Limits forced = limits_;
+      forced.kernel = row.kernel;
+      forced.policy = Policy::kAutomatic;
+      Result<Execution> execution = Execution::prepare(p, forced, tensors);
+      if (execution.ok()) {
+        contestants.push_back({std::move(*execution), i, 0});
+      } else {
+        row.refusal = execution.status().message();
       }
-      result.rows.push_back(std::move(row));
     }
-    return sample(contestants, result);
+    return sample(contestants, tensors, result);
   } catch (const std::bad_alloc&) {
     return {Code::kOutOfMemory, "not enough memory for its tensors"};
   }
@@ -239,11 +258,18 @@ class Bench {
     return row;
   }
 
-  Status sample(std::vector<Contestant>& contestants, BenchResult& result) {
+  Status sample(std::vector<Contestant>& contestants, const HostTensors& tensors,
+                BenchResult& result) {
     std::vector<Run> runs;
     for (Contestant& one : contestants) {
       one.execution.paint_workspace();
-      runs.push_back({[&one] { return run(one.execution); }});
+      // They share `out`: each answer is looked at before the next one overwrites it.
+      const auto look = [&]() -> Status {
+        if (Status status = one.execution.fetch(); !status.ok()) return status;
+        one.relative_rms = relative_rms(sample_rows(result.request.problem, tensors));
+        return {};
+      };
+      runs.push_back({[&one] { return run(one.execution); }, look});
     }
     if (runs.empty()) return {};
     if (Status status = prepare_plain(); !status.ok()) return status;
@@ -256,12 +282,12 @@ class Bench {
     auto samples = measure(runs, guard_, options);
     if (!samples.ok()) return samples.status();
     if (plain_) {
-      result.plain_us_per_gflop =
-          samples->back().best() / (useful_flops(requests_.front().problem) * 1e-9);
+      result.plain_us_per_gflop = samples->back().best() / (useful_flops(requests_.front()) * 1e-9);
     }
     for (size_t i = 0; i < contestants.size(); ++i) {
       BenchRow& row = result.rows[contestants[i].row];
       row.samples = std::move((*samples)[i]);
+      row.relative_rms = contestants[i].relative_rms;
       row.peak_workspace_bytes = contestants[i].execution.peak_workspace_bytes();
       if (!is_cpu_ || row.kernel != result.chosen || row.samples.best() > kLongestImbalanceUs) {
         continue;
@@ -322,13 +348,13 @@ int run_bench(const BenchFlags& flags) {
   if (flags.samples < 1) {
     return report(invalid(fmt::format("--samples is {}; it must be at least 1", flags.samples)));
   }
-  const auto limits = read_limits(flags.limits);
+  auto limits = read_limits(flags.limits);
   if (!limits.ok()) return report(limits.status());
-  if (Status status = validate(*limits); !status.ok()) return report(status);
   auto requests =
       flags.suite.empty() ? read_requests(flags.problem) : read_suite(flags.suite, flags.problem);
   if (!requests.ok()) return report(requests.status());
   const Problem& p = requests->front().problem;
+  if (Status status = apply(environment(), p.device, *limits); !status.ok()) return report(status);
   if (p.device == Device::kCuda && !cuda_facts(p.device_index).unavailable.empty()) {
     return report({Code::kRefused, cuda_facts(p.device_index).unavailable});
   }

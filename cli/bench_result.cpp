@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "plan/plan.h"
-#include "plan/work.h"
+#include "useful_work.h"
 
 namespace wh::cli {
 namespace {
@@ -17,20 +17,20 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-double gflops(const Problem& p, const BenchRow& row) {
-  return useful_flops(p) / row.samples.best() * 1e-3;
+double gflops(const Request& request, const BenchRow& row) {
+  return useful_flops(request) / row.samples.best() * 1e-3;
 }
-double kv_gbytes_per_s(const Problem& p, const BenchRow& row) {
-  return kv_bytes(p) / row.samples.best() * 1e-3;
+double kv_gbytes_per_s(const Request& request, const BenchRow& row) {
+  return kv_bytes(request) / row.samples.best() * 1e-3;
 }
 // Every sample reads the same keys and values: what fits the cache does not come from memory.
-bool is_cached(const Problem& p, const BenchDevice& device) {
-  return kv_bytes(p) < static_cast<double>(device.last_level_cache_bytes);
+bool is_cached(const Request& request, const BenchDevice& device) {
+  return kv_bytes(request) < static_cast<double>(device.last_level_cache_bytes);
 }
 
-std::string read_share(const BenchDevice& device, const Problem& p, const BenchRow& row) {
-  if (is_cached(p, device)) return "in cache";
-  return fmt::format("{:.0f}%", 100 * kv_gbytes_per_s(p, row) / device.read_gbytes_per_s);
+std::string read_share(const BenchDevice& device, const Request& request, const BenchRow& row) {
+  if (is_cached(request, device)) return "in cache";
+  return fmt::format("{:.0f}%", 100 * kv_gbytes_per_s(request, row) / device.read_gbytes_per_s);
 }
 
 Json row_json(const BenchDevice& device, const BenchResult& result, const BenchRow& row) {
@@ -53,14 +53,15 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
   json["samples"] = row.samples.us.size();
   json["dropped"] = row.samples.dropped;
   json["guarded"] = row.samples.is_guarded;
-  json["gflops"] = gflops(p, row);
-  json["peak_share"] = gflops(p, row) / device.peak_gflops;
-  json["kv_gbytes_per_s"] = kv_gbytes_per_s(p, row);
-  json["kv_cached"] = is_cached(p, device);
-  if (!is_cached(p, device)) {
-    json["read_share"] = kv_gbytes_per_s(p, row) / device.read_gbytes_per_s;
+  json["gflops"] = gflops(result.request, row);
+  json["peak_share"] = gflops(result.request, row) / device.peak_gflops;
+  json["kv_gbytes_per_s"] = kv_gbytes_per_s(result.request, row);
+  json["kv_cached"] = is_cached(result.request, device);
+  if (!is_cached(result.request, device)) {
+    json["read_share"] = kv_gbytes_per_s(result.request, row) / device.read_gbytes_per_s;
   }
   json["peak_workspace_bytes"] = row.peak_workspace_bytes;
+  json["relative_rms"] = row.relative_rms;
   if (const BenchRow* unfused = result.unfused(); unfused != nullptr && unfused != &row) {
     json["speed_up"] = unfused->samples.best() / row.samples.best();
   }
@@ -141,7 +142,7 @@ bool BenchResult::is_regret_guarded() const {
 double BenchResult::times_plain() const {
   const BenchRow* chosen_row = row_of(chosen);
   if (chosen_row == nullptr || plain_us_per_gflop == 0) return 0;
-  return chosen_row->samples.best() / (useful_flops(request.problem) * 1e-9) / plain_us_per_gflop;
+  return chosen_row->samples.best() / (useful_flops(request) * 1e-9) / plain_us_per_gflop;
 }
 
 const char* threshold_choice(const Problem& p) { return p.len_k >= 16384 ? "fused" : "unfused"; }
@@ -173,9 +174,10 @@ std::string bench_table(const BenchDevice& device, const BenchResult& result) {
     const double speed = chosen == nullptr ? 1 : chosen->samples.best() / row.samples.best();
     text += fmt::format(
         "{:<62} {:<19} {:>10} {:>10} {:>8.0f} {:>5.0f}% {:>6.1f} {:>8} {:>10} {:>6.2f}x", name,
-        kernel, format_us(row.samples.best()), format_us(row.samples.median()), gflops(p, row),
-        100 * gflops(p, row) / device.peak_gflops, kv_gbytes_per_s(p, row),
-        read_share(device, p, row), format_bytes(row.workspace_bytes), speed);
+        kernel, format_us(row.samples.best()), format_us(row.samples.median()),
+        gflops(result.request, row), 100 * gflops(result.request, row) / device.peak_gflops,
+        kv_gbytes_per_s(result.request, row), read_share(device, result.request, row),
+        format_bytes(row.workspace_bytes), speed);
     text += fmt::format("  {}", name.empty() ? "" : threshold_choice(p));
     if (row.kernel == result.chosen && result.times_plain() > 0) {
       text += fmt::format("  {:.2f} x plain", result.times_plain());
@@ -307,8 +309,8 @@ Chart bench_chart(const std::string& suite, const BenchDevice& device,
     const Problem& p = result.request.problem;
     for (const BenchRow& row : result.rows) {
       if (!row.ran()) continue;
-      const double value = y == "gflops"            ? gflops(p, row)
-                           : y == "kv_gbytes_per_s" ? kv_gbytes_per_s(p, row)
+      const double value = y == "gflops"            ? gflops(result.request, row)
+                           : y == "kv_gbytes_per_s" ? kv_gbytes_per_s(result.request, row)
                                                     : row.samples.best();
       add_point(chart, row.kernel + " " + series_name(p), static_cast<double>(p.len_k), value);
     }

@@ -30,6 +30,7 @@ struct BenchRow {
   Samples samples;
   double estimated_us = 0;
   uint64_t workspace_bytes = 0, peak_workspace_bytes = 0;  // planned and touched
+  double relative_rms = 0;                                 // against float64, on sampled rows
   double imbalance = 0;  // of the workers' times: largest over mean, less 1; CPU only
 
   bool ran() const { return refusal.empty(); }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <utility>
 
@@ -69,8 +70,7 @@ struct FirstRun {
 Result<FirstRun> run_watched(Execution& execution) {
   using Clock = std::chrono::steady_clock;
   struct Watch {
-    ProgressLine line{true};
-    int percent = -1;
+    RunProgress progress;
     Clock::time_point begin = Clock::now(), last = begin;
     double longest_us = 0;
 
@@ -89,11 +89,7 @@ Result<FirstRun> run_watched(Execution& execution) {
       [](void* context, double fraction) {
         auto& self = *static_cast<Watch*>(context);
         self.look();
-        const int percent = static_cast<int>(fraction * 100);
-        if (percent != std::exchange(self.percent, percent)) {
-          self.line.show(fmt::format("{:3} %", percent));
-        }
-        return 0;
+        return RunProgress::report(&self.progress, fraction);
       },
       &watch);
   watch.look();
@@ -150,7 +146,9 @@ class Runner {
       Result<StoredProblem> stored = read_problem_file(flags_.file, flags_.problem);
       if (!stored.ok()) return report(stored.status());
       const int code = run_one(stored->request, *limits, &*stored);
-      if (flags_.json && !documents_.empty()) fmt::print("{}\n", documents_.front().dump(2));
+      if (flags_.json && (code == kFine || code == kWrongNumbers)) {
+        fmt::print("{}\n", documents_.front().dump(2));
+      }
       return code;
     }
     const auto requests = read_requests(flags_.problem);
@@ -161,26 +159,33 @@ class Runner {
     }
     int worst = kFine;
     for (const Request& request : *requests) {
-      const int code = run_one(request, *limits, nullptr);
-      if (code != kFine && code != kWrongNumbers) return code;
-      worst = std::max(worst, code);
+      worst = std::max(worst, run_one(request, *limits, nullptr));
+      if (is_interrupted()) break;
     }
-    if (flags_.json) {
-      const bool is_one = flags_.problem.model.empty();
-      fmt::print("{}\n", (is_one ? documents_.front() : documents_).dump(2));
+    const bool is_one = flags_.problem.model.empty();
+    if (flags_.json && !is_one) {
+      fmt::print("{}\n", documents_.dump(2));
+    } else if (flags_.json && (worst == kFine || worst == kWrongNumbers)) {
+      fmt::print("{}\n", documents_.front().dump(2));
     }
     return worst;
   }
 
  private:
-  int run_one(const Request& request, const Limits& limits, StoredProblem* stored) {
+  // The other kinds of layers of a model still run.
+  int fail(const Request& request, const Status& status) {
+    documents_.push_back({{"problem", request.name()}, {"error", status.message()}});
+    return report(status);
+  }
+
+  int run_one(const Request& request, const Limits& limits, StoredProblem* stored) try {
     const Problem& p = request.problem;
     Result<Plan> plan = plan_as_library(p, limits);
-    if (!plan.ok()) return report(plan.status());
-    if (Status status = runnable_status(*plan); !status.ok()) return report(status);
+    if (!plan.ok()) return fail(request, plan.status());
+    if (Status status = runnable_status(*plan); !status.ok()) return fail(request, status);
     if (!flags_.json) fmt::print("{}{}\n", environment_line(p.device), explain(*plan));
     if (stored == nullptr) {
-      if (Status status = warm_up(*plan); !status.ok()) return report(status);
+      if (Status status = warm_up(*plan); !status.ok()) return fail(request, status);
     }
     const uint64_t resident_before = resident_bytes();
     // Only now: what the limits refuse may have tensors of 100 GB.
@@ -188,13 +193,13 @@ class Runner {
     if (stored == nullptr) random = random_tensors(request, flags_.seed.value_or(1));
     HostTensors& tensors = stored == nullptr ? random : stored->tensors;
     Result<Execution> execution = Execution::prepare(std::move(*plan), tensors);
-    if (!execution.ok()) return report(execution.status());
+    if (!execution.ok()) return fail(request, execution.status());
     execution->paint_workspace();
     const auto first = run_watched(*execution);
-    if (!first.ok()) return report(first.status());
+    if (!first.ok()) return fail(request, first.status());
     const auto samples = time(*execution, *first);
-    if (!samples.ok()) return report(samples.status());
-    if (Status status = execution->fetch(); !status.ok()) return report(status);
+    if (!samples.ok()) return fail(request, samples.status());
+    if (Status status = execution->fetch(); !status.ok()) return fail(request, status);
     Json document =
         describe_run(request, execution->plan(), *samples, execution->peak_workspace_bytes());
     document["longest_step_us"] = first->longest_step_us;
@@ -206,10 +211,12 @@ class Runner {
     const int code = stored == nullptr ? compare_sampled(p, tensors, document)
                                        : compare_stored(*stored, tensors, document);
     if (!flags_.out.empty()) {
-      if (Status status = write_out(p, tensors); !status.ok()) return report(status);
+      if (Status status = write_out(p, tensors); !status.ok()) return fail(request, status);
     }
     documents_.push_back(std::move(document));
     return code;
+  } catch (const std::bad_alloc&) {
+    return fail(request, {Code::kOutOfMemory, "not enough memory"});
   }
 
   Result<Samples> time(Execution& execution, const FirstRun& first) {
@@ -218,7 +225,11 @@ class Runner {
       Guard guard(execution.plan().problem.device == Device::kCpu
                       ? cpu_facts().threads(flags_.limits.threads)
                       : 0);
-      auto samples = measure({{[&] { return execution.run(); }}}, guard, {9, 5});
+      const auto call = [&] {
+        return is_interrupted() ? Status(Code::kCancelled, "interrupted between two runs")
+                                : execution.run();
+      };
+      auto samples = measure({{call}}, guard, {9, 5});
       if (!samples.ok()) return samples.status();
       return (*samples)[0];
     }

@@ -1,5 +1,6 @@
 #include "session.h"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -63,6 +64,18 @@ void ProgressLine::show(const std::string& text) {
   std::fprintf(stderr, "\r%-*s\r%s", static_cast<int>(width_), "", text.c_str());
   std::fflush(stderr);
   width_ = text.size();
+}
+
+int32_t RunProgress::report(void* self, double fraction) {
+  auto& progress = *static_cast<RunProgress*>(self);
+  const int percent = static_cast<int>(fraction * 100);
+  // A run may report thousands of times a second.
+  if (percent != progress.shown_percent_ &&
+      std::chrono::steady_clock::now() - progress.begin_ > std::chrono::seconds(1)) {
+    progress.line_.show(fmt::format("{} {:3} %", progress_bar(fraction, 1), percent));
+    progress.shown_percent_ = percent;
+  }
+  return is_interrupted() ? 1 : 0;
 }
 
 }  // namespace wh::cli

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <functional>
 #include <string>
 
@@ -47,6 +48,19 @@ std::string progress_bar(double done, double total);
 // process as ever.
 void note_interrupts();
 bool is_interrupted();
+
+// Shows a run as a bar once it has taken a second, and lets Ctrl-C cancel it.
+class RunProgress {
+ public:
+  RunProgress() { note_interrupts(); }
+  // Progress::Callback with a RunProgress as context.
+  static int32_t report(void* self, double fraction);
+
+ private:
+  ProgressLine line_{true};
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+  int shown_percent_ = -1;
+};
 
 // Each verb adds its subcommand and leaves in `action` what to do when it is the one called.
 using Action = std::function<int()>;
