@@ -53,6 +53,10 @@ def read_share(row, reads):
     return "in cache" if row.get("kv_cached", rate > 1) else f"{100 * rate:.0f} %"
 
 
+def peak_of(row, document, peak):
+    return document.get("bf16_gflops", peak) if row["kernel"] == "cpu_prefill_bf16" else peak
+
+
 def fused_cells(row, peak, reads):
     if row is None or "best_us" not in row:
         return ["-" if row is None else row["kernel"], "-" if row is None else row["refused"]] + [""] * 5
@@ -78,7 +82,7 @@ def suite_table(document, peak, reads):
     for name, kernels in problems(document["rows"]):
         rows = list(kernels.values())
         fused = fastest([row for row in rows if is_fused(row)])
-        cells = [name] + fused_cells(fused, peak, reads)
+        cells = [name] + fused_cells(fused, peak_of(fused, document, peak) if fused else peak, reads)
         if has_plain:
             cells.append(f"{fused['times_plain']:.2f}" if fused and "times_plain" in fused else "")
         else:

@@ -54,7 +54,7 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
   json["dropped"] = row.samples.dropped;
   json["guarded"] = row.samples.is_guarded;
   json["gflops"] = gflops(result.request, row);
-  json["peak_share"] = gflops(result.request, row) / device.peak_gflops;
+  json["peak_share"] = gflops(result.request, row) / device.peak_of(row.kernel);
   json["kv_gbytes_per_s"] = kv_gbytes_per_s(result.request, row);
   json["kv_cached"] = is_cached(result.request, device);
   if (!is_cached(result.request, device)) {
@@ -175,7 +175,7 @@ std::string bench_table(const BenchDevice& device, const BenchResult& result) {
     text += fmt::format(
         "{:<62} {:<19} {:>10} {:>10} {:>8.0f} {:>5.0f}% {:>6.1f} {:>8} {:>10} {:>6.2f}x", name,
         kernel, format_us(row.samples.best()), format_us(row.samples.median()),
-        gflops(result.request, row), 100 * gflops(result.request, row) / device.peak_gflops,
+        gflops(result.request, row), 100 * gflops(result.request, row) / device.peak_of(row.kernel),
         kv_gbytes_per_s(result.request, row), read_share(device, result.request, row),
         format_bytes(row.workspace_bytes), speed);
     text += fmt::format("  {}", name.empty() ? "" : threshold_choice(p));
@@ -236,6 +236,7 @@ Json bench_json(const std::string& suite, const BenchDevice& device,
             {"read_gbytes_per_s", device.read_gbytes_per_s},
             {"last_level_cache_bytes", device.last_level_cache_bytes},
             {"rows", rows}};
+  if (device.bf16_gflops > 0) json["bf16_gflops"] = device.bf16_gflops;
   if (!device.blas.empty()) json["blas"] = device.blas;
   if (!device.warning.empty()) json["warning"] = device.warning;
   if (suite == "routing") json["routing"] = routing;

@@ -17,10 +17,16 @@ struct BenchDevice {
   int32_t threads = 0;  // or multiprocessors
   double peak_gflops = 0;
   double one_thread_gflops = 0;  // CPU only
+  double bf16_gflops = 0;        // of VDPBF16PS; 0 without
   double read_gbytes_per_s = 0;
   int64_t last_level_cache_bytes = 0;
   std::string blas;     // CPU: what cpu_unfused multiplies with
   std::string warning;  // why times and shares are not what the machine should reach
+
+  // What the share of a kernel is of.
+  double peak_of(const std::string& kernel) const {
+    return kernel == "cpu_prefill_bf16" && bf16_gflops > 0 ? bf16_gflops : peak_gflops;
+  }
 };
 
 // One kernel on one problem.
