@@ -9,7 +9,6 @@
 #include <optional>
 #include <utility>
 
-#include "api/machine.h"
 #include "execution.h"
 #include "limits_flags.h"
 #include "measure.h"
