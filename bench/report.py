@@ -35,52 +35,76 @@ def problems(rows):
 
 
 def undisturbed(row):
-    return "" if row["guarded"] else " ~"
+    return "" if row.get("guarded", True) else " ~"
 
 
-def share(row, name):
-    return f"{100 * row[name]:.0f} %" if name in row else "in cache"
+def is_fused(row):
+    return not row["kernel"].endswith(("_unfused", "_reference"))
 
 
-def suite_table(document):
+def fastest(rows):
+    ran = [row for row in rows if "best_us" in row]
+    return min(ran, key=lambda row: row["best_us"]) if ran else next(iter(rows), None)
+
+
+def read_share(row, reads):
+    rate = row["kv_gbytes_per_s"] / reads
+    # Older files do not say what fits the cache, but memory is not faster than memory.
+    return "in cache" if row.get("kv_cached", rate > 1) else f"{100 * rate:.0f} %"
+
+
+def peak_of(row, document, peak):
+    return document.get("bf16_gflops", peak) if row["kernel"] == "cpu_prefill_bf16" else peak
+
+
+def fused_cells(row, peak, reads):
+    if row is None or "best_us" not in row:
+        return ["-" if row is None else row["kernel"], "-" if row is None else row["refused"]] + [""] * 5
+    return [row["kernel"], milliseconds(row["best_us"]) + undisturbed(row), f"{row['gflops']:.0f}",
+            f"{100 * row['gflops'] / peak:.0f} %", f"{row['kv_gbytes_per_s']:.1f}", read_share(row, reads),
+            gibibytes(row["workspace_bytes"])]
+
+
+def unfused_cells(fused, unfused):
+    if unfused is None:
+        return ["-", "-", "-"]
+    if "best_us" not in unfused:
+        return [unfused["refused"], "-", gibibytes(unfused["workspace_bytes"])]
+    speed_up = f"{unfused['best_us'] / fused['best_us']:.2f}" if fused and "best_us" in fused else "-"
+    return [milliseconds(unfused["best_us"]) + undisturbed(unfused), speed_up, gibibytes(unfused["workspace_bytes"])]
+
+
+def suite_table(document, peak, reads):
     has_plain = any("times_plain" in row for row in document["rows"])
-    head = ["problem", "chosen", "ms", "GFLOP/s", "of peak", "GB/s", "of reads", "workspace"]
-    head += ["x plain"] if has_plain else ["unfused ms", "speed-up", "unfused's workspace", "16384 would choose"]
+    head = ["problem", "fused", "ms", "GFLOP/s", "of peak", "GB/s", "of reads", "workspace"]
+    head += ["x plain"] if has_plain else ["unfused ms", "speed-up", "unfused's workspace", "chosen", "16384 would choose"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, kernels in problems(document["rows"]):
-        chosen = next((row for row in kernels.values() if row["chosen"]), None)
-        if chosen is None or "refused" in chosen:
-            reason = "nothing" if chosen is None else chosen["refused"]
-            lines.append(f"| {name} | {reason} |" + " |" * (len(head) - 2))
-            continue
-        cells = [name, chosen["kernel"], milliseconds(chosen["best_us"]) + undisturbed(chosen), f"{chosen['gflops']:.0f}",
-                 share(chosen, "peak_share"), f"{chosen['kv_gbytes_per_s']:.1f}", share(chosen, "read_share"),
-                 gibibytes(chosen["workspace_bytes"])]
+        rows = list(kernels.values())
+        fused = fastest([row for row in rows if is_fused(row)])
+        cells = [name] + fused_cells(fused, peak_of(fused, document, peak) if fused else peak, reads)
         if has_plain:
-            cells.append(f"{chosen['times_plain']:.2f}" if "times_plain" in chosen else "")
+            cells.append(f"{fused['times_plain']:.2f}" if fused and "times_plain" in fused else "")
         else:
-            cells += unfused_cells(chosen, next((row for row in kernels.values() if row["kernel"].endswith("_unfused")), None))
+            unfused = next((row for row in rows if row["kernel"].endswith("_unfused")), None)
+            chosen = next((row["kernel"] for row in rows if row["chosen"]), "-")
+            cells += unfused_cells(fused, unfused) + [chosen, rows[0].get("threshold_would_choose", "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def unfused_cells(chosen, unfused):
-    threshold = chosen["threshold_would_choose"]
-    if unfused is None or unfused is chosen:
-        return ["-", "-", "-", threshold]
-    if "best_us" not in unfused:
-        return [unfused["refused"], "-", gibibytes(unfused["workspace_bytes"]), threshold]
-    return [milliseconds(unfused["best_us"]) + undisturbed(unfused), f"{unfused['best_us'] / chosen['best_us']:.2f}",
-            gibibytes(unfused["workspace_bytes"]), threshold]
-
-
 def routing_text(document):
-    rows = document["routing"]
+    every = document["routing"]
+    rows = [row for row in every if row.get("guarded", True)]
+    if not rows:
+        return f"All {len(every)} problems were disturbed."
     regrets = sorted(row["regret"] for row in rows)
     errors = sorted(abs(row["estimated_us"] / row["measured_us"] - 1) for row in rows)
+    rest = f" {len(every) - len(rows)} more problems were disturbed." if len(rows) < len(every) else ""
+    estimates = document["rows"][0].get("estimates", "")
     text = (f"Regret (time of the chosen kernel over that of the fastest) over {len(rows)} problems: median "
-            f"{statistics.median(regrets):.3f}, worst {regrets[-1]:.2f}. Estimates are off by "
-            f"{100 * statistics.median(errors):.0f} % (median), {100 * errors[-1]:.0f} % (worst).")
+            f"{statistics.median(regrets):.3f}, worst {regrets[-1]:.2f}. Estimates{f' ({estimates})' if estimates else ''} are off by "
+            f"{100 * statistics.median(errors):.0f} % (median), {100 * errors[-1]:.0f} % (worst).{rest}")
     worst = [row for row in sorted(rows, key=lambda row: -row["regret"]) if row["regret"] > 1.02][:12]
     if not worst:
         return text
@@ -92,26 +116,33 @@ def routing_text(document):
 
 def section(folder):
     documents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    documents = {name: document for name, document in documents.items() if "multiply_add_gflops" in document}
+    if not documents:
+        return
     first = next(iter(documents.values()))
     peak = max(document["multiply_add_gflops"] for document in documents.values())
     reads = max(document["read_gbytes_per_s"] for document in documents.values())
+    blas = f" Unfused multiplies with {first['blas']}." if "blas" in first else ""
     yield (f"## {first['device']}, {first['isa']}, {first['threads']} threads, {folder.name[-10:]}\n\n"
-           f"Peak {peak:.0f} GFLOP/s, reads {reads:.1f} GB/s.")
+           f"Peak {peak:.0f} GFLOP/s, reads {reads:.1f} GB/s: the most that any of these runs measured, and what all shares "
+           f"are of.{blas}")
     for suite, document in documents.items():
         yield f"### {suite}"
+        if "warning" in document:
+            yield f"Beware: {document['warning']}."
         if document["multiply_add_gflops"] < 0.95 * peak:
             yield (f"This suite's own peak was {document['multiply_add_gflops']:.0f} GFLOP/s: cores were shared while it ran, and its "
                    "shares and times are to be read with that.")
         chart = folder / f"{suite}.svg"
         if chart.exists():
             yield f"![{suite}](../{chart})"
-        yield routing_text(document) if suite.startswith("routing") and "routing" in document else suite_table(document)
+        yield routing_text(document) if "routing" in document else suite_table(document, peak, reads)
 
 
 def main():
     parts = [INTRODUCTION.strip()]
     for folder in sorted(Path("bench/results").iterdir()):
-        if folder.is_dir() and any(folder.glob("*.json")):
+        if folder.is_dir():
             parts += section(folder)
     Path("docs/benchmarks.md").write_text("\n\n".join(parts) + "\n")
 

@@ -1,20 +1,25 @@
 // widehead bench: kernels side by side on a suite or one problem.
+#include <dlfcn.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <optional>
 
+#include "api/environment.h"
 #include "api/machine.h"
 #include "bench_result.h"
 #include "core/nearest_name.h"
 #include "execution.h"
 #include "imbalance.h"
 #include "limits_flags.h"
-#include "plan/work.h"
 #include "probe.h"
+#include "sampled_rows.h"
 #include "session.h"
+#include "useful_work.h"
 
 namespace wh::cli {
 namespace {
@@ -30,6 +35,20 @@ struct BenchFlags {
 
 // A run longer than this is not repeated for the workers' times.
 constexpr double kLongestImbalanceUs = 3e6;
+constexpr double kInterruptibleUs = 1e6;
+// So many times the fastest's time, a kernel is not the fastest by any slip of a clock.
+constexpr double kNoRivalOver = 3;
+
+// OpenBLAS chooses kernels by the CPU that it finds, and not always the best: which ones it took is
+// part of any comparison with it.
+std::string blas_name() {
+  if (!cpu_facts().has_cblas) return "none";
+  using Name = const char* (*)();
+  const auto core = reinterpret_cast<Name>(dlsym(RTLD_DEFAULT, "openblas_get_corename"));
+  const auto config = reinterpret_cast<Name>(dlsym(RTLD_DEFAULT, "openblas_get_config"));
+  if (core == nullptr || config == nullptr) return "a CBLAS that does not say which";
+  return fmt::format("{}; kernels for {}", config(), core());
+}
 
 BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guard) {
   BenchDevice device;
@@ -48,12 +67,16 @@ BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guar
   device.threads = threads;
   device.peak_gflops = guard.peak_gflops();
   device.one_thread_gflops = guard.one_thread_gflops();
+  device.bf16_gflops = bf16_gflops(threads);
   device.read_gbytes_per_s = read_gbytes_per_s(threads);
   device.last_level_cache_bytes = last_level_cache_bytes();
+  device.blas = blas_name();
+  device.warning = guard.warning();
   return device;
 }
 
-// Kernels to stand beside the planner's choice, by name or, for the device's own, "unfused".
+// Kernels to stand beside the planner's choice, by name, or "fused" and "unfused" for whatever
+// they are on the device and problem.
 Result<std::vector<std::string>> read_against(const std::string& list, Device device) {
   std::vector<std::string> all, names;
   for (const Kernel* kernel : kernels_of(device)) all.push_back(kernel->name);
@@ -61,7 +84,7 @@ Result<std::vector<std::string>> read_against(const std::string& list, Device de
     const size_t end = std::min(list.find(',', begin), list.size());
     std::string name = list.substr(begin, end - begin);
     if (name == "unfused") name = device == Device::kCpu ? "cpu_unfused" : "cuda_unfused";
-    if (std::find(all.begin(), all.end(), name) == all.end()) {
+    if (name != "fused" && std::find(all.begin(), all.end(), name) == all.end()) {
       return invalid(fmt::format("--against names \"{}\"; did you mean \"{}\"?", name,
                                  nearest_name(name, all)));
     }
@@ -75,7 +98,18 @@ Result<std::vector<std::string>> read_against(const std::string& list, Device de
 struct Contestant {
   Execution execution;
   size_t row;  // in BenchResult::rows
+  double relative_rms;
 };
+
+double relative_rms(const SampledRows& rows) {
+  double errors = 0, squares = 0;
+  for (size_t i = 0; i < rows.want.size(); ++i) {
+    const double error = static_cast<double>(rows.have[i]) - rows.want[i];
+    errors += error * error;
+    squares += static_cast<double>(rows.want[i]) * rows.want[i];
+  }
+  return std::sqrt(squares > 0 ? errors / squares : errors);
+}
 
 class Bench {
  public:
@@ -92,29 +126,40 @@ class Bench {
 
   int run() {
     if (!flags_.json) fmt::print("{}", bench_table_header(device_));
-    if (is_cpu_ && guard_.shares_cores()) {
-      fmt::print(stderr,
-                 "widehead: {} threads reach {:.0f} GFLOP/s where one reaches {:.0f}: they share "
-                 "cores, and so will what is measured\n",
-                 device_.threads, device_.peak_gflops, device_.one_thread_gflops);
-    }
+    note_interrupts();
     ProgressLine line(true);
     Status failed;
     for (size_t i = 0; i < requests_.size(); ++i) {
-      line.show(fmt::format("{} of {}: {}", i + 1, requests_.size(), requests_[i].name()));
-      Result<BenchResult> result = bench_one(requests_[i]);
+      line.show(fmt::format("{} {} of {}: {}", progress_bar(i, requests_.size()), i + 1,
+                            requests_.size(), requests_[i].name()));
+      BenchResult result{requests_[i], "", "", {}, 0};
+      const Status status = bench_one(result);
       line.show("");
-      if (!result.ok()) {
-        // The others are worth having all the same.
-        failed = result.status();
-        report(Status(failed.code(), requests_[i].name() + ": " + failed.message()));
-        continue;
+      if (is_interrupted()) {
+        failed = {Code::kCancelled, "interrupted; the rows so far are whole"};
+        report(failed);
+        break;
       }
-      // Later probes may have found a higher rate.
-      if (is_cpu_) device_.peak_gflops = guard_.peak_gflops();
-      if (!flags_.json) fmt::print("{}", bench_table(device_, *result));
+      if (!status.ok()) {
+        // The others are worth having all the same.
+        failed = status;
+        report(Status(failed.code(), requests_[i].name() + ": " + failed.message()));
+        if (result.rows.empty()) result.rows.emplace_back().kernel = result.chosen;
+        for (BenchRow& row : result.rows) {
+          if (row.ran()) row.refusal = failed.message();
+        }
+      }
+      if (is_cpu_) {  // later probes may have found a higher rate
+        device_.peak_gflops = guard_.peak_gflops();
+        device_.warning = guard_.warning();
+      }
+      if (!flags_.json) fmt::print("{}", bench_table(device_, result));
       std::fflush(stdout);
-      results_.push_back(std::move(*result));
+      results_.push_back(std::move(result));
+    }
+    if (is_cpu_) {  // a slow moment at the start would make shares of more than all
+      device_.read_gbytes_per_s =
+          std::max(device_.read_gbytes_per_s, read_gbytes_per_s(device_.threads));
     }
     const Json document = bench_json(flags_.suite, device_, results_);
     if (flags_.json) fmt::print("{}\n", document.dump(2));
@@ -128,30 +173,36 @@ class Bench {
   }
 
  private:
-  Result<BenchResult> bench_one(const Request& request) {
-    const Problem& p = request.problem;
+  Status bench_one(BenchResult& result) try {
+    const Problem& p = result.request.problem;
     const Result<Plan> plan = make_plan(p, limits_, this_machine(p.device, p.device_index));
     if (!plan.ok()) return plan.status();
-    BenchResult result{request, plan->kernel, plan->estimates, {}, 0};
-    HostTensors tensors = random_tensors(request, 1);
-    std::vector<Contestant> contestants;
+    result.chosen = plan->kernel;
+    result.estimates = plan->estimates;
     for (const std::string& kernel : kernels(*plan)) {
-      BenchRow row = planned_row(*plan, kernel);
-      if (row.ran()) {
-        Limits forced = limits_;
-        forced.kernel = kernel;
-        forced.policy = Policy::kAutomatic;
-        Result<Execution> execution = Execution::prepare(p, forced, tensors);
-        if (execution.ok()) {
-          contestants.push_back({std::move(*execution), result.rows.size()});
-        } else {
-          row.refusal = execution.status().message();
-        }
-      }
-      result.rows.push_back(std::move(row));
+      result.rows.push_back(planned_row(*plan, kernel));
     }
-    if (Status status = sample(contestants, result); !status.ok()) return status;
-    return result;
+    const auto ran = [](const BenchRow& row) { return row.ran(); };
+    if (std::none_of(result.rows.begin(), result.rows.end(), ran)) return runnable_status(*plan);
+    // Only now: what no kernel takes may have tensors of 100 GB.
+    HostTensors tensors = random_tensors(result.request, 1);
+    std::vector<Contestant> contestants;
+    for (size_t i = 0; i < result.rows.size(); ++i) {
+      BenchRow& row = result.rows[i];
+      if (!row.ran()) continue;
+      Limits forced = limits_;
+      forced.kernel = row.kernel;
+      forced.policy = Policy::kAutomatic;
+      Result<Execution> execution = Execution::prepare(p, forced, tensors);
+      if (execution.ok()) {
+        contestants.push_back({std::move(*execution), i, 0});
+      } else {
+        row.refusal = execution.status().message();
+      }
+    }
+    return sample(contestants, tensors, result);
+  } catch (const std::bad_alloc&) {
+    return {Code::kOutOfMemory, "not enough memory for its tensors"};
   }
 
   // The planner's choice, then what is to stand beside it.
@@ -165,8 +216,28 @@ class Bench {
       for (const Candidate& candidate : plan.candidates) add(candidate.kernel);
       return names;
     }
-    for (const std::string& name : against_) add(name);
+    for (const std::string& name : against_) {
+      if (name != "fused") {
+        add(name);
+      } else if (const std::string fused = fastest_fused(plan); !fused.empty()) {
+        add(fused);
+      }
+    }
     return names;
+  }
+
+  // The fused kernel that the planner would take if it had to; empty: none can.
+  static std::string fastest_fused(const Plan& plan) {
+    const Candidate* fastest = nullptr;
+    for (const Candidate& candidate : plan.candidates) {
+      const Kernel* kernel = find_kernel(kernels_of(plan.problem.device), candidate.kernel);
+      if (!kernel->is_fused || candidate.estimated_us == 0) continue;
+      if (candidate.verdict == Verdict::kOverBudget) continue;
+      if (fastest == nullptr || candidate.estimated_us < fastest->estimated_us) {
+        fastest = &candidate;
+      }
+    }
+    return fastest == nullptr ? "" : fastest->kernel;
   }
 
   BenchRow planned_row(const Plan& plan, const std::string& kernel) const {
@@ -192,23 +263,37 @@ class Bench {
     return row;
   }
 
-  Status sample(std::vector<Contestant>& contestants, BenchResult& result) {
+  Status sample(std::vector<Contestant>& contestants, const HostTensors& tensors,
+                BenchResult& result) {
     std::vector<Run> runs;
-    for (Contestant& one : contestants) runs.push_back([&one] { return one.execution.run(); });
+    for (Contestant& one : contestants) {
+      one.execution.paint_workspace();
+      // They share `out`: each answer is looked at before the next one overwrites it.
+      const auto look = [&]() -> Status {
+        if (Status status = one.execution.fetch(); !status.ok()) return status;
+        one.relative_rms = relative_rms(sample_rows(result.request.problem, tensors));
+        return {};
+      };
+      runs.push_back({[&one] { return run(one.execution); }, look});
+    }
+    if (runs.empty()) return {};
     if (Status status = prepare_plain(); !status.ok()) return status;
-    if (plain_) runs.push_back([this] { return plain_->run(); });
-    const bool is_routing = flags_.suite == "routing";
-    auto samples = measure(
-        runs, guard_,
-        {.samples = flags_.samples, .seconds = flags_.seconds, .drop_over = is_routing ? 3. : 0.});
+    if (plain_) runs.push_back({[this] { return plain_->run(); }});
+    MeasureOptions options{.samples = flags_.samples, .seconds = flags_.seconds};
+    if (flags_.suite == "routing") {
+      options.drop_over = kNoRivalOver;
+      options.least_of_fastest = 5;
+    }
+    auto samples = measure(runs, guard_, options);
     if (!samples.ok()) return samples.status();
     if (plain_) {
-      result.plain_us_per_gflop =
-          samples->back().best() / (useful_flops(requests_.front().problem) * 1e-9);
+      result.plain_us_per_gflop = samples->back().best() / (useful_flops(requests_.front()) * 1e-9);
     }
     for (size_t i = 0; i < contestants.size(); ++i) {
       BenchRow& row = result.rows[contestants[i].row];
       row.samples = std::move((*samples)[i]);
+      row.relative_rms = contestants[i].relative_rms;
+      row.peak_workspace_bytes = contestants[i].execution.peak_workspace_bytes();
       if (!is_cpu_ || row.kernel != result.chosen || row.samples.best() > kLongestImbalanceUs) {
         continue;
       }
@@ -217,6 +302,12 @@ class Bench {
       row.imbalance = *share;
     }
     return {};
+  }
+
+  // A long one can be interrupted. The question would show in the time of a short one.
+  static Status run(Execution& execution) {
+    if (execution.plan().estimated_us < kInterruptibleUs) return execution.run();
+    return execution.run([](void*, double) { return int32_t{is_interrupted()}; });
   }
 
   // The suite's first row, where the suite compares with it.
@@ -262,13 +353,13 @@ int run_bench(const BenchFlags& flags) {
   if (flags.samples < 1) {
     return report(invalid(fmt::format("--samples is {}; it must be at least 1", flags.samples)));
   }
-  const auto limits = read_limits(flags.limits);
+  auto limits = read_limits(flags.limits);
   if (!limits.ok()) return report(limits.status());
-  if (Status status = validate(*limits); !status.ok()) return report(status);
   auto requests =
       flags.suite.empty() ? read_requests(flags.problem) : read_suite(flags.suite, flags.problem);
   if (!requests.ok()) return report(requests.status());
   const Problem& p = requests->front().problem;
+  if (Status status = apply(environment(), p.device, *limits); !status.ok()) return report(status);
   if (p.device == Device::kCuda && !cuda_facts(p.device_index).unavailable.empty()) {
     return report({Code::kRefused, cuda_facts(p.device_index).unavailable});
   }
@@ -289,8 +380,9 @@ void add_bench(CLI::App& app, Action& action) {
   add_problem_flags(*verb, flags->problem);
   add_limits_flags(*verb, flags->limits);
   verb->add_option("--against", flags->against,
-                   "kernels to run beside the planner's choice: A,B or unfused");
-  verb->add_option("--samples", flags->samples, "of each kernel on each problem (9)");
+                   "kernels to run beside the planner's choice: A,B, fused, unfused");
+  verb->add_option("--samples", flags->samples,
+                   "undisturbed ones of each kernel on each problem (9)");
   verb->add_option("--seconds", flags->seconds, "stop sampling a problem after this long (20)");
   verb->add_option("--skip-over", flags->skip_over, "skip runs estimated longer, seconds (120)");
   verb->add_option("--csv", flags->csv, "write the rows as CSV");

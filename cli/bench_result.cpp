@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "plan/plan.h"
-#include "plan/work.h"
+#include "useful_work.h"
 
 namespace wh::cli {
 namespace {
@@ -17,15 +17,20 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-double gflops(const Problem& p, const BenchRow& row) {
-  return useful_flops(p) / row.samples.best() * 1e-3;
+double gflops(const Request& request, const BenchRow& row) {
+  return useful_flops(request) / row.samples.best() * 1e-3;
 }
-double kv_gbytes_per_s(const Problem& p, const BenchRow& row) {
-  return kv_bytes(p) / row.samples.best() * 1e-3;
+double kv_gbytes_per_s(const Request& request, const BenchRow& row) {
+  return kv_bytes(request) / row.samples.best() * 1e-3;
 }
 // Every sample reads the same keys and values: what fits the cache does not come from memory.
-bool is_cached(const Problem& p, const BenchDevice& device) {
-  return kv_bytes(p) < static_cast<double>(device.last_level_cache_bytes);
+bool is_cached(const Request& request, const BenchDevice& device) {
+  return kv_bytes(request) < static_cast<double>(device.last_level_cache_bytes);
+}
+
+std::string read_share(const BenchDevice& device, const Request& request, const BenchRow& row) {
+  if (is_cached(request, device)) return "in cache";
+  return fmt::format("{:.0f}%", 100 * kv_gbytes_per_s(request, row) / device.read_gbytes_per_s);
 }
 
 Json row_json(const BenchDevice& device, const BenchResult& result, const BenchRow& row) {
@@ -48,14 +53,19 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
   json["samples"] = row.samples.us.size();
   json["dropped"] = row.samples.dropped;
   json["guarded"] = row.samples.is_guarded;
-  json["gflops"] = gflops(p, row);
-  json["peak_share"] = gflops(p, row) / device.peak_gflops;
-  json["kv_gbytes_per_s"] = kv_gbytes_per_s(p, row);
-  json["kv_cached"] = is_cached(p, device);
-  if (!is_cached(p, device)) {
-    json["read_share"] = kv_gbytes_per_s(p, row) / device.read_gbytes_per_s;
+  json["gflops"] = gflops(result.request, row);
+  json["peak_share"] = gflops(result.request, row) / device.peak_of(row.kernel);
+  json["kv_gbytes_per_s"] = kv_gbytes_per_s(result.request, row);
+  json["kv_cached"] = is_cached(result.request, device);
+  if (!is_cached(result.request, device)) {
+    json["read_share"] = kv_gbytes_per_s(result.request, row) / device.read_gbytes_per_s;
   }
-  if (p.device == Device::kCpu) json["imbalance"] = row.imbalance;
+  json["peak_workspace_bytes"] = row.peak_workspace_bytes;
+  json["relative_rms"] = row.relative_rms;
+  if (const BenchRow* unfused = result.unfused(); unfused != nullptr && unfused != &row) {
+    json["speed_up"] = unfused->samples.best() / row.samples.best();
+  }
+  if (p.device == Device::kCpu && row.kernel == result.chosen) json["imbalance"] = row.imbalance;
   if (row.kernel == result.chosen && result.times_plain() > 0) {
     json["times_plain"] = result.times_plain();
   }
@@ -124,21 +134,28 @@ double BenchResult::regret() const {
   return chosen_row == nullptr ? 0 : chosen_row->samples.best() / fastest()->samples.best();
 }
 
+bool BenchResult::is_regret_guarded() const {
+  const BenchRow* chosen_row = row_of(chosen);
+  return chosen_row != nullptr && chosen_row->samples.is_guarded && fastest()->samples.is_guarded;
+}
+
 double BenchResult::times_plain() const {
   const BenchRow* chosen_row = row_of(chosen);
   if (chosen_row == nullptr || plain_us_per_gflop == 0) return 0;
-  return chosen_row->samples.best() / (useful_flops(request.problem) * 1e-9) / plain_us_per_gflop;
+  return chosen_row->samples.best() / (useful_flops(request) * 1e-9) / plain_us_per_gflop;
 }
 
 const char* threshold_choice(const Problem& p) { return p.len_k >= 16384 ? "fused" : "unfused"; }
 
 std::string bench_table_header(const BenchDevice& device) {
-  return fmt::format("{} ({}, {}): multiply-adds {:.0f} GFLOP/s, reads {:.1f} GB/s\n\n",
+  const std::string warning =
+      device.warning.empty() ? "" : fmt::format("warning: {}\n", device.warning);
+  return fmt::format("{} ({}, {}): multiply-adds {:.0f} GFLOP/s, reads {:.1f} GB/s\n{}\n",
                      device.name, device.isa, device.threads, device.peak_gflops,
-                     device.read_gbytes_per_s) +
-         fmt::format("{:<62} {:<19} {:>10} {:>10} {:>8} {:>6} {:>6} {:>10} {:>7}  {}\n", "problem",
-                     "kernel (* chosen)", "best", "median", "GFLOP/s", "share", "GB/s", "workspace",
-                     "speed", "16384 keys take");
+                     device.read_gbytes_per_s, warning) +
+         fmt::format("{:<62} {:<19} {:>10} {:>10} {:>8} {:>6} {:>6} {:>8} {:>10} {:>7}  {}\n",
+                     "problem", "kernel (* chosen)", "best", "median", "GFLOP/s", "share", "GB/s",
+                     "reads", "workspace", "speed", "16384 keys take");
 }
 
 std::string bench_table(const BenchDevice& device, const BenchResult& result) {
@@ -155,11 +172,12 @@ std::string bench_table(const BenchDevice& device, const BenchResult& result) {
     // Beside the planner's choice: above 1 it should have chosen this one.
     const BenchRow* chosen = result.row_of(result.chosen);
     const double speed = chosen == nullptr ? 1 : chosen->samples.best() / row.samples.best();
-    text +=
-        fmt::format("{:<62} {:<19} {:>10} {:>10} {:>8.0f} {:>5.0f}% {:>6.1f} {:>10} {:>6.2f}x",
-                    name, kernel, format_us(row.samples.best()), format_us(row.samples.median()),
-                    gflops(p, row), 100 * gflops(p, row) / device.peak_gflops,
-                    kv_gbytes_per_s(p, row), format_bytes(row.workspace_bytes), speed);
+    text += fmt::format(
+        "{:<62} {:<19} {:>10} {:>10} {:>8.0f} {:>5.0f}% {:>6.1f} {:>8} {:>10} {:>6.2f}x", name,
+        kernel, format_us(row.samples.best()), format_us(row.samples.median()),
+        gflops(result.request, row), 100 * gflops(result.request, row) / device.peak_of(row.kernel),
+        kv_gbytes_per_s(result.request, row), read_share(device, result.request, row),
+        format_bytes(row.workspace_bytes), speed);
     text += fmt::format("  {}", name.empty() ? "" : threshold_choice(p));
     if (row.kernel == result.chosen && result.times_plain() > 0) {
       text += fmt::format("  {:.2f} x plain", result.times_plain());
@@ -172,19 +190,26 @@ std::string bench_table(const BenchDevice& device, const BenchResult& result) {
 
 std::string regret_text(const std::vector<BenchResult>& results) {
   std::vector<double> regrets, errors;
+  int64_t disturbed = 0;
   for (const BenchResult& result : results) {
     if (result.regret() == 0) continue;
+    if (!result.is_regret_guarded()) {
+      ++disturbed;
+      continue;
+    }
     regrets.push_back(result.regret());
     const BenchRow* chosen = result.row_of(result.chosen);
     errors.push_back(std::fabs(chosen->estimated_us / chosen->samples.best() - 1));
   }
+  const std::string rest =
+      disturbed == 0 ? "" : fmt::format(". {} more problems were disturbed", disturbed);
   if (regrets.empty()) return "";
   return fmt::format(
       "\n* chosen by the planner. Regret over {} problems: median {:.3f}, worst {:.3f}. "
-      "Estimates ({}) are off by {:.0f} % (median), {:.0f} % (worst)\n",
+      "Estimates ({}) are off by {:.0f} % (median), {:.0f} % (worst){}\n",
       regrets.size(), median(regrets), *std::max_element(regrets.begin(), regrets.end()),
       results.front().estimates, 100 * median(errors),
-      100 * *std::max_element(errors.begin(), errors.end()));
+      100 * *std::max_element(errors.begin(), errors.end()), rest);
 }
 
 Json bench_json(const std::string& suite, const BenchDevice& device,
@@ -199,7 +224,8 @@ Json bench_json(const std::string& suite, const BenchDevice& device,
                        {"fastest", result.fastest()->kernel},
                        {"regret", result.regret()},
                        {"estimated_us", chosen->estimated_us},
-                       {"measured_us", chosen->samples.best()}});
+                       {"measured_us", chosen->samples.best()},
+                       {"guarded", result.is_regret_guarded()}});
   }
   Json json{{"suite", suite},
             {"device", device.name},
@@ -210,17 +236,37 @@ Json bench_json(const std::string& suite, const BenchDevice& device,
             {"read_gbytes_per_s", device.read_gbytes_per_s},
             {"last_level_cache_bytes", device.last_level_cache_bytes},
             {"rows", rows}};
+  if (device.bf16_gflops > 0) json["bf16_gflops"] = device.bf16_gflops;
+  if (!device.blas.empty()) json["blas"] = device.blas;
+  if (!device.warning.empty()) json["warning"] = device.warning;
   if (suite == "routing") json["routing"] = routing;
   return json;
 }
 
 std::string bench_csv(const Json& document) {
-  constexpr const char* kColumns[] = {"problem",    "queries",         "keys",
-                                      "kernel",     "chosen",          "best_us",
-                                      "median_us",  "samples",         "dropped",
-                                      "guarded",    "gflops",          "peak_share",
-                                      "read_share", "kv_gbytes_per_s", "workspace_bytes",
-                                      "estimates",  "estimated_us",    "threshold_would_choose",
+  constexpr const char* kColumns[] = {"problem",
+                                      "queries",
+                                      "keys",
+                                      "kernel",
+                                      "chosen",
+                                      "best_us",
+                                      "median_us",
+                                      "samples",
+                                      "dropped",
+                                      "guarded",
+                                      "gflops",
+                                      "peak_share",
+                                      "read_share",
+                                      "kv_gbytes_per_s",
+                                      "kv_cached",
+                                      "speed_up",
+                                      "times_plain",
+                                      "imbalance",
+                                      "workspace_bytes",
+                                      "peak_workspace_bytes",
+                                      "estimates",
+                                      "estimated_us",
+                                      "threshold_would_choose",
                                       "refused"};
   // RFC 4180: quotes are doubled.
   const auto cell = [](const Json& value) {
@@ -264,8 +310,8 @@ Chart bench_chart(const std::string& suite, const BenchDevice& device,
     const Problem& p = result.request.problem;
     for (const BenchRow& row : result.rows) {
       if (!row.ran()) continue;
-      const double value = y == "gflops"            ? gflops(p, row)
-                           : y == "kv_gbytes_per_s" ? kv_gbytes_per_s(p, row)
+      const double value = y == "gflops"            ? gflops(result.request, row)
+                           : y == "kv_gbytes_per_s" ? kv_gbytes_per_s(result.request, row)
                                                     : row.samples.best();
       add_point(chart, row.kernel + " " + series_name(p), static_cast<double>(p.len_k), value);
     }

@@ -17,8 +17,16 @@ struct BenchDevice {
   int32_t threads = 0;  // or multiprocessors
   double peak_gflops = 0;
   double one_thread_gflops = 0;  // CPU only
+  double bf16_gflops = 0;        // of VDPBF16PS; 0 without
   double read_gbytes_per_s = 0;
   int64_t last_level_cache_bytes = 0;
+  std::string blas;     // CPU: what cpu_unfused multiplies with
+  std::string warning;  // why times and shares are not what the machine should reach
+
+  // What the share of a kernel is of.
+  double peak_of(const std::string& kernel) const {
+    return kernel == "cpu_prefill_bf16" && bf16_gflops > 0 ? bf16_gflops : peak_gflops;
+  }
 };
 
 // One kernel on one problem.
@@ -27,7 +35,8 @@ struct BenchRow {
   std::string refusal;  // empty: it ran
   Samples samples;
   double estimated_us = 0;
-  uint64_t workspace_bytes = 0;
+  uint64_t workspace_bytes = 0, peak_workspace_bytes = 0;  // planned and touched
+  double relative_rms = 0;                                 // against float64, on sampled rows
   double imbalance = 0;  // of the workers' times: largest over mean, less 1; CPU only
 
   bool ran() const { return refusal.empty(); }
@@ -47,6 +56,8 @@ struct BenchResult {
   const BenchRow* unfused() const;
   // Time of the chosen kernel over that of the fastest; 0 when nothing ran.
   double regret() const;
+  // Both of them have undisturbed samples.
+  bool is_regret_guarded() const;
   // What the chosen kernel takes for a useful multiply-add, over what the first row takes.
   double times_plain() const;
 };

@@ -24,56 +24,48 @@ Execution::Execution(Plan plan, HostTensors& host, Workspace workspace)
 Result<Execution> Execution::prepare(const Problem& p, const Limits& limits, HostTensors& host) {
   Result<Plan> plan = make_plan(p, limits, this_machine(p.device, p.device_index));
   if (!plan.ok()) return plan.status();
-  if (Status status = runnable_status(*plan); !status.ok()) return status;
+  return prepare(std::move(*plan), host);
+}
+
+Result<Execution> Execution::prepare(Plan plan, HostTensors& host) {
+  if (Status status = runnable_status(plan); !status.ok()) return status;
+  // As a problem of the host, where the tensors still are: key lengths are looked at there alone.
+  Problem on_host = plan.problem;
+  on_host.device = Device::kCpu;
+  if (Status status = validate(on_host, host.tensors); !status.ok()) return status;
+  const Problem& p = plan.problem;
   Result<Workspace> workspace =
-      Workspace::allocate({p.device, p.device_index, nullptr}, plan->workspace_bytes);
+      Workspace::allocate({p.device, p.device_index, nullptr}, plan.workspace_bytes);
   if (!workspace.ok()) return workspace.status();
-  Execution execution(std::move(*plan), host, std::move(*workspace));
-  if (p.device == Device::kCuda) {
+  Execution execution(std::move(plan), host, std::move(*workspace));
+  if (execution.plan_.problem.device == Device::kCuda) {
     if (Status status = execution.copy_to_device(); !status.ok()) return status;
   }
-  if (Status status = validate(p, execution.tensors_); !status.ok()) return status;
   return execution;
 }
 
 Status Execution::copy_to_device() {
   const Problem& p = plan_.problem;
-  const auto move = [&](const auto*& pointer, size_t bytes) -> Status {
+  const auto move = [&](const auto*& pointer, int64_t bytes) -> Status {
     if (pointer == nullptr || bytes == 0) return {};
-    Result<Workspace> copy = Workspace::allocate({p.device, p.device_index, nullptr}, bytes);
+    const auto size = static_cast<size_t>(bytes);
+    Result<Workspace> copy = Workspace::allocate({p.device, p.device_index, nullptr}, size);
     if (!copy.ok()) return copy.status();
-    if (Status status = cuda::copy(stream(), copy->data(), pointer, bytes); !status.ok()) {
+    if (Status status = cuda::copy(stream(), copy->data(), pointer, size); !status.ok()) {
       return status;
     }
     pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(copy->data());
     device_copies_.push_back(std::move(*copy));
     return {};
   };
-  const size_t row_bytes = sizeof(int32_t) * static_cast<size_t>(p.batch);
+  const TensorBytes bytes = tensor_bytes(p);
   const void* out = tensors_.out;
   const float* lse = tensors_.log_sum_exp;
-  const size_t kv = dtype_bytes(p.dtype_kv);
-  const auto elements = [](int64_t heads, const Strides& s, int64_t batch, int64_t len,
-                           int64_t dim) {
-    return static_cast<size_t>((batch - 1) * s[0] + (heads - 1) * s[1] + (len - 1) * s[2] +
-                               (dim - 1) * s[3] + 1);
-  };
-  const size_t mask_bytes =
-      p.mask == MaskKind::kNone
-          ? 0
-          : elements(p.heads_q, p.stride_mask, p.batch, p.len_q, p.len_k) *
-                (p.mask == MaskKind::kBoolean
-                     ? 1
-                     : (p.mask == MaskKind::kAdditiveF32 ? 4 : dtype_bytes(p.dtype_q)));
   for (Status status :
-       {move(tensors_.q,
-             elements(p.heads_q, p.stride_q, p.batch, p.len_q, p.dim_qk) * dtype_bytes(p.dtype_q)),
-        move(tensors_.k, elements(p.heads_kv, p.stride_k, p.batch, p.len_k, p.dim_qk) * kv),
-        move(tensors_.v, elements(p.heads_kv, p.stride_v, p.batch, p.len_k, p.dim_v) * kv),
-        move(tensors_.mask, mask_bytes),
-        move(tensors_.sinks, sizeof(float) * static_cast<size_t>(p.heads_q)),
-        move(tensors_.key_lengths, row_bytes), move(tensors_.key_starts, row_bytes),
-        move(out, host_->out.size()), move(lse, host_->log_sum_exp.size())}) {
+       {move(tensors_.q, bytes.q), move(tensors_.k, bytes.k), move(tensors_.v, bytes.v),
+        move(tensors_.mask, bytes.mask), move(tensors_.sinks, bytes.sinks),
+        move(tensors_.key_lengths, bytes.key_lengths), move(tensors_.key_starts, bytes.key_starts),
+        move(out, bytes.out), move(lse, bytes.log_sum_exp)}) {
     if (!status.ok()) return status;
   }
   tensors_.out = const_cast<void*>(out);

@@ -10,7 +10,9 @@ namespace wh::cli {
 
 class Execution {
  public:
-  // Plans, and copies the tensors to the device. `host` must outlive this.
+  // Checks the tensors and copies them to the device. `host` must outlive this.
+  static Result<Execution> prepare(Plan plan, HostTensors& host);
+  // The same with a plan for these limits alone, whatever the environment says.
   static Result<Execution> prepare(const Problem& problem, const Limits& limits, HostTensors& host);
 
   const Plan& plan() const { return plan_; }

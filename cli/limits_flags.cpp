@@ -6,16 +6,20 @@
 
 #include "core/byte_size.h"
 #include "plan/names.h"
+#include "session.h"
 
 namespace wh::cli {
 
 void add_limits_flags(CLI::App& app, LimitsFlags& flags) {
   const auto limit = [](CLI::Option* option) { option->group("LIMITS"); };
-  limit(app.add_option("--workspace", flags.workspace, "the most a plan may take: 512MiB"));
-  limit(app.add_option("--policy", flags.policy, "automatic, fused or fused-above=16384"));
-  limit(app.add_option("--kernel", flags.kernel, "force this kernel"));
+  const auto text = [&](const char* name, std::string& value, const char* help) {
+    limit(app.add_option(name, value, help)->check(refuse_empty));
+  };
+  text("--workspace", flags.workspace, "the most a plan may take: 512MiB");
+  text("--policy", flags.policy, "automatic, fused or fused-above=16384");
+  text("--kernel", flags.kernel, "force this kernel");
   limit(app.add_option("--threads", flags.threads, "CPU threads (every core)"));
-  limit(app.add_option("--precision", flags.precision, "native or high"));
+  text("--precision", flags.precision, "native or high");
   limit(app.add_option("--step-ms", flags.step_ms, "the longest piece that cannot be cancelled"));
   limit(app.add_flag("--batch-invariant", flags.batch_invariant,
                      "a row's bits do not depend on the batch"));
@@ -37,6 +41,9 @@ Result<Limits> read_limits(const LimitsFlags& flags) {
                                  flags.workspace));
     }
     limits.workspace_bytes = *bytes;
+  }
+  if (!flags.policy.empty() && !flags.kernel.empty()) {
+    return invalid("--policy has no effect with --kernel, which forces one; leave one of them out");
   }
   if (!flags.policy.empty()) {
     const size_t equals = flags.policy.find('=');

@@ -1,12 +1,15 @@
 #include "measure.h"
 
+#include <fmt/format.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <limits>
 #include <thread>
 
+#include "plan/cpu_facts.h"
 #include "probe.h"
 
 namespace wh::cli {
@@ -17,7 +20,12 @@ using Clock = std::chrono::steady_clock;
 constexpr double kProbeUs = 300;
 constexpr double kLeastShare = 0.85;
 // Timer interrupts and daemons take a core for microseconds, some times a second.
-constexpr double kUsAPreemption = 10e3;
+constexpr double kUsAPreemption = 20e3;
+// Of the CPU time that the best sample of the same run had: a neighbour on one of two cores takes
+// a quarter of it.
+constexpr double kLeastCpuShare = 0.97;
+// Of as many single threads. Many cores at once clock lower than one; two on one core reach half.
+constexpr double kLeastScaling = 0.8;
 
 double us_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
@@ -29,32 +37,154 @@ int64_t preemptions() {
   return usage.ru_nivcsw;
 }
 
+double cpu_us() {
+  timespec time{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) * 1e6 + static_cast<double>(time.tv_nsec) * 1e-3;
+}
+
 struct Sample {
-  double us;
-  double gflops;  // the lower of the probes before and after
-  bool was_preempted;
+  double us = 0;
+  double gflops = 0;     // the lower of the probes before and after
+  double cpu_share = 0;  // CPU time of all threads over wall time
+  bool was_preempted = false;
 };
 
-bool is_kept(const Sample& sample, const Guard& guard) {
-  return !sample.was_preempted && guard.is_quiet(sample.gflops);
-}
+// A run with what was seen of it.
+struct Track {
+  const Run* run;
+  std::vector<Sample> taken;
+  bool is_done = false;
 
-Samples summary(const std::vector<Sample>& taken, const Guard& guard) {
-  Samples kept, disturbed;
-  for (const Sample& sample : taken) {
-    (is_kept(sample, guard) ? kept : disturbed).us.push_back(sample.us);
+  double best_us() const {
+    double best = std::numeric_limits<double>::infinity();
+    for (const Sample& sample : taken) best = std::min(best, sample.us);
+    return best;
   }
-  Samples& shown = kept.us.empty() ? disturbed : kept;
-  shown.dropped = static_cast<int64_t>(taken.size() - kept.us.size());
-  shown.is_guarded = !kept.us.empty();
-  std::sort(shown.us.begin(), shown.us.end());
-  return shown;
-}
+  bool is_kept(const Sample& sample, const Guard& guard) const {
+    if (!guard.is_on()) return true;
+    if (sample.was_preempted || !guard.is_quiet(sample.gflops)) return false;
+    if (sample.us < kUsAPreemption) return true;
+    double most = 0;
+    for (const Sample& other : taken) most = std::max(most, other.cpu_share);
+    return sample.cpu_share >= kLeastCpuShare * most;
+  }
+  int64_t kept(const Guard& guard) const {
+    return std::count_if(taken.begin(), taken.end(),
+                         [&](const Sample& sample) { return is_kept(sample, guard); });
+  }
+  Samples summary(const Guard& guard) const {
+    Samples kept, disturbed;
+    for (const Sample& sample : taken) {
+      (is_kept(sample, guard) ? kept : disturbed).us.push_back(sample.us);
+    }
+    Samples& shown = kept.us.empty() ? disturbed : kept;
+    shown.dropped = static_cast<int64_t>(taken.size() - kept.us.size());
+    shown.is_guarded = !kept.us.empty();
+    std::sort(shown.us.begin(), shown.us.end());
+    return shown;
+  }
+};
+
+class Measurement {
+ public:
+  Measurement(const std::vector<Run>& runs, Guard& guard, const MeasureOptions& options)
+      : guard_(guard), options_(options), before_(guard.probe()) {
+    for (const Run& run : runs) tracks_.push_back({&run, {}});
+  }
+
+  Status warm_up() {
+    for (Track& track : tracks_) {
+      Sample sample;
+      if (Status status = take(track, sample); !status.ok()) return status;
+      if (Status status = track.run->after_warm_up(); !status.ok()) return status;
+      before_ = guard_.probe();
+      if (sample.us <= options_.seconds * 1e6 / 2) continue;
+      track.taken.push_back(sample);
+      track.is_done = true;
+    }
+    return {};
+  }
+
+  // Disturbed moments pass; a machine that is never quiet gets three times the rounds.
+  Status sample() {
+    Clock::time_point begin = Clock::now();
+    for (int64_t round = 0; round < 3 * options_.samples; ++round) {
+      bool all_done = true;
+      for (Track& track : tracks_) {
+        if (track.is_done) continue;
+        all_done = false;
+        Sample sample;
+        if (Status status = take(track, sample); !status.ok()) return status;
+        track.taken.push_back(sample);
+        track.is_done = track.kept(guard_) >= options_.samples;
+      }
+      if (all_done) break;
+      if (round == 0 && options_.drop_over > 0) {
+        for (Track& track : tracks_) {
+          track.is_done = track.is_done || track.best_us() > options_.drop_over * fastest_us();
+        }
+        begin = Clock::now();  // what rests from now on has taken nobody's time
+      }
+      const double seconds = us_since(begin) * 1e-6;
+      if (seconds > 3 * options_.seconds || (seconds > options_.seconds && is_enough())) break;
+    }
+    return {};
+  }
+
+  std::vector<Samples> summaries() const {
+    std::vector<Samples> summaries;
+    for (const Track& track : tracks_) summaries.push_back(track.summary(guard_));
+    return summaries;
+  }
+
+ private:
+  Status take(const Track& track, Sample& sample) {
+    if (!guard_.is_quiet(before_)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      before_ = guard_.probe();
+    }
+    const int64_t preempted = preemptions();
+    const double cpu = cpu_us();
+    const Clock::time_point start = Clock::now();
+    if (Status status = track.run->call(); !status.ok()) return status;
+    sample.us = us_since(start);
+    sample.cpu_share = (cpu_us() - cpu) / sample.us;
+    const auto harmless = static_cast<int64_t>(sample.us / kUsAPreemption);
+    sample.was_preempted = preemptions() - preempted > harmless;
+    const double after = guard_.probe();
+    sample.gflops = std::min(before_, after);
+    before_ = after;
+    return {};
+  }
+
+  double fastest_us() const {
+    double fastest = std::numeric_limits<double>::infinity();
+    for (const Track& track : tracks_) fastest = std::min(fastest, track.best_us());
+    return fastest;
+  }
+
+  bool is_enough() const {
+    std::vector<const Track*> order;
+    for (const Track& track : tracks_) order.push_back(&track);
+    std::sort(order.begin(), order.end(),
+              [](const Track* a, const Track* b) { return a->best_us() < b->best_us(); });
+    for (size_t i = 0; i < std::min<size_t>(2, order.size()); ++i) {
+      if (!order[i]->is_done && order[i]->kept(guard_) < options_.least_of_fastest) return false;
+    }
+    return true;
+  }
+
+  Guard& guard_;
+  const MeasureOptions& options_;
+  std::vector<Track> tracks_;
+  double before_;  // the last probe
+};
 
 }  // namespace
 
-Guard::Guard(int32_t threads) : threads_(threads) {
-  if (threads == 0) return;
+Guard::Guard(int32_t threads) : threads_(std::min(threads, cpu_facts().cores)) {
+  if (threads_ == 0) return;
   // Spread over a second: a spell in which two cores are one may last as long as a burst of probes.
   for (int i = 0; i < 100; ++i) {
     probe();
@@ -74,51 +204,21 @@ double Guard::probe() {
 
 bool Guard::is_quiet(double gflops) const { return gflops >= kLeastShare * peak_gflops_; }
 
+std::string Guard::warning() const {
+  if (peak_gflops_ >= kLeastScaling * threads_ * one_thread_gflops_) return "";
+  return fmt::format(
+      "{} threads reach {:.0f} GFLOP/s where one reaches {:.0f}: they share cores, and so does "
+      "what "
+      "is measured",
+      threads_, peak_gflops_, one_thread_gflops_);
+}
+
 Result<std::vector<Samples>> measure(const std::vector<Run>& runs, Guard& guard,
                                      const MeasureOptions& options) {
-  const Clock::time_point begin = Clock::now();
-  for (const Run& run : runs) {
-    if (Status status = run(); !status.ok()) return status;
-  }
-  std::vector<std::vector<Sample>> taken(runs.size());
-  std::vector<bool> rests(runs.size());
-  const auto kept = [&](size_t i) {
-    return std::count_if(taken[i].begin(), taken[i].end(),
-                         [&](const Sample& sample) { return is_kept(sample, guard); });
-  };
-  const auto is_done = [&](size_t i) { return rests[i] || kept(i) >= options.samples; };
-  double before = guard.probe();
-  // Disturbed moments pass; a machine that is never quiet gets three times the rounds.
-  for (int64_t round = 0; round < 3 * options.samples; ++round) {
-    bool all_done = true;
-    for (size_t i = 0; i < runs.size(); ++i) {
-      if (is_done(i)) continue;
-      all_done = false;
-      if (!guard.is_quiet(before)) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
-        before = guard.probe();
-      }
-      const int64_t preempted = preemptions();
-      const Clock::time_point start = Clock::now();
-      if (Status status = runs[i](); !status.ok()) return status;
-      const double us = us_since(start);
-      const int64_t harmless = static_cast<int64_t>(us / kUsAPreemption);
-      const bool was_preempted = preemptions() - preempted > harmless;
-      const double after = guard.probe();
-      taken[i].push_back({us, std::min(before, after), was_preempted});
-      before = after;
-    }
-    if (all_done || us_since(begin) > options.seconds * 1e6) break;
-    if (round > 0 || options.drop_over == 0) continue;
-    double fastest = std::numeric_limits<double>::infinity();
-    for (const auto& samples : taken) fastest = std::min(fastest, samples.front().us);
-    for (size_t i = 0; i < runs.size(); ++i) {
-      rests[i] = taken[i].front().us > options.drop_over * fastest;
-    }
-  }
-  std::vector<Samples> summaries;
-  for (const auto& samples : taken) summaries.push_back(summary(samples, guard));
-  return summaries;
+  Measurement measurement(runs, guard, options);
+  if (Status status = measurement.warm_up(); !status.ok()) return status;
+  if (Status status = measurement.sample(); !status.ok()) return status;
+  return measurement.summaries();
 }
 
 }  // namespace wh::cli

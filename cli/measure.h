@@ -2,8 +2,9 @@
 // are sometimes one physical core, and a neighbour's work costs 20 to 50 %.
 //
 // A short probe of multiply-adds runs on all threads before and after each sample. A sample is
-// disturbed when either probe stays under 85 % of the highest rate seen in the whole run, or when
-// the kernel preempted us (ru_nivcsw moved; a long sample meets a few harmless preemptions).
+// disturbed when either probe stays under 85 % of the highest rate seen in the whole run, when the
+// kernel preempted us (ru_nivcsw moved; a long sample meets a few harmless preemptions), or when a
+// long one had less CPU time for its length than others of the same run.
 #pragma once
 
 #include <functional>
@@ -28,6 +29,8 @@ struct MeasureOptions {
   double seconds = 20;  // stop taking more after this long, with at least one of each
   // After the first round a run slower than the fastest by more than this factor rests; 0: never.
   double drop_over = 0;
+  // Undisturbed samples of the two fastest that are waited for, up to three times `seconds`.
+  int64_t least_of_fastest = 1;
 };
 
 class Guard {
@@ -38,11 +41,12 @@ class Guard {
   // Of all threads, the highest rate seen so far.
   double peak_gflops() const { return peak_gflops_; }
   double one_thread_gflops() const { return one_thread_gflops_; }
-  // All threads together never reached what their number promises: they share cores.
-  bool shares_cores() const { return peak_gflops_ < 0.8 * threads_ * one_thread_gflops_; }
+  // That all threads together never reached what their number promises; empty: they did.
+  std::string warning() const;
 
   // The rate of all threads right now. A higher one than before is the new peak.
   double probe();
+  bool is_on() const { return threads_ > 0; }
   bool is_quiet(double gflops) const;
 
  private:
@@ -50,9 +54,13 @@ class Guard {
   double peak_gflops_ = 0, one_thread_gflops_ = 0;
 };
 
-using Run = std::function<Status()>;
+struct Run {
+  std::function<Status()> call;
+  std::function<Status()> after_warm_up = [] { return Status(); };  // not timed
+};
 
-// Alternates between the runs, one warm-up of each first. Fails with a run's own status.
+// Alternates between the runs, one warm-up of each first; a warm-up that takes more than half of
+// `seconds` is the only sample. Fails with a run's own status.
 Result<std::vector<Samples>> measure(const std::vector<Run>& runs, Guard& guard,
                                      const MeasureOptions& options);
 

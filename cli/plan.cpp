@@ -5,11 +5,11 @@
 
 #include <memory>
 
-#include "api/machine.h"
 #include "limits_flags.h"
-#include "plan/work.h"
+#include "planning.h"
 #include "problem_flags.h"
 #include "session.h"
+#include "useful_work.h"
 
 namespace wh::cli {
 namespace {
@@ -30,18 +30,19 @@ int run_plan(const PlanFlags& flags) {
   std::string text;
   for (const Request& request : *requests) {
     const Problem& p = request.problem;
-    const Result<Plan> plan = make_plan(p, *limits, this_machine(p.device, p.device_index));
+    const Result<Plan> plan = plan_as_library(p, *limits);
     if (!plan.ok()) return report(plan.status());
     if (!plan->runnable()) code = kNoKernel;
     Json document = Json::parse(to_json(*plan));
+    document["environment"] = environment_json(p.device);
     if (!request.label.empty()) {
       document["layers"] = request.label;
-      document["kv_bytes_per_layer"] = kv_bytes(p);
+      document["kv_bytes_per_layer"] = kv_bytes(request);
       text += fmt::format("{}layers     {}\nKV cache   {} a layer\n", text.empty() ? "" : "\n",
-                          request.label, format_bytes(static_cast<uint64_t>(kv_bytes(p))));
+                          request.label, format_bytes(static_cast<uint64_t>(kv_bytes(request))));
     }
     documents.push_back(std::move(document));
-    text += explain(*plan);
+    text += environment_line(p.device) + explain(*plan);
   }
   if (flags.json) {
     const Json& shown = flags.problem.model.empty() ? documents.front() : documents;

@@ -1,12 +1,16 @@
 #include "probe.h"
 
-#include <unistd.h>
+#include <fmt/format.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 
 #include "core/executor.h"
+#include "plan/cpu_facts.h"
+#include "probe_bf16.h"
 #include "tensors.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -66,11 +70,9 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-}  // namespace
-
-double multiply_add_gflops(int32_t threads, double us) {
-  // At 3 GHz with two pipes the 12 chains of a repetition take 6 cycles, 2 ns.
-  const auto repetitions = static_cast<int64_t>(us * 500);
+// Flops a second of work() on all threads, which does `flops`, in 1e9.
+template <typename Work>
+double gflops_at_once(int32_t threads, double flops, Work&& work) {
   // Threads start together: one that wakes up late would otherwise count as a slow core. Where one
   // thread runs all tasks in turn, the first gives up waiting and the rate says so.
   constexpr double kPatienceSeconds = 1e-3;
@@ -83,20 +85,46 @@ double multiply_add_gflops(int32_t threads, double us) {
     std::chrono::steady_clock::rep none = 0;
     start.compare_exchange_strong(none,
                                   std::chrono::steady_clock::now().time_since_epoch().count());
-    sink = HWY_DYNAMIC_DISPATCH(multiply_add)(repetitions);
+    sink = work();
   });
-  const double flops = static_cast<double>(repetitions) *
-                       static_cast<double>(HWY_DYNAMIC_DISPATCH(flops_each)()) * threads;
   const std::chrono::steady_clock::time_point began{std::chrono::steady_clock::duration{start}};
-  return flops / seconds_since(began) * 1e-9;
+  return flops * threads / seconds_since(began) * 1e-9;
+}
+
+// At 3 GHz with two pipes the 12 chains of a repetition take 6 cycles, 2 ns.
+int64_t repetitions_in(double us) { return static_cast<int64_t>(us * 500); }
+
+}  // namespace
+
+double multiply_add_gflops(int32_t threads, double us) {
+  const int64_t repetitions = repetitions_in(us);
+  const auto flops = static_cast<double>(repetitions * HWY_DYNAMIC_DISPATCH(flops_each)());
+  return gflops_at_once(threads, flops,
+                        [&] { return HWY_DYNAMIC_DISPATCH(multiply_add)(repetitions); });
+}
+
+double bf16_gflops(int32_t threads) {
+  double best = 0;
+#if defined(__x86_64__)
+  if (!cpu_facts().has_avx512_bf16) return 0;
+  const int64_t repetitions = repetitions_in(300);
+  for (int i = 0; i < 100; ++i) {
+    best = std::max(best, gflops_at_once(threads, static_cast<double>(repetitions * kBf16Flops),
+                                         [&] { return bf16_products(repetitions); }));
+  }
+#endif
+  return best;
 }
 
 int64_t last_level_cache_bytes() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  return std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
-#else
-  return 0;
-#endif
+  // Not sysconf(): on virtual Zen cores it answers eight times what one core can reach.
+  int64_t most = 0;
+  for (int index = 0;; ++index) {
+    std::ifstream file(fmt::format("/sys/devices/system/cpu/cpu0/cache/index{}/size", index));
+    int64_t kib = 0;
+    if (!(file >> kib)) return most;
+    most = std::max(most, kib * 1024);
+  }
 }
 
 double read_gbytes_per_s(int32_t threads) {

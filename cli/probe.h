@@ -9,6 +9,9 @@ namespace wh::cli {
 // microseconds. Where they do not run at once, it is as low as that makes it.
 double multiply_add_gflops(int32_t threads, double us);
 
+// The same of VDPBF16PS, the best of 100; 0 where the CPU has none.
+double bf16_gflops(int32_t threads);
+
 // GB/s of reading 512 MB once on `threads` threads.
 double read_gbytes_per_s(int32_t threads);
 

@@ -23,15 +23,22 @@ struct Request {
   std::string label;    // of a model's layer; empty: the problem speaks for itself
   std::string details;  // what describe() leaves out: ", log-sum-exp", the layout
   Problem problem;
-  std::vector<int32_t> key_lengths, key_starts;
+  std::vector<int32_t> key_lengths, key_starts;  // one a batch entry, or one for all
 
   std::string name() const { return label.empty() ? describe(problem) + details : label; }
 };
+
+// One value for each batch entry.
+std::vector<int32_t> per_batch(const std::vector<int32_t>& values, int64_t batch);
 
 void add_problem_flags(CLI::App& app, ProblemFlags& flags);
 
 // One problem, or with --model one for each kind of the model's layers.
 Result<std::vector<Request>> read_requests(const ProblemFlags& flags);
+
+// Puts the options among the flags (causal, window, softcap, scale, log-sum-exp, device) in place
+// of those of a problem that a file's tensors gave its shape. A flag of the shape is an error.
+Status override_options(const ProblemFlags& flags, Problem& problem);
 
 // The rows of a suite, with its lists multiplied out. `overrides` win over a row's own values.
 Result<std::vector<Request>> read_suite(const std::string& suite, const ProblemFlags& overrides);

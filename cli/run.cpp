@@ -5,17 +5,20 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <optional>
 #include <utility>
 
-#include "api/machine.h"
 #include "execution.h"
 #include "limits_flags.h"
 #include "measure.h"
-#include "plan/work.h"
+#include "planning.h"
 #include "problem_flags.h"
 #include "resident.h"
 #include "safetensors.h"
+#include "sampled_rows.h"
 #include "session.h"
+#include "useful_work.h"
 
 namespace wh::cli {
 namespace {
@@ -24,7 +27,7 @@ struct RunFlags {
   std::string file, out;
   ProblemFlags problem;
   LimitsFlags limits;
-  uint64_t seed = 1;
+  std::optional<uint64_t> seed;
   bool json = false;
 };
 
@@ -34,10 +37,14 @@ struct Agreement {
   bool is_right = true;
 };
 
-// The contract's bounds for the output's type; log-sum-exp to 1e-4 of its size.
-Agreement compare(const std::vector<float>& have, const StoredTensor& want, double tolerance) {
-  std::vector<float> wanted(have.size());  // a file may place its floats anywhere
-  std::memcpy(wanted.data(), want.bytes.data(), want.bytes.size());
+std::vector<float> floats_of(const StoredTensor& tensor) {
+  std::vector<float> floats(tensor.bytes.size() / sizeof(float));
+  std::memcpy(floats.data(), tensor.bytes.data(), tensor.bytes.size());  // aligned or not
+  return floats;
+}
+
+Agreement compare(const std::vector<float>& have, const std::vector<float>& wanted,
+                  double tolerance) {
   double errors = 0, squares = 0;
   Agreement agreement;
   for (size_t i = 0; i < have.size(); ++i) {
@@ -62,8 +69,7 @@ struct FirstRun {
 Result<FirstRun> run_watched(Execution& execution) {
   using Clock = std::chrono::steady_clock;
   struct Watch {
-    ProgressLine line{true};
-    int percent = -1;
+    RunProgress progress;
     Clock::time_point begin = Clock::now(), last = begin;
     double longest_us = 0;
 
@@ -82,11 +88,7 @@ Result<FirstRun> run_watched(Execution& execution) {
       [](void* context, double fraction) {
         auto& self = *static_cast<Watch*>(context);
         self.look();
-        const int percent = static_cast<int>(fraction * 100);
-        if (percent != std::exchange(self.percent, percent)) {
-          self.line.show(fmt::format("{:3} %", percent));
-        }
-        return 0;
+        return RunProgress::report(&self.progress, fraction);
       },
       &watch);
   watch.look();
@@ -96,22 +98,20 @@ Result<FirstRun> run_watched(Execution& execution) {
 
 // Runs something small on the kernel that the problem will take: threads start with their first
 // call, and libraries allocate what they keep.
-Status warm_up(const Problem& problem, const Limits& limits) {
-  if (problem.device != Device::kCpu) return {};
-  const Result<Plan> plan = make_plan(problem, limits, this_machine(Device::kCpu, 0));
-  if (!plan.ok() || !plan->runnable()) return {};  // the run itself will say so
+Status warm_up(const Plan& plan) {
+  if (plan.problem.device != Device::kCpu) return {};
   Request small;
   Problem& p = small.problem;
-  p.dtype_q = problem.dtype_q;
-  p.dtype_kv = problem.dtype_kv;
+  p.dtype_q = plan.problem.dtype_q;
+  p.dtype_kv = plan.problem.dtype_kv;
   p.heads_q = p.heads_kv = 16;
   p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
   p.scale = 1.0f / 8;
   p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(16, 64, 64);
   HostTensors tensors = random_tensors(small, 1);
   Limits forced;
-  forced.kernel = plan->kernel;
-  forced.threads = limits.threads;
+  forced.kernel = plan.kernel;
+  forced.threads = plan.limits.threads;
   Result<Execution> execution = Execution::prepare(p, forced, tensors);
   if (!execution.ok()) return execution.status();
   for (int i = 0; i < 20; ++i) {
@@ -120,8 +120,17 @@ Status warm_up(const Problem& problem, const Limits& limits) {
   return {};
 }
 
+// The contract's bounds, docs/semantics.md.
 double out_tolerance(Dtype dtype) {
   return dtype == Dtype::kF32 ? 4e-6 : (dtype == Dtype::kF16 ? 9e-4 : 7e-3);
+}
+constexpr double kLogSumExpTolerance = 1e-6;
+
+// The bound holds for scores of about N(0, 1). An error of a score is one of its weight, and grows
+// with the score: a --scale that makes them wider makes the bound wider.
+double random_tolerance(const Problem& p) {
+  const double score = std::fabs(p.scale) * std::sqrt(static_cast<double>(p.dim_qk));
+  return out_tolerance(p.dtype_q) * std::max(1.0, score);
 }
 
 class Runner {
@@ -132,58 +141,81 @@ class Runner {
     const auto limits = read_limits(flags_.limits);
     if (!limits.ok()) return report(limits.status());
     if (!flags_.file.empty()) {
-      Result<StoredProblem> stored = read_problem_file(flags_.file);
+      if (flags_.seed) return report(invalid("--seed has no effect with a file"));
+      Result<StoredProblem> stored = read_problem_file(flags_.file, flags_.problem);
       if (!stored.ok()) return report(stored.status());
-      return run_one(stored->request, *limits, stored->tensors, &*stored, 0);
+      const int code = run_one(stored->request, *limits, &*stored);
+      if (flags_.json && (code == kFine || code == kWrongNumbers)) {
+        fmt::print("{}\n", documents_.front().dump(2));
+      }
+      return code;
     }
     const auto requests = read_requests(flags_.problem);
     if (!requests.ok()) return report(requests.status());
+    if (!flags_.out.empty() && requests->size() > 1) {
+      return report(invalid(fmt::format("--out has room for one answer; {} has {} kinds of layers",
+                                        flags_.problem.model, requests->size())));
+    }
+    int worst = kFine;
     for (const Request& request : *requests) {
-      if (const int code = run_random(request, *limits); code != kFine) return code;
+      worst = std::max(worst, run_one(request, *limits, nullptr));
+      if (is_interrupted()) break;
     }
-    if (flags_.json) {
-      const bool is_one = documents_.size() == 1;
-      fmt::print("{}\n", (is_one ? documents_.front() : documents_).dump(2));
+    const bool is_one = flags_.problem.model.empty();
+    if (flags_.json && !is_one) {
+      fmt::print("{}\n", documents_.dump(2));
+    } else if (flags_.json && (worst == kFine || worst == kWrongNumbers)) {
+      fmt::print("{}\n", documents_.front().dump(2));
     }
-    return kFine;
+    return worst;
   }
 
  private:
-  int run_random(const Request& request, const Limits& limits) {
-    if (Status status = warm_up(request.problem, limits); !status.ok()) return report(status);
-    const uint64_t resident_before = resident_bytes();
-    HostTensors tensors = random_tensors(request, flags_.seed);
-    return run_one(request, limits, tensors, nullptr, resident_before);
+  // The other kinds of layers of a model still run.
+  int fail(const Request& request, const Status& status) {
+    documents_.push_back({{"problem", request.name()}, {"error", status.message()}});
+    return report(status);
   }
 
-  // resident_before: before there were tensors; 0: unknown.
-  int run_one(const Request& request, const Limits& limits, HostTensors& tensors,
-              const StoredProblem* stored, uint64_t resident_before) {
-    Result<Execution> execution = Execution::prepare(request.problem, limits, tensors);
-    if (!execution.ok()) return report(execution.status());
-    const Plan& plan = execution->plan();
-    if (!flags_.json) fmt::print("{}\n", explain(plan));
+  int run_one(const Request& request, const Limits& limits, StoredProblem* stored) try {
+    const Problem& p = request.problem;
+    Result<Plan> plan = plan_as_library(p, limits);
+    if (!plan.ok()) return fail(request, plan.status());
+    if (Status status = runnable_status(*plan); !status.ok()) return fail(request, status);
+    if (!flags_.json) fmt::print("{}{}\n", environment_line(p.device), explain(*plan));
+    if (stored == nullptr) {
+      if (Status status = warm_up(*plan); !status.ok()) return fail(request, status);
+    }
+    const uint64_t resident_before = resident_bytes();
+    // Only now: what the limits refuse may have tensors of 100 GB.
+    HostTensors random;
+    if (stored == nullptr) random = random_tensors(request, flags_.seed.value_or(1));
+    HostTensors& tensors = stored == nullptr ? random : stored->tensors;
+    Result<Execution> execution = Execution::prepare(std::move(*plan), tensors);
+    if (!execution.ok()) return fail(request, execution.status());
     execution->paint_workspace();
     const auto first = run_watched(*execution);
-    if (!first.ok()) return report(first.status());
+    if (!first.ok()) return fail(request, first.status());
     const auto samples = time(*execution, *first);
-    if (!samples.ok()) return report(samples.status());
-    if (Status status = execution->fetch(); !status.ok()) return report(status);
-    Json document = describe_run(plan, *samples, execution->peak_workspace_bytes());
+    if (!samples.ok()) return fail(request, samples.status());
+    if (Status status = execution->fetch(); !status.ok()) return fail(request, status);
+    Json document =
+        describe_run(request, execution->plan(), *samples, execution->peak_workspace_bytes());
     document["longest_step_us"] = first->longest_step_us;
-    if (request.problem.device == Device::kCpu && resident_before > 0) {
+    if (p.device == Device::kCpu && stored == nullptr) {
       document["tensor_bytes"] = tensors.bytes();
       document["peak_resident_bytes"] = first->peak_resident_bytes - resident_before;
     }
     if (!flags_.json) print_run(document);
-    int code = kFine;
-    if (stored != nullptr) code = compare_stored(*stored, tensors, document);
+    const int code = stored == nullptr ? compare_sampled(p, tensors, document)
+                                       : compare_stored(*stored, tensors, document);
     if (!flags_.out.empty()) {
-      if (Status status = write_out(request.problem, tensors); !status.ok()) return report(status);
+      if (Status status = write_out(p, tensors); !status.ok()) return fail(request, status);
     }
-    documents_.push_back(document);
-    if (flags_.json && stored != nullptr) fmt::print("{}\n", document.dump(2));
+    documents_.push_back(std::move(document));
     return code;
+  } catch (const std::bad_alloc&) {
+    return fail(request, {Code::kOutOfMemory, "not enough memory"});
   }
 
   Result<Samples> time(Execution& execution, const FirstRun& first) {
@@ -192,7 +224,11 @@ class Runner {
       Guard guard(execution.plan().problem.device == Device::kCpu
                       ? cpu_facts().threads(flags_.limits.threads)
                       : 0);
-      auto samples = measure({[&] { return execution.run(); }}, guard, {9, 5});
+      const auto call = [&] {
+        return is_interrupted() ? Status(Code::kCancelled, "interrupted between two runs")
+                                : execution.run();
+      };
+      auto samples = measure({{call}}, guard, {9, 5});
       if (!samples.ok()) return samples.status();
       return (*samples)[0];
     }
@@ -203,17 +239,18 @@ class Runner {
     return samples;
   }
 
-  static Json describe_run(const Plan& plan, const Samples& samples, uint64_t peak_bytes) {
-    const Problem& p = plan.problem;
-    return {{"problem", describe(p)},
+  static Json describe_run(const Request& request, const Plan& plan, const Samples& samples,
+                           uint64_t peak_bytes) {
+    return {{"problem", describe(request.problem)},
+            {"environment", environment_json(request.problem.device)},
             {"kernel", plan.kernel},
             {"best_us", samples.best()},
             {"median_us", samples.median()},
             {"samples", samples.us.size()},
             {"guarded", samples.is_guarded},
             {"estimated_us", plan.estimated_us},
-            {"gflops", useful_flops(p) / samples.best() * 1e-3},
-            {"kv_gbytes_per_s", kv_bytes(p) / samples.best() * 1e-3},
+            {"gflops", useful_flops(request) / samples.best() * 1e-3},
+            {"kv_gbytes_per_s", kv_bytes(request) / samples.best() * 1e-3},
             {"workspace_bytes", plan.workspace_bytes},
             {"peak_workspace_bytes", peak_bytes}};
   }
@@ -230,27 +267,45 @@ class Runner {
   int compare_stored(const StoredProblem& stored, const HostTensors& tensors, Json& document) {
     const Problem& p = stored.request.problem;
     bool is_right = true;
-    const auto add = [&](const char* name, const char* field, const Agreement& agreement,
-                         double tolerance) {
-      is_right = is_right && agreement.is_right;
-      document[field] = agreement.relative_rms;
-      if (flags_.json) return;
-      fmt::print(
-          "{:<10} {} the stored answer: relative RMS error {:.2e}, at most {:.0e} is right; "
-          "largest error {:.2e}\n",
-          name, agreement.is_right ? "agrees with" : "DIFFERS from", agreement.relative_rms,
-          tolerance, agreement.largest_error);
-    };
     if (stored.out) {
       const double tolerance = out_tolerance(p.dtype_q);
-      add("out", "relative_rms", compare(read_out(p, tensors), *stored.out, tolerance), tolerance);
+      const Agreement agreement = compare(read_out(p, tensors), floats_of(*stored.out), tolerance);
+      document["relative_rms"] = agreement.relative_rms;
+      document["compared_rows"] = p.batch * p.heads_q * p.len_q;
+      print_agreement("out", "the stored answer", agreement, tolerance);
+      is_right = agreement.is_right;
     }
-    if (stored.log_sum_exp) {
+    if (stored.log_sum_exp && p.wants_log_sum_exp) {
       const float* lse = tensors.tensors.log_sum_exp;
       const std::vector<float> have(lse, lse + p.batch * p.heads_q * p.len_q);
-      add("LSE", "log_sum_exp_relative_rms", compare(have, *stored.log_sum_exp, 1e-6), 1e-6);
+      const Agreement agreement =
+          compare(have, floats_of(*stored.log_sum_exp), kLogSumExpTolerance);
+      document["log_sum_exp_relative_rms"] = agreement.relative_rms;
+      print_agreement("LSE", "the stored answer", agreement, kLogSumExpTolerance);
+      is_right = is_right && agreement.is_right;
     }
     return is_right ? kFine : kWrongNumbers;
+  }
+
+  int compare_sampled(const Problem& p, const HostTensors& tensors, Json& document) {
+    const SampledRows rows = sample_rows(p, tensors);
+    const double tolerance = random_tolerance(p);
+    const Agreement agreement = compare(rows.have, rows.want, tolerance);
+    document["relative_rms"] = agreement.relative_rms;
+    document["compared_rows"] = rows.count;
+    print_agreement(
+        "out", fmt::format("float64 on {} of {} rows", rows.count, p.batch * p.heads_q * p.len_q),
+        agreement, tolerance);
+    return agreement.is_right ? kFine : kWrongNumbers;
+  }
+
+  void print_agreement(const char* name, const std::string& reference, const Agreement& agreement,
+                       double tolerance) const {
+    if (flags_.json) return;
+    fmt::print(
+        "{:<10} {} {}: relative RMS error {:.2e}, at most {:.2g} is right; largest error {:.2e}\n",
+        name, agreement.is_right ? "agrees with" : "DIFFERS from", reference,
+        agreement.relative_rms, tolerance, agreement.largest_error);
   }
 
   Status write_out(const Problem& p, const HostTensors& tensors) {
@@ -275,10 +330,12 @@ class Runner {
 void add_run(CLI::App& app, Action& action) {
   auto flags = std::make_shared<RunFlags>();
   CLI::App* verb = app.add_subcommand("run", "Run a problem from a file, or on random data");
-  verb->add_option("file", flags->file, "a .safetensors file with q, k, v");
+  verb->add_option("file", flags->file,
+                   "a .safetensors file with q, k, v: their shapes, its options");
   add_problem_flags(*verb, flags->problem);
   add_limits_flags(*verb, flags->limits);
-  verb->add_option("--seed", flags->seed, "of the random data");
+  verb->add_option("--seed", flags->seed,
+                   "of the random data (1); some rows of its answer are compared with float64");
   verb->add_option("--out", flags->out, "write out (f32) to this .safetensors file");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return Runner(*flags).run(); }; });

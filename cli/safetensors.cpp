@@ -10,12 +10,14 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <utility>
-
-#include "embedded.h"
 
 namespace wh::cli {
 namespace {
+
+// Sorted members: ordered_json looks each one up by walking over all, minutes for a lying header.
+using Json = nlohmann::json;
 
 constexpr uint64_t kMostHeaderBytes = 100 << 20;  // the format's own limit
 constexpr size_t kMostDims = 8;
@@ -35,6 +37,8 @@ int64_t element_bytes(const std::string& dtype) {
   return 0;
 }
 
+// Nothing here may copy `entry` or a part of it: parsing and releasing take any depth of nesting on
+// the heap, a copy takes it on the stack.
 Result<StoredTensor> read_tensor(const std::string& name, const Json& entry,
                                  std::span<const std::byte> data) {
   const auto wrong = [&](const std::string& what) {
@@ -60,7 +64,9 @@ Result<StoredTensor> read_tensor(const std::string& name, const Json& entry,
       return wrong("its shape overflows");
     }
   }
-  const Json offsets = entry.value("data_offsets", Json());
+  const auto found = entry.find("data_offsets");
+  if (found == entry.end()) return wrong("its entry has no data_offsets");
+  const Json& offsets = *found;
   if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
       !offsets[1].is_number_unsigned()) {
     return wrong("its data_offsets are not two positions");
@@ -97,12 +103,6 @@ Status system_error(const char* action, const std::string& path) {
 
 }  // namespace
 
-int64_t StoredTensor::elements() const {
-  int64_t count = 1;
-  for (const int64_t size : shape) count *= size;
-  return count;
-}
-
 Result<SafetensorsView> parse_safetensors(std::span<const std::byte> file) {
   uint64_t header_bytes = 0;
   if (file.size() < sizeof(header_bytes)) {
@@ -118,13 +118,6 @@ Result<SafetensorsView> parse_safetensors(std::span<const std::byte> file) {
         header_bytes, rest));
   }
   const auto* text = reinterpret_cast<const char*>(file.data() + sizeof(header_bytes));
-  // Depth first: the parser recurses, and 100 MB of '[' would take the stack.
-  int depth = 0, deepest = 0;
-  for (uint64_t i = 0; i < header_bytes; ++i) {
-    if (text[i] == '{' || text[i] == '[') deepest = std::max(deepest, ++depth);
-    if (text[i] == '}' || text[i] == ']') --depth;
-  }
-  if (deepest > 64) return invalid("the header nests too deeply");
   const Json header = Json::parse(text, text + header_bytes, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) return invalid("the header is not a JSON object");
   const std::span<const std::byte> data = file.subspan(sizeof(header_bytes) + header_bytes);
@@ -163,6 +156,12 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<std::byte*>(data_), size_);

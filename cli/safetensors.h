@@ -16,8 +16,6 @@ struct StoredTensor {
   std::string dtype;  // as stored: "F16", "BF16", "F32", "I32", "U8", "BOOL", ...
   std::vector<int64_t> shape;
   std::span<const std::byte> bytes;
-
-  int64_t elements() const;
 };
 
 struct SafetensorsView {
@@ -32,9 +30,10 @@ Result<SafetensorsView> parse_safetensors(std::span<const std::byte> file);
 // A file mapped into memory for as long as this lives.
 class MappedFile {
  public:
+  MappedFile() = default;  // no file
   static Result<MappedFile> open(const std::string& path);
   MappedFile(MappedFile&& other) noexcept;
-  MappedFile& operator=(MappedFile&&) = delete;
+  MappedFile& operator=(MappedFile&& other) noexcept;
   ~MappedFile();
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
@@ -42,8 +41,8 @@ class MappedFile {
  private:
   MappedFile(const std::byte* data, size_t size) : data_(data), size_(size) {}
 
-  const std::byte* data_;
-  size_t size_;
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
 };
 
 struct TensorToStore {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <functional>
 #include <string>
 
@@ -24,6 +25,9 @@ int exit_code(const Status& status);
 // Prints "widehead: message" on stderr and answers with the exit code.
 int report(const Status& status);
 
+// A check for CLI11: the flags' texts are empty where they were not given, so nobody may give that.
+std::string refuse_empty(const std::string& text);
+
 // A line that is rewritten in place on a terminal and silent elsewhere; on stderr, so that stdout
 // stays a table or a document.
 class ProgressLine {
@@ -35,6 +39,27 @@ class ProgressLine {
  private:
   bool is_shown_;
   size_t width_ = 0;
+};
+
+// "[====      ]"
+std::string progress_bar(double done, double total);
+
+// From now on the first Ctrl-C is only noted, so that what is done can be kept; the second ends the
+// process as ever.
+void note_interrupts();
+bool is_interrupted();
+
+// Shows a run as a bar once it has taken a second, and lets Ctrl-C cancel it.
+class RunProgress {
+ public:
+  RunProgress() { note_interrupts(); }
+  // Progress::Callback with a RunProgress as context.
+  static int32_t report(void* self, double fraction);
+
+ private:
+  ProgressLine line_{true};
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+  int shown_percent_ = -1;
 };
 
 // Each verb adds its subcommand and leaves in `action` what to do when it is the one called.

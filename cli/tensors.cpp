@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -15,13 +16,6 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 
-// Elements between the first and the last, whatever the strides.
-int64_t span_of(int64_t batch, int64_t heads, int64_t length, int64_t dim, const Strides& stride) {
-  if (batch == 0 || heads == 0 || length == 0 || dim == 0) return 0;
-  return (batch - 1) * stride[0] + (heads - 1) * stride[1] + (length - 1) * stride[2] +
-         (dim - 1) * stride[3] + 1;
-}
-
 void store(std::byte* data, Dtype dtype, int64_t i, float value) {
   switch (dtype) {
     case Dtype::kF32:
@@ -34,18 +28,6 @@ void store(std::byte* data, Dtype dtype, int64_t i, float value) {
       reinterpret_cast<Bfloat16*>(data)[i] = from_float<Bfloat16>(value);
       break;
   }
-}
-
-float load(const std::byte* data, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return reinterpret_cast<const float*>(data)[i];
-    case Dtype::kF16:
-      return to_float(reinterpret_cast<const Half*>(data)[i]);
-    case Dtype::kBf16:
-      break;
-  }
-  return to_float(reinterpret_cast<const Bfloat16*>(data)[i]);
 }
 
 // Draws from a table of normals at random positions: a true generator takes a second a GB.
@@ -70,20 +52,20 @@ class FastNormals {
   uint64_t state_;
 };
 
-HostBuffer random_buffer(int64_t elements, Dtype dtype, FastNormals& normals) {
-  HostBuffer buffer(static_cast<size_t>(elements) * dtype_bytes(dtype));
+HostBuffer random_buffer(int64_t bytes, Dtype dtype, FastNormals& normals) {
+  HostBuffer buffer(static_cast<size_t>(bytes));
+  const int64_t elements = bytes / static_cast<int64_t>(dtype_bytes(dtype));
   for (int64_t i = 0; i < elements; ++i) store(buffer.data(), dtype, i, normals.next());
   return buffer;
 }
 
 HostBuffer random_mask(const Problem& p, FastNormals& normals) {
-  const int64_t elements = span_of(p.batch, p.heads_q, p.len_q, p.len_k, p.stride_mask);
-  const bool is_boolean = p.mask == MaskKind::kBoolean;
+  const int64_t bytes = tensor_bytes(p).mask;
+  HostBuffer buffer(static_cast<size_t>(bytes));
   const Dtype dtype = p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
-  HostBuffer buffer(static_cast<size_t>(elements) * (is_boolean ? 1 : dtype_bytes(dtype)));
-  for (int64_t i = 0; i < elements; ++i) {
+  for (int64_t i = 0; i < bytes / mask_element_bytes(p); ++i) {
     const bool attend = normals.next_bits() % 4 != 0;
-    if (is_boolean) {
+    if (p.mask == MaskKind::kBoolean) {
       buffer.data()[i] = std::byte{attend};
     } else {
       store(buffer.data(), dtype, i, attend ? normals.next() : -INFINITY);
@@ -93,12 +75,11 @@ HostBuffer random_mask(const Problem& p, FastNormals& normals) {
 }
 
 void allocate_outputs(const Problem& p, HostTensors& h) {
-  h.out =
-      HostBuffer(static_cast<size_t>(span_of(p.batch, p.heads_q, p.len_q, p.dim_v, p.stride_out)) *
-                 dtype_bytes(p.dtype_q));
+  const TensorBytes bytes = tensor_bytes(p);
+  h.out = HostBuffer(static_cast<size_t>(bytes.out));
   h.tensors.out = h.out.data();
   if (p.wants_log_sum_exp) {
-    h.log_sum_exp = HostBuffer(static_cast<size_t>(p.batch * p.heads_q * p.len_q) * 4);
+    h.log_sum_exp = HostBuffer(static_cast<size_t>(bytes.log_sum_exp));
     h.tensors.log_sum_exp = reinterpret_cast<float*>(h.log_sum_exp.data());
   }
 }
@@ -117,7 +98,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 // Reads a file's tensors into a StoredProblem and remembers the first thing that was wrong.
 class ProblemFileReader {
  public:
-  explicit ProblemFileReader(const SafetensorsView& view) : view_(view) {}
+  ProblemFileReader(const SafetensorsView& view, const ProblemFlags& options)
+      : view_(view), options_(options) {}
 
   Status read(StoredProblem& stored) {
     Problem& p = stored.request.problem;
@@ -162,6 +144,7 @@ class ProblemFileReader {
       p.wants_log_sum_exp = true;
     }
     read_metadata(p);
+    if (status_.ok()) status_ = override_options(options_, p);
     if (!status_.ok()) return status_;
     return validate(p);
   }
@@ -220,15 +203,14 @@ class ProblemFileReader {
                               shape_text(mask->shape)));
     }
     const int64_t full[] = {p.batch, p.heads_q, p.len_q, p.len_k};
-    int64_t step = 1;
-    for (int i = 3; i >= 0; --i) {
-      const int64_t size = mask->shape[static_cast<size_t>(i)];
+    p.stride_mask = dense_strides(mask->shape[1], mask->shape[2], mask->shape[3]);
+    for (size_t i = 0; i < 4; ++i) {
+      const int64_t size = mask->shape[i];
       if (size != full[i] && size != 1) {
         return fail(fmt::format("mask is {}; size {} must be 1 or {}", shape_text(mask->shape), i,
                                 full[i]));
       }
-      p.stride_mask[static_cast<size_t>(i)] = size == 1 ? 0 : step;
-      step *= size;
+      if (size == 1) p.stride_mask[i] = 0;
     }
     const auto type = dtype_of(mask->dtype);
     if (mask->dtype == "BOOL" || mask->dtype == "U8") {
@@ -245,8 +227,8 @@ class ProblemFileReader {
   void read_metadata(Problem& p) {
     p.scale = number("scale", 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, p.dim_qk))));
     p.softcap = number("softcap", 0);
-    p.window_left = static_cast<int64_t>(number("window_left", kUnlimited));
-    p.window_right = static_cast<int64_t>(number("window_right", kUnlimited));
+    p.window_left = integer("window_left", kUnlimited);
+    p.window_right = integer("window_right", kUnlimited);
     const auto causal = view_.metadata.find("causal");
     if (causal == view_.metadata.end()) return;
     std::string name = causal->second;
@@ -254,6 +236,18 @@ class ProblemFileReader {
     const auto value = kCausals.value(name);
     if (!value) fail(fmt::format("metadata causal is \"{}\"; valid: {}", name, kCausals.list()));
     p.causal = value.value_or(Causal::kNone);
+  }
+  int64_t integer(const char* name, int64_t missing) {
+    const auto found = view_.metadata.find(name);
+    if (found == view_.metadata.end()) return missing;
+    const std::string& text = found->second;
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size()) {
+      fail(
+          fmt::format("metadata {} is \"{}\"; it must be an integer, -1 for no limit", name, text));
+    }
+    return value;
   }
   float number(const char* name, float missing) {
     const auto found = view_.metadata.find(name);
@@ -267,6 +261,7 @@ class ProblemFileReader {
   }
 
   const SafetensorsView& view_;
+  const ProblemFlags& options_;
   Status status_;
 };
 
@@ -303,16 +298,12 @@ size_t HostTensors::bytes() const {
 
 HostTensors random_tensors(const Request& request, uint64_t seed) {
   const Problem& p = request.problem;
+  const TensorBytes bytes = tensor_bytes(p);
   FastNormals normals(seed);
   HostTensors h;
-  h.q =
-      random_buffer(span_of(p.batch, p.heads_q, p.len_q, p.dim_qk, p.stride_q), p.dtype_q, normals);
-  h.k = random_buffer(span_of(p.batch, p.heads_kv, p.len_k, p.dim_qk, p.stride_k), p.dtype_kv,
-                      normals);
-  if (!p.values_in_keys) {
-    h.v = random_buffer(span_of(p.batch, p.heads_kv, p.len_k, p.dim_v, p.stride_v), p.dtype_kv,
-                        normals);
-  }
+  h.q = random_buffer(bytes.q, p.dtype_q, normals);
+  h.k = random_buffer(bytes.k, p.dtype_kv, normals);
+  if (!p.values_in_keys) h.v = random_buffer(bytes.v, p.dtype_kv, normals);
   h.tensors.q = h.q.data();
   h.tensors.k = h.k.data();
   h.tensors.v = h.v.data();
@@ -321,37 +312,54 @@ HostTensors random_tensors(const Request& request, uint64_t seed) {
     h.tensors.mask = h.mask.data();
   }
   if (p.has_sinks) {
-    h.sinks = random_buffer(p.heads_q, Dtype::kF32, normals);
+    h.sinks = random_buffer(bytes.sinks, Dtype::kF32, normals);
     h.tensors.sinks = reinterpret_cast<const float*>(h.sinks.data());
   }
-  h.key_lengths = request.key_lengths;
-  h.key_starts = request.key_starts;
+  h.key_lengths = per_batch(request.key_lengths, p.batch);
+  h.key_starts = per_batch(request.key_starts, p.batch);
   point_to_ints(h);
   allocate_outputs(p, h);
   return h;
 }
 
-Result<StoredProblem> read_problem_file(const std::string& path) {
+Result<StoredProblem> read_problem(const SafetensorsView& view, const ProblemFlags& options) {
+  StoredProblem stored;
+  Status status = ProblemFileReader(view, options).read(stored);
+  if (!status.ok()) return status;
+  HostTensors& h = stored.tensors;
+  copy_if_misaligned(view, "q", h.tensors.q, h.q);
+  copy_if_misaligned(view, "k", h.tensors.k, h.k);
+  copy_if_misaligned(view, "v", h.tensors.v, h.v);
+  copy_if_misaligned(view, "mask", h.tensors.mask, h.mask);
+  copy_if_misaligned(view, "sinks", h.tensors.sinks, h.sinks);
+  h.key_lengths = stored.request.key_lengths;
+  h.key_starts = stored.request.key_starts;
+  point_to_ints(h);
+  allocate_outputs(stored.request.problem, h);
+  return stored;
+}
+
+Result<StoredProblem> read_problem_file(const std::string& path, const ProblemFlags& options) {
   Result<MappedFile> file = MappedFile::open(path);
   if (!file.ok()) return file.status();
   const Result<SafetensorsView> view = parse_safetensors(file->bytes());
   if (!view.ok()) return invalid(path + ": " + view.status().message());
-  StoredProblem stored{std::move(*file), {}, {}, {}, {}};
-  if (Status status = ProblemFileReader(*view).read(stored); !status.ok()) {
-    return invalid(path + ": " + status.message());
-  }
-  const Problem& p = stored.request.problem;
-  HostTensors& h = stored.tensors;
-  copy_if_misaligned(*view, "q", h.tensors.q, h.q);
-  copy_if_misaligned(*view, "k", h.tensors.k, h.k);
-  copy_if_misaligned(*view, "v", h.tensors.v, h.v);
-  copy_if_misaligned(*view, "mask", h.tensors.mask, h.mask);
-  copy_if_misaligned(*view, "sinks", h.tensors.sinks, h.sinks);
-  h.key_lengths = stored.request.key_lengths;
-  h.key_starts = stored.request.key_starts;
-  point_to_ints(h);
-  allocate_outputs(p, h);
+  Result<StoredProblem> stored = read_problem(*view, options);
+  if (!stored.ok()) return invalid(path + ": " + stored.status().message());
+  stored->file = std::move(*file);
   return stored;
+}
+
+float load_float(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return static_cast<const float*>(data)[i];
+    case Dtype::kF16:
+      return to_float(static_cast<const Half*>(data)[i]);
+    case Dtype::kBf16:
+      break;
+  }
+  return to_float(static_cast<const Bfloat16*>(data)[i]);
 }
 
 std::vector<float> read_out(const Problem& p, const HostTensors& h) {
@@ -361,9 +369,9 @@ std::vector<float> read_out(const Problem& p, const HostTensors& h) {
     for (int64_t head = 0; head < p.heads_q; ++head) {
       for (int64_t i = 0; i < p.len_q; ++i) {
         for (int64_t d = 0; d < p.dim_v; ++d) {
-          out.push_back(load(h.out.data(), p.dtype_q,
-                             b * p.stride_out[0] + head * p.stride_out[1] + i * p.stride_out[2] +
-                                 d * p.stride_out[3]));
+          out.push_back(load_float(h.out.data(), p.dtype_q,
+                                   b * p.stride_out[0] + head * p.stride_out[1] +
+                                       i * p.stride_out[2] + d * p.stride_out[3]));
         }
       }
     }

@@ -39,15 +39,21 @@ struct HostTensors {
 // N(0, 1) data, and a mask that hides a quarter of the keys.
 HostTensors random_tensors(const Request& request, uint64_t seed);
 
-// A problem from a file: shapes and types from its tensors, options from its metadata.
+// A problem from a file: shapes and types from its tensors, options from its metadata or, over
+// them, from flags.
 struct StoredProblem {
-  MappedFile file;
+  MappedFile file;  // what `tensors` point into
   Request request;
   HostTensors tensors;
   // The answer stored beside the inputs, if any: f32, [batch, heads_q, len_q, dim_v].
   std::optional<StoredTensor> out, log_sum_exp;
 };
-Result<StoredProblem> read_problem_file(const std::string& path);
+Result<StoredProblem> read_problem_file(const std::string& path, const ProblemFlags& options);
+// The same without a file of its own: `view` must outlive the answer.
+Result<StoredProblem> read_problem(const SafetensorsView& view, const ProblemFlags& options);
+
+// One element of a tensor.
+float load_float(const void* data, Dtype dtype, int64_t i);
 
 // out of `tensors` as floats, in order.
 std::vector<float> read_out(const Problem& problem, const HostTensors& tensors);

@@ -5,9 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
-#include <csignal>
+#include <cstring>
 #include <ctime>
 #include <memory>
 
@@ -27,8 +28,6 @@ struct TuneFlags {
   bool show = false, json = false;
 };
 
-volatile std::sig_atomic_t is_interrupted = 0;
-
 // Held while tuning: two processes at once would measure each other.
 class TuneLock {
  public:
@@ -37,6 +36,7 @@ class TuneLock {
     std::filesystem::create_directories(profile.parent_path(), error);
     const std::string path = profile.string() + ".lock";
     file_ = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    if (file_ < 0) reason_ = std::strerror(errno);
     is_held_ = file_ >= 0 && flock(file_, LOCK_EX | LOCK_NB) == 0;
   }
   ~TuneLock() {
@@ -48,9 +48,9 @@ class TuneLock {
   Status status(const std::filesystem::path& profile) const {
     if (file_ < 0) {
       return {Code::kInternal,
-              fmt::format("cannot write in {}; set XDG_CACHE_HOME to a folder that "
-                          "can be written",
-                          profile.parent_path().string())};
+              fmt::format("cannot write in {}: {}; set XDG_CACHE_HOME to a folder that can be "
+                          "written",
+                          profile.parent_path().string(), reason_)};
     }
     if (!is_held_) {
       return {Code::kInternal, "another widehead tune is running; wait for it, or stop it"};
@@ -60,6 +60,7 @@ class TuneLock {
 
  private:
   int file_;
+  std::string reason_;  // why it could not be opened
   bool is_held_ = false;
 };
 
@@ -116,14 +117,12 @@ class Tuner {
     const std::vector<Request> grid = tuning_grid(device_, device_index_);
     ProgressLine line(true);
     const auto begin = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < grid.size() && is_interrupted == 0; ++i) {
+    for (size_t i = 0; i < grid.size() && !is_interrupted(); ++i) {
       const double elapsed =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       if (elapsed > seconds_) break;
-      line.show(
-          fmt::format("[{:<40}] {:2.0f} s  {}",
-                      std::string(static_cast<size_t>(40 * std::min(1.0, elapsed / seconds_)), '='),
-                      elapsed, grid[i].name()));
+      line.show(fmt::format("{} {:2.0f} s  {}", progress_bar(elapsed, seconds_), elapsed,
+                            grid[i].name()));
       if (Status status = measure_one(grid[i]); !status.ok()) return status;
     }
     return {};
@@ -163,7 +162,7 @@ class Tuner {
       forced.kernel = candidate.kernel;
       Result<Execution> execution = Execution::prepare(p, forced, tensors);
       if (!execution.ok()) continue;
-      auto samples = measure({[&] { return execution->run(); }}, guard_, {5, 0.25});
+      auto samples = measure({{[&] { return execution->run(); }}}, guard_, {5, 0.25});
       if (!samples.ok()) return samples.status();
       if (!(*samples)[0].is_guarded) ++disturbed_;
       const double ratio = (*samples)[0].best() / candidate.estimated_us;
@@ -219,7 +218,7 @@ int run_tune(const TuneFlags& flags) {
   }
   const TuneLock lock(path);
   if (Status status = lock.status(path); !status.ok()) return report(status);
-  std::signal(SIGINT, [](int) { is_interrupted = 1; });
+  note_interrupts();
   Tuner tuner(device, index, flags.seconds);
   if (Status status = tuner.run(); !status.ok()) return report(status);
   if (tuner.points() == 0) {
@@ -233,7 +232,7 @@ int run_tune(const TuneFlags& flags) {
   }
   // What an early stop left out was measured before, if it was measured here.
   if (const Result<Profile> old = read_profile(path);
-      is_interrupted != 0 && old.ok() &&
+      is_interrupted() && old.ok() &&
       difference(old->identity(), tuner.profile().identity()).empty()) {
     tuner.add_missing(*old);
   }
@@ -242,7 +241,7 @@ int run_tune(const TuneFlags& flags) {
     fmt::print("{}", tuner.profile().to_json());
   } else {
     fmt::print("measured {} costs{}; plans use them from now on: {}\n", tuner.points(),
-               is_interrupted != 0 ? " before the interrupt" : "", path.string());
+               is_interrupted() ? " before the interrupt" : "", path.string());
   }
   return kFine;
 }

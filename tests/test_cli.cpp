@@ -1,39 +1,18 @@
 // The command line as a user meets it: exit codes, documents, messages.
-#include <gtest/gtest.h>
-#include <sys/wait.h>
-
-#include <array>
-#include <cstdio>
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "command_line.h"
+#include "safetensors.h"
+
 namespace {
 
-struct Outcome {
-  int code = -1;
-  std::string out, err;
-};
-
-Outcome widehead(const std::string& arguments) {
-  const std::string errors = testing::TempDir() + "widehead_cli_errors.txt";
-  const std::string command =
-      std::string(WIDEHEAD_CLI) + " " + arguments + " 2>" + errors + " </dev/null";
-  Outcome outcome;
-  FILE* pipe = popen(command.c_str(), "r");
-  std::array<char, 4096> buffer;
-  while (size_t count = fread(buffer.data(), 1, buffer.size(), pipe)) {
-    outcome.out.append(buffer.data(), count);
-  }
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  if (FILE* file = fopen(errors.c_str(), "r")) {
-    while (size_t count = fread(buffer.data(), 1, buffer.size(), file)) {
-      outcome.err.append(buffer.data(), count);
-    }
-    fclose(file);
-  }
-  return outcome;
-}
+using wh::Outcome;
+using wh::widehead;
 
 const std::string kSmall = "--heads 4/2 --dim 64 --queries 16 --keys 40 --causal ";
 
@@ -61,21 +40,56 @@ TEST(Cli, RunReadsTheRealInputAndAgreesWithItsAnswer) {
   }
 }
 
-TEST(Cli, WrongNumbersExitWith1) {
-  // The window of the other layer: the stored answer cannot match.
-  std::string file = testing::TempDir() + "widehead_wrong.safetensors";
-  const std::string from =
-      std::string(WIDEHEAD_EXAMPLES) + "/gemma3-270m-layer0-window512.safetensors";
-  ASSERT_EQ(std::system(("sed 's/\"511\"/\"100\"/' " + from + " > " + file).c_str()), 0);
-  const Outcome outcome = widehead("run " + file);
-  EXPECT_EQ(outcome.code, 1) << outcome.err;
-  EXPECT_NE(outcome.out.find("DIFFERS from"), std::string::npos);
+std::string example(const char* layer) {
+  return std::string(WIDEHEAD_EXAMPLES) + "/gemma3-270m-" + layer + ".safetensors ";
+}
+
+TEST(Cli, OptionsOfAFileGiveWayToFlags) {
+  const std::string file = example("layer0-window512");
+  // As its metadata has them.
+  EXPECT_EQ(widehead("run " + file + "--causal --window 511,-1 --scale 0.0625").code, 0);
+  // Otherwise the stored answer is that of another problem: wrong numbers exit with 1.
+  for (const char* flag : {"--window 100,-1", "--scale 1", "--softcap 2", "--causal=none"}) {
+    const Outcome outcome = widehead("run " + file + flag);
+    EXPECT_EQ(outcome.code, 1) << flag << "\n" << outcome.err;
+    EXPECT_NE(outcome.out.find("DIFFERS from the stored answer"), std::string::npos) << flag;
+  }
+  const Outcome without = widehead("run " + file + "--log-sum-exp=false --json");
+  ASSERT_EQ(without.code, 0) << without.err;
+  EXPECT_FALSE(nlohmann::json::parse(without.out).contains("log_sum_exp_relative_rms"));
+  // On the device that was asked for, or not at all.
+  const Outcome cuda = widehead("run " + file + "--device cuda --json");
+  if (cuda.code == 0) {
+    const std::string kernel = nlohmann::json::parse(cuda.out)["kernel"];
+    EXPECT_FALSE(kernel.starts_with("cpu_")) << kernel;
+  } else {
+    EXPECT_EQ(cuda.code, 3);
+    EXPECT_NE(cuda.err.find("cuda"), std::string::npos) << cuda.err;
+  }
+}
+
+TEST(Cli, TheShapeOfAFileIsItsOwn) {
+  for (const char* flag :
+       {"--batch=1", "--heads=4/1", "--dim=256", "--queries=256", "--keys=2048", "--dtype=f16",
+        "--kv-dtype=f16", "--mask=boolean", "--sinks", "--key-lengths=9", "--key-starts=0",
+        "--layout=heads-first", "--model=gemma-3-4b", "--context=9", "--seed=1"}) {
+    const Outcome outcome = widehead("run " + example("layer5-global") + flag);
+    EXPECT_EQ(outcome.code, 2) << flag;
+    const std::string name(flag, std::strcspn(flag, "="));
+    EXPECT_NE(outcome.err.find(name + " has no effect with a file"), std::string::npos)
+        << outcome.err;
+  }
 }
 
 TEST(Cli, RandomRunsBenchAndCheckPrintDocuments) {
   const auto run = widehead("run " + kSmall + "--seed 3 --json");
   ASSERT_EQ(run.code, 0) << run.err;
-  EXPECT_GT(nlohmann::json::parse(run.out)["gflops"], 0);
+  const auto document = nlohmann::json::parse(run.out);
+  EXPECT_GT(document["gflops"], 0);
+  EXPECT_LE(document["peak_workspace_bytes"], document["workspace_bytes"]);
+  EXPECT_EQ(document["compared_rows"], 4 * 16);
+  EXPECT_GT(document["relative_rms"], 0);
+  EXPECT_LT(document["relative_rms"], 9e-4);
   const auto bench = widehead("bench " + kSmall + "--against cpu_unfused --samples 2 --json");
   ASSERT_EQ(bench.code, 0) << bench.err;
   EXPECT_EQ(nlohmann::json::parse(bench.out)["rows"].size(), 2u);
@@ -113,6 +127,115 @@ TEST(Cli, ARunTakesItsTensorsAndItsPlanInMemory) {
     EXPECT_GE(difference, -(128 << 10)) << run.out;
     EXPECT_GT(json["longest_step_us"], 0);
   }
+}
+
+TEST(Cli, RandomRunsAreComparedWithFloat64InEveryMode) {
+  for (const char* flags :
+       {"--dtype f32", "--dtype bf16 --sinks", "--dtype f32 --kv-dtype f16 --softcap 3",
+        "--mask boolean --layout length-first", "--dtype bf16 --mask additive",
+        "--batch 3 --key-lengths 5,0,40 --key-starts 2", "--causal=top-left --window 4,0"}) {
+    const Outcome outcome =
+        widehead("run --heads 4/2 --dim 24/40 --queries 33 --keys 40 --json " + std::string(flags));
+    ASSERT_EQ(outcome.code, 0) << flags << "\n" << outcome.err;
+    EXPECT_LT(nlohmann::json::parse(outcome.out)["relative_rms"], 7e-3) << flags;
+    EXPECT_EQ(nlohmann::json::parse(outcome.out)["compared_rows"], 64) << flags;
+  }
+}
+
+TEST(Cli, RatesCountTheKeysThatAreThere) {
+  const Outcome outcome = widehead(
+      "run --batch 2 --heads 2 --dim 8 --queries 4 --keys 1000 --key-lengths 10,6 "
+      "--key-starts 2 --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto json = nlohmann::json::parse(outcome.out);
+  const double best_us = json["best_us"];
+  EXPECT_NEAR(json["gflops"].get<double>() * best_us * 1e3, 4 * (8 + 4) * 2 * 2 * 16, 1);
+  EXPECT_NEAR(json["kv_gbytes_per_s"].get<double>() * best_us * 1e3, (8 + 4) * 2 * 16 * 2, 1);
+}
+
+TEST(Cli, RunWritesItsAnswer) {
+  const std::string path = testing::TempDir() + "widehead_out.safetensors";
+  ASSERT_EQ(widehead("run " + example("layer5-global") + "--out " + path).code, 0);
+  const auto file = wh::cli::MappedFile::open(path);
+  ASSERT_TRUE(file.ok());
+  const auto view = wh::cli::parse_safetensors(file->bytes());
+  ASSERT_TRUE(view.ok()) << view.status().message();
+  EXPECT_EQ(view->tensors.at("out").shape, (std::vector<int64_t>{1, 4, 256, 256}));
+  EXPECT_EQ(view->tensors.at("log_sum_exp").shape, (std::vector<int64_t>{1, 4, 256}));
+  const Outcome nowhere = widehead("run " + kSmall + "--out /nowhere/x");
+  EXPECT_EQ(nowhere.code, 2);
+  EXPECT_NE(nowhere.err.find("cannot write /nowhere/x"), std::string::npos) << nowhere.err;
+}
+
+TEST(Cli, TheEnvironmentWinsAndIsNamed) {
+  const auto with = [](const char* variable, const char* value, const std::string& arguments) {
+    setenv(variable, value, 1);
+    const Outcome outcome = widehead(arguments);
+    unsetenv(variable);
+    return outcome;
+  };
+  for (const char* verb : {"plan ", "run "}) {
+    const Outcome bogus = with("WIDEHEAD_KERNEL", "bogus", verb + kSmall);
+    EXPECT_EQ(bogus.code, 2) << verb;
+    EXPECT_NE(bogus.err.find("WIDEHEAD_KERNEL is \"bogus\""), std::string::npos) << bogus.err;
+    const Outcome forced =
+        with("WIDEHEAD_KERNEL", "cpu_unfused", verb + kSmall + "--kernel cpu_reference --json");
+    ASSERT_EQ(forced.code, 0) << forced.err;
+    const auto json = nlohmann::json::parse(forced.out);
+    EXPECT_EQ(json["kernel"], "cpu_unfused") << verb;
+    EXPECT_EQ(json["environment"]["WIDEHEAD_KERNEL"], "cpu_unfused") << verb;
+    EXPECT_NE(with("WIDEHEAD_FUSED_ABOVE", "0", verb + kSmall + "--kernel cpu_unfused")
+                  .out.find("variables  WIDEHEAD_FUSED_ABOVE=0: the environment wins"),
+              std::string::npos);
+    EXPECT_EQ(with("WIDEHEAD_WORKSPACE_LIMIT", "10", verb + kSmall).code, 3) << verb;
+    const Outcome logged = with("WIDEHEAD_LOG", "plan", verb + kSmall);
+    EXPECT_NE(logged.err.find("widehead: 4/2 heads, dim 64, 16 x 40, f16, causal: cpu_"),
+              std::string::npos)
+        << logged.err;
+  }
+  EXPECT_EQ(widehead("plan " + kSmall).out.find("variables"), std::string::npos);
+}
+
+TEST(Cli, AFailingDeviceExitsWith4) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "AddressSanitizer ends the program instead";
+#endif
+  const Outcome outcome =
+      widehead("run --heads 1024 --dim 1024 --queries 1 --keys 2147483647 --dtype f32");
+  EXPECT_EQ(outcome.code, 4) << outcome.err;
+  EXPECT_NE(outcome.err.find("not enough memory"), std::string::npos) << outcome.err;
+  // The same where the limits refuse it: before there is any tensor.
+  EXPECT_EQ(
+      widehead("run --heads 1024 --dim 1024 --queries 1 --keys 2147483647 --workspace 1").code, 3);
+  EXPECT_EQ(widehead("plan --batch 2147483647 --heads 1 --dim 1 --queries 1 --keys 9 "
+                     "--key-lengths 5")
+                .code,
+            0);
+}
+
+TEST(Cli, RunInterruptedSaysWhatOutHolds) {
+  Outcome outcome;
+  // Before the run begins, Ctrl-C just ends the program.
+  for (int seconds = 3; seconds <= 24 && outcome.code != 4; seconds *= 2) {
+    outcome = wh::widehead_interrupted(
+        "run --heads 8/2 --dim 256 --queries 16384 --keys 65536 --json", seconds);
+  }
+  EXPECT_EQ(outcome.code, 4) << outcome.err;
+  EXPECT_NE(outcome.err.find("cancelled"), std::string::npos) << outcome.err;
+  EXPECT_NE(outcome.err.find("out is"), std::string::npos) << outcome.err;
+  EXPECT_EQ(outcome.out, "");
+}
+
+TEST(Cli, ALayerThatFailsIsARowAmongOthers) {
+  // Gemma's global layers need more than its local ones, which look at 1024 keys.
+  const Outcome outcome = widehead(
+      "run --model gemma-4-31b --context 4096 --kernel cpu_unfused --workspace 10MiB --json");
+  EXPECT_EQ(outcome.code, 3) << outcome.err;
+  const auto json = nlohmann::json::parse(outcome.out);
+  ASSERT_EQ(json.size(), 2u);
+  int failed = 0;
+  for (const auto& row : json) failed += row.contains("error");
+  EXPECT_EQ(failed, 1) << json;
 }
 
 TEST(Cli, ListsAreDocumentsToo) {
@@ -172,7 +295,31 @@ const BadUsage kBadUsages[] = {
     {"plan --heads 4 --dim 64 --queries 4 --dtype f64", 2, "valid: f32, f16, bf16"},
     {"plan --heads 4 --dim 64 --queries 4 --causal=up", 2, "valid: none, bottom-right, top-left"},
     {"plan --heads 4 --dim 64 --queries 4 --window 5", 2, "LEFT,RIGHT"},
-    {"plan --heads 4 --dim 64 --queries 4 --key-lengths 9", 0, ""},
+    {"plan --heads 4 --dim 64 --queries 4 --window ,5", 2,
+     "--window is \"\"; it must be an integer"},
+    {"plan --heads 4 --dim 64 --queries 4 --window 5,", 2,
+     "--window is \"\"; it must be an integer"},
+    {"plan --heads 4 --dim 64 --queries 4 --window 5,3 --causal", 2, "RIGHT must be 0 or -1"},
+    {"plan --heads 4 --dim 64 --queries 4 --key-lengths 9", 2,
+     "--key-lengths is \"9\"; it must be an integer from 0 to 4"},
+    {"plan --heads 4 --dim 64 --queries 4 --key-lengths 4294967297", 2, "from 0 to 4"},
+    {"plan --heads 4 --dim 64 --queries 4 --key-lengths 4,", 2, "--key-lengths is \"\""},
+    {"plan --heads 4 --dim 64 --queries 4 --key-starts -1", 2, "from 0 to 2147483647"},
+    {"plan --heads 4 --dim 9000000000000000000 --queries 4", 2, "dim_qk is 9000000000000000000"},
+    {"plan --heads 2147483647 --dim 1024 --queries 2147483647", 2, "64-bit byte offset"},
+    {"plan --heads 4 --dim 64 --queries 4 --batch 99999999999999999999", 2, "--batch is"},
+    {"plan --heads 4 --dim 64 --queries 4 --softcap ''", 2, "--softcap: it is empty"},
+    {"plan --heads 4 --dim 64 --queries 4 --kernel ''", 2, "--kernel: it is empty"},
+    {"plan --heads 4 --dim 64 --queries 4 --device cuda:4294967296", 2, "cuda:0 to cuda:1023"},
+    {"plan --heads 4 --dim 64 --queries 4 --device cuda:", 2, "--device is \"cuda:\""},
+    {"plan --heads 4 --dim 64 --queries 4 --device cuda --threads 2", 2, "--threads has no effect"},
+    {"plan --heads 4 --dim 64 --queries 4 --fresh-keys 2", 2, "--fresh-keys has no effect"},
+    {"plan --heads 4 --dim 64 --queries 4 --context 9", 2, "--context has no effect"},
+    {"plan --model gemma-3-4b --context 9 --keys 9", 2, "--keys has no effect"},
+    {"plan --heads 4 --dim 64 --queries 4 --policy fused --kernel cpu_decode", 2,
+     "--policy has no effect"},
+    {"bench cpu-decode --model gemma-3-4b", 2, "--model has no effect"},
+    {"run --model gemma-3-4b --context 9 --out x", 2, "--out has room for one answer"},
     {"plan --heads 4 --dim 64 --queries 4 --key-lengths 1,2", 2, "--key-lengths has 2 values"},
     {"plan --heads 4 --dim 64 --queries 4 --device gpu", 2, "valid: cpu, cuda"},
     {"plan --heads 4 --dim 64 --queries 4 --workspace lots", 2, "--workspace is \"lots\""},

@@ -310,6 +310,15 @@ TEST(Environment, OverridesLimitsAndNamesWhatIsWrong) {
   EXPECT_EQ(limits.policy, Policy::kFusedAbove);
   EXPECT_EQ(limits.fused_above, 1024);
   EXPECT_EQ(limits.workspace_bytes, uint64_t{1} << 30);
+  // A threshold wins over a kernel that the program forces, and a kernel of the environment's over
+  // both; one of the other device's does not concern this one.
+  Limits forced;
+  forced.kernel = "cpu_unfused";
+  ASSERT_TRUE(apply({"", "0", "", ""}, Device::kCpu, forced).ok());
+  EXPECT_EQ(forced.kernel, "");
+  EXPECT_EQ(make_plan(chunk(512), forced, this_machine(Device::kCpu, 0))->kernel, "cpu_prefill");
+  EXPECT_EQ(variables_for({"cpu_unfused", "", "1GiB", "plan"}, Device::kCpu).size(), 2u);
+  EXPECT_EQ(variables_for({"cpu_unfused", "", "1GiB", "plan"}, Device::kCuda).size(), 1u);
   const auto message = [](const Environment& environment) {
     Limits unused;
     return apply(environment, Device::kCpu, unused).message();

@@ -1,15 +1,19 @@
 """Times one problem in one library: a JSON object on stdin, one on stdout.
 
-    echo '{"library": "torch", "seconds": 3, "problem": {...}}' | python peer.py
+    echo '{"library": "torch f32", "seconds": 3, "problem": {...}}' | python peer.py
 
-A problem has batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v, causal (bottom-right) and dtype. What a library cannot do, or
-is not installed, comes back as {"refused": reason}.
+A problem has batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v, threads and a list of features: "causal" (bottom-right), "window",
+"softcap", "mask", "sinks", "key-lengths", as the suites name them. What a library cannot do, or is not installed, comes back as
+{"refused": reason}; nothing is left out without a word.
 """
 
 import json
+import os
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +23,7 @@ def preemptions():
 
 
 def measure(run, seconds):
-    """Sorted microseconds of calls in which the process was not preempted; all, if there are none."""
+    """Of calls in which the process was not preempted, more than once in 20 ms; of all, if there are none."""
     run()
     run()
     kept, disturbed = [], []
@@ -27,8 +31,33 @@ def measure(run, seconds):
     while time.perf_counter() < end or len(kept) + len(disturbed) < 3:
         before, begin = preemptions(), time.perf_counter()
         run()
-        (kept if preemptions() == before else disturbed).append((time.perf_counter() - begin) * 1e6)
-    return sorted(kept or disturbed)
+        us = (time.perf_counter() - begin) * 1e6
+        (kept if preemptions() - before <= us // 20e3 else disturbed).append(us)
+    us = sorted(kept or disturbed)
+    return {"best_us": us[0], "median_us": us[len(us) // 2], "samples": len(us), "dropped": len(disturbed),
+            "guarded": bool(kept)}
+
+
+def blas_libraries():
+    """The BLAS that is loaded into this process, and the CPU that OpenBLAS took its kernels for."""
+    names = set()
+    try:
+        import threadpoolctl
+
+        for pool in threadpoolctl.threadpool_info():
+            if pool["user_api"] == "blas":
+                names.add(f"{pool['internal_api']} {pool['version']}, {pool.get('architecture', 'core unknown')}, "
+                          f"{Path(pool['filepath']).name}")
+    except ImportError:
+        names.add("threadpoolctl is not installed: OpenBLAS's core is unknown")
+    # What threadpoolctl does not know: the reference BLAS, BLIS, Accelerate.
+    known = " ".join(names)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        file = Path(line.split()[-1]).name
+        is_blas = any(word in file.lower() for word in ("blas", "mkl", "blis", "lapack"))
+        if is_blas and "cublas" not in file and file not in known:
+            names.add(file)
+    return names
 
 
 def arrays(p):
@@ -41,23 +70,57 @@ def arrays(p):
             make(p["heads_kv"], p["len_k"], p["dim_v"]))
 
 
+def takes(p, *features):
+    """Raises what the library cannot do of this problem."""
+    lacks = [feature for feature in p["features"] if feature not in features]
+    if lacks:
+        raise ValueError(f"has no {', '.join(lacks)} here")
+
+
+def is_causal(p):
+    # One query at the end sees every key.
+    return "causal" in p["features"] and p["len_q"] > 1
+
+
 def torch_runner(p, dtype):
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    takes(p, "causal", "window", "mask")
 
     torch.set_num_threads(p["threads"])
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays(p))
-    is_square = p["len_q"] == p["len_k"]
+    diagonal = p["len_k"] - p["len_q"]
+    needs_mask = "window" in p or "mask" in p or (is_causal(p) and diagonal != 0)
     mask = None
-    if p["causal"] and not is_square and p["len_q"] > 1:
-        mask = torch.ones(p["len_q"], p["len_k"], dtype=torch.bool).tril(p["len_k"] - p["len_q"])
+    if needs_mask:
+        mask = torch.ones(p["len_q"], p["len_k"], dtype=torch.bool)
+        if is_causal(p):
+            mask = mask.tril(diagonal)
+        if "window" in p:
+            left, right = p["window"]
+            mask = mask if left < 0 else mask.triu(diagonal - left)
+            mask = mask if right < 0 else mask.tril(diagonal + right)
+        if "mask" in p:
+            mask &= torch.rand(p["len_q"], p["len_k"], generator=torch.Generator().manual_seed(1)) > 0.25
+        if p.get("mask") == "additive":
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
 
-    @torch.inference_mode()
-    def run():
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=p["causal"] and is_square and p["len_q"] > 1,
+    def call():
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal(p) and mask is None,
             enable_gqa=p["heads_q"] != p["heads_kv"])
 
-    return run, f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    run = torch.inference_mode()(call)
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            run()
+        backend = "flash kernel"
+    except RuntimeError:
+        backend = "math kernel"
+    blas_info = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return run, (f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+                 f"BLAS {blas_info.group(1) if blas_info else 'unknown'}"), backend
 
 
 def onnx_session(p, nodes, inputs, outputs, opsets):
@@ -82,29 +145,35 @@ def onnx_session(p, nodes, inputs, outputs, opsets):
         binding.bind_cpu_input(name, array)
     for name in outputs:
         binding.bind_output(name, "cpu")
-    return lambda: session.run_with_iobinding(binding), f"onnxruntime {onnxruntime.__version__}"
+    return (lambda: session.run_with_iobinding(binding), f"onnxruntime {onnxruntime.__version__}",
+            f"{nodes[0].op_type} of the CPU provider, its own MLAS")
 
 
 def onnx_attention_runner(p):
     from onnx import helper
 
-    if p["causal"] and p["len_q"] not in (1, p["len_k"]):
+    takes(p, "causal", "softcap")
+    if is_causal(p) and p["len_q"] != p["len_k"]:
         raise ValueError("Attention aligns causal masks top-left")
     q, k, v = arrays(p)
-    node = helper.make_node("Attention", ["q", "k", "v"], ["out"],
-                            is_causal=int(p["causal"] and p["len_q"] > 1))
+    node = helper.make_node("Attention", ["q", "k", "v"], ["out"], is_causal=int(is_causal(p)),
+                            softcap=float(p.get("softcap", 0)))
     return onnx_session(p, [node], {"q": q, "k": k, "v": v}, ["out"], [("", 23)])
 
 
 def onnx_grouped_runner(p):
     from onnx import helper
 
+    takes(p, "causal", "softcap", "window")
     if p["dim_qk"] != p["dim_v"]:
         raise ValueError("GroupQueryAttention takes one head dimension")
-    if not p["causal"] and p["len_q"] > 1:
+    if p["len_q"] > 1 and not is_causal(p):
         raise ValueError("GroupQueryAttention is causal")
-    if p["causal"] and p["len_q"] != p["len_k"]:
+    if is_causal(p) and p["len_q"] != p["len_k"]:
         raise ValueError("compared on squares and decode")
+    left, right = p.get("window", (-1, 0))
+    if right > 0:
+        raise ValueError("GroupQueryAttention has windows to the left only")
     q, k, v = arrays(p)
     # It appends the new tokens' K and V to those of the past.
     past = p["len_k"] - p["len_q"]
@@ -116,7 +185,8 @@ def onnx_grouped_runner(p):
                      "total": np.array(p["len_k"], np.int32).reshape(())}
     node = helper.make_node("GroupQueryAttention", list(inputs), ["out", "present_k", "present_v"],
                             domain="com.microsoft", num_heads=p["heads_q"],
-                            kv_num_heads=p["heads_kv"])
+                            kv_num_heads=p["heads_kv"], softcap=float(p.get("softcap", 0)),
+                            local_window_size=left + 1 if left >= 0 else -1)
     return onnx_session(p, [node], inputs, ["out", "present_k", "present_v"],
                         [("", 21), ("com.microsoft", 1)])
 
@@ -124,14 +194,15 @@ def onnx_grouped_runner(p):
 def mlx_runner(p):
     import mlx.core as mx
 
+    takes(p, "causal")
     mx.set_default_device(mx.cpu)
     q, k, v = (mx.array(x) for x in arrays(p))
-    mask = "causal" if p["causal"] and p["len_q"] > 1 else None
+    mask = "causal" if is_causal(p) else None
 
     def run():
         mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=p["dim_qk"] ** -0.5, mask=mask))
 
-    return run, f"mlx {mx.__version__}"
+    return run, f"mlx {mx.__version__}", "fast.scaled_dot_product_attention on the CPU"
 
 
 RUNNERS = {
@@ -145,14 +216,15 @@ RUNNERS = {
 
 def main():
     request = json.load(sys.stdin)
+    of_numpy = blas_libraries()  # which only makes the arrays
     try:
-        run, version = RUNNERS[request["library"]](request["problem"])
-        samples = measure(run, request["seconds"])
+        run, version, backend = RUNNERS[request["library"]](request["problem"])
+        result = measure(run, request["seconds"])
     except Exception as error:  # what a rival refuses is a result
         print(json.dumps({"refused": f"{type(error).__name__}: {error}".split("\n")[0][:160]}))
         return
-    print(json.dumps({"version": version, "best_us": samples[0],
-                      "median_us": samples[len(samples) // 2], "samples": len(samples)}))
+    print(json.dumps({"version": version, "backend": backend, "blas": sorted(blas_libraries() - of_numpy),
+                      "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"), **result}))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,6 @@ const Environment& environment() {
 }
 
 Status apply(const Environment& environment, Device device, Limits& limits) {
-  if (!environment.kernel.empty()) {
-    if (Status status = apply_kernel(environment.kernel, device, limits); !status.ok()) {
-      return status;
-    }
-  }
   if (const std::string& text = environment.fused_above; !text.empty()) {
     int64_t keys = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), keys);
@@ -57,6 +52,12 @@ Status apply(const Environment& environment, Device device, Limits& limits) {
     }
     limits.policy = Policy::kFusedAbove;
     limits.fused_above = keys;
+    limits.kernel.clear();  // a policy has no say where a kernel is forced
+  }
+  if (!environment.kernel.empty()) {
+    if (Status status = apply_kernel(environment.kernel, device, limits); !status.ok()) {
+      return status;
+    }
   }
   if (const std::string& text = environment.workspace_limit; !text.empty()) {
     const auto bytes = parse_bytes(text);
@@ -70,6 +71,21 @@ Status apply(const Environment& environment, Device device, Limits& limits) {
     return invalid(fmt::format("WIDEHEAD_LOG is \"{}\"; valid: plan", environment.log));
   }
   return {};
+}
+
+std::vector<std::pair<std::string, std::string>> variables_for(const Environment& environment,
+                                                               Device device) {
+  std::vector<std::pair<std::string, std::string>> variables;
+  if (find_kernel(kernels_of(device), environment.kernel) != nullptr) {
+    variables.emplace_back("WIDEHEAD_KERNEL", environment.kernel);
+  }
+  if (!environment.fused_above.empty()) {
+    variables.emplace_back("WIDEHEAD_FUSED_ABOVE", environment.fused_above);
+  }
+  if (!environment.workspace_limit.empty()) {
+    variables.emplace_back("WIDEHEAD_WORKSPACE_LIMIT", environment.workspace_limit);
+  }
+  return variables;
 }
 
 }  // namespace wh

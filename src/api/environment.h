@@ -2,8 +2,9 @@
 // else, once.
 #pragma once
 
-#include <span>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "plan/plan.h"
 
@@ -11,7 +12,7 @@ namespace wh {
 
 struct Environment {
   std::string kernel;           // WIDEHEAD_KERNEL: forces it wherever the device has it
-  std::string fused_above;      // WIDEHEAD_FUSED_ABOVE: keys
+  std::string fused_above;      // WIDEHEAD_FUSED_ABOVE: keys; a kernel the caller forces gives way
   std::string workspace_limit;  // WIDEHEAD_WORKSPACE_LIMIT: "512MiB" or bytes
   std::string log;              // WIDEHEAD_LOG: "plan" prints a line for each new plan on stderr
 
@@ -24,5 +25,10 @@ const Environment& environment();
 // Overrides what the caller set: the variables exist for programs whose calls cannot be changed.
 // Answers with an error that names the variable when its value makes no sense.
 Status apply(const Environment& environment, Device device, Limits& limits);
+
+// The variables that change what apply() answers for `device`, with their values: for people who
+// ask why a plan is what it is.
+std::vector<std::pair<std::string, std::string>> variables_for(const Environment& environment,
+                                                               Device device);
 
 }  // namespace wh

@@ -319,7 +319,6 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
   return guarded([&]() -> Status {
     wh_problem p{};
     if (Status status = wh::read_sized("problem", problem, p); !status.ok()) return status;
-    // Checked before they are multiplied; strides are valid by construction then.
     for (const int64_t size : {p.batch, p.heads_q, p.heads_kv, p.len_q, p.len_k}) {
       if (size < 0 || size > wh::kMaxLength) {
         return wh::invalid(fmt::format("a size of the problem is {}; it must be between 0 and {}",
@@ -333,15 +332,8 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
       }
     }
     const auto set = [](int64_t(&stride)[4], int64_t heads, int64_t length, int64_t dim) {
-      // Wraps instead of overflowing for absurd sizes, which validation then refuses.
-      const auto product = [](int64_t a, int64_t b) {
-        int64_t result = 0;
-        return __builtin_mul_overflow(a, b, &result) ? int64_t{-1} : result;
-      };
-      stride[3] = 1;
-      stride[2] = dim;
-      stride[1] = product(length, dim);
-      stride[0] = product(heads, stride[1]);
+      const wh::Strides dense = wh::dense_strides(heads, length, dim);
+      std::copy(dense.begin(), dense.end(), stride);
     };
     set(problem->stride_q, p.heads_q, p.len_q, p.dim_qk);
     set(problem->stride_k, p.heads_kv, p.len_k, p.dim_qk);

@@ -102,7 +102,30 @@ int64_t mask_element_bytes(const Problem& problem) {
 size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim) {
-  return {heads * length * dim, length * dim, dim, 1};
+  const auto product = [](int64_t a, int64_t b) {
+    int64_t result = 0;
+    return __builtin_mul_overflow(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
+  };
+  const int64_t head = product(length, dim);
+  return {product(heads, head), head, dim, 1};
+}
+
+TensorBytes tensor_bytes(const Problem& p) {
+  const auto bytes_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
+  const auto bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
+  TensorBytes bytes;
+  bytes.q = span_elements(extents_q(p), p.stride_q) * bytes_q;
+  bytes.k = span_elements(extents_k(p), p.stride_k) * bytes_kv;
+  if (!p.values_in_keys) bytes.v = span_elements(extents_v(p), p.stride_v) * bytes_kv;
+  bytes.out = span_elements(extents_out(p), p.stride_out) * bytes_q;
+  if (p.mask != MaskKind::kNone) {
+    bytes.mask = span_elements(extents_mask(p), p.stride_mask) * mask_element_bytes(p);
+  }
+  if (p.has_sinks) bytes.sinks = p.heads_q * 4;
+  if (p.has_key_lengths) bytes.key_lengths = p.batch * 4;
+  if (p.has_key_starts) bytes.key_starts = p.batch * 4;
+  if (p.wants_log_sum_exp) bytes.log_sum_exp = p.batch * p.heads_q * p.len_q * 4;
+  return bytes;
 }
 
 Status validate(const Problem& p) {
@@ -156,21 +179,16 @@ Status validate(const Problem& p) {
 }
 
 Status validate(const Problem& p, const Tensors& t) {
-  const int64_t bytes_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
-  const int64_t bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
-  const Bytes out{"out", t.out, span_elements(extents_out(p), p.stride_out) * bytes_q};
-  const Bytes lse{"log_sum_exp", t.log_sum_exp, p.batch * p.heads_q * p.len_q * 4};
-  const Bytes inputs[] = {
-      {"q", t.q, span_elements(extents_q(p), p.stride_q) * bytes_q},
-      {"k", t.k, span_elements(extents_k(p), p.stride_k) * bytes_kv},
-      {"v", t.v, p.values_in_keys ? 0 : span_elements(extents_v(p), p.stride_v) * bytes_kv},
-      {"mask", t.mask,
-       p.mask == MaskKind::kNone
-           ? 0
-           : span_elements(extents_mask(p), p.stride_mask) * mask_element_bytes(p)},
-      {"sinks", t.sinks, p.has_sinks ? p.heads_q * 4 : 0},
-      {"key_lengths", t.key_lengths, p.has_key_lengths ? p.batch * 4 : 0},
-      {"key_starts", t.key_starts, p.has_key_starts ? p.batch * 4 : 0}};
+  const TensorBytes bytes = tensor_bytes(p);
+  const Bytes out{"out", t.out, bytes.out};
+  const Bytes lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp};
+  const Bytes inputs[] = {{"q", t.q, bytes.q},
+                          {"k", t.k, bytes.k},
+                          {"v", t.v, bytes.v},
+                          {"mask", t.mask, bytes.mask},
+                          {"sinks", t.sinks, bytes.sinks},
+                          {"key_lengths", t.key_lengths, bytes.key_lengths},
+                          {"key_starts", t.key_starts, bytes.key_starts}};
   if (out.size == 0) return {};  // nothing is read or written
   if (t.out == nullptr) return invalid("out is null; it must point to the output");
   for (const Bytes& input : inputs) {

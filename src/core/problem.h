@@ -25,9 +25,6 @@ constexpr int64_t kUnlimited = -1;                      // a window side that hi
 
 size_t dtype_bytes(Dtype dtype);
 
-struct Problem;
-int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
-
 // In elements, ordered batch, heads, length, dim.
 using Strides = std::array<int64_t, 4>;
 
@@ -79,8 +76,20 @@ struct Tensors {
   size_t workspace_bytes = 0;
 };
 
-// Strides of a dense row-major tensor of these extents.
+// Strides of a dense row-major tensor of these extents. A product beyond 64 bits saturates:
+// validate() refuses it where it would be stepped by, and an empty tensor does not care.
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim);
+
+int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
+
+// From each tensor's first byte to its last, what the strides leave out included. 0: empty, or the
+// problem does not use it.
+struct TensorBytes {
+  int64_t q = 0, k = 0, v = 0, out = 0, mask = 0, sinks = 0, key_lengths = 0, key_starts = 0,
+          log_sum_exp = 0;
+};
+// Of a problem that validate() accepts.
+TensorBytes tensor_bytes(const Problem& problem);
 
 // Answers with the first thing wrong, naming the field, its value and what would be valid.
 Status validate(const Problem& problem);

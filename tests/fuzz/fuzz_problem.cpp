@@ -18,7 +18,20 @@ size_t span_of(const int64_t (&extents)[4], const int64_t (&strides)[4]) {
   return last < (1 << 16) ? static_cast<size_t>(last) + 1 : 0;
 }
 
+// Nothing was too large to allocate.
+bool holds(const std::vector<char>& data, const int64_t (&extents)[4]) {
+  for (const int64_t extent : extents) {
+    if (extent == 0) return true;
+  }
+  return !data.empty();
+}
+
 size_t element_bytes(int32_t dtype) { return dtype == WH_F32 ? 4 : 2; }
+
+size_t mask_element_bytes(const wh_problem& problem) {
+  if (problem.mask == WH_MASK_BOOLEAN) return 1;
+  return problem.mask == WH_MASK_ADDITIVE_F32 ? 4 : element_bytes(problem.dtype_q);
+}
 
 }  // namespace
 
@@ -50,11 +63,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   wh_plan_destroy(again);
   (void)wh_plan_explain(plan);
   const int64_t pairs_limit = 1 << 14;
-  const bool is_small = problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 &&
-                        problem.len_k <= 256 &&
-                        problem.batch * problem.heads_q * problem.len_q * problem.len_k <=
-                            pairs_limit &&
-                        wh_plan_workspace_bytes(plan) < (64 << 20) && problem.mask == WH_MASK_NONE;
+  const bool is_small =
+      problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 && problem.len_k <= 256 &&
+      problem.batch * problem.heads_q * problem.len_q * problem.len_k <= pairs_limit &&
+      wh_plan_workspace_bytes(plan) < (64 << 20);
   if (is_small && limits.threads < 4) {
     const int64_t q[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_qk};
     const int64_t k[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_qk};
@@ -64,22 +76,31 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::vector<char> k_data(span_of(k, problem.stride_k) * element_bytes(problem.dtype_kv));
     std::vector<char> v_data(span_of(v, problem.stride_v) * element_bytes(problem.dtype_kv));
     std::vector<char> out_data(span_of(out, problem.stride_out) * element_bytes(problem.dtype_q));
-    const bool allocated = (q_data.empty() || k_data.empty() || v_data.empty() || out_data.empty())
-                               ? problem.len_q == 0 || problem.batch == 0
-                               : true;
+    const int64_t mask[] = {problem.batch, problem.heads_q, problem.len_q, problem.len_k};
+    std::vector<char> mask_data;
+    if (problem.mask != WH_MASK_NONE) {
+      mask_data.resize(span_of(mask, problem.stride_mask) * mask_element_bytes(problem));
+      // Some keys hidden, some not; as floats some small, some large.
+      for (size_t i = 0; i < mask_data.size(); ++i) mask_data[i] = static_cast<char>(i % 5 * 25);
+    }
+    const bool allocated = holds(q_data, q) && holds(k_data, k) && holds(v_data, v) &&
+                           holds(out_data, out) &&
+                           (problem.mask == WH_MASK_NONE || holds(mask_data, mask));
     std::vector<float> sinks(static_cast<size_t>(problem.heads_q)),
         lse(static_cast<size_t>(problem.batch * problem.heads_q * problem.len_q));
     std::vector<int32_t> lengths(static_cast<size_t>(problem.batch),
-                                 static_cast<int32_t>(problem.len_k / 2));
+                                 static_cast<int32_t>(problem.len_k / 2)),
+        starts(static_cast<size_t>(problem.batch), static_cast<int32_t>(problem.len_k / 4));
     wh_tensors tensors;
     wh_tensors_init(&tensors, sizeof(tensors));
     tensors.q = q_data.data();
     tensors.k = k_data.data();
     if ((problem.uses & WH_USES_VALUES_IN_KEYS) == 0) tensors.v = v_data.data();
     tensors.out = out_data.data();
+    tensors.mask = mask_data.data();
     tensors.sinks = sinks.data();
     tensors.key_lengths = lengths.data();
-    tensors.key_starts = lengths.data();
+    tensors.key_starts = starts.data();
     tensors.log_sum_exp = lse.data();
     if (allocated) (void)wh_attention(&problem, &limits, &tensors, nullptr);
   }

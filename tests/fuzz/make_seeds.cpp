@@ -2,6 +2,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <string>
 
 #include "widehead/widehead.h"
@@ -33,6 +34,7 @@ int main() {
     problem.causal = i % 3;
     problem.window_left = i % 2 == 0 ? WH_UNLIMITED : 5;
     problem.uses = static_cast<uint32_t>(i);
+    problem.mask = i % 4;
     wh_problem_set_dense(&problem);
     char bytes[sizeof(problem) + sizeof(limits)];
     std::memcpy(bytes, &problem, sizeof(problem));
@@ -44,10 +46,25 @@ int main() {
     write("plan_json/" + std::to_string(i), json.data(), json.size());
     wh_plan_destroy(plan);
   }
-  const std::string header =
-      R"({"__metadata__":{"scale":"1"},"q":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}})";
-  const uint64_t length = header.size();
-  std::string file(reinterpret_cast<const char*>(&length), 8);
-  file += header + std::string(4, '\1');
-  write("safetensors/0", file.data(), file.size());
+  const std::string headers[] = {
+      R"({"__metadata__":{"scale":"1"},"q":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}})",
+      R"({"__metadata__":{"scale":"0.5","softcap":"20","causal":"bottom_right","window_left":"3"},)"
+      R"("q":{"dtype":"F32","shape":[1,2,1,2],"data_offsets":[0,16]},)"
+      R"("k":{"dtype":"F16","shape":[1,1,3,2],"data_offsets":[16,28]},)"
+      R"("v":{"dtype":"F16","shape":[1,1,3,1],"data_offsets":[28,34]},)"
+      R"("mask":{"dtype":"U8","shape":[1,1,1,3],"data_offsets":[34,37]},)"
+      R"("sinks":{"dtype":"F32","shape":[2],"data_offsets":[37,45]},)"
+      R"("key_lengths":{"dtype":"I32","shape":[1],"data_offsets":[45,49]},)"
+      R"("key_starts":{"dtype":"I32","shape":[1],"data_offsets":[49,53]},)"
+      R"("out":{"dtype":"F32","shape":[1,2,1,1],"data_offsets":[53,61]},)"
+      R"("log_sum_exp":{"dtype":"F32","shape":[1,2,1],"data_offsets":[61,69]}})",
+      R"({"q":{"dtype":"U8","shape":[0],"data_offsets":)" + std::string(500, '[') +
+          std::string(500, ']') + "}}",
+  };
+  for (size_t i = 0; i < std::size(headers); ++i) {
+    const uint64_t length = headers[i].size();
+    std::string file(reinterpret_cast<const char*>(&length), 8);
+    file += headers[i] + std::string(69, '\0');
+    write("safetensors/" + std::to_string(i), file.data(), file.size());
+  }
 }
