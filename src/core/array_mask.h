@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "core/float16.h"
+#include "core/element.h"
 #include "core/problem.h"
 
 namespace wh {
@@ -26,15 +26,7 @@ inline float mask_bias(const Problem& problem, const void* mask, int64_t batch_i
     case MaskKind::kAdditiveQ:
       break;
   }
-  switch (problem.dtype_q) {
-    case Dtype::kF32:
-      return static_cast<const float*>(mask)[offset];
-    case Dtype::kF16:
-      return to_float(static_cast<const Half*>(mask)[offset]);
-    case Dtype::kBf16:
-      return to_float(static_cast<const Bfloat16*>(mask)[offset]);
-  }
-  return 0.0f;
+  return load_element(mask, problem.dtype_q, offset);
 }
 
 }  // namespace wh

@@ -4,24 +4,13 @@
 #include <limits>
 
 #include "core/array_mask.h"
+#include "core/element.h"
 #include "core/key_range.h"
 
 namespace wh::cpu {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-double load(const void* data, Dtype dtype, int64_t offset) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return static_cast<const float*>(data)[offset];
-    case Dtype::kF16:
-      return to_float(static_cast<const Half*>(data)[offset]);
-    case Dtype::kBf16:
-      return to_float(static_cast<const Bfloat16*>(data)[offset]);
-  }
-  return 0;
-}
 
 void store(void* data, Dtype dtype, int64_t offset, double value) {
   const float rounded = static_cast<float>(value);
@@ -58,8 +47,8 @@ double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange ke
         row.batch_idx * p.stride_k[0] + row.head_kv * p.stride_k[1] + j * p.stride_k[2];
     double dot = 0;
     for (int64_t d = 0; d < p.dim_qk; ++d) {
-      dot += load(t.q, p.dtype_q, q + d * p.stride_q[3]) *
-             load(t.k, p.dtype_kv, k + d * p.stride_k[3]);
+      dot += double{load_element(t.q, p.dtype_q, q + d * p.stride_q[3])} *
+             load_element(t.k, p.dtype_kv, k + d * p.stride_k[3]);
     }
     score = dot * p.scale;
     if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
@@ -90,7 +79,7 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
     const int64_t v =
         row.batch_idx * p.stride_v[0] + row.head_kv * p.stride_v[1] + j * p.stride_v[2];
     for (int64_t d = 0; d < p.dim_v; ++d) {
-      sums[d] += weight * load(t.v, p.dtype_kv, v + d * p.stride_v[3]);
+      sums[d] += weight * load_element(t.v, p.dtype_kv, v + d * p.stride_v[3]);
     }
   }
   const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +

@@ -49,8 +49,12 @@ class F32Products {
       std::fill_n(v, w_.v_columns, 0.0f);
       v += w_.v_columns;
     }
-    return widen_rows(t_.v, p_.dtype_kv, first(p_.stride_v), p_.stride_v, keys, p_.dim_v,
-                      w_.v_columns, v);
+    const bool is_finite = widen_rows(t_.v, p_.dtype_kv, first(p_.stride_v), p_.stride_v, keys,
+                                      p_.dim_v, w_.v_columns, v);
+    if (!is_finite) {
+      for (float* x = v; x < v + keys * w_.v_columns; ++x) *x = std::isfinite(*x) ? *x : 0.0f;
+    }
+    return is_finite;
   }
 
   template <int kVectors>
@@ -84,7 +88,6 @@ class F32Products {
   }
 
   float weight(int64_t row, int64_t lane, int64_t width) const { return w_.s[row * width + lane]; }
-  float value(int64_t key, int64_t d) const { return w_.v[(key - v_begin_) * w_.v_columns + d]; }
 
  private:
   const Problem& p_;

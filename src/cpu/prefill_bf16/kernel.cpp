@@ -113,9 +113,6 @@ class Bf16Products {
     const float low = w_.p_low == nullptr ? 0 : half_of_pair(w_.p_low[at], row % 2 != 0);
     return half_of_pair(w_.s[at], row % 2 != 0) + low;
   }
-  float value(int64_t key, int64_t d) const {
-    return half_of_pair(w_.v[(key - v_begin_) / 2 * w_.v_columns + d], key % 2 != 0);
-  }
 
  private:
   // A row as dwords; an odd last element is paired with zero.
@@ -137,9 +134,22 @@ class Bf16Products {
       const int64_t row = key - tile.begin;
       const uint16_t* even = row < 0 ? nullptr : v + row * p_.stride_v[2];
       const uint16_t* odd = key + 1 < tile.end ? v + (row + 1) * p_.stride_v[2] : nullptr;
-      is_finite &= interleave(even, odd, w_.v + (key - v_begin_) / 2 * w_.v_columns);
+      float* pairs = w_.v + (key - v_begin_) / 2 * w_.v_columns;
+      if (interleave(even, odd, pairs)) continue;
+      is_finite = false;
+      for (int64_t d = 0; d < p_.dim_v; ++d) zero_special_halves(pairs[d]);
     }
     return is_finite;
+  }
+
+  static void zero_special_halves(float& pair) {
+    uint32_t bits;
+    std::memcpy(&bits, &pair, sizeof(bits));
+    for (const uint32_t half : {0xffffu, 0xffff0000u}) {
+      const uint32_t exponent = 0x7f807f80u & half;
+      if ((bits & exponent) == exponent) bits &= ~half;
+    }
+    std::memcpy(&pair, &bits, sizeof(bits));
   }
 
   bool interleave(const uint16_t* even, const uint16_t* odd, float* to) const {
