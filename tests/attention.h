@@ -29,8 +29,10 @@ struct Attention {
   Problem problem;
   Limits limits;
   std::vector<float> q, k, v, out, lse;  // the last two hold NaN until a run writes them
+  std::vector<float> mask;               // [len_q, len_k], additive; of q's type, or f32
   std::vector<int32_t> key_lengths;
-  Plan plan;  // of the last run
+  Dtype dtype = Dtype::kF32;  // kF32 or kBf16
+  Plan plan;                  // of the last run
 
   Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
             int64_t batch = 1) {
@@ -71,10 +73,16 @@ struct Attention {
     out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
     lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
     limits.kernel = kernel;
-    const bool is_bf16 = is_bf16_kernel(kernel);
-    p.dtype_q = p.dtype_kv = is_bf16 ? Dtype::kBf16 : Dtype::kF32;
-    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16;
+    if (is_bf16_kernel(kernel)) dtype = Dtype::kBf16;
+    const bool is_bf16 = dtype == Dtype::kBf16;
+    p.dtype_q = p.dtype_kv = dtype;
+    if (!mask.empty()) {
+      if (p.mask == MaskKind::kNone) p.mask = MaskKind::kAdditiveQ;
+      p.stride_mask = {0, 0, p.len_k, 1};
+    }
+    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16, mask_bf16;
     if (is_bf16) {
+      mask_bf16 = narrow(mask);
       q_bf16 = narrow(q);
       k_bf16 = narrow(k);
       v_bf16 = narrow(v);
@@ -93,6 +101,8 @@ struct Attention {
     t.k = data(k, k_bf16);
     t.v = data(v, v_bf16);
     t.out = data(out, out_bf16);
+    if (p.mask == MaskKind::kAdditiveF32) t.mask = mask.data();
+    if (p.mask == MaskKind::kAdditiveQ) t.mask = data(mask, mask_bf16);
     t.log_sum_exp = lse.data();
     t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
     t.workspace =

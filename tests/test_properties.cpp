@@ -188,6 +188,63 @@ TEST_P(Kernels, NanInTheFirstKeyThatAQueryDoesNotSeeDoesNotReachIt) {
   }
 }
 
+// Programs mask with the lowest number of a type. It is finite: a row that has nothing else is the
+// mean of V, with no 0 and no NaN, in every kernel as in the reference.
+TEST_P(Kernels, AFiniteBiasNeverHidesAKey) {
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  constexpr float kLowestBf16 = -0x1.fep127f;
+  constexpr size_t kKeys = 45;
+  struct Row {
+    float even, odd;           // biases of even and odd keys
+    bool sees_even, sees_odd;  // what is left to sum
+  };
+  const Row rows[] = {{kLowest, kLowest, true, true},
+                      {kLowestBf16, kLowestBf16, true, true},
+                      {kLowest, kLowestBf16, true, true},
+                      {-3e38f, -1e38f, true, true},
+                      {kLowest, -kInfinity, true, false},
+                      {0, kLowest, true, false},
+                      {-kLowest, 0, true, false},
+                      {-kLowest, -kLowest, true, true},
+                      {-kInfinity, -kInfinity, false, false}};
+  for (const Row& row : rows) {
+    for (const MaskKind kind : {MaskKind::kAdditiveF32, MaskKind::kAdditiveQ}) {
+      for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        // narrow() would round f32's lowest number to minus infinity.
+        if (kind == MaskKind::kAdditiveQ && dtype == Dtype::kBf16 &&
+            (std::fabs(row.even) > -kLowestBf16 || std::fabs(row.odd) > -kLowestBf16)) {
+          continue;
+        }
+        SCOPED_TRACE(row.even);
+        Attention attention(32, 1, queries() / 2, kKeys, 64);
+        attention.dtype = dtype;
+        attention.problem.mask = kind;
+        std::fill(attention.q.begin(), attention.q.end(), 0.0f);  // every key weighs the same
+        for (size_t i = 0; i < static_cast<size_t>(queries() / 2) * kKeys; ++i) {
+          attention.mask.push_back(i % kKeys % 2 == 0 ? row.even : row.odd);
+        }
+        attention.run(GetParam());
+        const float bound = attention.dtype == Dtype::kBf16 ? 0x1p-6f : 3e-6f;
+        for (size_t d = 0; d < 64; ++d) {
+          double sum = 0, count = 0;
+          for (size_t j = 0; j < kKeys; ++j) {
+            if (!(j % 2 == 0 ? row.sees_even : row.sees_odd)) continue;
+            sum += attention.v[j * 64 + d];
+            ++count;
+          }
+          const double mean = count == 0 ? 0 : sum / count;
+          for (size_t i = d; i < attention.out.size(); i += 64) {
+            ASSERT_NEAR(attention.out[i], mean, bound) << i;
+          }
+        }
+        for (const float lse : attention.lse) {
+          ASSERT_EQ(std::isfinite(lse), row.sees_even) << lse;
+        }
+      }
+    }
+  }
+}
+
 // Items follow the number of threads, and with them the keys that share a tile with a NaN.
 TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
   Attention attention(4, 2, 4 * queries(), 700, 40);

@@ -38,7 +38,7 @@ enum wh_dtype { WH_F32 = 0, WH_F16 = 1, WH_BF16 = 2 };
 /* Bottom-right: query i sees key j when j <= i + len_k - len_q. Top-left: when j <= i. */
 enum wh_causal { WH_CAUSAL_NONE = 0, WH_CAUSAL_BOTTOM_RIGHT = 1, WH_CAUSAL_TOP_LEFT = 2 };
 /* Boolean masks are one byte an element, nonzero attends. Additive ones are added to the scores;
- * minus infinity masks the key. WH_MASK_ADDITIVE is of q's type. */
+ * minus infinity masks the key, a finite number never does. WH_MASK_ADDITIVE is of q's type. */
 enum wh_mask {
   WH_MASK_NONE = 0,
   WH_MASK_BOOLEAN = 1,
