@@ -1,5 +1,6 @@
 // What must hold whatever the numbers: relations between runs, and bits that must not move.
 #include <gtest/gtest.h>
+#include <hwy/targets.h>
 
 #include <cmath>
 #include <thread>
@@ -269,6 +270,19 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Kernels,
                          testing::Values("cpu_prefill", "cpu_prefill_bf16", "cpu_decode",
                                          "cpu_unfused", "cpu_reference"),
                          [](const auto& info) { return std::string(info.param); });
+
+TEST(PrefillBf16, AnswersWithAnErrorWhereItHasNoCode) {
+  const int64_t before = hwy::SupportedTargets();
+  hwy::SetSupportedTargetsForTest(before & ~((int64_t{HWY_AVX3} << 1) - 1));
+  const Problem p;
+  const Tensors t;
+  Progress progress;
+  const Status status = find_kernel(kernels_of(Device::kCpu), "cpu_prefill_bf16")
+                            ->run({p, {}, t, default_executor(), progress});
+  hwy::SetSupportedTargetsForTest(before);
+  EXPECT_EQ(status.code(), Code::kInternal);
+  EXPECT_NE(status.message().find("has no code for "), std::string::npos) << status.message();
+}
 
 }  // namespace
 }  // namespace wh

@@ -32,7 +32,7 @@ HWY_INLINE Vec exp2_fraction(Vec r) {
   return hn::MulAdd(y, r, hn::Set(f32, 1.0f));
 }
 
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
 // VREDUCEPS and VSCALEFPS do in one instruction each what takes two and five elsewhere.
 HWY_INLINE Vec exp2_nonpositive(Vec x) {
   const Vec r{_mm512_reduce_ps(x.raw, 0)};
@@ -57,7 +57,7 @@ HWY_INLINE Vec exp2_nonpositive(Vec x) {
 
 // a / b for b in [1, 2^20]. A division takes 16 cycles on AVX-512, as long as the rest of tanh.
 HWY_INLINE Vec divide(Vec a, Vec b) {
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
   const Vec r{_mm512_rcp14_ps(b.raw)};  // 14 bits, one step of Newton makes them 28
   return hn::Mul(a, hn::Mul(r, hn::NegMulAdd(b, r, hn::Set(F32(), 2.0f))));
 #else

@@ -10,11 +10,14 @@
 // Zen 5, half of it on Intel Sapphire Rapids, where the planner therefore takes cpu_prefill.
 #include "cpu/prefill_bf16/kernel.h"
 
+#include <fmt/format.h>
+
 #include <cstring>
 
 #include "cpu/prefill/kernel.h"
 #include "cpu/prefill_bf16/config.h"
 #include "cpu/prefill_bf16/products.h"
+#include "cpu/simd.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/prefill_bf16/kernel.cpp"
@@ -27,7 +30,7 @@ HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
 
 // Rounds weights to bf16, still held as f32; ties go away from zero. A NaN may become a number
 // here, but not in the row's sum, which every output of the row is divided by.
@@ -198,11 +201,11 @@ void run_prefill_worker_bf16(const Problem& p, const Tensors& t, const PrefillWo
   run_prefill_worker<Bf16Products>(p, t, workspace, worker_idx, next, progress);
 }
 
+RunPrefillWorker bf16_worker() { return run_prefill_worker_bf16; }
+
 #else
 
-// Never entered: the kernel refuses where AVX-512 is missing.
-void run_prefill_worker_bf16(const Problem&, const Tensors&, const PrefillWorkspace&, int32_t,
-                             std::atomic<int64_t>&, Progress&) {}
+RunPrefillWorker bf16_worker() { return nullptr; }
 
 #endif
 
@@ -211,11 +214,15 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace wh::cpu {
-HWY_EXPORT(run_prefill_worker_bf16);
+HWY_EXPORT(bf16_worker);
 
 Status run_prefill_bf16(const Launch& launch) {
-  return run_prefill_items(launch, bf16_arithmetic(launch.config),
-                           HWY_DYNAMIC_DISPATCH(run_prefill_worker_bf16));
+  const RunPrefillWorker worker = HWY_DYNAMIC_DISPATCH(bf16_worker)();
+  if (worker == nullptr) {  // the planner refuses before
+    return {Code::kInternal,
+            fmt::format("cpu_prefill_bf16 has no code for {}", simd_target_name())};
+  }
+  return run_prefill_items(launch, bf16_arithmetic(launch.config), worker);
 }
 
 }  // namespace wh::cpu
