@@ -8,8 +8,9 @@
  *
  * Every function that can fail answers with a wh_status and leaves a message that names the
  * argument, its value and what would be valid in wh_last_error(). Nothing prints, exits, aborts or
- * throws. Structs carry their own size, so that fields can be added: initialise them with the
- * matching wh_*_init().
+ * throws. Structs carry their own size, so that fields can be added to their end: initialise them
+ * with the matching wh_*_init(), and a program compiled against an older or newer header works as
+ * long as it leaves alone what the library does not have.
  */
 #ifndef WIDEHEAD_WIDEHEAD_H_
 #define WIDEHEAD_WIDEHEAD_H_
@@ -162,6 +163,8 @@ WH_API wh_status wh_plan_run(const wh_plan* plan, const wh_tensors* tensors,
 WH_API const char* wh_plan_kernel(const wh_plan* plan); /* "" when none is allowed */
 WH_API uint64_t wh_plan_workspace_bytes(const wh_plan* plan);
 WH_API double wh_plan_estimated_us(const wh_plan* plan);
+/* What it was made for, into a struct that wh_problem_init() has set up. */
+WH_API wh_status wh_plan_problem(const wh_plan* plan, wh_problem* problem);
 /* Text for people and JSON for programs: the choice and every candidate with its verdict, reason,
  * workspace and estimate. Owned by the plan; NULL when memory ran out. */
 WH_API const char* wh_plan_explain(const wh_plan* plan);

@@ -14,6 +14,7 @@
 #include "api/machine.h"
 #include "api/plan_cache.h"
 #include "api/plan_log.h"
+#include "api/sized_struct.h"
 #include "api/workspace.h"
 #include "cuda/device.h"
 
@@ -85,19 +86,35 @@ wh_status guarded(Body&& body) noexcept {
   }
 }
 
-// Structs of callers compiled against another version: the fields that both know are copied, the
-// rest keeps its default. The first release's size is the least.
-template <typename Struct>
-Status read_sized(const char* name, const Struct* from, Struct& to) {
-  if (from == nullptr) return invalid(fmt::format("{} is null", name));
-  constexpr size_t kMost = 65536;
-  if (from->size < sizeof(Struct) || from->size > kMost) {
-    return invalid(fmt::format("{}.size is {}; it must be set by {}_init(), here at least {}", name,
-                               from->size, "wh_" + std::string(name), sizeof(Struct)));
-  }
-  to = *from;
-  return {};
+// Sizes are those of 0.1.0 on a 64-bit system.
+const SizedStruct<wh_problem>& problem_struct() {
+  static const SizedStruct<wh_problem> sized = [] {
+    wh_problem defaults{};
+    defaults.batch = 1;
+    defaults.heads_q = defaults.heads_kv = 1;
+    defaults.window_left = defaults.window_right = WH_UNLIMITED;
+    return SizedStruct<wh_problem>{"problem", 280, defaults};
+  }();
+  return sized;
 }
+
+const SizedStruct<wh_limits>& limits_struct() {
+  static const SizedStruct<wh_limits> sized = [] {
+    const Limits core;
+    wh_limits defaults{};
+    defaults.workspace_bytes = core.workspace_bytes;
+    defaults.fused_above = core.fused_above;
+    defaults.fresh_keys = core.fresh_keys;
+    return SizedStruct<wh_limits>{"limits", 72, defaults};
+  }();
+  return sized;
+}
+
+constexpr SizedStruct<wh_tensors> kTensorsStruct{"tensors", 96, {}};
+constexpr SizedStruct<wh_run_options> kRunOptionsStruct{"run_options", 40, {}};
+static_assert(sizeof(wh_problem) >= 280 && sizeof(wh_limits) >= 72 &&
+              sizeof(wh_tensors) >= kTensorsStruct.first_bytes &&
+              sizeof(wh_run_options) >= kRunOptionsStruct.first_bytes);
 
 template <typename Enum>
 Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
@@ -113,7 +130,7 @@ Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
 
 Status read_problem(const wh_problem* from, Problem& to) {
   wh_problem c{};
-  WH_RETURN_IF_ERROR(read_sized("problem", from, c));
+  WH_RETURN_IF_ERROR(read_sized(problem_struct(), from, c));
   WH_RETURN_IF_ERROR(read_enum("device", c.device, WH_CUDA, to.device));
   WH_RETURN_IF_ERROR(read_enum("dtype_q", c.dtype_q, WH_BF16, to.dtype_q));
   WH_RETURN_IF_ERROR(read_enum("dtype_kv", c.dtype_kv, WH_BF16, to.dtype_kv));
@@ -149,10 +166,42 @@ Status read_problem(const wh_problem* from, Problem& to) {
   return validate(to);
 }
 
+// The other way: what a caller would have written.
+wh_problem problem_of(const Problem& p) {
+  wh_problem c{};
+  c.device = static_cast<int32_t>(p.device);
+  c.device_index = p.device_index;
+  c.dtype_q = static_cast<int32_t>(p.dtype_q);
+  c.dtype_kv = static_cast<int32_t>(p.dtype_kv);
+  c.batch = p.batch;
+  c.heads_q = p.heads_q;
+  c.heads_kv = p.heads_kv;
+  c.len_q = p.len_q;
+  c.len_k = p.len_k;
+  c.dim_qk = p.dim_qk;
+  c.dim_v = p.dim_v;
+  std::copy_n(p.stride_q.begin(), 4, c.stride_q);
+  std::copy_n(p.stride_k.begin(), 4, c.stride_k);
+  std::copy_n(p.stride_v.begin(), 4, c.stride_v);
+  std::copy_n(p.stride_out.begin(), 4, c.stride_out);
+  std::copy_n(p.stride_mask.begin(), 4, c.stride_mask);
+  c.scale = p.scale;
+  c.softcap = p.softcap;
+  c.causal = static_cast<int32_t>(p.causal);
+  c.mask = static_cast<int32_t>(p.mask);
+  c.window_left = p.window_left;
+  c.window_right = p.window_right;
+  if (p.has_sinks) c.uses |= WH_USES_SINKS;
+  if (p.has_key_lengths) c.uses |= WH_USES_KEY_LENGTHS;
+  if (p.has_key_starts) c.uses |= WH_USES_KEY_STARTS;
+  if (p.wants_log_sum_exp) c.uses |= WH_USES_LOG_SUM_EXP;
+  return c;
+}
+
 Status read_limits(const wh_limits* from, Device device, Limits& to) {
   if (from != nullptr) {
     wh_limits c{};
-    WH_RETURN_IF_ERROR(read_sized("limits", from, c));
+    WH_RETURN_IF_ERROR(read_sized(limits_struct(), from, c));
     WH_RETURN_IF_ERROR(read_enum("limits.policy", c.policy, WH_FUSED_ABOVE, to.policy));
     WH_RETURN_IF_ERROR(read_enum("limits.precision", c.precision, WH_HIGH, to.precision));
     WH_RETURN_IF_ERROR(
@@ -169,7 +218,7 @@ Status read_limits(const wh_limits* from, Device device, Limits& to) {
 
 Status read_tensors(const wh_tensors* from, Tensors& to) {
   wh_tensors c{};
-  WH_RETURN_IF_ERROR(read_sized("tensors", from, c));
+  WH_RETURN_IF_ERROR(read_sized(kTensorsStruct, from, c));
   to = {c.q,           c.k,          c.v,           c.out,       c.mask,           c.sinks,
         c.key_lengths, c.key_starts, c.log_sum_exp, c.workspace, c.workspace_bytes};
   return {};
@@ -185,7 +234,7 @@ struct RunOptions {
 Status read_run_options(const wh_run_options* from, RunOptions& to) {
   if (from == nullptr) return {};
   wh_run_options c{};
-  WH_RETURN_IF_ERROR(read_sized("run_options", from, c));
+  WH_RETURN_IF_ERROR(read_sized(kRunOptionsStruct, from, c));
   to.stream = c.stream;
   to.progress = c.progress;
   to.progress_context = c.progress_context;
@@ -263,21 +312,6 @@ Result<std::shared_ptr<const Plan>> cached_plan(const Problem& problem, const Li
   return plan;
 }
 
-template <typename Struct>
-wh_status init(const char* name, Struct* target, size_t size, const Struct& defaults) {
-  return guarded([&]() -> Status {
-    if (target == nullptr) return invalid(fmt::format("{} is null", name));
-    if (size < sizeof(Struct)) {
-      return invalid(fmt::format("size is {}; it must be sizeof(wh_{}), here at least {}", size,
-                                 name, sizeof(Struct)));
-    }
-    std::memset(static_cast<void*>(target), 0, size);
-    *target = defaults;
-    target->size = size;
-    return {};
-  });
-}
-
 }  // namespace
 }  // namespace wh
 
@@ -291,34 +325,23 @@ void wh_set_plan_log(void (*log)(void* context, const char* line), void* context
 }
 
 wh_status wh_problem_init(wh_problem* problem, size_t size) {
-  wh_problem defaults{};
-  defaults.batch = 1;
-  defaults.heads_q = defaults.heads_kv = 1;
-  defaults.window_left = defaults.window_right = WH_UNLIMITED;
-  return wh::init("problem", problem, size, defaults);
+  return guarded([&] { return wh::init_sized(wh::problem_struct(), problem, size); });
 }
-
 wh_status wh_limits_init(wh_limits* limits, size_t size) {
-  const wh::Limits core;
-  wh_limits defaults{};
-  defaults.workspace_bytes = core.workspace_bytes;
-  defaults.fused_above = core.fused_above;
-  defaults.fresh_keys = core.fresh_keys;
-  return wh::init("limits", limits, size, defaults);
+  return guarded([&] { return wh::init_sized(wh::limits_struct(), limits, size); });
 }
-
 wh_status wh_tensors_init(wh_tensors* tensors, size_t size) {
-  return wh::init("tensors", tensors, size, wh_tensors{});
+  return guarded([&] { return wh::init_sized(wh::kTensorsStruct, tensors, size); });
 }
-
 wh_status wh_run_options_init(wh_run_options* options, size_t size) {
-  return wh::init("run_options", options, size, wh_run_options{});
+  return guarded([&] { return wh::init_sized(wh::kRunOptionsStruct, options, size); });
 }
 
 wh_status wh_problem_set_dense(wh_problem* problem) {
   return guarded([&]() -> Status {
     wh_problem p{};
-    if (Status status = wh::read_sized("problem", problem, p); !status.ok()) return status;
+    if (Status status = wh::read_sized(wh::problem_struct(), problem, p); !status.ok())
+      return status;
     // Checked before they are multiplied; strides are valid by construction then.
     for (const int64_t size : {p.batch, p.heads_q, p.heads_kv, p.len_q, p.len_k}) {
       if (size < 0 || size > wh::kMaxLength) {
@@ -391,6 +414,13 @@ uint64_t wh_plan_workspace_bytes(const wh_plan* plan) {
 }
 double wh_plan_estimated_us(const wh_plan* plan) {
   return plan == nullptr ? 0 : plan->plan.estimated_us;
+}
+
+wh_status wh_plan_problem(const wh_plan* plan, wh_problem* problem) {
+  return guarded([&]() -> Status {
+    if (plan == nullptr) return wh::invalid("plan is null");
+    return wh::write_sized(wh::problem_struct(), wh::problem_of(plan->plan.problem), problem);
+  });
 }
 
 const char* wh_plan_explain(const wh_plan* plan) {

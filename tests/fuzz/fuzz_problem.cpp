@@ -1,5 +1,6 @@
 // libFuzzer: any bytes as problem, limits and small tensors through the C ABI. Nothing may crash,
 // and a call that succeeds must have stayed inside its tensors (AddressSanitizer watches).
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -32,6 +33,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const size_t rest = size - sizeof(problem);
     std::memcpy(&limits, data + sizeof(problem), rest < sizeof(limits) ? rest : sizeof(limits));
   }
+  // So is a size beyond the struct.
+  problem.size = std::min(problem.size, sizeof(problem));
+  limits.size = std::min(limits.size, sizeof(limits));
   limits.kernel = nullptr;  // a pointer made of fuzz is the caller's fault
   problem.device = 0;
   wh_plan* plan = nullptr;
@@ -50,11 +54,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   wh_plan_destroy(again);
   (void)wh_plan_explain(plan);
   const int64_t pairs_limit = 1 << 14;
-  const bool is_small = problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 &&
-                        problem.len_k <= 256 &&
-                        problem.batch * problem.heads_q * problem.len_q * problem.len_k <=
-                            pairs_limit &&
-                        wh_plan_workspace_bytes(plan) < (64 << 20) && problem.mask == WH_MASK_NONE;
+  const bool is_small =
+      problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 && problem.len_k <= 256 &&
+      problem.batch * problem.heads_q * problem.len_q * problem.len_k <= pairs_limit &&
+      wh_plan_workspace_bytes(plan) < (64 << 20) && problem.mask == WH_MASK_NONE;
   if (is_small && limits.threads < 4) {
     const int64_t q[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_qk};
     const int64_t k[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_qk};
