@@ -178,6 +178,90 @@ const BadCall kBadCalls[] = {
     {"null_sinks", [](Call& c) { c.problem.uses = WH_USES_SINKS; }, {"sinks is null"}},
     {"out_over_q", [](Call& c) { c.tensors.out = c.q.data() + 4; }, {"out overlaps q"}},
     {"out_over_v", [](Call& c) { c.tensors.v = c.out.data() + 1; }, {"out overlaps v"}},
+    {"lse_over_out",
+     [](Call& c) {
+       c.problem.uses = WH_USES_LOG_SUM_EXP;
+       c.tensors.log_sum_exp = c.out.data() + 6;
+     },
+     {"out overlaps log_sum_exp", "out, 192 bytes at 0x", "log_sum_exp, 24 bytes at 0x",
+      "must share no memory"}},
+    {"lse_over_sinks",
+     [](Call& c) {
+       static std::vector<float> both(8);
+       c.problem.uses = WH_USES_LOG_SUM_EXP | WH_USES_SINKS;
+       c.tensors.log_sum_exp = both.data();
+       c.tensors.sinks = both.data() + 5;
+     },
+     {"log_sum_exp overlaps sinks"}},
+    {"workspace_over_k",
+     [](Call& c) {
+       alignas(64) static char workspace[8 << 20];
+       c.tensors.workspace = workspace;
+       c.tensors.workspace_bytes = sizeof(workspace);
+       c.tensors.k = workspace + 64;
+     },
+     {"workspace overlaps k (workspace, ", "; k, 160 bytes at 0x"}},
+    {"workspace_over_out",
+     [](Call& c) {
+       alignas(64) static char workspace[8 << 20];
+       c.tensors.workspace = workspace;
+       c.tensors.workspace_bytes = SIZE_MAX;
+       c.tensors.out = workspace;
+     },
+     {"out overlaps workspace"}},
+    {"misaligned_q",
+     [](Call& c) { c.tensors.q = reinterpret_cast<char*>(c.q.data()) + 2; },
+     {"q is at 0x", "aligned to its elements of 4 bytes"}},
+    {"misaligned_k",
+     [](Call& c) {
+       c.problem.dtype_kv = WH_F16;
+       c.tensors.k = reinterpret_cast<char*>(c.k.data()) + 1;
+     },
+     {"k is at 0x", "aligned to its elements of 2 bytes"}},
+    {"misaligned_v",
+     [](Call& c) { c.tensors.v = reinterpret_cast<char*>(c.v.data()) + 1; },
+     {"v is at 0x", "4 bytes"}},
+    {"misaligned_out",
+     [](Call& c) {
+       alignas(4) static char out[256];
+       c.tensors.out = out + 3;
+     },
+     {"out is at 0x", "4 bytes"}},
+    {"misaligned_mask",
+     [](Call& c) {
+       alignas(4) static char mask[256];
+       c.problem.mask = WH_MASK_ADDITIVE_F32;
+       c.tensors.mask = mask + 2;
+     },
+     {"mask is at 0x", "4 bytes"}},
+    {"misaligned_lse",
+     [](Call& c) {
+       alignas(4) static char lse[64];
+       c.problem.uses = WH_USES_LOG_SUM_EXP;
+       c.tensors.log_sum_exp = reinterpret_cast<float*>(lse + 2);
+     },
+     {"log_sum_exp is at 0x", "4 bytes"}},
+    {"misaligned_sinks",
+     [](Call& c) {
+       alignas(4) static char sinks[16];
+       c.problem.uses = WH_USES_SINKS;
+       c.tensors.sinks = reinterpret_cast<float*>(sinks + 1);
+     },
+     {"sinks is at 0x", "4 bytes"}},
+    {"misaligned_key_lengths",
+     [](Call& c) {
+       alignas(4) static char lengths[16];
+       c.problem.uses = WH_USES_KEY_LENGTHS;
+       c.tensors.key_lengths = reinterpret_cast<int32_t*>(lengths + 2);
+     },
+     {"key_lengths is at 0x", "4 bytes"}},
+    {"misaligned_key_starts",
+     [](Call& c) {
+       alignas(4) static char starts[16];
+       c.problem.uses = WH_USES_KEY_STARTS;
+       c.tensors.key_starts = reinterpret_cast<int32_t*>(starts + 2);
+     },
+     {"key_starts is at 0x", "4 bytes"}},
     {"key_lengths",
      [](Call& c) {
        c.problem.uses = WH_USES_KEY_LENGTHS;

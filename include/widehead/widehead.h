@@ -101,7 +101,8 @@ typedef struct wh_limits {
 } wh_limits;
 
 /* Pointers for one run: host memory for a CPU problem, memory of the problem's device for a CUDA
- * one. What the problem does not use stays NULL. out must not overlap an input. */
+ * one, each aligned to its elements. What the problem does not use stays NULL. out, log_sum_exp and
+ * the workspace's first bytes, as many as the plan takes, must not overlap another tensor. */
 typedef struct wh_tensors {
   size_t size; /* of this struct; set by wh_tensors_init() */
   const void* q;

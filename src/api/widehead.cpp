@@ -282,9 +282,10 @@ Status check_workspace(const Plan& plan, const Tensors& t) {
 
 Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& options) {
   WH_RETURN_IF_ERROR(runnable_status(plan));
-  const Tensors used = used_tensors(plan.problem, tensors);
-  WH_RETURN_IF_ERROR(validate(plan.problem, used));
+  Tensors used = used_tensors(plan.problem, tensors);
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
+  used.workspace_bytes = plan.workspace_bytes;  // more may be there, and hold something else
+  WH_RETURN_IF_ERROR(validate(plan.problem, used));
   const Problem& p = plan.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
   const Kernel* kernel = find_kernel(kernels_of(p.device), plan.kernel);
