@@ -51,6 +51,23 @@ TEST(Planner, FusedWorkspaceDoesNotGrowWithKeys) {
   EXPECT_GT(candidate(*at_256k, "cpu_unfused").workspace_bytes, uint64_t{2048} * 262144 * 4);
 }
 
+TEST(Planner, AnEmptyProblemGetsAnOrdinaryKernel) {
+  for (const int field : {0, 1, 2}) {
+    Problem p = chunk(field == 0 ? 0 : 100);
+    p.len_q = field == 1 ? 0 : 4;
+    p.batch = field == 2 ? 0 : 1;
+    const auto made = plan(p, {});
+    ASSERT_TRUE(made.ok());
+    EXPECT_TRUE(made->kernel == "cpu_decode" || made->kernel == "cpu_prefill") << made->kernel;
+    for (const Candidate& one : made->candidates) {
+      EXPECT_EQ(one.estimated_us > 0, one.verdict != Verdict::kRefused) << one.kernel;
+    }
+    const std::string text = explain(*made);
+    const std::string row = text.substr(text.find("\n" + made->kernel));
+    EXPECT_EQ(row.substr(0, row.find('\n', 1)).find(" - "), std::string::npos) << text;
+  }
+}
+
 TEST(Planner, EveryCandidateHasItsVerdict) {
   Limits limits;
   limits.workspace_bytes = 8 << 20;

@@ -366,7 +366,7 @@ double estimate_us(const Query& query, const Config& config) {
   // K and V are read, written as f32 and read again by the product.
   const double widen_bytes = kv_bytes(p) * (1 + 8.0 / static_cast<double>(dtype_bytes(p.dtype_kv)));
   return flops_us + (score_bytes + widen_bytes) / (query.cpu.read_gbytes_per_s * 1e3) +
-         static_cast<double>(p.batch * p.heads_q) * 3;
+         static_cast<double>(std::max<int64_t>(1, p.batch) * p.heads_q) * 3;
 }
 
 // Of the larger product's piece, or of the rows of softmax that a thread takes at once.
