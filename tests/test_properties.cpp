@@ -160,6 +160,16 @@ TEST_P(Kernels, ARowThatSeesNoKeyIsZeroAndMinusInfinity) {
   for (size_t row = rows; row < 2 * rows; ++row) ASSERT_TRUE(std::isfinite(attention.lse[row]));
 }
 
+TEST_P(Kernels, ARowWhoseScoresAreAllMinusInfinityIsEmptyWhateverVHolds) {
+  Attention attention(2, 1, queries(), 50, 64);
+  std::fill(attention.q.begin(), attention.q.end(), 1.0f);
+  std::fill(attention.k.begin(), attention.k.end(), -kInfinity);
+  attention.v[3 * 64] = kNan;
+  attention.run(GetParam());
+  for (const float lse : attention.lse) ASSERT_EQ(lse, -kInfinity);
+  for (const float value : attention.out) ASSERT_EQ(value, 0.0f);
+}
+
 TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
   Attention attention(1, 1, 4, 300, 64);
   attention.problem.causal = Causal::kBottomRight;

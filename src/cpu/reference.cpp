@@ -5,6 +5,7 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
+#include "core/empty_row.h"
 #include "core/key_range.h"
 
 namespace wh::cpu {
@@ -66,7 +67,7 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   double* sums = is_visible + p.len_k;  // [dim_v]
   const KeyRange keys = visible_keys(p, present_keys(p, t, row.batch_idx), row.query_idx);
   double largest = score_row(p, t, row, keys, scores, is_visible);
-  const double sink = p.has_sinks ? double{t.sinks[row.head_q]} : -kInfinity;
+  const double sink = p.has_sinks ? double{limited_bias(t.sinks[row.head_q])} : -kInfinity;
   if (!(sink <= largest) && !std::isnan(largest)) largest = sink;
   const double shift = largest == -kInfinity ? 0 : largest;
 
@@ -82,15 +83,16 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
       sums[d] += weight * load_element(t.v, p.dtype_kv, v + d * p.stride_v[3]);
     }
   }
+  const bool is_empty = is_empty_row(denominator);
   const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +
                       row.query_idx * p.stride_out[2];
   for (int64_t d = 0; d < p.dim_v; ++d) {
     store(t.out, p.dtype_q, out + d * p.stride_out[3],
-          denominator == 0 ? 0.0 : sums[d] / denominator);
+          is_empty ? kEmptyRowOut : sums[d] / denominator);
   }
   if (p.wants_log_sum_exp) {
     t.log_sum_exp[row_idx] =
-        static_cast<float>(denominator == 0 ? -kInfinity : shift + std::log(denominator));
+        is_empty ? kEmptyRowLogSumExp : static_cast<float>(shift + std::log(denominator));
   }
 }
 

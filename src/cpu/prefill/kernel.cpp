@@ -23,12 +23,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 // f32 arithmetic: queries carry the scale, K and V of a tile are widened into the scratch.
 class F32Products {
  public:
-  // Scores come out in base 2. With a softcap the conversion must wait until after tanh.
+  // Scores come out in base 2.
   F32Products(const Problem& p, const Tensors& t, const PrefillScratch& scratch)
-      : p_(p),
-        t_(t),
-        w_(scratch),
-        scale_(p.softcap > 0 ? p.scale / p.softcap : p.scale * 1.44269504f) {}
+      : p_(p), t_(t), w_(scratch), scale_(query_scale(p)) {}
 
   void load_query(const void* row, float* to) const {
     widen_row(row, p_.dtype_q, p_.stride_q[3], p_.dim_qk, to);

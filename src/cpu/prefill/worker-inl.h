@@ -83,7 +83,6 @@ class PrefillWorker {
   }
 
  private:
-  static constexpr float kLog2e = 1.44269504f;
   static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
   static int64_t vector_lanes() { return static_cast<int64_t>(hn::Lanes(F32())); }
