@@ -1,10 +1,12 @@
 // The C ABI as a caller meets it: defaults, every kind of bad input with its message, plans, runs.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "api/sized_struct.h"
@@ -394,6 +396,69 @@ TEST(CApi, ANewPlansLineGoesToTheCallback) {
   ASSERT_EQ(lines.size(), 1u);
   EXPECT_NE(lines[0].find("workspace, about "), std::string::npos) << lines[0];
   EXPECT_NE(lines[0].find("; then cpu_"), std::string::npos) << lines[0];
+}
+
+TEST(CApi, ThePlanLogMayPlanAndReplaceItself) {
+  static int lines = 0;
+  wh_set_plan_log(
+      [](void*, const char*) {
+        ++lines;
+        Call inner;
+        inner.limits.fused_above = 23456;
+        EXPECT_EQ(inner.run(), WH_OK) << wh_last_error();
+        wh_set_plan_log(nullptr, nullptr);
+      },
+      nullptr);
+  Call call;
+  call.limits.fused_above = 23457;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  call.limits.fused_above = 23458;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  EXPECT_EQ(lines, 1);
+}
+
+// What ThreadSanitizer watches: the plan cache, the profile, the log and the errors of threads.
+TEST(CApi, ThreadsOfTheCallerPlanAndRunAtOnce) {
+  constexpr int kThreads = 8, kCalls = 100;
+  std::atomic<int> lines{0}, wrong{0};
+  wh_set_plan_log([](void* context, const char*) { ++*static_cast<std::atomic<int>*>(context); },
+                  &lines);
+  Call shared;
+  wh_plan* plan = nullptr;
+  ASSERT_EQ(wh_plan_create(&shared.problem, nullptr, &plan), WH_OK);
+  const auto work = [&](int thread) {
+    for (int i = 0; i < kCalls; ++i) {
+      Call call;
+      call.limits.threads = 1;  // TBB is not built for ThreadSanitizer
+      call.limits.fused_above = 50000 + thread % 2 * 40 + i;  // more than the cache holds
+      wrong += call.run() != WH_OK || call.out[0] != 2.0f;
+
+      wh_plan* own = nullptr;
+      wrong += wh_plan_create(&call.problem, &call.limits, &own) != WH_OK;
+      std::vector<char> workspace(wh_plan_workspace_bytes(own) + WH_WORKSPACE_ALIGNMENT);
+      const auto address = reinterpret_cast<uintptr_t>(workspace.data());
+      call.tensors.workspace = reinterpret_cast<void*>(
+          (address + WH_WORKSPACE_ALIGNMENT - 1) / WH_WORKSPACE_ALIGNMENT * WH_WORKSPACE_ALIGNMENT);
+      call.tensors.workspace_bytes = wh_plan_workspace_bytes(own);
+      call.out[0] = kNan;
+      wrong += wh_plan_run(own, &call.tensors, nullptr) != WH_OK || call.out[0] != 2.0f;
+      wh_plan_destroy(own);
+
+      wrong += wh_plan_explain(plan) == nullptr || wh_plan_json(plan) == nullptr;
+      call.problem.batch = -1 - thread;
+      wrong += call.run() != WH_INVALID_ARGUMENT;
+      const std::string expected = "batch is " + std::to_string(-1 - thread) + ";";
+      wrong += std::string(wh_last_error()).find(expected) == std::string::npos;
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kThreads; ++i) threads.emplace_back(work, i);
+  for (std::thread& thread : threads) thread.join();
+  wh_set_plan_log(nullptr, nullptr);
+  wh_plan_destroy(plan);
+  EXPECT_EQ(wrong, 0);
+  // One for each wh_plan_create(), and at least one for each entry that the cache did not have.
+  EXPECT_GE(lines, kThreads * kCalls + 140 + 1);
 }
 
 TEST(CApi, TheCallersExecutorAndProgressAreUsed) {

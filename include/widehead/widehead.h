@@ -180,8 +180,9 @@ WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits
                               const wh_tensors* tensors, const wh_run_options* options);
 
 /* Hands one line for each new plan (problem, kernel, workspace, time, the next best) to `log`, from
- * the thread that plans and never from two at once; it must not plan itself. NULL: lines go to
- * stderr where the environment says WIDEHEAD_LOG=plan, and nowhere otherwise. */
+ * the thread that plans and never from two at once. It may plan, which makes no lines then, but must
+ * not wait for another thread that plans. NULL: lines go to stderr where the environment says
+ * WIDEHEAD_LOG=plan, and nowhere otherwise. */
 WH_API void wh_set_plan_log(void (*log)(void* context, const char* line), void* context);
 
 /* The kernels of a device kind in the order in which the planner offers them; NULL past the last.

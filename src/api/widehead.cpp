@@ -322,7 +322,11 @@ using wh::Status;
 const char* wh_last_error(void) { return wh::last_error_text; }
 
 void wh_set_plan_log(void (*log)(void* context, const char* line), void* context) {
-  wh::set_plan_log(log, context);
+  // Nothing to answer with: a failure leaves its message in wh_last_error().
+  (void)guarded([&]() -> Status {
+    wh::set_plan_log(log, context);
+    return {};
+  });
 }
 
 wh_status wh_problem_init(wh_problem* problem, size_t size) {
