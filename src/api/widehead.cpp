@@ -4,11 +4,9 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <new>
-#include <nlohmann/json.hpp>
 
 #include "api/environment.h"
 #include "api/machine.h"
@@ -16,6 +14,7 @@
 #include "api/plan_log.h"
 #include "api/sized_struct.h"
 #include "api/workspace.h"
+#include "core/json_writer.h"
 #include "cuda/device.h"
 
 struct wh_plan {
@@ -61,8 +60,9 @@ wh_status code_of(const Status& status) {
   return WH_INTERNAL_ERROR;
 }
 
-wh_status answer(const Status& status) {
-  return status.ok() ? WH_OK : fail(code_of(status), status.message());
+// Needs no memory: a refusal must not turn into another failure after its plan has been handed out.
+wh_status answer(Status status) {
+  return status.ok() ? WH_OK : fail(code_of(status), std::move(status).message());
 }
 
 // Runs body, which answers with a Status; nothing leaves it as an exception.
@@ -502,17 +502,19 @@ const char* wh_kernel_summary(int32_t device, size_t index) {
 const char* wh_device_json(int32_t device, int32_t device_index) {
   static thread_local std::string text;
   const wh_status status = guarded([&]() -> Status {
-    using Json = nlohmann::ordered_json;
+    wh::JsonWriter json(wh::JsonWriter::Layout::kLine);
     if (device == WH_CPU) {
       const wh::CpuFacts& cpu = wh::cpu_facts();
-      text = Json{{"name", cpu.name},
-                  {"isa", cpu.isa},
-                  {"avx512_bf16", cpu.has_avx512_bf16},
-                  {"cores", cpu.cores},
-                  {"l2_bytes", cpu.l2_bytes},
-                  {"gflops_per_core", cpu.gflops_per_core},
-                  {"read_gbytes_per_s", cpu.read_gbytes_per_s}}
-                 .dump();
+      json.begin_object();
+      json.write("name", cpu.name);
+      json.write("isa", cpu.isa);
+      json.write("avx512_bf16", cpu.has_avx512_bf16);
+      json.write("cores", cpu.cores);
+      json.write("l2_bytes", cpu.l2_bytes);
+      json.write("gflops_per_core", cpu.gflops_per_core);
+      json.write("read_gbytes_per_s", cpu.read_gbytes_per_s);
+      json.end_object();
+      text = json.take();
       return {};
     }
     if (device != WH_CUDA) {
@@ -520,15 +522,17 @@ const char* wh_device_json(int32_t device, int32_t device_index) {
     }
     const wh::CudaFacts& cuda = wh::cuda_facts(device_index);
     if (!cuda.unavailable.empty()) return {wh::Code::kRefused, cuda.unavailable};
-    text = Json{{"name", cuda.name},
-                {"index", cuda.index},
-                {"compute_capability", cuda.compute_capability},
-                {"sms", cuda.sms},
-                {"shared_bytes", cuda.shared_bytes},
-                {"l2_bytes", cuda.l2_bytes},
-                {"tensor_tflops", cuda.tensor_tflops},
-                {"read_gbytes_per_s", cuda.read_gbytes_per_s}}
-               .dump();
+    json.begin_object();
+    json.write("name", cuda.name);
+    json.write("index", cuda.index);
+    json.write("compute_capability", cuda.compute_capability);
+    json.write("sms", cuda.sms);
+    json.write("shared_bytes", cuda.shared_bytes);
+    json.write("l2_bytes", cuda.l2_bytes);
+    json.write("tensor_tflops", cuda.tensor_tflops);
+    json.write("read_gbytes_per_s", cuda.read_gbytes_per_s);
+    json.end_object();
+    text = json.take();
     return {};
   });
   return status == WH_OK ? text.c_str() : nullptr;
