@@ -9,8 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "api/sized_struct.h"
-#include "widehead/widehead.hpp"
+#include "widehead/widehead.h"
 
 namespace {
 
@@ -57,75 +56,6 @@ TEST(CApi, OneCallWorks) {
   ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
   for (const float value : call.out) EXPECT_FLOAT_EQ(value, 2.0f);
   EXPECT_STREQ(wh_version(), "0.1.0");
-}
-
-// A struct in two versions, as two headers have it.
-struct Old {
-  size_t size;
-  int32_t a;
-  int32_t padding;
-};
-struct New {
-  size_t size;
-  int32_t a;
-  int32_t padding;
-  int64_t b;
-};
-constexpr wh::SizedStruct<Old> kOld{"thing", sizeof(Old), {0, 1, 0}};
-constexpr wh::SizedStruct<New> kNew{"thing", sizeof(Old), {0, 1, 0, 7}};
-
-TEST(SizedStruct, AnOlderCallerGetsTheDefaultsOfWhatItDoesNotKnow) {
-  struct {
-    Old old;
-    int64_t after = 99;
-  } caller;
-  ASSERT_TRUE(wh::init_sized(kNew, reinterpret_cast<New*>(&caller.old), sizeof(Old)).ok());
-  EXPECT_EQ(caller.old.size, sizeof(Old));
-  EXPECT_EQ(caller.old.a, 1);
-  EXPECT_EQ(caller.after, 99);
-  caller.old.a = 5;
-  New read{};
-  ASSERT_TRUE(wh::read_sized(kNew, reinterpret_cast<const New*>(&caller.old), read).ok());
-  EXPECT_EQ(read.a, 5);
-  EXPECT_EQ(read.b, 7);
-}
-
-TEST(SizedStruct, ANewerCallerMayNotSetWhatTheLibraryDoesNotKnow) {
-  New caller{};
-  ASSERT_TRUE(wh::init_sized(kOld, reinterpret_cast<Old*>(&caller), sizeof(New)).ok());
-  EXPECT_EQ(caller.size, sizeof(New));
-  EXPECT_EQ(caller.b, 0);
-  caller.a = 5;
-  Old read{};
-  ASSERT_TRUE(wh::read_sized(kOld, reinterpret_cast<const Old*>(&caller), read).ok());
-  EXPECT_EQ(read.a, 5);
-  caller.b = 3;
-  const wh::Status status = wh::read_sized(kOld, reinterpret_cast<const Old*>(&caller), read);
-  EXPECT_EQ(status.message(),
-            "byte 16 of thing is 3; it belongs to a field that this version of the library does "
-            "not have and must be 0");
-}
-
-TEST(SizedStruct, SizesThatNoVersionHasAreRefused) {
-  wh_problem problem{};
-  for (const size_t size : {size_t{0}, sizeof(wh_problem) - 8, size_t{65537}, SIZE_MAX}) {
-    EXPECT_EQ(wh_problem_init(&problem, size), WH_INVALID_ARGUMENT) << size;
-    EXPECT_NE(std::string(wh_last_error()).find("sizeof(wh_problem), 280 to 65536"),
-              std::string::npos)
-        << wh_last_error();
-  }
-  // A caller of the future, through the C ABI.
-  struct {
-    wh_problem problem;
-    int64_t more[4];
-  } caller;
-  ASSERT_EQ(wh_problem_init(&caller.problem, sizeof(caller)), WH_OK) << wh_last_error();
-  caller.problem.len_q = caller.problem.len_k = caller.problem.dim_qk = caller.problem.dim_v = 8;
-  EXPECT_EQ(wh_problem_set_dense(&caller.problem), WH_OK) << wh_last_error();
-  caller.more[2] = 1;
-  EXPECT_EQ(wh_problem_set_dense(&caller.problem), WH_INVALID_ARGUMENT);
-  EXPECT_NE(std::string(wh_last_error()).find("byte 296 of problem is 1"), std::string::npos)
-      << wh_last_error();
 }
 
 struct BadCall {
@@ -494,104 +424,6 @@ TEST(CApi, ErrorsBelongToTheirThread) {
   Call good;
   ASSERT_EQ(good.run(), WH_OK);
   EXPECT_EQ(message, wh_last_error());
-}
-
-TEST(Cpp, ShapesThatDisagreeAreErrors) {
-  std::vector<float> data(1024);
-  const auto view = [&](int64_t heads, int64_t length, int64_t dim) {
-    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, heads, length, dim});
-  };
-  try {
-    widehead::problem(view(2, 4, 8), view(1, 6, 7), view(1, 6, 8), view(2, 4, 8));
-    FAIL() << "no error";
-  } catch (const widehead::Error& error) {
-    EXPECT_EQ(error.status(), WH_INVALID_ARGUMENT);
-    EXPECT_STREQ(error.what(), "k is [1, 1, 6, 7]; the others make it [1, 1, 6, 8]");
-  }
-}
-
-// One head, dim 1 and q = 1: a key's score is the key, so weights are 1, 3 and 9 of 13.
-struct Line {
-  std::vector<float> q{1, 1}, k{0, std::log(3.0f), std::log(9.0f)}, v{13, 26, 39};
-  std::vector<float> out{kNan, kNan}, lse{kNan, kNan};
-
-  static widehead::TensorView view(std::vector<float>& data) {
-    return {data.data(), widehead::Dtype::kF32, {1, 1, static_cast<int64_t>(data.size()), 1}};
-  }
-};
-
-TEST(Cpp, AttentionComputesFromViews) {
-  Line line;
-  widehead::attention(line.view(line.q), line.view(line.k), line.view(line.v), line.view(line.out),
-                      {.log_sum_exp = line.lse.data()});
-  EXPECT_NEAR(line.out[0], 34, 1e-4);
-  EXPECT_NEAR(line.lse[1], std::log(13.0), 1e-6);
-}
-
-TEST(Cpp, APlanRunsFromViewsWithItsOwnWorkspaceOrTheCallers) {
-  Line line;
-  const float sink = std::log(13.0f);
-  const widehead::Options options{
-      .causal = widehead::Causal::kBottomRight, .sinks = &sink, .log_sum_exp = line.lse.data()};
-  const auto q = line.view(line.q), k = line.view(line.k), v = line.view(line.v);
-  const auto plan = widehead::plan(widehead::problem(q, k, v, line.view(line.out), options));
-  const auto again = widehead::Plan::from_json(plan.json());
-  alignas(64) static char workspace[8 << 20];
-  ASSERT_LE(again.workspace_bytes(), sizeof(workspace));
-  for (const bool has_workspace : {false, true}) {
-    std::fill(line.out.begin(), line.out.end(), kNan);
-    widehead::Extras extras{.sinks = &sink, .log_sum_exp = line.lse.data()};
-    if (has_workspace) {
-      extras.workspace = workspace;
-      extras.workspace_bytes = sizeof(workspace);
-    }
-    again.run(q, k, v, line.view(line.out), extras);
-    // The first query sees two keys, the sink is 13 more in the denominator.
-    EXPECT_NEAR(line.out[0], (13 + 3 * 26) / 17.0, 1e-4);
-    EXPECT_NEAR(line.out[1], (13 + 3 * 26 + 9 * 39) / 26.0, 1e-4);
-    EXPECT_NEAR(line.lse[1], std::log(26.0), 1e-6);
-  }
-}
-
-TEST(Cpp, ARunRefusesViewsOfAnotherProblem) {
-  Line line;
-  const auto q = line.view(line.q), k = line.view(line.k), v = line.view(line.v);
-  const auto out = line.view(line.out);
-  const auto plan = widehead::plan(widehead::problem(q, k, v, out));
-  EXPECT_EQ(plan.problem().len_k, 3);
-  const auto message = [&](const widehead::TensorView& other) -> std::string {
-    try {
-      plan.run(q, other, v, out);
-    } catch (const widehead::Error& error) {
-      return error.what();
-    }
-    return "";
-  };
-  auto other = k;
-  other.shape[2] = 2;
-  EXPECT_EQ(message(other), "k is [1, 1, 2, 1]; the plan was made for [1, 1, 3, 1]");
-  other = k;
-  other.strides[2] = 2;
-  EXPECT_EQ(message(other), "k has strides [3, 3, 2, 1]; the plan was made for [3, 3, 1, 1]");
-  other = k;
-  other.dtype = widehead::Dtype::kF16;
-  EXPECT_EQ(message(other), "k has another type than the plan was made for");
-  EXPECT_EQ(message(k), "");
-}
-
-TEST(Cpp, PlansMoveAndExplain) {
-  std::vector<float> q(64), k(64), v(64), out(64);
-  const auto view = [](std::vector<float>& data) {
-    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, 1, 8, 8});
-  };
-  widehead::Plan plan =
-      widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)), {.threads = 1});
-  widehead::Plan moved = std::move(plan);
-  EXPECT_NE(moved.explain().find(moved.kernel()), std::string::npos);
-  EXPECT_EQ(widehead::Plan::from_json(moved.json()).kernel(), moved.kernel());
-  EXPECT_THROW(widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)),
-                              {.kernel = "nothing"}),
-               widehead::Error);
 }
 
 }  // namespace
