@@ -1,4 +1,5 @@
-// Attention on f32 tensors, dense, for tests of relations between runs.
+// Attention on dense tensors, held as f32 whatever type the kernel takes, for tests of relations
+// between runs.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -11,16 +12,27 @@
 #include <vector>
 
 #include "api/machine.h"
+#include "core/float16.h"
 #include "plan/plan.h"
 
 namespace wh {
+
+inline bool is_bf16_kernel(const std::string& kernel) { return kernel == "cpu_prefill_bf16"; }
+
+inline std::vector<Bfloat16> narrow(const std::vector<float>& from) {
+  std::vector<Bfloat16> to;
+  for (const float value : from) to.push_back(from_float<Bfloat16>(value));
+  return to;
+}
 
 struct Attention {
   Problem problem;
   Limits limits;
   std::vector<float> q, k, v, out, lse;  // the last two hold NaN until a run writes them
+  std::vector<float> mask;               // [len_q, len_k], additive; of q's type, or f32
   std::vector<int32_t> key_lengths;
-  Plan plan;  // of the last run
+  Dtype dtype = Dtype::kF32;  // kF32 or kBf16
+  Plan plan;                  // of the last run
 
   Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
             int64_t batch = 1) {
@@ -61,23 +73,45 @@ struct Attention {
     out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
     lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
     limits.kernel = kernel;
+    if (is_bf16_kernel(kernel)) dtype = Dtype::kBf16;
+    const bool is_bf16 = dtype == Dtype::kBf16;
+    p.dtype_q = p.dtype_kv = dtype;
+    if (!mask.empty()) {
+      if (p.mask == MaskKind::kNone) p.mask = MaskKind::kAdditiveQ;
+      p.stride_mask = {0, 0, p.len_k, 1};
+    }
+    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16, mask_bf16;
+    if (is_bf16) {
+      mask_bf16 = narrow(mask);
+      q_bf16 = narrow(q);
+      k_bf16 = narrow(k);
+      v_bf16 = narrow(v);
+      out_bf16 = narrow(out);
+    }
     Result<Plan> made = make_plan(p, limits, this_machine(Device::kCpu, 0));
     if (!made.ok()) return made.status();
     if (Status status = runnable_status(*made); !status.ok()) return status;
     plan = std::move(*made);
     std::vector<std::byte> workspace(plan.workspace_bytes + 64);
     Tensors t;
-    t.q = q.data();
-    t.k = k.data();
-    t.v = v.data();
-    t.out = out.data();
+    const auto data = [&](auto& f32, auto& bf16) {
+      return is_bf16 ? static_cast<void*>(bf16.data()) : static_cast<void*>(f32.data());
+    };
+    t.q = data(q, q_bf16);
+    t.k = data(k, k_bf16);
+    t.v = data(v, v_bf16);
+    t.out = data(out, out_bf16);
+    if (p.mask == MaskKind::kAdditiveF32) t.mask = mask.data();
+    if (p.mask == MaskKind::kAdditiveQ) t.mask = data(mask, mask_bf16);
     t.log_sum_exp = lse.data();
     t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
     t.workspace =
         reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
     t.workspace_bytes = plan.workspace_bytes;
-    return find_kernel(kernels_of(Device::kCpu), plan.kernel)
-        ->run({plan.problem, plan.config, t, executor, progress});
+    Status status = find_kernel(kernels_of(Device::kCpu), plan.kernel)
+                        ->run({plan.problem, plan.config, t, executor, progress});
+    for (size_t i = 0; i < out_bf16.size(); ++i) out[i] = to_float(out_bf16[i]);
+    return status;
   }
 };
 

@@ -1,13 +1,15 @@
 // The C ABI as a caller meets it: defaults, every kind of bad input with its message, plans, runs.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
-#include "widehead/widehead.hpp"
+#include "widehead/widehead.h"
 
 namespace {
 
@@ -155,6 +157,90 @@ const BadCall kBadCalls[] = {
     {"null_sinks", [](Call& c) { c.problem.uses = WH_USES_SINKS; }, {"sinks is null"}},
     {"out_over_q", [](Call& c) { c.tensors.out = c.q.data() + 4; }, {"out overlaps q"}},
     {"out_over_v", [](Call& c) { c.tensors.v = c.out.data() + 1; }, {"out overlaps v"}},
+    {"lse_over_out",
+     [](Call& c) {
+       c.problem.uses = WH_USES_LOG_SUM_EXP;
+       c.tensors.log_sum_exp = c.out.data() + 6;
+     },
+     {"out overlaps log_sum_exp", "out, 192 bytes at 0x", "log_sum_exp, 24 bytes at 0x",
+      "must share no memory"}},
+    {"lse_over_sinks",
+     [](Call& c) {
+       static std::vector<float> both(8);
+       c.problem.uses = WH_USES_LOG_SUM_EXP | WH_USES_SINKS;
+       c.tensors.log_sum_exp = both.data();
+       c.tensors.sinks = both.data() + 5;
+     },
+     {"log_sum_exp overlaps sinks"}},
+    {"workspace_over_k",
+     [](Call& c) {
+       alignas(64) static char workspace[8 << 20];
+       c.tensors.workspace = workspace;
+       c.tensors.workspace_bytes = sizeof(workspace);
+       c.tensors.k = workspace + 64;
+     },
+     {"workspace overlaps k (workspace, ", "; k, 160 bytes at 0x"}},
+    {"workspace_over_out",
+     [](Call& c) {
+       alignas(64) static char workspace[8 << 20];
+       c.tensors.workspace = workspace;
+       c.tensors.workspace_bytes = SIZE_MAX;
+       c.tensors.out = workspace;
+     },
+     {"out overlaps workspace"}},
+    {"misaligned_q",
+     [](Call& c) { c.tensors.q = reinterpret_cast<char*>(c.q.data()) + 2; },
+     {"q is at 0x", "aligned to its elements of 4 bytes"}},
+    {"misaligned_k",
+     [](Call& c) {
+       c.problem.dtype_kv = WH_F16;
+       c.tensors.k = reinterpret_cast<char*>(c.k.data()) + 1;
+     },
+     {"k is at 0x", "aligned to its elements of 2 bytes"}},
+    {"misaligned_v",
+     [](Call& c) { c.tensors.v = reinterpret_cast<char*>(c.v.data()) + 1; },
+     {"v is at 0x", "4 bytes"}},
+    {"misaligned_out",
+     [](Call& c) {
+       alignas(4) static char out[256];
+       c.tensors.out = out + 3;
+     },
+     {"out is at 0x", "4 bytes"}},
+    {"misaligned_mask",
+     [](Call& c) {
+       alignas(4) static char mask[256];
+       c.problem.mask = WH_MASK_ADDITIVE_F32;
+       c.tensors.mask = mask + 2;
+     },
+     {"mask is at 0x", "4 bytes"}},
+    {"misaligned_lse",
+     [](Call& c) {
+       alignas(4) static char lse[64];
+       c.problem.uses = WH_USES_LOG_SUM_EXP;
+       c.tensors.log_sum_exp = reinterpret_cast<float*>(lse + 2);
+     },
+     {"log_sum_exp is at 0x", "4 bytes"}},
+    {"misaligned_sinks",
+     [](Call& c) {
+       alignas(4) static char sinks[16];
+       c.problem.uses = WH_USES_SINKS;
+       c.tensors.sinks = reinterpret_cast<float*>(sinks + 1);
+     },
+     {"sinks is at 0x", "4 bytes"}},
+    {"misaligned_key_lengths",
+     [](Call& c) {
+       alignas(4) static char lengths[16];
+       c.problem.uses = WH_USES_KEY_LENGTHS;
+       c.tensors.key_lengths = reinterpret_cast<int32_t*>(lengths + 2);
+     },
+     {"key_lengths is at 0x", "4 bytes"}},
+    {"misaligned_key_starts",
+     [](Call& c) {
+       alignas(4) static char starts[16];
+       c.problem.uses = WH_USES_KEY_STARTS;
+       c.tensors.key_starts = reinterpret_cast<int32_t*>(starts + 2);
+     },
+     {"key_starts is at 0x", "4 bytes"}},
     {"key_lengths",
      [](Call& c) {
        c.problem.uses = WH_USES_KEY_LENGTHS;
@@ -215,6 +301,7 @@ TEST(CApi, NullArgumentsAreErrors) {
   EXPECT_STREQ(wh_last_error(), "tensors is null");
   EXPECT_EQ(wh_plan_create(&call.problem, nullptr, nullptr), WH_INVALID_ARGUMENT);
   EXPECT_EQ(wh_plan_run(nullptr, &call.tensors, nullptr), WH_INVALID_ARGUMENT);
+  EXPECT_EQ(wh_plan_problem(nullptr, &call.problem), WH_INVALID_ARGUMENT);
   EXPECT_EQ(wh_plan_from_json(nullptr, 0, &plan), WH_INVALID_ARGUMENT);
   EXPECT_EQ(wh_problem_init(nullptr, sizeof(wh_problem)), WH_INVALID_ARGUMENT);
   EXPECT_EQ(wh_problem_init(&call.problem, 4), WH_INVALID_ARGUMENT);
@@ -288,6 +375,69 @@ TEST(CApi, ANewPlansLineGoesToTheCallback) {
   EXPECT_NE(lines[0].find("; then cpu_"), std::string::npos) << lines[0];
 }
 
+TEST(CApi, ThePlanLogMayPlanAndReplaceItself) {
+  static int lines = 0;
+  wh_set_plan_log(
+      [](void*, const char*) {
+        ++lines;
+        Call inner;
+        inner.limits.fused_above = 23456;
+        EXPECT_EQ(inner.run(), WH_OK) << wh_last_error();
+        wh_set_plan_log(nullptr, nullptr);
+      },
+      nullptr);
+  Call call;
+  call.limits.fused_above = 23457;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  call.limits.fused_above = 23458;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  EXPECT_EQ(lines, 1);
+}
+
+// What ThreadSanitizer watches: the plan cache, the profile, the log and the errors of threads.
+TEST(CApi, ThreadsOfTheCallerPlanAndRunAtOnce) {
+  constexpr int kThreads = 8, kCalls = 100;
+  std::atomic<int> lines{0}, wrong{0};
+  wh_set_plan_log([](void* context, const char*) { ++*static_cast<std::atomic<int>*>(context); },
+                  &lines);
+  Call shared;
+  wh_plan* plan = nullptr;
+  ASSERT_EQ(wh_plan_create(&shared.problem, nullptr, &plan), WH_OK);
+  const auto work = [&](int thread) {
+    for (int i = 0; i < kCalls; ++i) {
+      Call call;
+      call.limits.threads = 1;  // TBB is not built for ThreadSanitizer
+      call.limits.fused_above = 50000 + thread % 2 * 40 + i;  // more than the cache holds
+      wrong += call.run() != WH_OK || call.out[0] != 2.0f;
+
+      wh_plan* own = nullptr;
+      wrong += wh_plan_create(&call.problem, &call.limits, &own) != WH_OK;
+      std::vector<char> workspace(wh_plan_workspace_bytes(own) + WH_WORKSPACE_ALIGNMENT);
+      const auto address = reinterpret_cast<uintptr_t>(workspace.data());
+      call.tensors.workspace = reinterpret_cast<void*>(
+          (address + WH_WORKSPACE_ALIGNMENT - 1) / WH_WORKSPACE_ALIGNMENT * WH_WORKSPACE_ALIGNMENT);
+      call.tensors.workspace_bytes = wh_plan_workspace_bytes(own);
+      call.out[0] = kNan;
+      wrong += wh_plan_run(own, &call.tensors, nullptr) != WH_OK || call.out[0] != 2.0f;
+      wh_plan_destroy(own);
+
+      wrong += wh_plan_explain(plan) == nullptr || wh_plan_json(plan) == nullptr;
+      call.problem.batch = -1 - thread;
+      wrong += call.run() != WH_INVALID_ARGUMENT;
+      const std::string expected = "batch is " + std::to_string(-1 - thread) + ";";
+      wrong += std::string(wh_last_error()).find(expected) == std::string::npos;
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kThreads; ++i) threads.emplace_back(work, i);
+  for (std::thread& thread : threads) thread.join();
+  wh_set_plan_log(nullptr, nullptr);
+  wh_plan_destroy(plan);
+  EXPECT_EQ(wrong, 0);
+  // One for each wh_plan_create(), and at least one for each entry that the cache did not have.
+  EXPECT_GE(lines, kThreads * kCalls + 140 + 1);
+}
+
 TEST(CApi, TheCallersExecutorAndProgressAreUsed) {
   Call call;
   int tasks = 0, reports = 0;
@@ -321,35 +471,6 @@ TEST(CApi, ErrorsBelongToTheirThread) {
   Call good;
   ASSERT_EQ(good.run(), WH_OK);
   EXPECT_EQ(message, wh_last_error());
-}
-
-TEST(Cpp, ShapesThatDisagreeAreErrors) {
-  std::vector<float> data(1024);
-  const auto view = [&](int64_t heads, int64_t length, int64_t dim) {
-    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, heads, length, dim});
-  };
-  try {
-    widehead::problem(view(2, 4, 8), view(1, 6, 7), view(1, 6, 8), view(2, 4, 8));
-    FAIL() << "no error";
-  } catch (const widehead::Error& error) {
-    EXPECT_EQ(error.status(), WH_INVALID_ARGUMENT);
-    EXPECT_STREQ(error.what(), "k is [1, 1, 6, 7]; the others make it [1, 1, 6, 8]");
-  }
-}
-
-TEST(Cpp, PlansMoveAndExplain) {
-  std::vector<float> q(64), k(64), v(64), out(64);
-  const auto view = [](std::vector<float>& data) {
-    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, 1, 8, 8});
-  };
-  widehead::Plan plan =
-      widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)), {.threads = 1});
-  widehead::Plan moved = std::move(plan);
-  EXPECT_NE(moved.explain().find(moved.kernel()), std::string::npos);
-  EXPECT_EQ(widehead::Plan::from_json(moved.json()).kernel(), moved.kernel());
-  EXPECT_THROW(widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)),
-                              {.kernel = "nothing"}),
-               widehead::Error);
 }
 
 }  // namespace

@@ -155,5 +155,23 @@ TEST(CudaRouting, ChoosesTheFastestKernelOfTheRecordedShortCalls) {
   EXPECT_LE(made.regrets.back(), 1.30);
 }
 
+TEST(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {
+  const CudaFacts facts = h100();
+  const CpuFacts cpu;
+  Limits limits;
+  limits.batch_invariant = true;
+  for (const Measured& row : kernel_rows()) {
+    std::string alone;
+    for (const int64_t batch : {1, 2, 16, 300}) {
+      Problem p = row.problem;
+      p.batch = batch;
+      const auto plan = make_plan(p, limits, {cpu, facts, cuda::kernels()});
+      ASSERT_TRUE(plan.ok()) << plan.status().message();
+      if (batch == 1) alone = plan->kernel;
+      EXPECT_EQ(plan->kernel, alone) << row.name << ", batch " << batch;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace wh

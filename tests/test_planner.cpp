@@ -51,6 +51,23 @@ TEST(Planner, FusedWorkspaceDoesNotGrowWithKeys) {
   EXPECT_GT(candidate(*at_256k, "cpu_unfused").workspace_bytes, uint64_t{2048} * 262144 * 4);
 }
 
+TEST(Planner, AnEmptyProblemGetsAnOrdinaryKernel) {
+  for (const int field : {0, 1, 2}) {
+    Problem p = chunk(field == 0 ? 0 : 100);
+    p.len_q = field == 1 ? 0 : 4;
+    p.batch = field == 2 ? 0 : 1;
+    const auto made = plan(p, {});
+    ASSERT_TRUE(made.ok());
+    EXPECT_TRUE(made->kernel == "cpu_decode" || made->kernel == "cpu_prefill") << made->kernel;
+    for (const Candidate& one : made->candidates) {
+      EXPECT_EQ(one.estimated_us > 0, one.verdict != Verdict::kRefused) << one.kernel;
+    }
+    const std::string text = explain(*made);
+    const std::string row = text.substr(text.find("\n" + made->kernel));
+    EXPECT_EQ(row.substr(0, row.find('\n', 1)).find(" - "), std::string::npos) << text;
+  }
+}
+
 TEST(Planner, EveryCandidateHasItsVerdict) {
   Limits limits;
   limits.workspace_bytes = 8 << 20;
@@ -199,6 +216,54 @@ TEST(Planner, KeysAreSplitForFewRowsOnlyAndIntoFewBytes) {
     }
   }
   EXPECT_GT(split, 0) << "nothing was split: the test tests nothing";
+}
+
+// A server and a laptop, of shapes around the borders between kernels.
+TEST(Planner, BatchInvarianceCoversTheChoiceOfTheKernel) {
+  CpuFacts server;
+  server.name = "a server";
+  server.isa = "AVX3";
+  server.simd_floats = 16;
+  server.cores = 64;
+  server.l2_bytes = 2 << 20;
+  server.gflops_per_core = 120;
+  server.read_gbytes_per_s = 300;
+  server.has_cblas = true;
+  CpuFacts laptop = server;
+  laptop.isa = "AVX2";
+  laptop.simd_floats = 8;
+  laptop.cores = 4;
+  laptop.read_gbytes_per_s = 30;
+  const CudaFacts cuda;
+  int differ_without = 0;
+  for (const CpuFacts& cpu : {server, laptop}) {
+    const Machine machine{cpu, cuda, kernels_of(Device::kCpu)};
+    for (const int64_t len_q : {1, 2, 4, 8, 16, 64}) {
+      for (const int64_t len_k : {64, 512, 4096, 32768}) {
+        for (const int64_t heads_kv : {1, 2, 8}) {
+          const auto kernel_of = [&](int64_t batch, bool batch_invariant) {
+            Problem p = chunk(len_k);
+            p.batch = batch;
+            p.heads_q = 8;
+            p.heads_kv = heads_kv;
+            p.len_q = len_q;
+            p.dim_qk = p.dim_v = 128;
+            p.stride_q = p.stride_out = dense_strides(8, len_q, 128);
+            p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, 128);
+            Limits limits;
+            limits.batch_invariant = batch_invariant;
+            return make_plan(p, limits, machine)->kernel;
+          };
+          const std::string alone = kernel_of(1, true);
+          for (const int64_t batch : {2, 16, 300}) {
+            EXPECT_EQ(kernel_of(batch, true), alone) << len_q << " x " << len_k << ", " << batch;
+            differ_without += kernel_of(batch, false) != alone;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(differ_without, 0) << "the option changes nothing here: the test tests nothing";
 }
 
 TEST(Planner, AMachineWithoutCudaSaysWhy) {

@@ -1,10 +1,12 @@
 // What must hold whatever the numbers: relations between runs, and bits that must not move.
 #include <gtest/gtest.h>
+#include <hwy/targets.h>
 
 #include <cmath>
 #include <thread>
 
 #include "attention.h"
+#include "plan/cpu_facts.h"
 
 namespace wh {
 namespace {
@@ -17,10 +19,26 @@ void expect_near(const std::vector<float>& have, const std::vector<float>& want,
   for (size_t i = 0; i < have.size(); ++i) ASSERT_NEAR(have[i], want[i], bound) << "element " << i;
 }
 
+// A NaN's payload is nobody's promise.
+bool same_bits_but_nan(std::vector<float> a, std::vector<float> b) {
+  for (auto* values : {&a, &b}) {
+    for (float& value : *values) value = std::isnan(value) ? kNan : value;
+  }
+  return same_bits(a, b);
+}
+
 class Kernels : public testing::TestWithParam<const char*> {
  protected:
+  void SetUp() override {
+    if (is_bf16_kernel(GetParam()) && !cpu_facts().has_avx512_bf16) {
+      GTEST_SKIP() << "this CPU has no AVX512-BF16";
+    }
+  }
   // A shape that the kernel takes: decode takes few rows.
   static int64_t queries() { return std::string(GetParam()) == "cpu_decode" ? 4 : 70; }
+  // How far two ways to compute the same may be apart: outputs are below 2, and each way rounds
+  // them, and in bf16 the weights, to the type.
+  static float bound() { return is_bf16_kernel(GetParam()) ? 0x1p-6f : 3e-6f; }
 };
 
 TEST_P(Kernels, GroupedQueriesEqualRepeatedHeads) {
@@ -35,7 +53,7 @@ TEST_P(Kernels, GroupedQueriesEqualRepeatedHeads) {
   }
   grouped.run(GetParam());
   repeated.run(GetParam());
-  expect_near(grouped.out, repeated.out, 2e-6f);
+  expect_near(grouped.out, repeated.out, bound());
 }
 
 TEST_P(Kernels, TheOrderOfKeysDoesNotMatter) {
@@ -47,7 +65,7 @@ TEST_P(Kernels, TheOrderOfKeysDoesNotMatter) {
   }
   one.run(GetParam());
   other.run(GetParam());
-  expect_near(one.out, other.out, 2e-6f);
+  expect_near(one.out, other.out, bound());
   expect_near(one.lse, other.lse, 1e-5f);
 }
 
@@ -70,7 +88,7 @@ TEST_P(Kernels, TwoHalvesMergeByLogSumExp) {
       const size_t i = row * 64 + d;
       const double merged =
           low.out[i] * std::exp(low.lse[row] - lse) + high.out[i] * std::exp(high.lse[row] - lse);
-      ASSERT_NEAR(whole.out[i], merged, 3e-6);
+      ASSERT_NEAR(whole.out[i], merged, bound());
     }
   }
 }
@@ -142,6 +160,16 @@ TEST_P(Kernels, ARowThatSeesNoKeyIsZeroAndMinusInfinity) {
   for (size_t row = rows; row < 2 * rows; ++row) ASSERT_TRUE(std::isfinite(attention.lse[row]));
 }
 
+TEST_P(Kernels, ARowWhoseScoresAreAllMinusInfinityIsEmptyWhateverVHolds) {
+  Attention attention(2, 1, queries(), 50, 64);
+  std::fill(attention.q.begin(), attention.q.end(), 1.0f);
+  std::fill(attention.k.begin(), attention.k.end(), -kInfinity);
+  attention.v[3 * 64] = kNan;
+  attention.run(GetParam());
+  for (const float lse : attention.lse) ASSERT_EQ(lse, -kInfinity);
+  for (const float value : attention.out) ASSERT_EQ(value, 0.0f);
+}
+
 TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
   Attention attention(1, 1, 4, 300, 64);
   attention.problem.causal = Causal::kBottomRight;
@@ -154,10 +182,117 @@ TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
   }
 }
 
+// Every head of a group of 64 is a row of the same query, so whole panels of prefill see the same
+// keys: an odd number of them, with a key in the tile that they do not see.
+TEST_P(Kernels, NanInTheFirstKeyThatAQueryDoesNotSeeDoesNotReachIt) {
+  const int64_t len_q = std::string(GetParam()) == "cpu_decode" ? 2 : 5;
+  for (int64_t key = 38 - len_q; key < 38; ++key) {
+    Attention attention(64, 1, len_q, 37, 40);
+    attention.problem.causal = Causal::kBottomRight;
+    if (key < 37) attention.v[static_cast<size_t>(key * 40 + 7)] = kNan;
+    attention.run(GetParam());
+    for (size_t i = 0; i < attention.out.size(); ++i) {
+      const auto query = static_cast<int64_t>(i) / 40 % len_q;
+      const bool sees_it = key < 37 && key <= query + 37 - len_q;
+      ASSERT_EQ(std::isnan(attention.out[i]), sees_it && i % 40 == 7) << key << " " << i;
+    }
+  }
+}
+
+// Programs mask with the lowest number of a type. It is finite: a row that has nothing else is the
+// mean of V, with no 0 and no NaN, in every kernel as in the reference.
+TEST_P(Kernels, AFiniteBiasNeverHidesAKey) {
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  constexpr float kLowestBf16 = -0x1.fep127f;
+  constexpr size_t kKeys = 45;
+  struct Row {
+    float even, odd;           // biases of even and odd keys
+    bool sees_even, sees_odd;  // what is left to sum
+  };
+  const Row rows[] = {{kLowest, kLowest, true, true},
+                      {kLowestBf16, kLowestBf16, true, true},
+                      {kLowest, kLowestBf16, true, true},
+                      {-3e38f, -1e38f, true, true},
+                      {kLowest, -kInfinity, true, false},
+                      {0, kLowest, true, false},
+                      {-kLowest, 0, true, false},
+                      {-kLowest, -kLowest, true, true},
+                      {-kInfinity, -kInfinity, false, false}};
+  for (const Row& row : rows) {
+    for (const MaskKind kind : {MaskKind::kAdditiveF32, MaskKind::kAdditiveQ}) {
+      for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        // narrow() would round f32's lowest number to minus infinity.
+        if (kind == MaskKind::kAdditiveQ && dtype == Dtype::kBf16 &&
+            (std::fabs(row.even) > -kLowestBf16 || std::fabs(row.odd) > -kLowestBf16)) {
+          continue;
+        }
+        SCOPED_TRACE(row.even);
+        Attention attention(32, 1, queries() / 2, kKeys, 64);
+        attention.dtype = dtype;
+        attention.problem.mask = kind;
+        std::fill(attention.q.begin(), attention.q.end(), 0.0f);  // every key weighs the same
+        for (size_t i = 0; i < static_cast<size_t>(queries() / 2) * kKeys; ++i) {
+          attention.mask.push_back(i % kKeys % 2 == 0 ? row.even : row.odd);
+        }
+        attention.run(GetParam());
+        const float bound = attention.dtype == Dtype::kBf16 ? 0x1p-6f : 3e-6f;
+        for (size_t d = 0; d < 64; ++d) {
+          double sum = 0, count = 0;
+          for (size_t j = 0; j < kKeys; ++j) {
+            if (!(j % 2 == 0 ? row.sees_even : row.sees_odd)) continue;
+            sum += attention.v[j * 64 + d];
+            ++count;
+          }
+          const double mean = count == 0 ? 0 : sum / count;
+          for (size_t i = d; i < attention.out.size(); i += 64) {
+            ASSERT_NEAR(attention.out[i], mean, bound) << i;
+          }
+        }
+        for (const float lse : attention.lse) {
+          ASSERT_EQ(std::isfinite(lse), row.sees_even) << lse;
+        }
+      }
+    }
+  }
+}
+
+// Items follow the number of threads, and with them the keys that share a tile with a NaN.
+TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
+  Attention attention(4, 2, 4 * queries(), 700, 40);
+  attention.problem.causal = Causal::kBottomRight;
+  if (std::string(GetParam()) == "cpu_decode") attention = Attention(4, 2, 4, 700, 40);
+  std::mt19937 random(3);
+  for (size_t i = 0; i < 40; ++i) {
+    attention.v[random() % attention.v.size()] = i % 2 == 0 ? kNan : kInfinity;
+  }
+  attention.limits.threads = 1;
+  attention.run(GetParam());
+  const std::vector<float> out = attention.out, lse = attention.lse;
+  for (const int32_t threads : {2, 3, 8, 64}) {
+    attention.limits.threads = threads;
+    attention.run(GetParam());
+    EXPECT_TRUE(same_bits_but_nan(attention.out, out) && same_bits(attention.lse, lse))
+        << threads << " threads";
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Cpu, Kernels,
-                         testing::Values("cpu_prefill", "cpu_decode", "cpu_unfused",
-                                         "cpu_reference"),
+                         testing::Values("cpu_prefill", "cpu_prefill_bf16", "cpu_decode",
+                                         "cpu_unfused", "cpu_reference"),
                          [](const auto& info) { return std::string(info.param); });
+
+TEST(PrefillBf16, AnswersWithAnErrorWhereItHasNoCode) {
+  const int64_t before = hwy::SupportedTargets();
+  hwy::SetSupportedTargetsForTest(before & ~((int64_t{HWY_AVX3} << 1) - 1));
+  const Problem p;
+  const Tensors t;
+  Progress progress;
+  const Status status = find_kernel(kernels_of(Device::kCpu), "cpu_prefill_bf16")
+                            ->run({p, {}, t, default_executor(), progress});
+  hwy::SetSupportedTargetsForTest(before);
+  EXPECT_EQ(status.code(), Code::kInternal);
+  EXPECT_NE(status.message().find("has no code for "), std::string::npos) << status.message();
+}
 
 }  // namespace
 }  // namespace wh

@@ -18,7 +18,9 @@ int main() {
 
   try {
     const auto problem = widehead::problem(q_view, k_view, v_view, out_view, options);
-    std::cout << widehead::plan(problem, {.workspace_bytes = 8 << 20}).explain() << "\n";
+    const auto plan = widehead::plan(problem, {.workspace_bytes = 8 << 20});
+    std::cout << plan.explain() << "\n";
+    plan.run(q_view, k_view, v_view, out_view);
     widehead::plan(problem, {.workspace_bytes = 1 << 10});
   } catch (const widehead::Error& error) {
     std::cout << "with 1 KiB: " << error.what() << "\n";

@@ -8,8 +8,9 @@
  *
  * Every function that can fail answers with a wh_status and leaves a message that names the
  * argument, its value and what would be valid in wh_last_error(). Nothing prints, exits, aborts or
- * throws. Structs carry their own size, so that fields can be added: initialise them with the
- * matching wh_*_init().
+ * throws. Structs carry their own size, so that fields can be added to their end: initialise them
+ * with the matching wh_*_init(), and a program compiled against an older or newer header works as
+ * long as it leaves alone what the library does not have.
  */
 #ifndef WIDEHEAD_WIDEHEAD_H_
 #define WIDEHEAD_WIDEHEAD_H_
@@ -38,7 +39,7 @@ enum wh_dtype { WH_F32 = 0, WH_F16 = 1, WH_BF16 = 2 };
 /* Bottom-right: query i sees key j when j <= i + len_k - len_q. Top-left: when j <= i. */
 enum wh_causal { WH_CAUSAL_NONE = 0, WH_CAUSAL_BOTTOM_RIGHT = 1, WH_CAUSAL_TOP_LEFT = 2 };
 /* Boolean masks are one byte an element, nonzero attends. Additive ones are added to the scores;
- * minus infinity masks the key. WH_MASK_ADDITIVE is of q's type. */
+ * minus infinity masks the key, a finite number never does. WH_MASK_ADDITIVE is of q's type. */
 enum wh_mask {
   WH_MASK_NONE = 0,
   WH_MASK_BOOLEAN = 1,
@@ -102,7 +103,8 @@ typedef struct wh_limits {
 } wh_limits;
 
 /* Pointers for one run: host memory for a CPU problem, memory of the problem's device for a CUDA
- * one. What the problem does not use stays NULL. out must not overlap an input. */
+ * one, each aligned to its elements. What the problem does not use stays NULL. out, log_sum_exp and
+ * the workspace's first bytes, as many as the plan takes, must not overlap another tensor. */
 typedef struct wh_tensors {
   size_t size; /* of this struct; set by wh_tensors_init() */
   const void* q;
@@ -168,6 +170,8 @@ WH_API wh_status wh_plan_run(const wh_plan* plan, const wh_tensors* tensors,
 WH_API const char* wh_plan_kernel(const wh_plan* plan); /* "" when none is allowed */
 WH_API uint64_t wh_plan_workspace_bytes(const wh_plan* plan);
 WH_API double wh_plan_estimated_us(const wh_plan* plan);
+/* What it was made for, into a struct that wh_problem_init() has set up. */
+WH_API wh_status wh_plan_problem(const wh_plan* plan, wh_problem* problem);
 /* Text for people and JSON for programs: the choice and every candidate with its verdict, reason,
  * workspace and estimate. Owned by the plan; NULL when memory ran out. */
 WH_API const char* wh_plan_explain(const wh_plan* plan);
@@ -183,8 +187,9 @@ WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits
                               const wh_tensors* tensors, const wh_run_options* options);
 
 /* Hands one line for each new plan (problem, kernel, workspace, time, the next best) to `log`, from
- * the thread that plans and never from two at once; it must not plan itself. NULL: lines go to
- * stderr where the environment says WIDEHEAD_LOG=plan, and nowhere otherwise. */
+ * the thread that plans and never from two at once. It may plan, which makes no lines then, but must
+ * not wait for another thread that plans. NULL: lines go to stderr where the environment says
+ * WIDEHEAD_LOG=plan, and nowhere otherwise. */
 WH_API void wh_set_plan_log(void (*log)(void* context, const char* line), void* context);
 
 /* The kernels of a device kind in the order in which the planner offers them; NULL past the last.

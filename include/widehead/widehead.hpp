@@ -6,7 +6,8 @@
 //   std::cout << plan.explain();
 //   plan.run(q, k, v, out);
 //
-// Failures throw widehead::Error with the C API's status and message.
+// Failures throw widehead::Error with the C API's status and message. Where memory is so short that
+// not even that can be made, std::bad_alloc, as from any C++ code.
 #pragma once
 
 #include <widehead/widehead.h>
@@ -37,9 +38,7 @@ class Error : public std::runtime_error {
 
 // Throws Error unless `status` is WH_OK.
 inline void check(wh_status status) {
-  if (status == WH_OK) return;
-  if (status == WH_OUT_OF_MEMORY) throw std::bad_alloc();
-  throw Error(status, wh_last_error());
+  if (status != WH_OK) throw Error(status, wh_last_error());
 }
 
 enum class Dtype : int32_t { kF32 = WH_F32, kF16 = WH_F16, kBf16 = WH_BF16 };
@@ -62,6 +61,12 @@ enum class Policy : int32_t {
 enum class Precision : int32_t { kNative = WH_NATIVE, kHigh = WH_HIGH };
 
 using Extents = std::array<int64_t, 4>;
+
+// "[1, 8, 16, 256]": for messages.
+inline std::string to_string(const Extents& e) {
+  return "[" + std::to_string(e[0]) + ", " + std::to_string(e[1]) + ", " + std::to_string(e[2]) +
+         ", " + std::to_string(e[3]) + "]";
+}
 
 // Strides of a contiguous tensor, in elements.
 constexpr Extents dense_strides(const Extents& shape) {
@@ -92,7 +97,7 @@ struct MaskView {
 // What to compute beyond softmax(scale * q k^T) v.
 struct Options {
   std::optional<float> scale{};  // default 1 / sqrt(dim_qk)
-  float softcap = 0;           // 0: none
+  float softcap = 0;             // 0: none
   Causal causal = Causal::kNone;
   int64_t window_left = WH_UNLIMITED;
   int64_t window_right = WH_UNLIMITED;
@@ -112,7 +117,7 @@ struct Limits {
   Policy policy = Policy::kAutomatic;
   int64_t fused_above = 16384;
   std::string kernel{};  // forces one by name
-  int32_t threads = 0;  // 0: every core
+  int32_t threads = 0;   // 0: every core
   Precision precision = Precision::kNative;
   double longest_step_us = 0;  // between two looks at the progress callback; 0: any
   bool batch_invariant = false;
@@ -139,12 +144,8 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
                           const TensorView& out, const Options& options = {}) {
   const auto expect = [](const char* name, const Extents& shape, const Extents& expected) {
     if (shape == expected) return;
-    const auto text = [](const Extents& e) {
-      return "[" + std::to_string(e[0]) + ", " + std::to_string(e[1]) + ", " +
-             std::to_string(e[2]) + ", " + std::to_string(e[3]) + "]";
-    };
-    throw Error(WH_INVALID_ARGUMENT, std::string(name) + " is " + text(shape) +
-                                         "; the others make it " + text(expected));
+    throw Error(WH_INVALID_ARGUMENT, std::string(name) + " is " + to_string(shape) +
+                                         "; the others make it " + to_string(expected));
   };
   expect("k", k.shape, {q.shape[0], k.shape[1], k.shape[2], q.shape[3]});
   expect("v", v.shape, {q.shape[0], k.shape[1], k.shape[2], v.shape[3]});
@@ -208,8 +209,8 @@ inline wh_tensors tensors(const TensorView& q, const TensorView& k, const Tensor
 
 // Where a run gets its threads or its stream from.
 struct RunOptions {
-  void* stream = nullptr;                 // a cudaStream_t
-  const wh_executor* executor = nullptr;  // null: oneTBB
+  void* stream = nullptr;                                         // a cudaStream_t
+  const wh_executor* executor = nullptr;                          // null: oneTBB
   int32_t (*progress)(void* context, double fraction) = nullptr;  // anything but 0 cancels
   void* progress_context = nullptr;
 
@@ -224,6 +225,19 @@ struct RunOptions {
   }
 };
 
+// What a run may need beside its four tensors: what the plan's problem uses, and the workspace.
+struct Extras {
+  const void* mask = nullptr;
+  const float* sinks = nullptr;          // [heads_q]
+  const int32_t* key_lengths = nullptr;  // [batch]
+  const int32_t* key_starts = nullptr;   // [batch]
+  float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written
+  // At least the plan's bytes, aligned to WH_WORKSPACE_ALIGNMENT. Null: on the CPU memory for the
+  // time of the call; CUDA plans need one.
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
+};
+
 // A plan: immutable, movable, runnable from any number of threads at once.
 class Plan {
  public:
@@ -233,6 +247,7 @@ class Plan {
     const wh_status status = wh_plan_create(&problem, &c_limits, &plan);
     plan_.reset(plan);  // a refused plan can still be explained, but not here: it throws
     check(status);
+    read_problem();
   }
   static Plan from_json(std::string_view text) {
     wh_plan* plan = nullptr;
@@ -240,6 +255,7 @@ class Plan {
     return Plan(plan);
   }
 
+  const wh_problem& problem() const { return problem_; }
   std::string kernel() const { return wh_plan_kernel(plan_.get()); }
   uint64_t workspace_bytes() const { return wh_plan_workspace_bytes(plan_.get()); }
   double estimated_us() const { return wh_plan_estimated_us(plan_.get()); }
@@ -254,16 +270,73 @@ class Plan {
     check(wh_plan_run(plan_.get(), &tensors, &c_options));
   }
 
+  // The same from views, which must be those of the plan's problem: throws Error when a type, shape
+  // or stride differs.
+  void run(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+           const Extras& extras = {}, const RunOptions& options = {}) const {
+    const wh_problem& p = problem_;
+    expect("q", q, p.dtype_q, {p.batch, p.heads_q, p.len_q, p.dim_qk}, p.stride_q);
+    expect("k", k, p.dtype_kv, {p.batch, p.heads_kv, p.len_k, p.dim_qk}, p.stride_k);
+    expect("v", v, p.dtype_kv, {p.batch, p.heads_kv, p.len_k, p.dim_v}, p.stride_v);
+    expect("out", out, p.dtype_q, {p.batch, p.heads_q, p.len_q, p.dim_v}, p.stride_out);
+    wh_tensors t = tensors(q, k, v, out);
+    t.mask = extras.mask;
+    t.sinks = extras.sinks;
+    t.key_lengths = extras.key_lengths;
+    t.key_starts = extras.key_starts;
+    t.log_sum_exp = extras.log_sum_exp;
+    t.workspace = extras.workspace;
+    t.workspace_bytes = extras.workspace_bytes;
+    std::unique_ptr<void, FreeWorkspace> owned;
+    if (t.workspace == nullptr && p.device == WH_CPU) {
+      t.workspace_bytes = static_cast<size_t>(workspace_bytes());
+      owned.reset(::operator new (t.workspace_bytes, std::align_val_t{WH_WORKSPACE_ALIGNMENT},
+                                  std::nothrow));
+      if (owned == nullptr) {
+        throw Error(WH_OUT_OF_MEMORY,
+                    "no memory for " + std::to_string(t.workspace_bytes) + " bytes of workspace");
+      }
+      t.workspace = owned.get();
+    }
+    run(t, options);
+  }
+
  private:
-  explicit Plan(wh_plan* plan) : plan_(plan) {}
+  explicit Plan(wh_plan* plan) : plan_(plan) { read_problem(); }
+  void read_problem() {
+    check(wh_problem_init(&problem_, sizeof(problem_)));
+    check(wh_plan_problem(plan_.get(), &problem_));
+  }
   static std::string text(const char* made) {
-    if (made == nullptr) throw std::bad_alloc();
+    if (made == nullptr) throw Error(WH_OUT_OF_MEMORY, wh_last_error());
     return made;
   }
+  static void expect(const std::string& name, const TensorView& view, int32_t dtype,
+                     const Extents& shape, const int64_t (&planned)[4]) {
+    const Extents strides{planned[0], planned[1], planned[2], planned[3]};
+    if (static_cast<int32_t>(view.dtype) != dtype) {
+      throw Error(WH_INVALID_ARGUMENT, name + " has another type than the plan was made for");
+    }
+    if (view.shape != shape) {
+      throw Error(WH_INVALID_ARGUMENT, name + " is " + to_string(view.shape) +
+                                           "; the plan was made for " + to_string(shape));
+    }
+    for (size_t i = 0; i < 4; ++i) {
+      if (shape[i] <= 1 || view.strides[i] == strides[i]) continue;
+      throw Error(WH_INVALID_ARGUMENT, name + " has strides " + to_string(view.strides) +
+                                           "; the plan was made for " + to_string(strides));
+    }
+  }
+  struct FreeWorkspace {
+    void operator()(void* workspace) const noexcept {
+      ::operator delete (workspace, std::align_val_t{WH_WORKSPACE_ALIGNMENT});
+    }
+  };
   struct Destroy {
     void operator()(wh_plan* plan) const noexcept { wh_plan_destroy(plan); }
   };
   std::unique_ptr<wh_plan, Destroy> plan_;
+  wh_problem problem_{};
 };
 
 inline Plan plan(const wh_problem& problem, const Limits& limits = {}) {

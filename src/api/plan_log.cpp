@@ -12,9 +12,24 @@ namespace wh {
 namespace {
 
 struct Receiver {
-  std::mutex mutex;
+  // Held while `log` runs: no two lines at once, and once set_plan_log() has answered, the one
+  // before is not running any more. Recursive, as `log` may call the library.
+  std::recursive_mutex mutex;
+  bool is_running = false;
   PlanLog log = nullptr;
   void* context = nullptr;
+};
+
+// While one lives, the callback runs; it may throw.
+class Running {
+ public:
+  explicit Running(bool& flag) : flag_(flag) { flag_ = true; }
+  ~Running() { flag_ = false; }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+
+ private:
+  bool& flag_;
 };
 
 Receiver& receiver() {
@@ -52,8 +67,11 @@ std::string plan_line(const Plan& plan) {
 void log_plan(const Plan& plan) {
   Receiver& to = receiver();
   const std::lock_guard lock(to.mutex);
+  if (to.is_running) return;  // a plan of the callback's own
   if (to.log != nullptr) {
-    to.log(to.context, plan_line(plan).c_str());
+    const std::string line = plan_line(plan);
+    const Running running(to.is_running);
+    to.log(to.context, line.c_str());
   } else if (environment().logs_plans()) {
     std::fprintf(stderr, "widehead: %s\n", plan_line(plan).c_str());
   }

@@ -4,17 +4,17 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <new>
-#include <nlohmann/json.hpp>
 
 #include "api/environment.h"
 #include "api/machine.h"
 #include "api/plan_cache.h"
 #include "api/plan_log.h"
+#include "api/sized_struct.h"
 #include "api/workspace.h"
+#include "core/json_writer.h"
 #include "cuda/device.h"
 
 struct wh_plan {
@@ -60,8 +60,9 @@ wh_status code_of(const Status& status) {
   return WH_INTERNAL_ERROR;
 }
 
-wh_status answer(const Status& status) {
-  return status.ok() ? WH_OK : fail(code_of(status), status.message());
+// Needs no memory: a refusal must not turn into another failure after its plan has been handed out.
+wh_status answer(Status status) {
+  return status.ok() ? WH_OK : fail(code_of(status), std::move(status).message());
 }
 
 // Runs body, which answers with a Status; nothing leaves it as an exception.
@@ -85,19 +86,35 @@ wh_status guarded(Body&& body) noexcept {
   }
 }
 
-// Structs of callers compiled against another version: the fields that both know are copied, the
-// rest keeps its default. The first release's size is the least.
-template <typename Struct>
-Status read_sized(const char* name, const Struct* from, Struct& to) {
-  if (from == nullptr) return invalid(fmt::format("{} is null", name));
-  constexpr size_t kMost = 65536;
-  if (from->size < sizeof(Struct) || from->size > kMost) {
-    return invalid(fmt::format("{}.size is {}; it must be set by {}_init(), here at least {}", name,
-                               from->size, "wh_" + std::string(name), sizeof(Struct)));
-  }
-  to = *from;
-  return {};
+// Sizes are those of 0.1.0 on a 64-bit system.
+const SizedStruct<wh_problem>& problem_struct() {
+  static const SizedStruct<wh_problem> sized = [] {
+    wh_problem defaults{};
+    defaults.batch = 1;
+    defaults.heads_q = defaults.heads_kv = 1;
+    defaults.window_left = defaults.window_right = WH_UNLIMITED;
+    return SizedStruct<wh_problem>{"problem", 280, defaults};
+  }();
+  return sized;
 }
+
+const SizedStruct<wh_limits>& limits_struct() {
+  static const SizedStruct<wh_limits> sized = [] {
+    const Limits core;
+    wh_limits defaults{};
+    defaults.workspace_bytes = core.workspace_bytes;
+    defaults.fused_above = core.fused_above;
+    defaults.fresh_keys = core.fresh_keys;
+    return SizedStruct<wh_limits>{"limits", 72, defaults};
+  }();
+  return sized;
+}
+
+constexpr SizedStruct<wh_tensors> kTensorsStruct{"tensors", 96, {}};
+constexpr SizedStruct<wh_run_options> kRunOptionsStruct{"run_options", 40, {}};
+static_assert(sizeof(wh_problem) >= 280 && sizeof(wh_limits) >= 72 &&
+              sizeof(wh_tensors) >= kTensorsStruct.first_bytes &&
+              sizeof(wh_run_options) >= kRunOptionsStruct.first_bytes);
 
 template <typename Enum>
 Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
@@ -113,7 +130,7 @@ Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
 
 Status read_problem(const wh_problem* from, Problem& to) {
   wh_problem c{};
-  WH_RETURN_IF_ERROR(read_sized("problem", from, c));
+  WH_RETURN_IF_ERROR(read_sized(problem_struct(), from, c));
   WH_RETURN_IF_ERROR(read_enum("device", c.device, WH_CUDA, to.device));
   WH_RETURN_IF_ERROR(read_enum("dtype_q", c.dtype_q, WH_BF16, to.dtype_q));
   WH_RETURN_IF_ERROR(read_enum("dtype_kv", c.dtype_kv, WH_BF16, to.dtype_kv));
@@ -150,10 +167,42 @@ Status read_problem(const wh_problem* from, Problem& to) {
   return validate(to);
 }
 
+// The other way: what a caller would have written.
+wh_problem problem_of(const Problem& p) {
+  wh_problem c{};
+  c.device = static_cast<int32_t>(p.device);
+  c.device_index = p.device_index;
+  c.dtype_q = static_cast<int32_t>(p.dtype_q);
+  c.dtype_kv = static_cast<int32_t>(p.dtype_kv);
+  c.batch = p.batch;
+  c.heads_q = p.heads_q;
+  c.heads_kv = p.heads_kv;
+  c.len_q = p.len_q;
+  c.len_k = p.len_k;
+  c.dim_qk = p.dim_qk;
+  c.dim_v = p.dim_v;
+  std::copy_n(p.stride_q.begin(), 4, c.stride_q);
+  std::copy_n(p.stride_k.begin(), 4, c.stride_k);
+  std::copy_n(p.stride_v.begin(), 4, c.stride_v);
+  std::copy_n(p.stride_out.begin(), 4, c.stride_out);
+  std::copy_n(p.stride_mask.begin(), 4, c.stride_mask);
+  c.scale = p.scale;
+  c.softcap = p.softcap;
+  c.causal = static_cast<int32_t>(p.causal);
+  c.mask = static_cast<int32_t>(p.mask);
+  c.window_left = p.window_left;
+  c.window_right = p.window_right;
+  if (p.has_sinks) c.uses |= WH_USES_SINKS;
+  if (p.has_key_lengths) c.uses |= WH_USES_KEY_LENGTHS;
+  if (p.has_key_starts) c.uses |= WH_USES_KEY_STARTS;
+  if (p.wants_log_sum_exp) c.uses |= WH_USES_LOG_SUM_EXP;
+  return c;
+}
+
 Status read_limits(const wh_limits* from, Device device, Limits& to) {
   if (from != nullptr) {
     wh_limits c{};
-    WH_RETURN_IF_ERROR(read_sized("limits", from, c));
+    WH_RETURN_IF_ERROR(read_sized(limits_struct(), from, c));
     WH_RETURN_IF_ERROR(read_enum("limits.policy", c.policy, WH_FUSED_ABOVE, to.policy));
     WH_RETURN_IF_ERROR(read_enum("limits.precision", c.precision, WH_HIGH, to.precision));
     WH_RETURN_IF_ERROR(
@@ -170,7 +219,7 @@ Status read_limits(const wh_limits* from, Device device, Limits& to) {
 
 Status read_tensors(const wh_tensors* from, Tensors& to) {
   wh_tensors c{};
-  WH_RETURN_IF_ERROR(read_sized("tensors", from, c));
+  WH_RETURN_IF_ERROR(read_sized(kTensorsStruct, from, c));
   to = {c.q,           c.k,          c.v,           c.out,       c.mask,           c.sinks,
         c.key_lengths, c.key_starts, c.log_sum_exp, c.workspace, c.workspace_bytes};
   return {};
@@ -186,7 +235,7 @@ struct RunOptions {
 Status read_run_options(const wh_run_options* from, RunOptions& to) {
   if (from == nullptr) return {};
   wh_run_options c{};
-  WH_RETURN_IF_ERROR(read_sized("run_options", from, c));
+  WH_RETURN_IF_ERROR(read_sized(kRunOptionsStruct, from, c));
   to.stream = c.stream;
   to.progress = c.progress;
   to.progress_context = c.progress_context;
@@ -234,9 +283,10 @@ Status check_workspace(const Plan& plan, const Tensors& t) {
 
 Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& options) {
   WH_RETURN_IF_ERROR(runnable_status(plan));
-  const Tensors used = used_tensors(plan.problem, tensors);
-  WH_RETURN_IF_ERROR(validate(plan.problem, used));
+  Tensors used = used_tensors(plan.problem, tensors);
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
+  used.workspace_bytes = plan.workspace_bytes;  // more may be there, and hold something else
+  WH_RETURN_IF_ERROR(validate(plan.problem, used));
   const Problem& p = plan.problem;
   if (p.batch == 0 || p.len_q == 0) return {};
   if (p.device == Device::kCuda) {
@@ -263,21 +313,6 @@ Result<std::shared_ptr<const Plan>> cached_plan(const Problem& problem, const Li
   return plan;
 }
 
-template <typename Struct>
-wh_status init(const char* name, Struct* target, size_t size, const Struct& defaults) {
-  return guarded([&]() -> Status {
-    if (target == nullptr) return invalid(fmt::format("{} is null", name));
-    if (size < sizeof(Struct)) {
-      return invalid(fmt::format("size is {}; it must be sizeof(wh_{}), here at least {}", size,
-                                 name, sizeof(Struct)));
-    }
-    std::memset(static_cast<void*>(target), 0, size);
-    *target = defaults;
-    target->size = size;
-    return {};
-  });
-}
-
 }  // namespace
 }  // namespace wh
 
@@ -287,38 +322,30 @@ using wh::Status;
 const char* wh_last_error(void) { return wh::last_error_text; }
 
 void wh_set_plan_log(void (*log)(void* context, const char* line), void* context) {
-  wh::set_plan_log(log, context);
+  // Nothing to answer with: a failure leaves its message in wh_last_error().
+  (void)guarded([&]() -> Status {
+    wh::set_plan_log(log, context);
+    return {};
+  });
 }
 
 wh_status wh_problem_init(wh_problem* problem, size_t size) {
-  wh_problem defaults{};
-  defaults.batch = 1;
-  defaults.heads_q = defaults.heads_kv = 1;
-  defaults.window_left = defaults.window_right = WH_UNLIMITED;
-  return wh::init("problem", problem, size, defaults);
+  return guarded([&] { return wh::init_sized(wh::problem_struct(), problem, size); });
 }
-
 wh_status wh_limits_init(wh_limits* limits, size_t size) {
-  const wh::Limits core;
-  wh_limits defaults{};
-  defaults.workspace_bytes = core.workspace_bytes;
-  defaults.fused_above = core.fused_above;
-  defaults.fresh_keys = core.fresh_keys;
-  return wh::init("limits", limits, size, defaults);
+  return guarded([&] { return wh::init_sized(wh::limits_struct(), limits, size); });
 }
-
 wh_status wh_tensors_init(wh_tensors* tensors, size_t size) {
-  return wh::init("tensors", tensors, size, wh_tensors{});
+  return guarded([&] { return wh::init_sized(wh::kTensorsStruct, tensors, size); });
 }
-
 wh_status wh_run_options_init(wh_run_options* options, size_t size) {
-  return wh::init("run_options", options, size, wh_run_options{});
+  return guarded([&] { return wh::init_sized(wh::kRunOptionsStruct, options, size); });
 }
 
 wh_status wh_problem_set_dense(wh_problem* problem) {
   return guarded([&]() -> Status {
     wh_problem p{};
-    if (Status status = wh::read_sized("problem", problem, p); !status.ok()) return status;
+    WH_RETURN_IF_ERROR(wh::read_sized(wh::problem_struct(), problem, p));
     for (const int64_t size : {p.batch, p.heads_q, p.heads_kv, p.len_q, p.len_k}) {
       if (size < 0 || size > wh::kMaxLength) {
         return wh::invalid(fmt::format("a size of the problem is {}; it must be between 0 and {}",
@@ -384,6 +411,13 @@ uint64_t wh_plan_workspace_bytes(const wh_plan* plan) {
 }
 double wh_plan_estimated_us(const wh_plan* plan) {
   return plan == nullptr ? 0 : plan->plan.estimated_us;
+}
+
+wh_status wh_plan_problem(const wh_plan* plan, wh_problem* problem) {
+  return guarded([&]() -> Status {
+    if (plan == nullptr) return wh::invalid("plan is null");
+    return wh::write_sized(wh::problem_struct(), wh::problem_of(plan->plan.problem), problem);
+  });
 }
 
 const char* wh_plan_explain(const wh_plan* plan) {
@@ -460,17 +494,19 @@ const char* wh_kernel_summary(int32_t device, size_t index) {
 const char* wh_device_json(int32_t device, int32_t device_index) {
   static thread_local std::string text;
   const wh_status status = guarded([&]() -> Status {
-    using Json = nlohmann::ordered_json;
+    wh::JsonWriter json(wh::JsonWriter::Layout::kLine);
     if (device == WH_CPU) {
       const wh::CpuFacts& cpu = wh::cpu_facts();
-      text = Json{{"name", cpu.name},
-                  {"isa", cpu.isa},
-                  {"avx512_bf16", cpu.has_avx512_bf16},
-                  {"cores", cpu.cores},
-                  {"l2_bytes", cpu.l2_bytes},
-                  {"gflops_per_core", cpu.gflops_per_core},
-                  {"read_gbytes_per_s", cpu.read_gbytes_per_s}}
-                 .dump();
+      json.begin_object();
+      json.write("name", cpu.name);
+      json.write("isa", cpu.isa);
+      json.write("avx512_bf16", cpu.has_avx512_bf16);
+      json.write("cores", cpu.cores);
+      json.write("l2_bytes", cpu.l2_bytes);
+      json.write("gflops_per_core", cpu.gflops_per_core);
+      json.write("read_gbytes_per_s", cpu.read_gbytes_per_s);
+      json.end_object();
+      text = json.take();
       return {};
     }
     if (device != WH_CUDA) {
@@ -478,15 +514,17 @@ const char* wh_device_json(int32_t device, int32_t device_index) {
     }
     const wh::CudaFacts& cuda = wh::cuda_facts(device_index);
     if (!cuda.unavailable.empty()) return {wh::Code::kRefused, cuda.unavailable};
-    text = Json{{"name", cuda.name},
-                {"index", cuda.index},
-                {"compute_capability", cuda.compute_capability},
-                {"sms", cuda.sms},
-                {"shared_bytes", cuda.shared_bytes},
-                {"l2_bytes", cuda.l2_bytes},
-                {"tensor_tflops", cuda.tensor_tflops},
-                {"read_gbytes_per_s", cuda.read_gbytes_per_s}}
-               .dump();
+    json.begin_object();
+    json.write("name", cuda.name);
+    json.write("index", cuda.index);
+    json.write("compute_capability", cuda.compute_capability);
+    json.write("sms", cuda.sms);
+    json.write("shared_bytes", cuda.shared_bytes);
+    json.write("l2_bytes", cuda.l2_bytes);
+    json.write("tensor_tflops", cuda.tensor_tflops);
+    json.write("read_gbytes_per_s", cuda.read_gbytes_per_s);
+    json.end_object();
+    text = json.take();
     return {};
   });
   return status == WH_OK ? text.c_str() : nullptr;

@@ -2,12 +2,23 @@
 // boolean masks and additive ones alike.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
-#include "core/float16.h"
+#include "core/element.h"
 #include "core/problem.h"
 
 namespace wh {
+
+// Finite biases beyond it count as it: scaled to base 2 and added to a score of at most as much
+// they stay finite. Programs mask with the lowest number of f32, which is not minus infinity: where
+// all keys of a row have it, the row is the mean of V and not empty.
+constexpr float kLargestBias = 0x1p126f;
+
+inline float limited_bias(float bias) {
+  return std::isfinite(bias) ? std::clamp(bias, -kLargestBias, kLargestBias) : bias;
+}
 
 inline float mask_bias(const Problem& problem, const void* mask, int64_t batch_idx, int64_t head,
                        int64_t query_idx, int64_t key_idx) {
@@ -22,19 +33,11 @@ inline float mask_bias(const Problem& problem, const void* mask, int64_t batch_i
                  ? 0.0f
                  : -std::numeric_limits<float>::infinity();
     case MaskKind::kAdditiveF32:
-      return static_cast<const float*>(mask)[offset];
+      return limited_bias(static_cast<const float*>(mask)[offset]);
     case MaskKind::kAdditiveQ:
       break;
   }
-  switch (problem.dtype_q) {
-    case Dtype::kF32:
-      return static_cast<const float*>(mask)[offset];
-    case Dtype::kF16:
-      return to_float(static_cast<const Half*>(mask)[offset]);
-    case Dtype::kBf16:
-      return to_float(static_cast<const Bfloat16*>(mask)[offset]);
-  }
-  return 0.0f;
+  return limited_bias(load_element(mask, problem.dtype_q, offset));
 }
 
 }  // namespace wh

@@ -1,4 +1,4 @@
-// Reads members of a JSON object and names the one that is missing or wrong.
+// Parses JSON, and reads members of an object with the name of the one that is missing or wrong.
 #pragma once
 
 #include <fmt/format.h>
@@ -13,6 +13,35 @@
 
 namespace wh {
 
+// A parsed text. nlohmann::json's destructor flattens what is nested, for which it allocates, and
+// ends the program where that fails: here the innermost go first, and nothing is left to flatten.
+class JsonDocument {
+ public:
+  explicit JsonDocument(const std::string& text)
+      : root_(nlohmann::json::parse(text, keep_shallow, /*allow_exceptions=*/false)) {}
+  ~JsonDocument() { empty(root_); }
+  JsonDocument(const JsonDocument&) = delete;
+  JsonDocument& operator=(const JsonDocument&) = delete;
+
+  bool is_valid() const { return !root_.is_discarded(); }
+  const nlohmann::json& root() const { return root_; }
+
+ private:
+  // What the library reads is less deep; deeper values are dropped, as empty() calls itself.
+  static constexpr int kMostDepth = 16;
+
+  static bool keep_shallow(int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+    return depth < kMostDepth;
+  }
+  static void empty(nlohmann::json& json) {
+    if (!json.is_structured()) return;
+    for (nlohmann::json& child : json) empty(child);
+    json.clear();
+  }
+
+  nlohmann::json root_;
+};
+
 struct MalformedJson {
   std::string message;
 };
@@ -20,12 +49,12 @@ struct MalformedJson {
 // What is missing or of another type throws MalformedJson, which each parser catches.
 class JsonReader {
  public:
-  JsonReader(const nlohmann::ordered_json& object, std::string path)
+  JsonReader(const nlohmann::json& object, std::string path)
       : object_(object), path_(std::move(path)) {
     if (!object.is_object()) throw MalformedJson{path_ + " is not an object"};
   }
 
-  const nlohmann::ordered_json& member(const char* name) const {
+  const nlohmann::json& member(const char* name) const {
     const auto found = object_.find(name);
     if (found == object_.end()) throw MalformedJson{path_ + "." + name + " is missing"};
     return *found;
@@ -47,7 +76,7 @@ class JsonReader {
 
  private:
   template <typename T>
-  static T convert(const nlohmann::ordered_json& json, const std::string& path) {
+  static T convert(const nlohmann::json& json, const std::string& path) {
     if constexpr (std::is_same_v<T, bool>) {
       if (!json.is_boolean()) throw MalformedJson{path + " is not true or false"};
       return json.get<bool>();
@@ -71,7 +100,7 @@ class JsonReader {
     }
   }
 
-  const nlohmann::ordered_json& object_;
+  const nlohmann::json& object_;
   std::string path_;
 };
 

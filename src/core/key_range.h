@@ -1,5 +1,6 @@
 // Which keys a query may see: causal, window, key lengths and key starts in one place. The
-// reference, the kernels and the planner's cost all call this; array masks come on top.
+// reference and the CPU kernels call this; array masks come on top. plan/work.cpp counts the same
+// in closed form.
 #pragma once
 
 #include <algorithm>

@@ -68,6 +68,7 @@ struct Bytes {
   const char* name;
   const void* data;
   int64_t size;
+  int64_t element_bytes;  // what its address must be a multiple of
 };
 
 bool overlap(const Bytes& a, const Bytes& b) {
@@ -75,6 +76,27 @@ bool overlap(const Bytes& a, const Bytes& b) {
   const auto begin_a = reinterpret_cast<uintptr_t>(a.data);
   const auto begin_b = reinterpret_cast<uintptr_t>(b.data);
   return begin_a < begin_b + b.size && begin_b < begin_a + a.size;
+}
+
+std::string place(const Bytes& bytes) {
+  return fmt::format("{}, {} bytes at {}", bytes.name, bytes.size, bytes.data);
+}
+
+Status check_apart(const Bytes& written, const Bytes& other) {
+  if (!overlap(written, other)) return {};
+  return invalid(
+      fmt::format("{} overlaps {} ({}; {}); what a run writes must share no memory with "
+                  "another tensor",
+                  written.name, other.name, place(written), place(other)));
+}
+
+Status check_alignment(const Bytes& bytes) {
+  if (bytes.element_bytes == 0) return {};
+  if (reinterpret_cast<uintptr_t>(bytes.data) % static_cast<uintptr_t>(bytes.element_bytes) == 0) {
+    return {};
+  }
+  return invalid(fmt::format("{} is at {}; it must be aligned to its elements of {} bytes",
+                             bytes.name, bytes.data, bytes.element_bytes));
 }
 
 Extents extents_q(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_qk}; }
@@ -180,35 +202,42 @@ Status validate(const Problem& p) {
 
 Status validate(const Problem& p, const Tensors& t) {
   const TensorBytes bytes = tensor_bytes(p);
-  const Bytes out{"out", t.out, bytes.out};
-  const Bytes lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp};
-  const Bytes inputs[] = {{"q", t.q, bytes.q},
-                          {"k", t.k, bytes.k},
-                          {"v", t.v, bytes.v},
-                          {"mask", t.mask, bytes.mask},
-                          {"sinks", t.sinks, bytes.sinks},
-                          {"key_lengths", t.key_lengths, bytes.key_lengths},
-                          {"key_starts", t.key_starts, bytes.key_starts}};
+  const auto element_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
+  const auto element_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
+  const Bytes out{"out", t.out, bytes.out, element_q};
+  const Bytes lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp, 4};
+  const Bytes workspace{"workspace", t.workspace, static_cast<int64_t>(t.workspace_bytes), 0};
+  const Bytes inputs[] = {{"q", t.q, bytes.q, element_q},
+                          {"k", t.k, bytes.k, element_kv},
+                          {"v", t.v, bytes.v, element_kv},
+                          {"mask", t.mask, bytes.mask, mask_element_bytes(p)},
+                          {"sinks", t.sinks, bytes.sinks, 4},
+                          {"key_lengths", t.key_lengths, bytes.key_lengths, 4},
+                          {"key_starts", t.key_starts, bytes.key_starts, 4}};
   if (out.size == 0) return {};  // nothing is read or written
   if (t.out == nullptr) return invalid("out is null; it must point to the output");
+  if (p.wants_log_sum_exp && t.log_sum_exp == nullptr) {
+    return invalid("log_sum_exp is null; the problem asks for it");
+  }
   for (const Bytes& input : inputs) {
     if (input.size > 0 && input.data == nullptr) {
       return invalid(fmt::format("{} is null; the problem says that it is used", input.name));
     }
-    if (overlap(out, input) || overlap(lse, input)) {
-      return invalid(fmt::format("{} overlaps {}; an output must not share memory with an input",
-                                 overlap(out, input) ? "out" : "log_sum_exp", input.name));
-    }
+    if (input.size > 0) WH_RETURN_IF_ERROR(check_alignment(input));
   }
   if (p.values_in_keys && t.v != nullptr && t.v != t.k) {
     return invalid(fmt::format(
         "v is {}; the problem says that it lies in k, so it must be null or k, which is {}", t.v,
         t.k));
   }
-  if (p.wants_log_sum_exp && t.log_sum_exp == nullptr) {
-    return invalid("log_sum_exp is null; the problem asks for it");
+  WH_RETURN_IF_ERROR(check_alignment(out));
+  WH_RETURN_IF_ERROR(check_alignment(lse));
+  // What a run writes shares memory with nothing else.
+  const Bytes* const written[] = {&out, &lse, &workspace};
+  for (size_t i = 0; i < std::size(written); ++i) {
+    for (const Bytes& input : inputs) WH_RETURN_IF_ERROR(check_apart(*written[i], input));
+    for (size_t j = 0; j < i; ++j) WH_RETURN_IF_ERROR(check_apart(*written[j], *written[i]));
   }
-  if (p.wants_log_sum_exp && overlap(out, lse)) return invalid("out overlaps log_sum_exp");
   if (p.device != Device::kCpu) return {};  // key lengths live on the device
   for (int64_t b = 0; b < p.batch; ++b) {
     if (p.has_key_lengths && (t.key_lengths[b] < 0 || t.key_lengths[b] > p.len_k)) {

@@ -2,7 +2,7 @@
 //
 //   out = softmax(mask(softcap(scale * q k^T))) v
 //
-// docs/semantics.md states the rules; visible_keys() in key_range.h is their only implementation.
+// docs/semantics.md states the rules and where they are implemented.
 #pragma once
 
 #include <array>

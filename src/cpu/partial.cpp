@@ -3,6 +3,10 @@
 #include <cmath>
 #include <limits>
 
+#include "core/array_mask.h"
+#include "core/empty_row.h"
+#include "cpu/base2.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/partial.cpp"
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
@@ -54,9 +58,9 @@ HWY_EXPORT(add_weighted);
 
 namespace {
 
-constexpr float kLog2e = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// A sum over keys of weight 0 may be NaN.
+constexpr float kNoOutput[kMaxDim] = {kEmptyRowOut};
 
 }  // namespace
 
@@ -66,22 +70,23 @@ void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, c
   const int64_t head = id.head_kv * group + id.row % group;
   float factor = 1;  // of o: what joining the sink leaves of it
   if (p.has_sinks) {
-    const float sink = t.sinks[head] * kLog2e;
+    const float sink = limited_bias(t.sinks[head]) * kLog2e;
     const float largest = m < sink ? sink : m;
     const float shift = largest == -kInfinity ? 0 : largest;
     factor = std::exp2(m - shift);
     l = l * factor + std::exp2(sink - shift);
     m = largest;
   }
-  const bool is_empty = l == 0;  // NaN is not empty
-  const float scale = is_empty ? 0 : factor / l;
+  const bool is_empty = is_empty_row(l);
+  if (is_empty) o = kNoOutput;
+  const float scale = is_empty ? 1 : factor / l;
   const int64_t offset =
       id.batch_idx * p.stride_out[0] + head * p.stride_out[1] + query * p.stride_out[2];
   HWY_DYNAMIC_DISPATCH(store_scaled)
   (o, scale, p.dim_v, t.out, p.dtype_q, offset, p.stride_out[3]);
   if (p.wants_log_sum_exp) {
     t.log_sum_exp[(id.batch_idx * p.heads_q + head) * p.len_q + query] =
-        is_empty ? -kInfinity : (m + std::log2(l)) * kLn2;
+        is_empty ? kEmptyRowLogSumExp : (m + std::log2(l)) * kLn2;
   }
 }
 
@@ -98,7 +103,7 @@ void merge_rows(const Problem& p, const Tensors& t, const Partials& partials, in
     for (int64_t d = 0; d < p.dim_v; ++d) scratch[d] = 0;
     for (int64_t c = 0; c < partials.chunks; ++c) {
       const int64_t i = c * partials.rows + row;
-      if (partials.l[i] == 0) continue;  // the chunk saw none of this row's keys
+      if (is_empty_row(partials.l[i])) continue;  // the chunk saw none of this row's keys
       const float weight = std::exp2(partials.m[i] - shift);
       l += partials.l[i] * weight;
       HWY_DYNAMIC_DISPATCH(add_weighted)(partials.o + i * p.dim_v, weight, p.dim_v, scratch);

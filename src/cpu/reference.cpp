@@ -4,24 +4,14 @@
 #include <limits>
 
 #include "core/array_mask.h"
+#include "core/element.h"
+#include "core/empty_row.h"
 #include "core/key_range.h"
 
 namespace wh::cpu {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-double load(const void* data, Dtype dtype, int64_t offset) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return static_cast<const float*>(data)[offset];
-    case Dtype::kF16:
-      return to_float(static_cast<const Half*>(data)[offset]);
-    case Dtype::kBf16:
-      return to_float(static_cast<const Bfloat16*>(data)[offset]);
-  }
-  return 0;
-}
 
 void store(void* data, Dtype dtype, int64_t offset, double value) {
   const float rounded = static_cast<float>(value);
@@ -58,8 +48,8 @@ double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange ke
         row.batch_idx * p.stride_k[0] + row.head_kv * p.stride_k[1] + j * p.stride_k[2];
     double dot = 0;
     for (int64_t d = 0; d < p.dim_qk; ++d) {
-      dot += load(t.q, p.dtype_q, q + d * p.stride_q[3]) *
-             load(t.k, p.dtype_kv, k + d * p.stride_k[3]);
+      dot += double{load_element(t.q, p.dtype_q, q + d * p.stride_q[3])} *
+             load_element(t.k, p.dtype_kv, k + d * p.stride_k[3]);
     }
     score = dot * p.scale;
     if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
@@ -77,7 +67,7 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   double* sums = is_visible + p.len_k;  // [dim_v]
   const KeyRange keys = visible_keys(p, present_keys(p, t, row.batch_idx), row.query_idx);
   double largest = score_row(p, t, row, keys, scores, is_visible);
-  const double sink = p.has_sinks ? double{t.sinks[row.head_q]} : -kInfinity;
+  const double sink = p.has_sinks ? double{limited_bias(t.sinks[row.head_q])} : -kInfinity;
   if (!(sink <= largest) && !std::isnan(largest)) largest = sink;
   const double shift = largest == -kInfinity ? 0 : largest;
 
@@ -90,18 +80,19 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
     const int64_t v =
         row.batch_idx * p.stride_v[0] + row.head_kv * p.stride_v[1] + j * p.stride_v[2];
     for (int64_t d = 0; d < p.dim_v; ++d) {
-      sums[d] += weight * load(t.v, p.dtype_kv, v + d * p.stride_v[3]);
+      sums[d] += weight * load_element(t.v, p.dtype_kv, v + d * p.stride_v[3]);
     }
   }
+  const bool is_empty = is_empty_row(denominator);
   const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +
                       row.query_idx * p.stride_out[2];
   for (int64_t d = 0; d < p.dim_v; ++d) {
     store(t.out, p.dtype_q, out + d * p.stride_out[3],
-          denominator == 0 ? 0.0 : sums[d] / denominator);
+          is_empty ? kEmptyRowOut : sums[d] / denominator);
   }
   if (p.wants_log_sum_exp) {
     t.log_sum_exp[row_idx] =
-        static_cast<float>(denominator == 0 ? -kInfinity : shift + std::log(denominator));
+        is_empty ? kEmptyRowLogSumExp : static_cast<float>(shift + std::log(denominator));
   }
 }
 

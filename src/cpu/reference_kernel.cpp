@@ -47,9 +47,15 @@ const Kernel kReference{
     [](const Problem& p, const Config& config) {
       return worker_bytes(p) * static_cast<size_t>(config.threads);
     },
-    // About 1.5 ns a multiply-add on one core: strided loads and conversions, one at a time.
+    // About 1.5 ns a multiply-add and an output on one core: strided loads and conversions, one at a
+    // time. And what a call takes in which there is nothing to do: without it an empty problem would
+    // go to the slowest kernel.
     [](const Query& query, const Config& config) {
-      return useful_flops(query.problem) / 2 * 1.5e-3 / std::min(config.threads, query.cpu.cores);
+      constexpr double kCallUs = 3;
+      const Problem& p = query.problem;
+      const double out = static_cast<double>(p.batch * p.heads_q * p.len_q * p.dim_v);
+      return (useful_flops(p) / 2 + out) * 1.5e-3 / std::min(config.threads, query.cpu.cores) +
+             kCallUs;
     },
     run,
     [](const Query& query, const Config&) {

@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "core/array_mask.h"
+#include "cpu/base2.h"
 #include "cpu/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -161,7 +162,6 @@ inline void load_mask_row(const Problem& p, const void* mask, int64_t batch_idx,
                           int64_t query_idx, int64_t begin, int64_t keys, float* HWY_RESTRICT to) {
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-  constexpr float kLog2e = 1.44269504f;
   int64_t j = 0;
   if (p.stride_mask[3] == 1 && p.mask == MaskKind::kBoolean) {
     const auto* from = static_cast<const uint8_t*>(mask) + batch_idx * p.stride_mask[0] +
@@ -178,8 +178,13 @@ inline void load_mask_row(const Problem& p, const void* mask, int64_t batch_idx,
                            query_idx * p.stride_mask[2] + begin;
     const auto log2e = hn::Set(f32, kLog2e);
     const Dtype dtype = p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
+    const auto infinity = hn::Set(f32, std::numeric_limits<float>::infinity());
+    const auto largest = hn::Set(f32, kLargestBias);
     for (; j + lanes <= keys; j += lanes) {
-      hn::StoreU(hn::Mul(load_f32(mask, dtype, offset + j), log2e), f32, to + j);
+      const auto bias = load_f32(mask, dtype, offset + j);
+      const auto limited = hn::CopySign(hn::Min(hn::Abs(bias), largest), bias);
+      const auto is_finite = hn::Lt(hn::Abs(bias), infinity);
+      hn::StoreU(hn::Mul(hn::IfThenElse(is_finite, limited, bias), log2e), f32, to + j);
     }
   }
   for (; j < keys; ++j) {

@@ -1,4 +1,5 @@
-// exp2 and tanh on Highway vectors, and the loads that widen f16 and bf16. Re-included per target.
+// exp2 and tanh on Highway vectors, and the conversions from and to f16 and bf16. Re-included per
+// target.
 #if defined(WH_CPU_VECTOR_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef WH_CPU_VECTOR_MATH_INL_H_
 #undef WH_CPU_VECTOR_MATH_INL_H_
@@ -31,7 +32,7 @@ HWY_INLINE Vec exp2_fraction(Vec r) {
   return hn::MulAdd(y, r, hn::Set(f32, 1.0f));
 }
 
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
 // VREDUCEPS and VSCALEFPS do in one instruction each what takes two and five elsewhere.
 HWY_INLINE Vec exp2_nonpositive(Vec x) {
   const Vec r{_mm512_reduce_ps(x.raw, 0)};
@@ -56,7 +57,7 @@ HWY_INLINE Vec exp2_nonpositive(Vec x) {
 
 // a / b for b in [1, 2^20]. A division takes 16 cycles on AVX-512, as long as the rest of tanh.
 HWY_INLINE Vec divide(Vec a, Vec b) {
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
   const Vec r{_mm512_rcp14_ps(b.raw)};  // 14 bits, one step of Newton makes them 28
   return hn::Mul(a, hn::Mul(r, hn::NegMulAdd(b, r, hn::Set(F32(), 2.0f))));
 #else
@@ -84,9 +85,10 @@ HWY_INLINE Vec tanh_vector(Vec x) {
 }
 
 HWY_INLINE Vec load_f32(const float* from) { return hn::LoadU(F32(), from); }
+#if (HWY_ARCH_X86 && HWY_TARGET > HWY_AVX2) || HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+// Without an instruction for it Highway 1.0 truncates, and turns infinity and NaN into numbers.
+// As to_float() and from_float().
 HWY_INLINE Vec load_f32(const Half* from) {
-#if (HWY_ARCH_X86 && HWY_TARGET > HWY_AVX2) || HWY_TARGET == HWY_SCALAR
-  // Without an instruction for it Highway 1.0 turns infinity and NaN into numbers. As to_float().
   const hn::Rebind<uint16_t, F32> u16;
   const hn::RebindToUnsigned<F32> u32;
   const auto bits = hn::PromoteTo(u32, hn::LoadU(u16, reinterpret_cast<const uint16_t*>(from)));
@@ -97,11 +99,36 @@ HWY_INLINE Vec load_f32(const Half* from) {
   const auto exponent = hn::IfThenElseZero(is_special, hn::Set(u32, 0x7f800000u));
   const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(u32, 0x8000u)));
   return hn::BitCast(F32(), hn::Or(hn::Or(scaled, exponent), sign));
+}
+
+HWY_INLINE void store_as(Vec value, Half* to) {
+  const hn::RebindToUnsigned<F32> u32;
+  const hn::Rebind<uint16_t, F32> u16;
+  const auto bits = hn::BitCast(u32, value);
+  const auto magnitude = hn::And(bits, hn::Set(u32, 0x7fffffffu));
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(u32, 1));
+  const auto rounded = hn::Add(hn::Add(magnitude, odd), hn::Set(u32, 0xfffu - 0x38000000u));
+  const auto normal = hn::ShiftRight<13>(rounded);
+  // Subnormal results: the adder rounds at 2^-24.
+  const auto shifted = hn::Add(hn::BitCast(F32(), magnitude), hn::Set(F32(), 0.5f));
+  const auto subnormal = hn::Sub(hn::BitCast(u32, shifted), hn::Set(u32, 0x3f000000u));
+  auto half = hn::IfThenElse(hn::Gt(hn::Set(u32, 0x38800000u), magnitude), subnormal, normal);
+  half = hn::IfThenElse(hn::Gt(magnitude, hn::Set(u32, 0x477fefffu)), hn::Set(u32, 0x7c00u), half);
+  half = hn::IfThenElse(hn::Gt(magnitude, hn::Set(u32, 0x7f800000u)), hn::Set(u32, 0x7e00u), half);
+  half = hn::Or(half, hn::And(hn::ShiftRight<16>(bits), hn::Set(u32, 0x8000u)));
+  hn::StoreU(hn::DemoteTo(u16, hn::BitCast(I32(), half)), u16, reinterpret_cast<uint16_t*>(to));
+}
 #else
+HWY_INLINE Vec load_f32(const Half* from) {
   const hn::Rebind<hwy::float16_t, F32> f16;
   return hn::PromoteTo(F32(), hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(from)));
-#endif
 }
+HWY_INLINE void store_as(Vec value, Half* to) {
+  const hn::Rebind<hwy::float16_t, F32> f16;
+  hn::StoreU(hn::DemoteTo(f16, value), f16, reinterpret_cast<hwy::float16_t*>(to));
+}
+#endif
+
 HWY_INLINE Vec load_f32(const Bfloat16* from) {
   const hn::Rebind<uint16_t, F32> u16;
   const hn::RebindToUnsigned<F32> u32;
@@ -122,11 +149,8 @@ HWY_INLINE Vec load_f32(const void* from, Dtype dtype, int64_t offset) {
 }
 
 HWY_INLINE void store_as(Vec value, float* to) { hn::StoreU(value, F32(), to); }
-HWY_INLINE void store_as(Vec value, Half* to) {
-  const hn::Rebind<hwy::float16_t, F32> f16;
-  hn::StoreU(hn::DemoteTo(f16, value), f16, reinterpret_cast<hwy::float16_t*>(to));
-}
-// To nearest even. A NaN keeps its sign and its upper payload, with the quiet bit set.
+// To nearest even. A NaN keeps its sign and its upper payload, with the quiet bit set. Not by
+// Ne(value, value): Highway 1.0's is false for a NaN on AVX2 and AVX-512.
 HWY_INLINE void store_as(Vec value, Bfloat16* to) {
   const hn::RebindToUnsigned<F32> u32;
   const hn::Rebind<uint16_t, F32> u16;
@@ -134,7 +158,7 @@ HWY_INLINE void store_as(Vec value, Bfloat16* to) {
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u32, 1));
   const auto rounded = hn::Add(hn::Add(bits, odd), hn::Set(u32, 0x7fff));
   const auto quiet = hn::Or(bits, hn::Set(u32, 0x400000));
-  const auto is_nan = hn::RebindMask(u32, hn::Ne(value, value));
+  const auto is_nan = hn::RebindMask(u32, hn::IsNaN(value));
   const auto upper = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
   hn::StoreU(hn::DemoteTo(u16, hn::BitCast(I32(), upper)), u16, reinterpret_cast<uint16_t*>(to));
 }

@@ -42,7 +42,7 @@ std::string explain(const Plan& plan) {
   text += fmt::format("\n{:<{}}  {:<11}  {:>10}  {:>9}  {}\n", "kernel", width, "verdict",
                       "workspace", "estimate", "reason");
   for (const Candidate& candidate : plan.candidates) {
-    const bool can = candidate.estimated_us > 0;
+    const bool can = candidate.verdict != Verdict::kRefused || candidate.estimated_us > 0;
     text += fmt::format("{:<{}}  {:<11}  {:>10}  {:>9}  {}\n", candidate.kernel, width,
                         kVerdicts.name(candidate.verdict),
                         can ? format_bytes(candidate.workspace_bytes) : "-",

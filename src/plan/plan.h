@@ -18,7 +18,7 @@ enum class Verdict : uint8_t { kChosen, kSlower, kRefused, kOverBudget };
 struct Candidate {
   std::string kernel;
   Verdict verdict = Verdict::kRefused;
-  std::string reason;            // of a refusal, an excess or a policy; empty when merely slower
+  std::string reason;            // of a refusal, an excess, a policy; mostly empty when slower
   uint64_t workspace_bytes = 0;  // 0 when the kernel cannot take the problem
   double estimated_us = 0;       // 0 when the kernel cannot take the problem
   bool operator==(const Candidate&) const = default;

@@ -1,45 +1,46 @@
 // The plan as JSON and back. docs/planner.md lists the fields.
 #include <fmt/format.h>
 
-#include <nlohmann/json.hpp>
-
 #include "core/json_reader.h"
+#include "core/json_writer.h"
 #include "plan/names.h"
 #include "plan/plan.h"
 
 namespace wh {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::json;
 
-Json problem_json(const Problem& p) {
-  return {{"device", kDevices.name(p.device)},
-          {"device_index", p.device_index},
-          {"dtype", kDtypes.name(p.dtype_q)},
-          {"kv_dtype", kDtypes.name(p.dtype_kv)},
-          {"batch", p.batch},
-          {"heads_q", p.heads_q},
-          {"heads_kv", p.heads_kv},
-          {"len_q", p.len_q},
-          {"len_k", p.len_k},
-          {"dim_qk", p.dim_qk},
-          {"dim_v", p.dim_v},
-          {"stride_q", p.stride_q},
-          {"stride_k", p.stride_k},
-          {"stride_v", p.stride_v},
-          {"stride_out", p.stride_out},
-          {"stride_mask", p.stride_mask},
-          {"scale", p.scale},
-          {"softcap", p.softcap},
-          {"causal", kCausals.name(p.causal)},
-          {"window_left", p.window_left},
-          {"window_right", p.window_right},
-          {"mask", kMasks.name(p.mask)},
-          {"sinks", p.has_sinks},
-          {"key_lengths", p.has_key_lengths},
-          {"key_starts", p.has_key_starts},
-          {"log_sum_exp", p.wants_log_sum_exp},
-          {"values_in_keys", p.values_in_keys}};
+void write_problem(const Problem& p, JsonWriter& json) {
+  json.begin_object("problem");
+  json.write("device", kDevices.name(p.device));
+  json.write("device_index", p.device_index);
+  json.write("dtype", kDtypes.name(p.dtype_q));
+  json.write("kv_dtype", kDtypes.name(p.dtype_kv));
+  json.write("batch", p.batch);
+  json.write("heads_q", p.heads_q);
+  json.write("heads_kv", p.heads_kv);
+  json.write("len_q", p.len_q);
+  json.write("len_k", p.len_k);
+  json.write("dim_qk", p.dim_qk);
+  json.write("dim_v", p.dim_v);
+  json.write_array("stride_q", p.stride_q);
+  json.write_array("stride_k", p.stride_k);
+  json.write_array("stride_v", p.stride_v);
+  json.write_array("stride_out", p.stride_out);
+  json.write_array("stride_mask", p.stride_mask);
+  json.write("scale", p.scale);
+  json.write("softcap", p.softcap);
+  json.write("causal", kCausals.name(p.causal));
+  json.write("window_left", p.window_left);
+  json.write("window_right", p.window_right);
+  json.write("mask", kMasks.name(p.mask));
+  json.write("sinks", p.has_sinks);
+  json.write("key_lengths", p.has_key_lengths);
+  json.write("key_starts", p.has_key_starts);
+  json.write("log_sum_exp", p.wants_log_sum_exp);
+  json.write("values_in_keys", p.values_in_keys);
+  json.end_object();
 }
 
 Problem read_problem(const Json& json) {
@@ -75,19 +76,23 @@ Problem read_problem(const Json& json) {
   return p;
 }
 
-Json limits_json(const Limits& limits) {
-  Json json{{"policy", kPolicies.name(limits.policy)},
-            {"fused_above", limits.fused_above},
-            {"kernel", limits.kernel},
-            {"threads", limits.threads},
-            {"precision", kPrecisions.name(limits.precision)},
-            {"longest_step_us", limits.longest_step_us},
-            {"batch_invariant", limits.batch_invariant},
-            {"fresh_keys", limits.fresh_keys}};
+void write_limits(const Limits& limits, JsonWriter& json) {
+  json.begin_object("limits");
+  json.write("policy", kPolicies.name(limits.policy));
+  json.write("fused_above", limits.fused_above);
+  json.write("kernel", limits.kernel);
+  json.write("threads", limits.threads);
+  json.write("precision", kPrecisions.name(limits.precision));
+  json.write("longest_step_us", limits.longest_step_us);
+  json.write("batch_invariant", limits.batch_invariant);
+  json.write("fresh_keys", limits.fresh_keys);
   // JSON has no infinity, and 2^64 - 1 would read as a wish for 16 EiB.
-  json["workspace_bytes"] =
-      limits.workspace_bytes == kNoByteLimit ? Json(nullptr) : Json(limits.workspace_bytes);
-  return json;
+  if (limits.workspace_bytes == kNoByteLimit) {
+    json.write("workspace_bytes", nullptr);
+  } else {
+    json.write("workspace_bytes", limits.workspace_bytes);
+  }
+  json.end_object();
 }
 
 Limits read_limits(const Json& json) {
@@ -107,11 +112,16 @@ Limits read_limits(const Json& json) {
   return limits;
 }
 
-Json config_json(const Config& config) {
-  return {{"variant", config.variant},       {"threads", config.threads},
-          {"tile_q", config.tile_q},         {"tile_k", config.tile_k},
-          {"chunk_keys", config.chunk_keys}, {"fresh_keys", config.fresh_keys},
-          {"step_tiles", config.step_tiles}};
+void write_config(const Config& config, JsonWriter& json) {
+  json.begin_object("config");
+  json.write("variant", config.variant);
+  json.write("threads", config.threads);
+  json.write("tile_q", config.tile_q);
+  json.write("tile_k", config.tile_k);
+  json.write("chunk_keys", config.chunk_keys);
+  json.write("fresh_keys", config.fresh_keys);
+  json.write("step_tiles", config.step_tiles);
+  json.end_object();
 }
 
 Config read_config(const Json& json) {
@@ -177,31 +187,36 @@ Status check_against_machine(const Plan& plan, const Machine& machine) {
 }  // namespace
 
 std::string to_json(const Plan& plan) {
-  Json candidates = Json::array();
+  JsonWriter json(JsonWriter::Layout::kIndented);
+  json.begin_object();
+  write_problem(plan.problem, json);
+  write_limits(plan.limits, json);
+  json.write("device", plan.device);
+  json.write("kernel", plan.kernel);
+  write_config(plan.config, json);
+  json.write("workspace_bytes", plan.workspace_bytes);
+  json.write("estimated_us", plan.estimated_us);
+  json.write("estimates", plan.estimates);
+  json.begin_array("candidates");
   for (const Candidate& candidate : plan.candidates) {
-    candidates.push_back({{"kernel", candidate.kernel},
-                          {"verdict", kVerdicts.name(candidate.verdict)},
-                          {"reason", candidate.reason},
-                          {"workspace_bytes", candidate.workspace_bytes},
-                          {"estimated_us", candidate.estimated_us}});
+    json.begin_object();
+    json.write("kernel", candidate.kernel);
+    json.write("verdict", kVerdicts.name(candidate.verdict));
+    json.write("reason", candidate.reason);
+    json.write("workspace_bytes", candidate.workspace_bytes);
+    json.write("estimated_us", candidate.estimated_us);
+    json.end_object();
   }
-  const Json json{{"problem", problem_json(plan.problem)},
-                  {"limits", limits_json(plan.limits)},
-                  {"device", plan.device},
-                  {"kernel", plan.kernel},
-                  {"config", config_json(plan.config)},
-                  {"workspace_bytes", plan.workspace_bytes},
-                  {"estimated_us", plan.estimated_us},
-                  {"estimates", plan.estimates},
-                  {"candidates", candidates}};
-  return json.dump(2, ' ', false, Json::error_handler_t::replace);
+  json.end_array();
+  json.end_object();
+  return json.take();
 }
 
 Result<Plan> plan_from_json(const std::string& text, MachineOf machine_of) {
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (json.is_discarded()) return invalid("the plan is not JSON");
+  const JsonDocument document(text);
+  if (!document.is_valid()) return invalid("the plan is not JSON");
   try {
-    Plan plan = read_plan(json);
+    Plan plan = read_plan(document.root());
     // Before the machine is asked for: a device index of the text's must be a sane one.
     if (Status status = validate(plan.problem); !status.ok()) return status;
     const Machine machine = machine_of(plan.problem.device, plan.problem.device_index);

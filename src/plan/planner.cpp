@@ -68,12 +68,29 @@ std::string step_refusal(const Kernel& kernel, const Query& query, const Config&
 struct Assessment {
   Candidate candidate;
   Config config;
+  double compared_us = 0;  // what candidates are compared by
 };
 
 // A profile holds for every core of its machine: with fewer threads the formula knows better.
 bool profile_holds(const Machine& machine, const Limits& limits, Device device) {
   return machine.profile != nullptr &&
          (device == Device::kCuda || machine.cpu.threads(limits.threads) == machine.cpu.cores);
+}
+
+// Of the formula, for this kernel and problem.
+double correction_of(const Kernel& kernel, const Problem& problem, const Profile* profile) {
+  return profile == nullptr ? 1 : profile->correction(kernel.name, CostFeatures::of(problem));
+}
+
+// Bits depend on the kernel too: where they must not depend on the batch, what one batch entry
+// would take alone decides.
+double compared_us(const Kernel& kernel, const Query& query, double us, const Profile* profile) {
+  if (!query.limits.batch_invariant || query.problem.batch <= 1) return us;
+  Problem alone = query.problem;
+  alone.batch = 1;
+  const Query one{alone, query.limits, query.cpu, query.cuda,
+                  correction_of(kernel, alone, profile)};
+  return kernel.estimate_us(one, kernel.configure(one)) * one.correction;
 }
 
 Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
@@ -84,12 +101,11 @@ Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
     candidate.reason = *reason;
     return result;
   }
-  if (profile != nullptr) {
-    query.correction = profile->correction(candidate.kernel, CostFeatures::of(query.problem));
-  }
+  query.correction = correction_of(kernel, query.problem, profile);
   result.config = kernel.configure(query);
   candidate.workspace_bytes = kernel.workspace_bytes(query.problem, result.config);
   candidate.estimated_us = kernel.estimate_us(query, result.config) * query.correction;
+  result.compared_us = compared_us(kernel, query, candidate.estimated_us, profile);
   candidate.reason = policy_refusal(kernel, query);
   if (candidate.reason.empty()) {
     candidate.reason = step_refusal(kernel, query, result.config, candidate.estimated_us);
@@ -136,23 +152,27 @@ Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machi
                        ? std::string(machine.estimates)
                        : "formula, as the profile is for every core";
   std::vector<Config> configs;
+  std::vector<double> compared_us;
   for (const Kernel* kernel : machine.kernels) {
     Assessment assessment = assess(*kernel, query, profile);
     plan.candidates.push_back(std::move(assessment.candidate));
     configs.push_back(std::move(assessment.config));
+    compared_us.push_back(assessment.compared_us);
   }
   size_t best = plan.candidates.size();
   for (size_t i = 0; i < plan.candidates.size(); ++i) {
-    const Candidate& candidate = plan.candidates[i];
-    if (candidate.verdict != Verdict::kSlower) continue;
-    if (best == plan.candidates.size() ||
-        candidate.estimated_us < plan.candidates[best].estimated_us) {
-      best = i;
-    }
+    if (plan.candidates[i].verdict != Verdict::kSlower) continue;
+    if (best == plan.candidates.size() || compared_us[i] < compared_us[best]) best = i;
   }
   if (best == plan.candidates.size()) return plan;
   Candidate& chosen = plan.candidates[best];
   chosen.verdict = Verdict::kChosen;
+  for (Candidate& other : plan.candidates) {
+    if (other.verdict != Verdict::kSlower || other.estimated_us >= chosen.estimated_us) continue;
+    other.reason =
+        "slower for one batch entry alone, which decides where bits must not depend on "
+        "the batch";
+  }
   plan.kernel = chosen.kernel;
   plan.config = std::move(configs[best]);
   plan.workspace_bytes = chosen.workspace_bytes;

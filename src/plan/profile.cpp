@@ -93,10 +93,10 @@ std::string Profile::to_json() const {
 }
 
 Result<Profile> Profile::from_json(const std::string& text) {
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (json.is_discarded()) return invalid("the profile is not JSON");
+  const JsonDocument document(text);
+  if (!document.is_valid()) return invalid("the profile is not JSON");
   try {
-    const JsonReader reader(json, "profile");
+    const JsonReader reader(document.root(), "profile");
     int32_t format = 0;
     reader.read("format", format);
     if (format != kFormatVersion) {
@@ -110,12 +110,12 @@ Result<Profile> Profile::from_json(const std::string& text) {
     reader.read("threads", profile.identity_.threads);
     reader.read("library_version", profile.identity_.library_version);
     reader.read("measured_on", profile.measured_on_);
-    const Json& kernels = reader.member("kernels");
+    const nlohmann::json& kernels = reader.member("kernels");
     if (!kernels.is_object()) return invalid("profile.kernels is not an object");
     size_t count = 0;
     for (const auto& [kernel, rows] : kernels.items()) {
       if (!rows.is_array()) return invalid("profile.kernels." + kernel + " is not an array");
-      for (const Json& row : rows) {
+      for (const nlohmann::json& row : rows) {
         if (++count > kMostPoints) return invalid("the profile has too many points");
         const JsonReader point_reader(row, "profile.kernels." + kernel);
         CostPoint point;

@@ -1,5 +1,6 @@
 // libFuzzer: any bytes as problem, limits and small tensors through the C ABI. Nothing may crash,
 // and a call that succeeds must have stayed inside its tensors (AddressSanitizer watches).
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -45,6 +46,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const size_t rest = size - sizeof(problem);
     std::memcpy(&limits, data + sizeof(problem), rest < sizeof(limits) ? rest : sizeof(limits));
   }
+  // So is a size beyond the struct.
+  problem.size = std::min(problem.size, sizeof(problem));
+  limits.size = std::min(limits.size, sizeof(limits));
   limits.kernel = nullptr;  // a pointer made of fuzz is the caller's fault
   problem.device = 0;
   wh_plan* plan = nullptr;

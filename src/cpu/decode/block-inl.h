@@ -24,7 +24,7 @@ constexpr int kAccumulators = 2 * kTileRows;
 // Rows of a block: never more than the lanes of a vector.
 #if HWY_TARGET == HWY_SCALAR
 constexpr int kRowBlock = 1;
-#elif HWY_TARGET == HWY_AVX3
+#elif HWY_TARGET <= HWY_AVX3
 constexpr int kRowBlock = 8;
 #else
 constexpr int kRowBlock = 4;
@@ -81,7 +81,7 @@ HWY_INLINE Vec fold_sum(Vec x) {
 // to[i] = the sum of lanes of acc[i], for all accumulators.
 HWY_INLINE void store_sums(const Vec* acc, float* to) {
   [[maybe_unused]] const F32 f32;
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
   // A transposing tree: each level halves the vectors and adds what the shuffles brought together.
   __m512 pair[8], four[4], block[2];
   WH_UNROLL for (int i = 0; i < 8; ++i) {

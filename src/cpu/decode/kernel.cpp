@@ -17,7 +17,9 @@
 #include <type_traits>
 
 #include "core/array_mask.h"
+#include "core/empty_row.h"
 #include "core/key_range.h"
+#include "cpu/base2.h"
 #include "cpu/decode/config.h"
 #include "cpu/steps.h"
 
@@ -84,7 +86,7 @@ class DecodeWorker {
   // Each row's query, and its visible keys within the chunk.
   void load_rows(KeyRange present, int64_t chunk_idx) {
     const KeyRange chunk = chunk_range(p_, present, shape_, chunk_idx);
-    const float scale = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * 1.44269504f;
+    const float scale = query_scale(p_);
     const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
     for (int64_t row = 0; row < shape_.rows; ++row) {
       const int64_t query = row / p_.group();
@@ -184,7 +186,7 @@ class DecodeWorker {
     const int64_t count = tile_.size() * kRows;
     const int64_t padded = (count + lanes - 1) / lanes * lanes;
     if (p_.softcap > 0) {
-      const auto cap = hn::Set(f32, p_.softcap * 1.44269504f);
+      const auto cap = hn::Set(f32, p_.softcap * kLog2e);
       std::fill(s + count, s + padded, 0.0f);
       for (int64_t i = 0; i < padded; i += lanes) {
         hn::Store(hn::Mul(cap, tanh_vector(hn::Load(f32, s + i))), f32, s + i);
@@ -281,7 +283,8 @@ class DecodeWorker {
         chunk * partials_.rows + (batch_idx_ * p_.heads_kv + head_kv_) * shape_.rows + row;
     partials_.m[i] = m;
     partials_.l[i] = l;
-    if (l != 0) std::copy_n(o, p_.dim_v, partials_.o + i * p_.dim_v);  // else the merge skips it
+    if (!is_empty_row(l))
+      std::copy_n(o, p_.dim_v, partials_.o + i * p_.dim_v);  // else the merge skips it
   }
 
   const Problem& p_;

@@ -23,12 +23,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 // f32 arithmetic: queries carry the scale, K and V of a tile are widened into the scratch.
 class F32Products {
  public:
-  // Scores come out in base 2. With a softcap the conversion must wait until after tanh.
+  // Scores come out in base 2.
   F32Products(const Problem& p, const Tensors& t, const PrefillScratch& scratch)
-      : p_(p),
-        t_(t),
-        w_(scratch),
-        scale_(p.softcap > 0 ? p.scale / p.softcap : p.scale * 1.44269504f) {}
+      : p_(p), t_(t), w_(scratch), scale_(query_scale(p)) {}
 
   void load_query(const void* row, float* to) const {
     widen_row(row, p_.dtype_q, p_.stride_q[3], p_.dim_qk, to);
@@ -49,8 +46,12 @@ class F32Products {
       std::fill_n(v, w_.v_columns, 0.0f);
       v += w_.v_columns;
     }
-    return widen_rows(t_.v, p_.dtype_kv, first(p_.stride_v), p_.stride_v, keys, p_.dim_v,
-                      w_.v_columns, v);
+    const bool is_finite = widen_rows(t_.v, p_.dtype_kv, first(p_.stride_v), p_.stride_v, keys,
+                                      p_.dim_v, w_.v_columns, v);
+    if (!is_finite) {
+      for (float* x = v; x < v + keys * w_.v_columns; ++x) *x = std::isfinite(*x) ? *x : 0.0f;
+    }
+    return is_finite;
   }
 
   template <int kVectors>
@@ -84,7 +85,6 @@ class F32Products {
   }
 
   float weight(int64_t row, int64_t lane, int64_t width) const { return w_.s[row * width + lane]; }
-  float value(int64_t key, int64_t d) const { return w_.v[(key - v_begin_) * w_.v_columns + d]; }
 
  private:
   const Problem& p_;

@@ -3,12 +3,13 @@
 // it hands in a class with
 //
 //   void load_query(const void* row, float* to)          one query as dwords, contiguous
-//   bool load_tile(batch_idx, head_kv, tile)             false: V holds an infinity or NaN
+//   bool load_tile(batch_idx, head_kv, tile)             false: V holds infinities or NaN, and the
+//                                                        products read 0 in their place
 //   void scores<kVectors>(q_panel, key, keys, s)         base 2, of keys [key, key + keys)
 //   Vec  keep<kVectors>(even, odd, row, vector)          stores weights of two keys; returns what
 //                                                        they add to the row's sum
 //   void values<kVectors>(key, keys, o)                  `key` is even
-//   float weight(row, lane, width), value(key, d)        one by one, for the rare path
+//   float weight(row, lane, width)                       one, for the rare path
 #if defined(WH_CPU_PREFILL_WORKER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef WH_CPU_PREFILL_WORKER_INL_H_
 #undef WH_CPU_PREFILL_WORKER_INL_H_
@@ -23,6 +24,7 @@
 #include <limits>
 
 #include "core/array_mask.h"
+#include "core/element.h"
 #include "core/key_range.h"
 #include "cpu/prefill/layout.h"
 #include "cpu/steps.h"
@@ -81,7 +83,6 @@ class PrefillWorker {
   }
 
  private:
-  static constexpr float kLog2e = 1.44269504f;
   static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
   static int64_t vector_lanes() { return static_cast<int64_t>(hn::Lanes(F32())); }
@@ -177,11 +178,8 @@ class PrefillWorker {
     if (is_edge) apply_key_range<kVectors>(panel, range);
     if (keys % 2 != 0) std::fill_n(w_.s + keys * width, width, kMinusInfinity);
     softmax<kVectors>(panel * shape_.lanes, keys);
-    if (v_is_finite_ || (!is_edge && p_.mask == MaskKind::kNone)) {
-      products_.template values<kVectors>(range.begin, keys, o_panel(panel));
-    } else {
-      add_values_one_by_one<kVectors>(panel, range.begin, keys);
-    }
+    products_.template values<kVectors>(range.begin, keys, o_panel(panel));
+    if (!v_is_finite_) add_special_values<kVectors>(panel, range.begin, keys);
   }
 
   template <int kVectors>
@@ -296,27 +294,31 @@ class PrefillWorker {
     }
   }
 
-  // The rare tile where V holds an infinity or NaN and some key is hidden: a weight of zero would
-  // not hide it, so hidden keys are skipped one by one.
+  // The rare tile where V holds infinities or NaN: a weight of zero would not hide them, so the
+  // products have read 0 there, and the rows that see such a key get it here. What the products sum
+  // is the same in every tile and panel: taking another way for all keys would let a row's bits
+  // depend on the keys and rows around it, which follow the number of threads.
   template <int kVectors>
-  void add_values_one_by_one(int64_t panel, int64_t begin, int64_t keys) {
+  void add_special_values(int64_t panel, int64_t begin, int64_t keys) {
     const int64_t width = kVectors * vector_lanes();
-    for (int64_t r = 0; r < panel_rows(panel); ++r) {
-      const int64_t slot = panel * shape_.lanes + r;
-      float* o = o_panel(panel) + r;
-      for (int64_t d = 0; d < p_.dim_v; ++d) o[d * width] *= w_.alpha[r];
-      for (int64_t key = std::max<int64_t>(begin, w_.first[slot]);
-           key < std::min<int64_t>(begin + keys, w_.last[slot]); ++key) {
-        if (mask_bias(p_, t_.mask, item_.batch_idx, head_of(slot), query_of(slot), key) ==
-            kMinusInfinity) {
-          continue;
-        }
-        const float weight = products_.weight(key - begin, r, width);
-        for (int64_t d = 0; d < p_.dim_v; ++d) {
-          o[d * width] = std::fma(weight, products_.value(key, d), o[d * width]);
+    const int64_t v = item_.batch_idx * p_.stride_v[0] + item_.head_kv * p_.stride_v[1];
+    for (int64_t key = std::max(begin, tile_.begin); key < begin + keys; ++key) {
+      for (int64_t d = 0; d < p_.dim_v; ++d) {
+        const int64_t offset = v + key * p_.stride_v[2] + d * p_.stride_v[3];
+        const float value = load_element(t_.v, p_.dtype_kv, offset);
+        if (std::isfinite(value)) continue;
+        for (int64_t r = 0; r < panel_rows(panel); ++r) {
+          if (!sees(panel * shape_.lanes + r, key)) continue;
+          o_panel(panel)[d * width + r] += products_.weight(key - begin, r, width) * value;
         }
       }
     }
+  }
+
+  bool sees(int64_t slot, int64_t key) const {
+    return w_.first[slot] <= key && key < w_.last[slot] &&
+           mask_bias(p_, t_.mask, item_.batch_idx, head_of(slot), query_of(slot), key) !=
+               kMinusInfinity;
   }
 
   void store() {

@@ -10,11 +10,14 @@
 // Zen 5, half of it on Intel Sapphire Rapids, where the planner therefore takes cpu_prefill.
 #include "cpu/prefill_bf16/kernel.h"
 
+#include <fmt/format.h>
+
 #include <cstring>
 
 #include "cpu/prefill/kernel.h"
 #include "cpu/prefill_bf16/config.h"
 #include "cpu/prefill_bf16/products.h"
+#include "cpu/simd.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/prefill_bf16/kernel.cpp"
@@ -27,7 +30,7 @@ HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-#if HWY_TARGET == HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3
 
 // Rounds weights to bf16, still held as f32; ties go away from zero. A NaN may become a number
 // here, but not in the row's sum, which every output of the row is divided by.
@@ -53,10 +56,7 @@ inline float half_of_pair(float pair, bool is_odd) {
 class Bf16Products {
  public:
   Bf16Products(const Problem& p, const Tensors& t, const PrefillScratch& scratch)
-      : p_(p),
-        t_(t),
-        w_(scratch),
-        scale_(p.softcap > 0 ? p.scale / p.softcap : p.scale * 1.44269504f) {}
+      : p_(p), t_(t), w_(scratch), scale_(query_scale(p)) {}
 
   void load_query(const void* row, float* to) const {
     copy_pairs(static_cast<const uint16_t*>(row), p_.stride_q[3], p_.dim_qk, to);
@@ -113,9 +113,6 @@ class Bf16Products {
     const float low = w_.p_low == nullptr ? 0 : half_of_pair(w_.p_low[at], row % 2 != 0);
     return half_of_pair(w_.s[at], row % 2 != 0) + low;
   }
-  float value(int64_t key, int64_t d) const {
-    return half_of_pair(w_.v[(key - v_begin_) / 2 * w_.v_columns + d], key % 2 != 0);
-  }
 
  private:
   // A row as dwords; an odd last element is paired with zero.
@@ -137,9 +134,22 @@ class Bf16Products {
       const int64_t row = key - tile.begin;
       const uint16_t* even = row < 0 ? nullptr : v + row * p_.stride_v[2];
       const uint16_t* odd = key + 1 < tile.end ? v + (row + 1) * p_.stride_v[2] : nullptr;
-      is_finite &= interleave(even, odd, w_.v + (key - v_begin_) / 2 * w_.v_columns);
+      float* pairs = w_.v + (key - v_begin_) / 2 * w_.v_columns;
+      if (interleave(even, odd, pairs)) continue;
+      is_finite = false;
+      for (int64_t d = 0; d < p_.dim_v; ++d) zero_special_halves(pairs[d]);
     }
     return is_finite;
+  }
+
+  static void zero_special_halves(float& pair) {
+    uint32_t bits;
+    std::memcpy(&bits, &pair, sizeof(bits));
+    for (const uint32_t half : {0xffffu, 0xffff0000u}) {
+      const uint32_t exponent = 0x7f807f80u & half;
+      if ((bits & exponent) == exponent) bits &= ~half;
+    }
+    std::memcpy(&pair, &bits, sizeof(bits));
   }
 
   bool interleave(const uint16_t* even, const uint16_t* odd, float* to) const {
@@ -188,11 +198,11 @@ void run_prefill_worker_bf16(const Problem& p, const Tensors& t, const PrefillWo
   run_prefill_worker<Bf16Products>(p, t, workspace, worker_idx, next, progress);
 }
 
+RunPrefillWorker bf16_worker() { return run_prefill_worker_bf16; }
+
 #else
 
-// Never entered: the kernel refuses where AVX-512 is missing.
-void run_prefill_worker_bf16(const Problem&, const Tensors&, const PrefillWorkspace&, int32_t,
-                             std::atomic<int64_t>&, Progress&) {}
+RunPrefillWorker bf16_worker() { return nullptr; }
 
 #endif
 
@@ -201,11 +211,15 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace wh::cpu {
-HWY_EXPORT(run_prefill_worker_bf16);
+HWY_EXPORT(bf16_worker);
 
 Status run_prefill_bf16(const Launch& launch) {
-  return run_prefill_items(launch, bf16_arithmetic(launch.config),
-                           HWY_DYNAMIC_DISPATCH(run_prefill_worker_bf16));
+  const RunPrefillWorker worker = HWY_DYNAMIC_DISPATCH(bf16_worker)();
+  if (worker == nullptr) {  // the planner refuses before
+    return {Code::kInternal,
+            fmt::format("cpu_prefill_bf16 has no code for {}", simd_target_name())};
+  }
+  return run_prefill_items(launch, bf16_arithmetic(launch.config), worker);
 }
 
 }  // namespace wh::cpu

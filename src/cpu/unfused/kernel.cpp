@@ -10,6 +10,7 @@
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
+#include "cpu/base2.h"
 #include "cpu/partial.h"
 #include "cpu/rounding.h"
 #include "cpu/steps.h"
@@ -47,7 +48,6 @@ bool widen(const void* from, Dtype dtype, int64_t first, const Strides& stride, 
 RowSums softmax_row(float* s, int64_t keys) {
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-  constexpr float kLog2e = 1.44269504f;
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   auto m_vector = hn::Set(f32, minus_infinity);
   const auto log2e = hn::Set(f32, kLog2e);
@@ -366,7 +366,7 @@ double estimate_us(const Query& query, const Config& config) {
   // K and V are read, written as f32 and read again by the product.
   const double widen_bytes = kv_bytes(p) * (1 + 8.0 / static_cast<double>(dtype_bytes(p.dtype_kv)));
   return flops_us + (score_bytes + widen_bytes) / (query.cpu.read_gbytes_per_s * 1e3) +
-         static_cast<double>(p.batch * p.heads_q) * 3;
+         static_cast<double>(std::max<int64_t>(1, p.batch) * p.heads_q) * 3;
 }
 
 // Of the larger product's piece, or of the rows of softmax that a thread takes at once.

@@ -1,0 +1,114 @@
+// The C++ layer: views, plans and runs on numbers that can be worked out by hand.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "widehead/widehead.hpp"
+
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+TEST(Cpp, ShapesThatDisagreeAreErrors) {
+  std::vector<float> data(1024);
+  const auto view = [&](int64_t heads, int64_t length, int64_t dim) {
+    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, heads, length, dim});
+  };
+  try {
+    widehead::problem(view(2, 4, 8), view(1, 6, 7), view(1, 6, 8), view(2, 4, 8));
+    FAIL() << "no error";
+  } catch (const widehead::Error& error) {
+    EXPECT_EQ(error.status(), WH_INVALID_ARGUMENT);
+    EXPECT_STREQ(error.what(), "k is [1, 1, 6, 7]; the others make it [1, 1, 6, 8]");
+  }
+}
+
+// One head, dim 1 and q = 1: a key's score is the key, so weights are 1, 3 and 9 of 13.
+struct Line {
+  std::vector<float> q{1, 1}, k{0, std::log(3.0f), std::log(9.0f)}, v{13, 26, 39};
+  std::vector<float> out{kNan, kNan}, lse{kNan, kNan};
+
+  static widehead::TensorView view(std::vector<float>& data) {
+    return {data.data(), widehead::Dtype::kF32, {1, 1, static_cast<int64_t>(data.size()), 1}};
+  }
+};
+
+TEST(Cpp, AttentionComputesFromViews) {
+  Line line;
+  widehead::attention(line.view(line.q), line.view(line.k), line.view(line.v), line.view(line.out),
+                      {.log_sum_exp = line.lse.data()});
+  EXPECT_NEAR(line.out[0], 34, 1e-4);
+  EXPECT_NEAR(line.lse[1], std::log(13.0), 1e-6);
+}
+
+TEST(Cpp, APlanRunsFromViewsWithItsOwnWorkspaceOrTheCallers) {
+  Line line;
+  const float sink = std::log(13.0f);
+  const widehead::Options options{
+      .causal = widehead::Causal::kBottomRight, .sinks = &sink, .log_sum_exp = line.lse.data()};
+  const auto q = line.view(line.q), k = line.view(line.k), v = line.view(line.v);
+  const auto plan = widehead::plan(widehead::problem(q, k, v, line.view(line.out), options));
+  const auto again = widehead::Plan::from_json(plan.json());
+  alignas(64) static char workspace[8 << 20];
+  ASSERT_LE(again.workspace_bytes(), sizeof(workspace));
+  for (const bool has_workspace : {false, true}) {
+    std::fill(line.out.begin(), line.out.end(), kNan);
+    widehead::Extras extras{.sinks = &sink, .log_sum_exp = line.lse.data()};
+    if (has_workspace) {
+      extras.workspace = workspace;
+      extras.workspace_bytes = sizeof(workspace);
+    }
+    again.run(q, k, v, line.view(line.out), extras);
+    // The first query sees two keys, the sink is 13 more in the denominator.
+    EXPECT_NEAR(line.out[0], (13 + 3 * 26) / 17.0, 1e-4);
+    EXPECT_NEAR(line.out[1], (13 + 3 * 26 + 9 * 39) / 26.0, 1e-4);
+    EXPECT_NEAR(line.lse[1], std::log(26.0), 1e-6);
+  }
+}
+
+TEST(Cpp, ARunRefusesViewsOfAnotherProblem) {
+  Line line;
+  const auto q = line.view(line.q), k = line.view(line.k), v = line.view(line.v);
+  const auto out = line.view(line.out);
+  const auto plan = widehead::plan(widehead::problem(q, k, v, out));
+  EXPECT_EQ(plan.problem().len_k, 3);
+  const auto message = [&](const widehead::TensorView& other) -> std::string {
+    try {
+      plan.run(q, other, v, out);
+    } catch (const widehead::Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  auto other = k;
+  other.shape[2] = 2;
+  EXPECT_EQ(message(other), "k is [1, 1, 2, 1]; the plan was made for [1, 1, 3, 1]");
+  other = k;
+  other.strides[2] = 2;
+  EXPECT_EQ(message(other), "k has strides [3, 3, 2, 1]; the plan was made for [3, 3, 1, 1]");
+  other = k;
+  other.dtype = widehead::Dtype::kF16;
+  EXPECT_EQ(message(other), "k has another type than the plan was made for");
+  EXPECT_EQ(message(k), "");
+}
+
+TEST(Cpp, PlansMoveAndExplain) {
+  std::vector<float> q(64), k(64), v(64), out(64);
+  const auto view = [](std::vector<float>& data) {
+    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, 1, 8, 8});
+  };
+  widehead::Plan plan =
+      widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)), {.threads = 1});
+  widehead::Plan moved = std::move(plan);
+  EXPECT_NE(moved.explain().find(moved.kernel()), std::string::npos);
+  EXPECT_EQ(widehead::Plan::from_json(moved.json()).kernel(), moved.kernel());
+  EXPECT_THROW(widehead::plan(widehead::problem(view(q), view(k), view(v), view(out)),
+                              {.kernel = "nothing"}),
+               widehead::Error);
+}
+
+}  // namespace
