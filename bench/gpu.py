@@ -1,150 +1,69 @@
 """Times Widehead beside PyTorch's scaled_dot_product_attention on a GPU, alternating, in one run.
 
-    python3 bench/gpu.py LIBRARY RESULT.json RESULT.md
+    python3 bench/gpu.py LIBRARY RESULT.json RESULT.md [--groups prefill,decode,portable]
+                         [--seconds 120]
 
-Prefill: CUDA events, the median of several calls. Decode: replays of a CUDA graph over several sets of
-K and V, so that they come from memory and not from L2. TFLOP/s count visible pairs only. A rival
-that refuses is written down with its reason.
+Prefill: CUDA events, the median of several calls. Decode and short calls: replays of a CUDA graph,
+for decode over several sets of K and V, so that they come from memory and not from L2. TFLOP/s
+count visible pairs only. A rival that refuses is written down with its reason. Every kernel's answer is
+compared with that of the planner's choice; one that is off makes the script fail. The results are
+written after every row.
 """
 
-import ctypes
+import argparse
 import datetime
 import json
 import statistics
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_library import (DTYPES, KERNELS, TOLERANCES, Row, Widehead, problem, random_tensors,
+                         relative_rms)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-I64x4 = ctypes.c_int64 * 4
+Call = Callable[[], Any]
 
 
-class Problem(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_size_t),
-        *[(name, ctypes.c_int32) for name in ("device", "device_index", "dtype_q", "dtype_kv")],
-        *[(name, ctypes.c_int64) for name in
-          ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim_qk", "dim_v")],
-        *[("stride_" + name, I64x4) for name in ("q", "k", "v", "out", "mask")],
-        ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
-        ("causal", ctypes.c_int32), ("mask", ctypes.c_int32),
-        ("window_left", ctypes.c_int64), ("window_right", ctypes.c_int64),
-        ("uses", ctypes.c_uint32),
-    ]
-
-
-class Tensors(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t),
-                *[(name, ctypes.c_void_p) for name in
-                  ("q", "k", "v", "out", "mask", "sinks", "key_lengths", "key_starts",
-                   "log_sum_exp", "workspace")],
-                ("workspace_bytes", ctypes.c_size_t)]
-
-
-class Limits(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t), ("workspace_bytes", ctypes.c_uint64),
-                ("policy", ctypes.c_int32), ("threads", ctypes.c_int32),
-                ("fused_above", ctypes.c_int64), ("kernel", ctypes.c_char_p),
-                ("precision", ctypes.c_int32), ("longest_step_us", ctypes.c_double),
-                ("batch_invariant", ctypes.c_int32), ("fresh_keys", ctypes.c_int64)]
-
-
-class RunOptions(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t),
-                *[(name, ctypes.c_void_p) for name in
-                  ("stream", "executor", "progress", "progress_context")]]
-
-
-class Widehead:
-    def __init__(self, path):
-        self.library = ctypes.CDLL(path)
-        self.library.wh_last_error.restype = ctypes.c_char_p
-        self.library.wh_plan_kernel.restype = ctypes.c_char_p
-        self.library.wh_plan_workspace_bytes.restype = ctypes.c_uint64
-        for name in ("wh_plan_kernel", "wh_plan_workspace_bytes"):
-            getattr(self.library, name).argtypes = [ctypes.c_void_p]
-
-    def check(self, status):
-        if status != 0:
-            raise RuntimeError(self.library.wh_last_error().decode())
-
-    def plan(self, row, kernel=None):
-        problem, limits = Problem(), Limits()
-        self.check(self.library.wh_problem_init(ctypes.byref(problem), ctypes.sizeof(problem)))
-        self.check(self.library.wh_limits_init(ctypes.byref(limits), ctypes.sizeof(limits)))
-        limits.kernel = kernel.encode() if kernel else None
-        problem.device = 1  # CUDA
-        problem.dtype_q = problem.dtype_kv = {"f32": 0, "bf16": 2}[row["dtype"]]
-        for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim_qk", "dim_v"):
-            setattr(problem, name, row[name])
-        problem.causal = 1 if row["causal"] else 0
-        problem.uses = USES_VALUES_IN_KEYS if row["values_in_keys"] else 0
-        self.check(self.library.wh_problem_set_dense(ctypes.byref(problem)))
-        plan = ctypes.c_void_p()
-        self.check(self.library.wh_plan_create(ctypes.byref(problem), ctypes.byref(limits),
-                                               ctypes.byref(plan)))
-        return plan
-
-    def runner(self, row, q, k, v, kernel=None):
-        """A function that runs on PyTorch's current stream; `kernel` None: the planner's choice."""
-        plan = self.plan(row, kernel)
-        out = torch.empty(*q.shape[:3], row["dim_v"], dtype=q.dtype, device="cuda")
-        size = self.library.wh_plan_workspace_bytes(plan)
-        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
-        tensors = Tensors(size=ctypes.sizeof(Tensors), q=q.data_ptr(), k=k.data_ptr(),
-                          v=v.data_ptr(), out=out.data_ptr(), workspace=workspace.data_ptr(),
-                          workspace_bytes=size)
-
-        def run():
-            options = RunOptions(size=ctypes.sizeof(RunOptions),
-                                 stream=torch.cuda.current_stream().cuda_stream)
-            self.check(self.library.wh_plan_run(plan, ctypes.byref(tensors),
-                                                ctypes.byref(options)))
-            return out
-
-        run.keep = (plan, workspace)
-        run.kernel = self.library.wh_plan_kernel(plan).decode()
-        run.workspace_bytes = size
-        return run
-
-
-USES_VALUES_IN_KEYS = 16
-
-
-def problem(name, heads, dim, len_q, len_k, causal=False, batch=1, dtype="bf16",
-            values_in_keys=False):
-    heads_q, heads_kv = heads
-    dim_qk, dim_v = dim if isinstance(dim, tuple) else (dim, dim)
-    return dict(name=name, batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q,
-                len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, causal=causal, dtype=dtype,
-                values_in_keys=values_in_keys)
+def dims_text(dim: int | tuple[int, int]) -> str:
+    return "/".join(str(one) for one in dim) if isinstance(dim, tuple) else str(dim)
 
 
 PREFILL = [
-    problem("chunk d256 64/2, 2048 x 32768", (64, 2), 256, 2048, 32768, True),
-    *[problem(f"d{d[0] if isinstance(d, tuple) else d}{'/%d' % d[1] if isinstance(d, tuple) else ''} "
-              f"{b} x {h} heads, 8192 {'causal' if c else 'full'}", (h, h), d, 8192, 8192, c, b)
-      for d, b, h in ((256, 2, 16), (192, 2, 16), ((192, 128), 2, 16), (128, 2, 16), (64, 2, 32))
+    *[problem(f"chunk d256 64/2, 2048 x {n}", (64, 2), 256, 2048, n, True)
+      for n in (32768, 131072)],
+    *[problem(f"d{dims_text(d)} {b} x {h} heads, 8192 {'causal' if c else 'full'}", (h, h), d,
+              8192, 8192, c, b)
+      for d, b, h in ((256, 2, 16), (192, 2, 16), ((192, 128), 2, 16), (128, 2, 16), (64, 2, 32),
+                      ((192, 256), 1, 16), ((320, 256), 1, 16))
       for c in (False, True)],
     problem("d512 32/4, 4096 causal", (32, 4), 512, 4096, 4096, True),
     problem("d512 32/32, 8192 full", (32, 32), 512, 8192, 8192),
+    problem("d512 32/4 chunk, 2048 x 32768", (32, 4), 512, 2048, 32768, True),
     problem("576/512 128/1, 2048 x 4096 causal", (128, 1), (576, 512), 2048, 4096, True),
     problem("d256 8/2, 512 causal", (8, 2), 256, 512, 512, True),
+    problem("f16 chunk d256 64/2, 2048 x 32768", (64, 2), 256, 2048, 32768, True, dtype="f16"),
+    problem("f16 d128 2 x 16 heads, 8192 causal", (16, 16), 128, 8192, 8192, True, 2, "f16"),
 ]
 DECODE = [
-    *[problem(f"d256 64/2, {n} keys", (64, 2), 256, 1, n) for n in (1024, 4096, 16384, 65536, 262144)],
+    *[problem(f"d256 64/2, {n} keys", (64, 2), 256, 1, n)
+      for n in (1024, 4096, 16384, 65536, 262144)],
     problem("d128 32/8, 65536 keys", (32, 8), 128, 1, 65536),
     problem("d128 32/8, 16 x 8192 keys", (32, 8), 128, 1, 8192, batch=16),
     problem("d512 32/4, 65536 keys", (32, 4), 512, 1, 65536),
     problem("576/512 128/1, 65536 keys", (128, 1), (576, 512), 1, 65536),
     problem("576/512 128/1, 65536 keys, V in K", (128, 1), (576, 512), 1, 65536,
             values_in_keys=True),
+    problem("f16 d256 64/2, 65536 keys", (64, 2), 256, 1, 65536, dtype="f16"),
 ]
 # What cards without wgmma run, and float32.
 PORTABLE = [
-    problem(f"{dtype} d{d} {b} x {h} heads, {n} {'causal' if c else 'full'}", (h, h), d, n, n, c, b, dtype)
+    problem(f"{dtype} d{d} {b} x {h} heads, {n} {'causal' if c else 'full'}", (h, h), d, n, n, c, b,
+            dtype)
     for dtype, d, b, h, n in (("bf16", 64, 2, 32, 4096), ("bf16", 128, 2, 16, 4096),
                               ("bf16", 256, 2, 16, 4096), ("bf16", 512, 1, 16, 4096),
                               ("f32", 64, 1, 16, 4096), ("f32", 128, 1, 16, 4096),
@@ -152,29 +71,20 @@ PORTABLE = [
     for c in (False, True)
 ] + [problem("bf16 d128 32/8, 1 x 32768", (32, 8), 128, 1, 32768),
      problem("f32 d128 32/8, 1 x 32768", (32, 8), 128, 1, 32768, dtype="f32")]
-KERNELS = ("sm90_prefill", "sm90_prefill_wide", "sm90_decode", "cuda_portable", "cuda_unfused")
+GROUPS = {"prefill": PREFILL, "decode": DECODE, "portable": PORTABLE}
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
+# The planner's choice, told that all keys but the last are older than the kernel in front.
+FRESH = "widehead fresh"
 
 
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-
-
-def tensors(row):
-    def make(heads, length, dim):
-        return torch.randn(row["batch"], heads, length, dim, dtype=DTYPES[row["dtype"]], device="cuda")
-    q = make(row["heads_q"], row["len_q"], row["dim_qk"])
-    k = make(row["heads_kv"], row["len_k"], row["dim_qk"])
-    if row["values_in_keys"]:
-        return q, k, k[..., :row["dim_v"]]
-    return q, k, make(row["heads_kv"], row["len_k"], row["dim_v"])
-
-
-def torch_runner(row, backend, q, k, v):
+def torch_call(row: Row, backend: SDPBackend, inputs: list[torch.Tensor]) -> Call:
+    q, k, v = inputs
     is_square = row["len_q"] == row["len_k"]
-    bias = causal_lower_right(row["len_q"], row["len_k"]) if row["causal"] and not is_square else None
+    bias = (causal_lower_right(row["len_q"], row["len_k"])
+            if row["causal"] and not is_square else None)
 
-    def run():
+    def run() -> torch.Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, is_causal=row["causal"] and is_square,
@@ -182,7 +92,7 @@ def torch_runner(row, backend, q, k, v):
     return run
 
 
-def event_ms(run):
+def event_ms(run: Call) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
@@ -191,22 +101,28 @@ def event_ms(run):
     return begin.elapsed_time(end)
 
 
-def graph_of(runs):
+class Graph:
     """Each of `runs` once, captured."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        runs[0]()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for run in runs:
-                run()
-    return graph
+
+    def __init__(self, runs: list[Call]) -> None:
+        self.runs = runs  # their tensors are the graph's
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            runs[0]()
+            stream.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                for run in runs:
+                    run()
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
-def time_alternating(candidates, calls, seconds=0.8):
+def time_alternating(candidates: dict[str, Call], calls: int,
+                     seconds: float = 0.8) -> dict[str, float]:
     """Median milliseconds of each of `candidates`, which run `calls` calls at once."""
-    times = {name: [] for name in candidates}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
     torch.cuda.synchronize()
@@ -217,89 +133,152 @@ def time_alternating(candidates, calls, seconds=0.8):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:120]
 
 
-def bench_row(widehead, row):
-    is_decode = row["len_q"] == 1
-    width = row["dim_qk"] + (0 if row["values_in_keys"] else row["dim_v"])
+def work(row: Row) -> tuple[float, float]:
+    """Flops of the visible pairs, and bytes of K and V."""
+    pairs = row["len_q"] * row["len_k"]
+    if row["causal"]:
+        pairs -= row["len_q"] * (row["len_q"] - 1) // 2
+    dims = row["dim_qk"] + row["dim_v"]
+    width = row["dim_qk"] if row["values_in_keys"] else dims
     kv_bytes = DTYPES[row["dtype"]].itemsize * row["batch"] * row["heads_kv"] * row["len_k"] * width
-    sets = max(2, min(16, -(-200_000_000 // kv_bytes))) if is_decode else 1
-    data = [tensors(row) for _ in range(sets)]
-    refusals, candidates, kernel, workspace = {}, {}, "", 0
-    makers = {"widehead": lambda d: widehead.runner(row, *d)}
+    return 2 * row["batch"] * row["heads_q"] * pairs * dims, kv_bytes
+
+
+def bench_row(widehead: Widehead, row: Row) -> Row:
+    flops, kv_bytes = work(row)
+    is_decode = row["len_q"] == 1
+    is_short = is_decode or flops < 2e11  # the way from the host shows beside it
+    sets = max(2, min(16, -(-200_000_000 // int(kv_bytes)))) if is_decode else 1
+    data = [random_tensors(row) for _ in range(sets)]
+    makers: dict[str, Callable[[list[torch.Tensor]], Call]] = {
+        "widehead": lambda inputs: widehead.run(row, inputs)}
+    if is_decode:
+        makers[FRESH] = lambda inputs: widehead.run(row, inputs, fresh_keys=1)
     for name, backend in BACKENDS.items():
-        makers["torch " + name] = lambda d, backend=backend: torch_runner(row, backend, *d)
+        makers["torch " + name] = lambda inputs, backend=backend: torch_call(row, backend, inputs)
     for forced in KERNELS:  # beside the planner's choice: what it should have chosen
-        makers[forced] = lambda d, forced=forced: widehead.runner(row, *d, kernel=forced)
+        makers[forced] = lambda inputs, forced=forced: widehead.run(row, inputs, kernel=forced)
+    refusals: dict[str, str] = {}
+    candidates: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    kernel, workspace, answer = "", 0, None
     for name, make in makers.items():
         if name == kernel:
             continue
         try:
-            runs = [make(d) for d in data]
-            runs[0]()
+            runs = [make(inputs) for inputs in data]
+            out = runs[0]()
             torch.cuda.synchronize()
             if name == "widehead":
                 kernel, workspace = runs[0].kernel, runs[0].workspace_bytes
-            candidates[name] = graph_of(runs).replay if is_decode else runs[0]
-            if is_decode:
-                candidates[name].__self__.keep = runs
+            if answer is None:
+                answer = out.clone()
+            errors[name] = relative_rms(out, answer)
+            candidates[name] = Graph(runs) if is_short else runs[0]
         except Exception as error:  # a rival's refusal is a result
             refusals[name] = first_line(error)
     times = time_alternating(candidates, sets)
-    pairs = row["len_q"] * row["len_k"]
-    if row["causal"]:
-        pairs = row["len_q"] * (row["len_q"] + 1) // 2 + row["len_q"] * (row["len_k"] - row["len_q"])
-    flops = 2 * row["batch"] * row["heads_q"] * pairs * (row["dim_qk"] + row["dim_v"])
-    ours = {name: ms for name, ms in times.items() if not name.startswith("torch")}
-    fastest = min(ours, key=ours.get)
-    return dict(row, kernel=kernel, workspace_bytes=workspace, refused=refusals,
+    ours = {name: ms for name, ms in times.items() if not name.startswith(("torch", FRESH))}
+    fastest = min(ours, key=lambda name: ours[name])
+    # Both of the two answers are rounded. not (a <= b): NaN is wrong.
+    wrong = [name for name in errors if not name.startswith("torch")
+             and not errors[name] <= 2 * TOLERANCES[row["dtype"]]]
+    return dict(row, kernel=kernel, workspace_bytes=workspace, refused=refusals, wrong=wrong,
                 fastest_kernel=kernel if fastest == "widehead" else fastest,
                 regret=times["widehead"] / ours[fastest],
                 results={name: dict(median_us=ms * 1e3, tflops=flops / ms * 1e-9,
-                                    kv_gbytes_per_s=kv_bytes / ms * 1e-6)
+                                    kv_gbytes_per_s=kv_bytes / ms * 1e-6,
+                                    relative_rms_to_widehead=errors[name])
                          for name, ms in times.items()})
 
 
-def table(rows, unit, field, ours="widehead"):
-    names = [ours, *("torch " + name for name in BACKENDS)]
+def table(rows: list[Row], unit: str, field: str, *ours: str) -> str:
+    names = [*ours, *("torch " + name for name in BACKENDS)]
     lines = [f"| {unit} | kernel | us | " + " | ".join(names) + " | regret |",
              "|---" * (4 + len(names)) + "|"]
     for row in rows:
-        cells = []
-        for name in names:
-            result = row["results"].get(name)
-            cells.append(f"{result[field]:.0f}" if result else "refused")
+        if "error" in row:
+            lines.append(f"| {row['name']} | {row['error']} |" + " |" * (2 + len(names)))
+            continue
+        results = dict(row["results"])
+        results.setdefault(row["kernel"], results["widehead"])
+        cells = [f"{results[name][field]:.0f}" if name in results else "refused" for name in names]
         us = row["results"]["widehead"]["median_us"]
         lines.append(f"| {row['name']} | {row['kernel']} | {us:.1f} | " + " | ".join(cells) +
                      f" | {row['regret']:.2f} |")
     return "\n".join(lines)
 
 
-def main():
-    library, json_path, markdown_path = sys.argv[1:]
-    widehead = Widehead(library)
-    torch.manual_seed(0)
-    groups = {}
-    for group, rows in (("prefill", PREFILL), ("decode", DECODE), ("portable", PORTABLE)):
-        groups[group] = []
-        for row in rows:
-            print(row["name"], file=sys.stderr, flush=True)
-            groups[group].append(bench_row(widehead, row))
-            torch.cuda.empty_cache()
-    name, date = torch.cuda.get_device_name(), datetime.date.today().isoformat()
+def kernels_table(rows: list[Row]) -> str:
+    """Microseconds of every kernel that takes the dimensions which two of them hold."""
+    lines = ["| us | " + " | ".join(KERNELS) + " |", "|---" * (1 + len(KERNELS)) + "|"]
+    for row in rows:
+        if "error" in row:
+            continue
+        results = dict(row["results"])
+        results.setdefault(row["kernel"], results["widehead"])
+        cells = [f"{results[name]['median_us']:.1f}" if name in results else "refused"
+                 for name in KERNELS]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(document: Row, json_path: str, markdown_path: str) -> None:
     with open(json_path, "w") as file:
-        json.dump(dict(device=name, date=date, torch=torch.__version__, **groups), file, indent=1)
+        json.dump(document, file, indent=1)
+    prefill, decode, portable = (document.get(group, []) for group in GROUPS)
     with open(markdown_path, "w") as file:
-        file.write(f"# {name}, {date}\n\nbf16, medians, one run, alternating; PyTorch "
-                   f"{torch.__version__}. TFLOP/s on visible pairs, GB/s of K and V from memory.\n\n"
-                   + table(groups["prefill"], "prefill, TFLOP/s", "tflops") + "\n\n"
-                   + table(groups["decode"], "decode, GB/s", "kv_gbytes_per_s") + "\n\n"
-                   + table(groups["portable"], "cuda_portable, TFLOP/s", "tflops", "cuda_portable")
-                   + "\n\nRegret: time of the planner's choice over that of the fastest kernel "
-                     "here. In float32 PyTorch may use TF32 only where told to; it is not.\n")
+        file.write(
+            f"# {document['device']}, {document['date']}\n\nMedians, one run, alternating; PyTorch "
+            f"{document['torch']}; bf16 where nothing else is said. TFLOP/s on visible pairs, GB/s "
+            "of K and V from memory.\n\n"
+            + table(prefill, "prefill, TFLOP/s", "tflops", "widehead") + "\n\n"
+            + table(decode, "decode, GB/s", "kv_gbytes_per_s", "widehead", FRESH) + "\n\n"
+            + table(portable, "cuda_portable, TFLOP/s", "tflops", "cuda_portable") + "\n\n"
+            + kernels_table([*prefill, *decode])
+            + "\n\nRegret: time of the planner's choice over that of the fastest kernel here. "
+              f"`{FRESH}`: the caller promises that all keys but the last are older than the "
+              "kernel in front. In float32 PyTorch may use TF32 only where told to; it is not.\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("library")
+    parser.add_argument("json_path")
+    parser.add_argument("markdown_path")
+    parser.add_argument("--groups", default=",".join(GROUPS))
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no row after this long")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    widehead = Widehead(arguments.library)
+    torch.manual_seed(0)
+    document: Row = dict(device=torch.cuda.get_device_name(),
+                         date=datetime.date.today().isoformat(), torch=torch.__version__)
+    failures = []
+    for group in arguments.groups.split(","):
+        document[group] = []
+        for row in GROUPS[group]:
+            if time.monotonic() - begin > arguments.seconds:
+                failures.append(f"no time for {row['name']}")
+                continue
+            print(f"{time.monotonic() - begin:5.0f} s  {row['name']}", file=sys.stderr, flush=True)
+            try:
+                result = bench_row(widehead, row)
+                failures += [f"{row['name']}: {name} is off" for name in result["wrong"]]
+            except Exception as error:  # one row must not lose the others
+                result = dict(row, error=first_line(error))
+                failures.append(f"{row['name']}: {first_line(error)}")
+            document[group].append(result)
+            write(document, arguments.json_path, arguments.markdown_path)
+            torch.cuda.empty_cache()
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

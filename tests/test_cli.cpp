@@ -348,4 +348,30 @@ TEST(Cli, BadUsageSaysWhatToDo) {
   }
 }
 
+TEST(Cli, CheckCountsWhatItChecked) {
+  const Outcome outcome =
+      widehead("check --cases large --shrink 64 --runs 2 --kernel cpu_prefill,cpu_decode --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.err << outcome.out;
+  const auto json = nlohmann::json::parse(outcome.out);
+  EXPECT_EQ(json["cases_run"], json["case_count"]);
+  ASSERT_EQ(json["kernels"].size(), 2u);
+  int64_t checked = 0;
+  for (const auto& kernel : json["kernels"]) {
+    EXPECT_EQ(kernel["checked"].get<int64_t>() + kernel["refused"].get<int64_t>(),
+              json["case_count"].get<int64_t>());
+    checked += kernel["checked"].get<int64_t>();
+  }
+  EXPECT_EQ(json["checked"], checked);
+  EXPECT_EQ(widehead("check --cases smoke --seconds 0.001 --json").code, 0);
+}
+
+TEST(Cli, CheckSaysWhichFlagIsWrong) {
+  for (const char* flags : {"--shrink 0 --cases large", "--shrink 4 --cases smoke", "--runs 0",
+                            "--shared-bytes -1", "--kernel cpu_prefill,cpu_decod"}) {
+    const Outcome outcome = widehead(std::string("check ") + flags);
+    EXPECT_EQ(outcome.code, 2) << flags;
+    EXPECT_NE(outcome.err, "") << flags;
+  }
+}
+
 }  // namespace

@@ -3,15 +3,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
-#include <random>
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
-#include "cpu/reference.h"
+#include "elements.h"
+#include "random_rows.h"
+#include "rows.h"
 
 namespace wh {
 namespace {
@@ -23,10 +24,6 @@ constexpr std::byte kPoison{0xff};
 
 using Extents = std::array<int64_t, 4>;
 
-int64_t offset_of(const Strides& stride, int64_t b, int64_t h, int64_t i, int64_t d) {
-  return b * stride[0] + h * stride[1] + i * stride[2] + d * stride[3];
-}
-
 int64_t span(const Extents& extents, const Strides& stride) {
   int64_t last = 0;
   for (int i = 0; i < 4; ++i) {
@@ -36,64 +33,83 @@ int64_t span(const Extents& extents, const Strides& stride) {
   return last + 1;
 }
 
-void for_each(const Extents& e,
-              const std::function<void(int64_t, int64_t, int64_t, int64_t)>& body) {
-  for (int64_t b = 0; b < e[0]; ++b) {
-    for (int64_t h = 0; h < e[1]; ++h) {
-      for (int64_t i = 0; i < e[2]; ++i) {
-        for (int64_t d = 0; d < e[3]; ++d) body(b, h, i, d);
-      }
+// Streams of random numbers.
+enum Stream : uint64_t { kOfQ, kOfK, kOfV, kOfMask, kOfSinks, kOfPoison };
+
+struct TensorRow {
+  std::byte* data;
+  Dtype dtype;
+  int64_t offset, stride, dim;
+
+  // Answers with the largest |value|.
+  float fill(RowRandom random, float mean) const {
+    float largest = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const float value = mean + random.normal();
+      largest = std::max(largest, std::fabs(value));
+      put(data, dtype, offset + d * stride, value);
     }
+    return largest;
   }
-}
+  void fill(float value) const {
+    for (int64_t d = 0; d < dim; ++d) put(data, dtype, offset + d * stride, value);
+  }
+};
 
-void put(std::byte* data, Dtype dtype, int64_t offset, float value) {
-  const auto store = [&](auto element) {
-    std::memcpy(data + offset * static_cast<int64_t>(sizeof(element)), &element, sizeof(element));
-  };
-  if (dtype == Dtype::kF32) store(value);
-  if (dtype == Dtype::kF16) store(from_float<Half>(value));
-  if (dtype == Dtype::kBf16) store(from_float<Bfloat16>(value));
-}
-
-float get(const std::byte* data, Dtype dtype, int64_t offset) {
-  if (dtype == Dtype::kF32) return reinterpret_cast<const float*>(data)[offset];
-  if (dtype == Dtype::kF16) return to_float(reinterpret_cast<const Half*>(data)[offset]);
-  return to_float(reinterpret_cast<const Bfloat16*>(data)[offset]);
+// Batch entries, heads or rows that share memory are one.
+int64_t distinct(int64_t extent, int64_t stride) {
+  return stride == 0 ? std::min<int64_t>(1, extent) : extent;
 }
 
 Dtype mask_dtype(const Problem& p) {
   return p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
 }
 
-void fill_mask(const Case& c, CaseData& data, std::mt19937_64& random) {
+void fill_mask(const Case& c, CaseData& data) {
   const Problem& p = c.problem;
   if (p.mask == MaskKind::kNone) return;
-  const Extents extents{p.batch, p.heads_q, p.len_q, p.len_k};
-  const bool is_boolean = p.mask == MaskKind::kBoolean;
-  const auto bytes = is_boolean ? 1 : static_cast<int64_t>(dtype_bytes(mask_dtype(p)));
-  data.mask = GuardedTensor(span(extents, p.stride_mask) * bytes);
-  std::normal_distribution<float> normal;
-  for_each(extents, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
-    bool attend = random() % 4 != 0;
-    if (c.mask_pattern == MaskPattern::kWholeRows) attend = i % 3 != 0;
-    if (c.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
-    const int64_t offset = offset_of(p.stride_mask, b, h, i, j);
-    if (is_boolean) {
-      data.mask.data()[offset] =
-          attend ? std::byte{static_cast<uint8_t>(1 + random() % 255)} : std::byte{0};
-    } else {
-      put(data.mask.data(), mask_dtype(p), offset, attend ? normal(random) : -kInfinity);
-    }
-  });
+  const Strides& stride = p.stride_mask;
+  data.mask =
+      GuardedTensor(span({p.batch, p.heads_q, p.len_q, p.len_k}, stride) * mask_element_bytes(p));
+  for_each_row(
+      distinct(p.batch, stride[0]), distinct(p.heads_q, stride[1]), distinct(p.len_q, stride[2]),
+      [&](RowIndex row) {
+        const int64_t first = offset_of(stride, row.batch_idx, row.head, row.idx, 0);
+        RowRandom random(c.seed, kOfMask, first);
+        for (int64_t j = 0; j < p.len_k; ++j) {
+          bool attend = random.bits() % 4 != 0;
+          if (c.mask_pattern == MaskPattern::kWholeRows) attend = row.idx % 3 != 0;
+          if (c.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
+          const int64_t offset = first + j * stride[3];
+          if (p.mask == MaskKind::kBoolean) {
+            data.mask.data()[offset] =
+                attend ? std::byte{static_cast<uint8_t>(1 + random.bits() % 255)} : std::byte{0};
+          } else {
+            put(data.mask.data(), mask_dtype(p), offset, attend ? random.normal() : -kInfinity);
+          }
+        }
+      });
 }
 
 // Which keys of one (batch, kv head) any row of the group sees.
 std::vector<bool> seen_keys(const Problem& p, const Tensors& t, int64_t b, int64_t head_kv) {
   std::vector<bool> seen(static_cast<size_t>(p.len_k), false);
-  for (int64_t g = 0; g < p.group(); ++g) {
+  const KeyRange present = present_keys(p, t, b);
+  if (p.mask == MaskKind::kNone) {
+    // Ranges move to the right with the query, so that one begins where those before it ended.
+    int64_t done = 0;
     for (int64_t i = 0; i < p.len_q; ++i) {
-      const KeyRange keys = visible_keys(p, present_keys(p, t, b), i);
+      const KeyRange keys = visible_keys(p, present, i);
+      for (int64_t j = std::max(done, keys.begin); j < keys.end; ++j) {
+        seen[static_cast<size_t>(j)] = true;
+      }
+      if (!keys.empty()) done = std::max(done, keys.end);
+    }
+    return seen;
+  }
+  for (int64_t g = 0; g < distinct(p.group(), p.stride_mask[1]); ++g) {
+    for (int64_t i = 0; i < p.len_q; ++i) {
+      const KeyRange keys = visible_keys(p, present, i);
       for (int64_t j = keys.begin; j < keys.end; ++j) {
         if (seen[static_cast<size_t>(j)]) continue;
         seen[static_cast<size_t>(j)] =
@@ -104,49 +120,55 @@ std::vector<bool> seen_keys(const Problem& p, const Tensors& t, int64_t b, int64
   return seen;
 }
 
-void fill_kv(const Case& c, CaseData& data, std::mt19937_64& random) {
-  const Problem& p = c.problem;
-  const Tensors t = data.tensors();
-  std::normal_distribution<float> normal;
-  // Heads that share memory (stride 0) must agree on which keys are seen.
-  std::vector<std::vector<bool>> seen(static_cast<size_t>(p.batch));
+// By (batch, kv head). Those that share memory (stride 0) must agree on which keys are seen.
+std::vector<std::vector<bool>> all_seen_keys(const Problem& p, const Tensors& t) {
+  std::vector<std::vector<bool>> all;
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads_kv; ++h) {
-      std::vector<bool> keys = seen_keys(p, t, b, h);
-      if (p.stride_k[1] == 0) {
-        for (int64_t other = 0; other < p.heads_kv; ++other) {
-          const std::vector<bool> more = seen_keys(p, t, b, other);
-          for (size_t j = 0; j < keys.size(); ++j) keys[j] = keys[j] || more[j];
-        }
-      }
-      for (int64_t j = 0; j < p.len_k; ++j) {
-        const bool is_seen = keys[static_cast<size_t>(j)];
-        const bool is_nan = !is_seen || (c.has_visible_nan && random() % 16 == 0);
-        const float poison = random() % 2 == 0 || is_seen ? kNan : kInfinity;
-        for (int64_t d = 0; d < p.dim_qk; ++d) {
-          put(data.k.data(), p.dtype_kv, offset_of(p.stride_k, b, h, j, d),
-              is_nan ? poison : normal(random));
-        }
-        for (int64_t d = 0; d < p.dim_v; ++d) {
-          put(data.v.data(), p.dtype_kv, offset_of(p.stride_v, b, h, j, d),
-              is_nan ? poison : c.mean_v + normal(random));
-        }
+      if (h > 0 && p.mask == MaskKind::kNone) {
+        all.push_back(all.back());  // a range is every head's
+      } else {
+        all.push_back(seen_keys(p, t, b, h));
       }
     }
+    if (p.stride_k[1] != 0 && p.stride_v[1] != 0) continue;
+    const auto heads = all.end() - p.heads_kv;
+    for (auto other = heads; other != all.end(); ++other) {
+      for (size_t j = 0; j < heads->size(); ++j) (*heads)[j] = (*heads)[j] || (*other)[j];
+    }
+    std::fill(heads, all.end(), std::vector<bool>(*heads));
+  }
+  return all;
+}
+
+void raise_to(std::atomic<float>& largest, float value) {
+  float before = largest;
+  while (before < value && !largest.compare_exchange_weak(before, value)) {
   }
 }
 
-// The largest |v| that is not poison.
-float largest_value(const CaseData& data) {
-  const Problem& p = data.problem;
-  float largest = 0;
-  for_each({p.batch, p.heads_kv, p.len_k, p.dim_v},
-           [&](int64_t b, int64_t h, int64_t j, int64_t d) {
-             const float value =
-                 std::fabs(get(data.v.data(), p.dtype_kv, offset_of(p.stride_v, b, h, j, d)));
-             if (std::isfinite(value)) largest = std::max(largest, value);
-           });
-  return largest;
+void fill_kv(const Case& c, CaseData& data) {
+  const Problem& p = c.problem;
+  const std::vector<std::vector<bool>> seen = all_seen_keys(p, data.tensors());
+  std::atomic<float> largest{0};
+  const auto fill = [&](GuardedTensor& tensor, const Strides& stride, int64_t dim, Stream stream,
+                        float mean) {
+    for_each_row(p.batch, distinct(p.heads_kv, stride[1]), p.len_k, [&](RowIndex row) {
+      const int64_t pair = row.batch_idx * p.heads_kv + row.head;
+      const int64_t key = pair * p.len_k + row.idx;
+      RowRandom poison(c.seed, kOfPoison, key);
+      const bool is_seen = seen[static_cast<size_t>(pair)][static_cast<size_t>(row.idx)];
+      const bool is_nan = !is_seen || (c.has_visible_nan && poison.bits() % 16 == 0);
+      const TensorRow to{tensor.data(), p.dtype_kv,
+                         offset_of(stride, row.batch_idx, row.head, row.idx, 0), stride[3], dim};
+      if (is_nan) return to.fill(is_seen || poison.bits() % 2 == 0 ? kNan : kInfinity);
+      const float most = to.fill({c.seed, stream, key}, mean);
+      if (stream == kOfV || data.v_is_k) raise_to(largest, most);
+    });
+  };
+  fill(data.k, p.stride_k, p.dim_qk, kOfK, 0);
+  if (!data.v_is_k) fill(data.v, p.stride_v, p.dim_v, kOfV, c.mean_v);
+  data.largest_value = largest;
 }
 
 }  // namespace
@@ -160,22 +182,38 @@ bool GuardedTensor::guards_intact() const {
                             std::all_of(bytes_.end() - kGuardBytes, bytes_.end(), is_poison));
 }
 
-CaseData::CaseData(const Case& c) : problem(c.problem) {
+uint64_t GuardedTensor::fingerprint() const {
+  // Four lanes, so that one multiplication need not wait for the one before.
+  uint64_t lanes[4] = {1, 2, 3, 4};
+  const size_t words = bytes_.size() / 8;
+  for (size_t i = 0; i < words; ++i) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes_.data() + 8 * i, 8);
+    lanes[i % 4] = (lanes[i % 4] ^ word) * 0x9e3779b97f4a7c15u;
+  }
+  uint64_t result = 0;
+  for (size_t i = 8 * words; i < bytes_.size(); ++i) {
+    result = (result ^ static_cast<uint64_t>(bytes_[i])) * 0x100000001b3u;
+  }
+  for (const uint64_t lane : lanes) result = mix(result ^ lane);
+  return result;
+}
+
+CaseData::CaseData(const Case& c)
+    : problem(c.problem), v_is_k(c.v_is_k || c.problem.values_in_keys) {
   const Problem& p = problem;
-  std::mt19937_64 random(c.seed);
-  std::normal_distribution<float> normal;
-  const auto bytes_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
-  const auto bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
-  const Extents extents_q{p.batch, p.heads_q, p.len_q, p.dim_qk};
+  const int64_t bytes_q = bytes_of(p.dtype_q), bytes_kv = bytes_of(p.dtype_kv);
   const Extents extents_out{p.batch, p.heads_q, p.len_q, p.dim_v};
-  q = GuardedTensor(span(extents_q, p.stride_q) * bytes_q);
+  q = GuardedTensor(span({p.batch, p.heads_q, p.len_q, p.dim_qk}, p.stride_q) * bytes_q);
   k = GuardedTensor(span({p.batch, p.heads_kv, p.len_k, p.dim_qk}, p.stride_k) * bytes_kv);
-  v = GuardedTensor(span({p.batch, p.heads_kv, p.len_k, p.dim_v}, p.stride_v) * bytes_kv);
+  if (!v_is_k) {
+    v = GuardedTensor(span({p.batch, p.heads_kv, p.len_k, p.dim_v}, p.stride_v) * bytes_kv);
+  }
   out = GuardedTensor(span(extents_out, p.stride_out) * bytes_q);
   if (p.wants_log_sum_exp) log_sum_exp = GuardedTensor(p.batch * p.heads_q * p.len_q * 4);
   if (p.has_sinks) {
     sinks = GuardedTensor(p.heads_q * 4);
-    for (int64_t h = 0; h < p.heads_q; ++h) put(sinks.data(), Dtype::kF32, h, normal(random));
+    TensorRow{sinks.data(), Dtype::kF32, 0, 1, p.heads_q}.fill({c.seed, kOfSinks, 0}, 0);
   }
   const auto copy = [](const std::vector<int32_t>& from, GuardedTensor& to) {
     if (from.empty()) return;
@@ -184,16 +222,32 @@ CaseData::CaseData(const Case& c) : problem(c.problem) {
   };
   copy(c.key_lengths, key_lengths);
   copy(c.key_starts, key_starts);
-  for_each(extents_q, [&](int64_t b, int64_t h, int64_t i, int64_t d) {
-    put(q.data(), p.dtype_q, offset_of(p.stride_q, b, h, i, d), normal(random));
+  for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
+    const int64_t offset = offset_of(p.stride_q, row.batch_idx, row.head, row.idx, 0);
+    TensorRow{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk}.fill({c.seed, kOfQ, offset}, 0);
   });
-  fill_mask(c, *this, random);
-  fill_kv(c, *this, random);
-  out_owned.assign(static_cast<size_t>(out.size()), 0);
-  for_each(extents_out, [&](int64_t b, int64_t h, int64_t i, int64_t d) {
-    const int64_t at = offset_of(p.stride_out, b, h, i, d) * bytes_q;
-    std::fill_n(out_owned.begin() + at, bytes_q, uint8_t{1});
-  });
+  fill_mask(c, *this);
+  fill_kv(c, *this);
+  if (p.batch * p.heads_q * p.len_q * p.dim_v * bytes_q < out.size()) {
+    out_owned_.assign(static_cast<size_t>(out.size()), 0);
+    for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
+      for (int64_t d = 0; d < p.dim_v; ++d) {
+        const int64_t at = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, d) * bytes_q;
+        std::fill_n(out_owned_.begin() + at, bytes_q, uint8_t{1});
+      }
+    });
+  }
+  for (size_t i = 0; i < kInputs; ++i) fingerprints_[i] = inputs()[i].tensor->fingerprint();
+}
+
+std::array<CaseData::Input, CaseData::kInputs> CaseData::inputs() const {
+  return {{{"q", &q},
+           {"k", &k},
+           {"v", &v},
+           {"mask", &mask},
+           {"sinks", &sinks},
+           {"key_lengths", &key_lengths},
+           {"key_starts", &key_starts}}};
 }
 
 Tensors CaseData::tensors() {
@@ -202,7 +256,7 @@ Tensors CaseData::tensors() {
   Tensors t;
   t.q = q.data();
   t.k = k.data();
-  t.v = v.data();
+  t.v = v_is_k ? k.data() : v.data();
   t.out = out.data();
   if (problem.mask != MaskKind::kNone) t.mask = mask.data();
   if (problem.has_sinks) t.sinks = floats(sinks);
@@ -222,99 +276,18 @@ std::string CaseData::damage() const {
   if (problem.wants_log_sum_exp && !log_sum_exp.guards_intact()) {
     return "memory around log_sum_exp was written";
   }
-  for (int64_t i = 0; i < out.size(); ++i) {
-    if (out_owned[static_cast<size_t>(i)] == 0 && out.data()[i] != kPoison) {
+  for (size_t i = 0; i < out_owned_.size(); ++i) {
+    if (out_owned_[i] == 0 && out.data()[i] != kPoison) {
       return fmt::format("byte {} between the elements of out was written", i);
     }
   }
+  for (size_t i = 0; i < kInputs; ++i) {
+    const Input input = inputs()[i];
+    if (input.tensor->fingerprint() != fingerprints_[i]) {
+      return fmt::format("{}, or memory around it, was written: an input", input.name);
+    }
+  }
   return "";
-}
-
-Expected expected_answer(const CaseData& data) {
-  // The same problem with everything of q's type widened, so that out is rounded to f32 alone.
-  Problem p = data.problem;
-  CaseData& source = const_cast<CaseData&>(data);
-  Tensors t = source.tensors();
-  Expected expected;
-  std::vector<float> q(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_qk));
-  const Strides stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
-  for_each({p.batch, p.heads_q, p.len_q, p.dim_qk},
-           [&](int64_t b, int64_t h, int64_t i, int64_t d) {
-             q[static_cast<size_t>(offset_of(stride_q, b, h, i, d))] =
-                 get(data.q.data(), p.dtype_q, offset_of(p.stride_q, b, h, i, d));
-           });
-  std::vector<float> mask;
-  if (p.mask == MaskKind::kAdditiveQ) {
-    mask.resize(
-        static_cast<size_t>(data.mask.size() / static_cast<int64_t>(dtype_bytes(p.dtype_q))));
-    for (size_t i = 0; i < mask.size(); ++i) {
-      mask[i] = get(data.mask.data(), p.dtype_q, static_cast<int64_t>(i));
-    }
-    t.mask = mask.data();
-    p.mask = MaskKind::kAdditiveF32;
-  }
-  expected.out.resize(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v));
-  expected.log_sum_exp.resize(static_cast<size_t>(p.batch * p.heads_q * p.len_q));
-  p.dtype_q = Dtype::kF32;
-  p.stride_q = stride_q;
-  p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
-  p.wants_log_sum_exp = true;
-  t.q = q.data();
-  t.out = expected.out.data();
-  t.log_sum_exp = expected.log_sum_exp.data();
-  std::vector<double> scratch(cpu::reference_workspace_bytes(p) / sizeof(double));
-  cpu::reference_rows(p, t, 0, p.batch * p.heads_q * p.len_q, scratch.data());
-  return expected;
-}
-
-Difference compare(const CaseData& data, const Expected& expected) {
-  const Problem& p = data.problem;
-  Difference difference;
-  difference.tolerance = p.dtype_q == Dtype::kF32 ? 4e-6 : (p.dtype_q == Dtype::kF16 ? 9e-4 : 7e-3);
-  const double element_bound =
-      6 * difference.tolerance * std::max(1e-3, static_cast<double>(largest_value(data)));
-  double error_squares = 0, squares = 0;
-  const auto report = [&](std::string message) {
-    if (difference.message.empty()) difference.message = std::move(message);
-  };
-  const Strides dense = dense_strides(p.heads_q, p.len_q, p.dim_v);
-  for_each({p.batch, p.heads_q, p.len_q, p.dim_v}, [&](int64_t b, int64_t h, int64_t i, int64_t d) {
-    const float want = expected.out[static_cast<size_t>(offset_of(dense, b, h, i, d))];
-    const float have = get(data.out.data(), p.dtype_q, offset_of(p.stride_out, b, h, i, d));
-    if (std::isfinite(want) != std::isfinite(have)) {
-      return report(fmt::format("out[{}, {}, {}, {}] is {}, expected {}", b, h, i, d, have, want));
-    }
-    if (!std::isfinite(want)) return;
-    const double error = std::fabs(static_cast<double>(have) - want);
-    error_squares += error * error;
-    squares += static_cast<double>(want) * want;
-    difference.worst = std::max(difference.worst, error / element_bound);
-    if (error > element_bound) {
-      report(fmt::format("out[{}, {}, {}, {}] is {}, expected {}: off by {:.3g}, bound {:.3g}", b,
-                         h, i, d, have, want, error, element_bound));
-    }
-  });
-  difference.relative_rms =
-      squares > 0 ? std::sqrt(error_squares / squares) : (error_squares > 0 ? INFINITY : 0);
-  // A mean over a handful of elements, all near 0 by chance, says nothing: the bound on each of
-  // them does.
-  constexpr size_t kFewestElements = 32;
-  if (difference.relative_rms > difference.tolerance && expected.out.size() >= kFewestElements) {
-    report(fmt::format("relative RMS of out is {:.3g}, tolerance {:.3g}", difference.relative_rms,
-                       difference.tolerance));
-  }
-  if (!p.wants_log_sum_exp) return difference;
-  const auto* lse = reinterpret_cast<const float*>(data.log_sum_exp.data());
-  for (size_t row = 0; row < expected.log_sum_exp.size(); ++row) {
-    const float want = expected.log_sum_exp[row];
-    const bool matches = std::isfinite(want)
-                             ? std::fabs(lse[row] - want) <= 1e-5 + 4e-6 * std::fabs(want)
-                             : (std::isnan(want) ? !std::isfinite(lse[row]) : lse[row] == want);
-    if (!matches) {
-      report(fmt::format("log_sum_exp of row {} is {}, expected {}", row, lse[row], want));
-    }
-  }
-  return difference;
 }
 
 }  // namespace wh

@@ -13,14 +13,18 @@ struct Dims {
   int64_t qk, v;
 };
 
-constexpr Dims kDims[] = {{1, 1},     {7, 7},     {40, 40},   {64, 64},   {72, 72},
-                          {80, 80},   {96, 96},   {100, 100}, {112, 112}, {128, 128},
-                          {160, 160}, {192, 128}, {192, 192}, {192, 256}, {256, 256},
-                          {320, 256}, {512, 512}, {576, 512}, {13, 5},    {1024, 1024}};
-// Around the edges of every tile: SIMD vectors, panels of 24 and 48 rows, tiles of 64 to 128 keys.
-constexpr int64_t kLengths[] = {1,  2,   3,   7,   8,   9,   15,  16,  17,  23,  24,  25, 31,
-                                32, 33,  47,  48,  49,  63,  64,  65,  79,  80,  81,  95, 96,
-                                97, 112, 127, 128, 129, 143, 145, 191, 193, 255, 257, 300};
+// What models have, what kernels are compiled for, and what lies between and is padded.
+constexpr Dims kDims[] = {{1, 1},     {7, 7},     {13, 5},    {24, 24},    {40, 40},   {48, 48},
+                          {64, 64},   {72, 72},   {80, 80},   {96, 96},    {100, 100}, {112, 112},
+                          {128, 128}, {136, 136}, {160, 160}, {192, 128},  {192, 192}, {192, 256},
+                          {248, 248}, {256, 256}, {264, 264}, {320, 256},  {384, 384}, {512, 512},
+                          {520, 392}, {544, 488}, {576, 512}, {1024, 1024}};
+// Around the edges of every tile: SIMD vectors, panels of 24 and 48 rows, tiles of 64 to 192 rows
+// and 64 to 176 keys.
+constexpr int64_t kLengths[] = {1,   2,   3,   7,   8,   9,   15,  16,  17,  23,  24,
+                                25,  31,  32,  33,  47,  48,  49,  63,  64,  65,  79,
+                                80,  81,  95,  96,  97,  112, 127, 128, 129, 143, 145,
+                                175, 176, 177, 191, 192, 193, 255, 257, 300};
 constexpr int64_t kGroups[] = {1, 1, 2, 3, 4, 5, 8, 16, 32, 64};
 
 // The float64 reference takes about 3 ns a multiply-add: 12 ms a case at most.
@@ -57,8 +61,11 @@ class Generator {
   }
 
   void draw_types(Problem& p) {
-    constexpr Dtype kTypes[] = {Dtype::kF32, Dtype::kF16, Dtype::kBf16};
-    p.dtype_q = pick(kTypes);
+    // Most CUDA kernels take 16 bits alone.
+    constexpr Dtype kCpuTypes[] = {Dtype::kF32, Dtype::kF16, Dtype::kBf16};
+    constexpr Dtype kCudaTypes[] = {Dtype::kF32, Dtype::kF16, Dtype::kBf16, Dtype::kF16,
+                                    Dtype::kBf16};
+    p.dtype_q = device_ == Device::kCpu ? pick(kCpuTypes) : pick(kCudaTypes);
     p.dtype_kv = p.dtype_q;
     // f32 queries over a 16-bit cache, on the CPU alone.
     if (device_ == Device::kCpu && p.dtype_q == Dtype::kF32 && chance(0.3)) {
@@ -120,6 +127,10 @@ class Generator {
         const int64_t row = dim + 3;
         return {heads * (length * row + 5), length * row + 5, row, 1};
       }
+      case Layout::kPaddedBy16Bytes: {
+        const int64_t row = dim + 8;
+        return {heads * (length * row + 24), length * row + 24, row, 1};
+      }
       case Layout::kDimStrided:
         return {heads * length * dim * 2, length * dim * 2, dim * 2, 2};
     }
@@ -127,8 +138,9 @@ class Generator {
   }
 
   void draw_strides(Problem& p) {
-    constexpr Layout kLayouts[] = {Layout::kDense,  Layout::kDense,       Layout::kLengthFirst,
-                                   Layout::kPadded, Layout::kSharedHeads, Layout::kDimStrided};
+    constexpr Layout kLayouts[] = {
+        Layout::kDense,           Layout::kDense,       Layout::kLengthFirst, Layout::kPadded,
+        Layout::kPaddedBy16Bytes, Layout::kSharedHeads, Layout::kDimStrided};
     const Layout layout = pick(kLayouts);
     p.stride_q = strides(layout, p.heads_q, p.len_q, p.dim_qk);
     p.stride_k = strides(layout, p.heads_kv, p.len_k, p.dim_qk);
@@ -212,7 +224,18 @@ std::vector<Case> corner_cases(Device device) {
     p.stride_mask = {0, 0, 0, 1};
     add("one mask row for all, over several chunks", p).mask_pattern =
         MaskPattern::kAlternatingKeys;
+    p = dense(device, dtype, 16, 1, 3, 700, 576);
+    p.dim_v = 512;
+    p.stride_v = p.stride_k;
+    p.stride_out = dense_strides(16, 3, 512);
+    p.causal = Causal::kBottomRight;
+    p.values_in_keys = true;
+    add("V is in K, latent attention", p);
   }
+  // Refused by every CUDA kernel, and taken by the CPU's.
+  Problem mixed = dense(device, Dtype::kF32, 4, 2, 40, 200, 64);
+  mixed.dtype_kv = Dtype::kF16;
+  add("f32 queries over f16 keys", mixed);
   return cases;
 }
 
@@ -220,6 +243,7 @@ std::vector<Case> corner_cases(Device device) {
 
 std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed) {
   if (set == CaseSet::kCorner) return corner_cases(device);
+  if (set == CaseSet::kLarge) return make_large_cases(device, seed, 1);
   const int64_t count = set == CaseSet::kSmoke ? 200 : (set == CaseSet::kCi ? 3400 : 30000);
   Generator generator(device, seed);
   std::vector<Case> cases;

@@ -15,14 +15,16 @@ enum class CaseSet : uint8_t {
   kCi,      // 3,400: every lists' values, in random combinations
   kFull,    // 30,000 of the same
   kCorner,  // few, each for one thing that went wrong somewhere
+  kLarge,   // few, of the sizes that people run: many tiles a multiprocessor, up to 262,144 keys
 };
 
 enum class Layout : uint8_t {
-  kDense,        // [batch, heads, length, dim]
-  kLengthFirst,  // [batch, length, heads, dim]
-  kPadded,       // rows padded to an odd stride
-  kSharedHeads,  // every kv head reads the same K and V: stride 0
-  kDimStrided,   // every second element
+  kDense,            // [batch, heads, length, dim]
+  kLengthFirst,      // [batch, length, heads, dim]
+  kPadded,           // rows padded to an odd stride
+  kPaddedBy16Bytes,  // of 16-bit elements: TMA can step over it
+  kSharedHeads,      // every kv head reads the same K and V: stride 0
+  kDimStrided,       // every second element
 };
 
 enum class MaskPattern : uint8_t { kRandom, kWholeRows, kAlternatingKeys };
@@ -35,9 +37,14 @@ struct Case {
   MaskPattern mask_pattern = MaskPattern::kRandom;
   float mean_v = 0;
   bool has_visible_nan = false;  // some K and V that rows do see hold NaN
+  bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so
+  int64_t sampled_rows = 0;      // so many are compared with float64; 0: all
   uint64_t seed = 0;             // of the data
 };
 
 std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed);
+
+// CaseSet::kLarge with every length divided by `shrink`: on a GPU as they are, on a CPU smaller.
+std::vector<Case> make_large_cases(Device device, uint64_t seed, int64_t shrink);
 
 }  // namespace wh

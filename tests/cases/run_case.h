@@ -1,22 +1,63 @@
 // Runs one case on one kernel and says what was wrong.
 #pragma once
 
-#include "case_data.h"
+#include <string>
+#include <vector>
+
+#include "answer.h"
 
 namespace wh {
 
-struct CaseResult {
-  std::string kernel;
-  bool was_refused = false;  // with the reason in message
-  double relative_rms = 0;
-  double tolerance = 0;
-  std::string message;  // empty: right
-
-  bool is_wrong() const { return !was_refused && !message.empty(); }
+struct CheckOptions {
+  int64_t runs = 1;          // of each kernel on each case; all must give the same bits
+  int64_t shared_bytes = 0;  // plans as if a block of the card had so many; 0: what it has
+  // NaN bits in the workspace show a kernel that reads what it has not written, but hide it from a
+  // tool that watches for that.
+  bool paints_workspace = true;
 };
 
-// kernel "": the planner's choice.
-CaseResult run_case(const Case& c, CaseData& data, const Expected& expected,
-                    const std::string& kernel);
+enum class Outcome { kRight, kRefused, kWrong };
+
+struct CaseResult {
+  std::string kernel;
+  Outcome outcome = Outcome::kRight;
+  std::string message;  // why it was refused, or what was wrong
+  double relative_rms = 0;
+  double tolerance = 0;
+};
+
+// A case with its answer, to be run by several kernels.
+class CheckedCase {
+ public:
+  CheckedCase(const Case& c, const CheckOptions& options);
+
+  // kernel "": the planner's choice. A refusal is wrong where the kernel is documented to take the
+  // problem (documented.h), and so is a run where it is not.
+  CaseResult run(const std::string& kernel);
+  CaseResult run(const std::string& kernel, const Machine& here);
+
+ private:
+  std::string run_plan(const Plan& plan, const Machine& machine);
+  std::string compare_all_rows();
+
+  const Case& case_;
+  const CheckOptions& options_;
+  CaseData data_;
+  Expected expected_;
+  Difference difference_;             // of the last run
+  std::vector<std::byte> other_out_;  // of the first kernel that was right, where rows are sampled
+};
+
+// What became of a kernel's cases.
+struct Tally {
+  int64_t checked = 0, refused = 0, wrong = 0;
+  double worst_share = 0;  // of the tolerance
+
+  void add(const CaseResult& result);
+};
+
+// Kernels of a device that are to be run on a set of cases: the float64 oracle takes minutes on
+// large ones.
+std::vector<std::string> kernels_for(Device device, CaseSet set);
 
 }  // namespace wh

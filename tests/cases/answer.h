@@ -1,0 +1,43 @@
+// What a kernel should answer to a case, and how far it is from that.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "case_data.h"
+
+namespace wh {
+
+// In float64 arithmetic, rounded to f32 at the very end.
+struct Expected {
+  std::vector<int64_t> rows;       // which of the batch * heads_q * len_q these are
+  std::vector<float> out;          // [rows, dim_v]
+  std::vector<float> log_sum_exp;  // [rows]
+};
+
+// Of all rows, or of `most_rows` of them: the first and the last query of a tile of every size, and
+// random ones. 0: all.
+Expected expected_answer(const CaseData& data, int64_t most_rows = 0);
+
+struct Difference {
+  double relative_rms = 0;
+  double tolerance = 0;  // of relative_rms
+  double worst = 0;      // the largest elementwise error over its bound; 1 is the limit
+  std::string message;   // empty: within tolerance everywhere
+};
+
+// Compares `data`'s outputs with what was expected.
+//
+// Bounds, with u the unit roundoff of the output type (2^-24, 2^-11, 2^-8): rounding the output
+// leaves a relative RMS of at most u / sqrt(3); a kernel that rounds the weights to that type
+// before they multiply V adds as much again with independent signs, and the f32 sums of up to 2^15
+// terms stay below 30 u_f32 in RMS. The contract allows 4e-6, 9e-4 and 7e-3, which is 1.8 u for the
+// 16-bit types. Elementwise, as the weights sum to 1, an error is at most that of the weights times
+// the largest |v|: 6 standard deviations of the RMS bound.
+Difference compare(const CaseData& data, const Expected& expected);
+
+// Compares every row of `data`'s out with that of another kernel: of what `expected` samples this
+// sees the rest. Empty: no row is off by more than both kernels' rounding.
+std::string disagreement(const CaseData& data, const std::vector<std::byte>& other_out);
+
+}  // namespace wh

@@ -1,0 +1,49 @@
+#include "documented.h"
+
+namespace wh {
+
+// 16-bit elements: strides of 16 bytes are 8 of them. A dimension of one is never stepped over.
+bool Documented::is_for_tma() const {
+  const Problem& p = problem;
+  if (p.dim_qk % 8 != 0 || p.dim_v % 8 != 0) return false;
+  const struct {
+    const Strides& stride;
+    int64_t heads, length, multiple;
+  } all[] = {{p.stride_q, p.heads_q, p.len_q, 8},
+             {p.stride_k, p.heads_kv, p.len_k, 8},
+             {p.stride_v, p.heads_kv, p.len_k, 8},
+             {p.stride_out, p.heads_q, p.len_q, 4}};
+  for (const auto& one : all) {
+    if (one.stride[3] != 1) return false;
+    if (p.batch > 1 && one.stride[0] % one.multiple != 0) return false;
+    if (one.heads > 1 && one.stride[1] % one.multiple != 0) return false;
+    if (one.length > 1 && one.stride[2] % one.multiple != 0) return false;
+  }
+  return true;
+}
+
+bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
+  return cuda.compute_capability == 90 && is_one_type() && problem.dtype_q != Dtype::kF32 &&
+         precision == Precision::kNative && problem.dim_qk <= most_dim_qk &&
+         problem.dim_v <= most_dim_v && is_for_tma();
+}
+
+bool Documented::takes(const std::string& kernel) const {
+  const Problem& p = problem;
+  const bool is_cpu = p.device == Device::kCpu;
+  if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
+    return is_cpu;
+  }
+  if (kernel == "cpu_decode") return is_cpu && p.len_q * p.group() <= 128;
+  if (kernel == "cpu_prefill_bf16") {
+    return is_cpu && is_one_type() && p.dtype_q == Dtype::kBf16 && cpu.has_avx512_bf16;
+  }
+  if (is_cpu) return false;
+  if (kernel == "sm90_prefill") return is_sm90(320, 256);
+  if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
+  if (cuda.compute_capability < 80 || !is_one_type()) return false;
+  if (kernel == "cuda_portable") return precision == Precision::kNative || p.dtype_q == Dtype::kF32;
+  return kernel == "cuda_unfused";
+}
+
+}  // namespace wh

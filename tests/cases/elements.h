@@ -1,0 +1,35 @@
+// Elements of tensors on the host, of any type and stride.
+#pragma once
+
+#include <cstring>
+
+#include "core/float16.h"
+#include "core/problem.h"
+
+namespace wh {
+
+inline int64_t offset_of(const Strides& stride, int64_t b, int64_t h, int64_t i, int64_t d) {
+  return b * stride[0] + h * stride[1] + i * stride[2] + d * stride[3];
+}
+
+inline int64_t bytes_of(Dtype dtype) { return static_cast<int64_t>(dtype_bytes(dtype)); }
+
+template <typename T>
+void put(std::byte* data, int64_t offset, float value) {
+  const T element = from_float<T>(value);
+  std::memcpy(data + offset * static_cast<int64_t>(sizeof(T)), &element, sizeof(T));
+}
+
+inline void put(std::byte* data, Dtype dtype, int64_t offset, float value) {
+  if (dtype == Dtype::kF32) put<float>(data, offset, value);
+  if (dtype == Dtype::kF16) put<Half>(data, offset, value);
+  if (dtype == Dtype::kBf16) put<Bfloat16>(data, offset, value);
+}
+
+inline float get(const std::byte* data, Dtype dtype, int64_t offset) {
+  if (dtype == Dtype::kF32) return reinterpret_cast<const float*>(data)[offset];
+  if (dtype == Dtype::kF16) return to_float(reinterpret_cast<const Half*>(data)[offset]);
+  return to_float(reinterpret_cast<const Bfloat16*>(data)[offset]);
+}
+
+}  // namespace wh

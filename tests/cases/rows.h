@@ -1,0 +1,29 @@
+// Rows of a tensor on all cores: the largest cases have 10^9 elements.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/executor.h"
+
+namespace wh {
+
+struct RowIndex {
+  int64_t batch_idx, head, idx;
+};
+
+// Calls body(row) for every row of [batch, heads, length], in any order and from several threads.
+template <typename Body>
+void for_each_row(int64_t batch, int64_t heads, int64_t length, Body&& body) {
+  constexpr int64_t kRowsAtOnce = 64;  // few rows are not worth a second thread
+  const int64_t rows = batch * heads * length;
+  const auto blocks = static_cast<int32_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce);
+  parallel(default_executor(), blocks, [&](int32_t block) {
+    const int64_t end = std::min(rows, (int64_t{block} + 1) * kRowsAtOnce);
+    for (int64_t row = int64_t{block} * kRowsAtOnce; row < end; ++row) {
+      body(RowIndex{row / length / heads, row / length % heads, row % length});
+    }
+  });
+}
+
+}  // namespace wh

@@ -1,0 +1,59 @@
+// What the CUDA kernels refuse against what is documented, on the whole case table and for several
+// cards, without a GPU.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <string>
+
+#include "cases.h"
+#include "cuda/registry.h"
+#include "cuda/unfused/cublas_lt.h"
+#include "documented.h"
+#include "plan/kernel.h"
+
+namespace wh {
+namespace {
+
+CudaFacts card(int32_t compute_capability, int64_t shared_bytes) {
+  CudaFacts facts;
+  facts.name = "a card";
+  facts.compute_capability = compute_capability;
+  facts.sms = 100;
+  facts.shared_bytes = shared_bytes;
+  facts.tensor_tflops = 300;
+  facts.read_gbytes_per_s = 1000;
+  return facts;
+}
+
+class CudaDocumented : public testing::TestWithParam<CaseSet> {};
+
+TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
+  const bool has_cublas_lt = cuda::cublas_lt_unavailable().empty();
+  const CpuFacts cpu;
+  for (const CudaFacts& facts : {card(90, 232448), card(80, 166912), card(89, 101376)}) {
+    std::map<std::string, int64_t> taken;
+    for (const Case& c : make_cases(GetParam(), Device::kCuda, 7)) {
+      for (const Kernel* kernel : cuda::kernels()) {
+        if (kernel->name == std::string("cuda_unfused") && !has_cublas_lt) continue;
+        const auto reason = kernel->refusal({c.problem, c.limits, cpu, facts});
+        const Documented documented{c.problem, c.limits.precision, cpu, facts};
+        ASSERT_EQ(!reason.has_value(), documented.takes(kernel->name))
+            << kernel->name << " on " << c.name << ": " << reason.value_or("taken");
+        if (!reason) ++taken[kernel->name];
+      }
+    }
+    // As tools/gpu_check asks of a run on a Hopper card, where cuBLASLt is.
+    if (GetParam() != CaseSet::kCi || facts.compute_capability != 90) continue;
+    EXPECT_GE(taken["sm90_prefill"], 900);
+    EXPECT_GE(taken["sm90_prefill_wide"], 1100);
+    EXPECT_GE(taken["sm90_decode"], 1100);
+    EXPECT_GE(taken["cuda_portable"], 2700);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sets, CudaDocumented,
+                         testing::Values(CaseSet::kSmoke, CaseSet::kCi, CaseSet::kCorner,
+                                         CaseSet::kLarge));
+
+}  // namespace
+}  // namespace wh

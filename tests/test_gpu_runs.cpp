@@ -1,0 +1,139 @@
+// What holds between runs on a GPU: graphs that are replayed, promises about fresh keys, bits that
+// do not depend on the batch, and the cost of a call.
+#include <chrono>
+
+#include "gpu_attention.h"
+
+namespace widehead_gpu {
+namespace {
+
+class GpuRuns : public GpuKernel {};
+
+struct Graph {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+
+  Graph() { EXPECT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess); }
+  ~Graph() {
+    if (exec != nullptr) cudaGraphExecDestroy(exec);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  // Global: a call that allocates, or does anything else a capture must not, fails.
+  void capture(const Attention& attention) {
+    const wh_tensors t = attention.tensors();
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    EXPECT_EQ(attention.run(t, stream), WH_OK) << wh_last_error();
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+  }
+  void replay() {
+    ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  }
+};
+
+TEST_P(GpuRuns, AReplayedGraphFollowsTheKeyLengths) {
+  wh_problem p =
+      is_prefill() ? problem_of(2, 8, 2, 300, 900, 128) : problem_of(2, 8, 2, 2, 3000, 128);
+  p.causal = WH_CAUSAL_BOTTOM_RIGHT;
+  p.uses = WH_USES_KEY_LENGTHS;
+  Attention attention(p);
+  attention.make_plan(kernel());
+  attention.run_alone();  // what loads code does so before the capture
+  Graph graph;
+  graph.capture(attention);
+  ASSERT_NE(graph.exec, nullptr);
+  const auto most = static_cast<int32_t>(p.len_k);
+  for (const std::vector<int32_t>& lengths :
+       {std::vector<int32_t>{most, most / 3}, {17, most - 1}, {most / 2, most}}) {
+    attention.device_lengths.upload(lengths);
+    attention.out.fill(0xff);
+    graph.replay();
+    const std::vector<uint16_t> replayed = attention.out.download<uint16_t>();
+    EXPECT_LE(attention.error_of(replayed, lengths), kTolerance);
+    EXPECT_EQ(replayed, attention.run_alone());
+  }
+}
+
+TEST_P(GpuRuns, ManyRunsBehindEachOtherGiveTheSameBits) {
+  Attention attention(problem_with_workspace());
+  attention.make_plan(kernel());
+  const std::vector<uint16_t> first = attention.run_alone();
+  attention.out.fill(0xff);
+  // No wait between them: a run must not see the workspace of the one in front half done.
+  for (int i = 0; i < 20; ++i) {
+    ASSERT_EQ(attention.run(attention.tensors()), WH_OK) << wh_last_error();
+  }
+  EXPECT_EQ(attention.out.download<uint16_t>(), first);
+}
+
+TEST_P(GpuRuns, APromiseAboutFreshKeysKeepsTheBits) {
+  const wh_problem p = problem_of(1, 8, 2, 1, 20000, 128);
+  Attention attention(p);
+  attention.make_plan(kernel());
+  const std::vector<uint16_t> plain = attention.run_alone();
+  Attention front(problem_of(1, 8, 8, 2048, 2048, 128), 7);
+  front.make_plan("cuda_portable");
+  for (const int64_t fresh : {int64_t{0}, int64_t{1}, int64_t{100}, p.len_k}) {
+    attention.limits.fresh_keys = fresh;
+    attention.make_plan(kernel());
+    for (int i = 0; i < 5; ++i) {
+      attention.out.fill(0xff);
+      ASSERT_EQ(front.run(front.tensors()), WH_OK) << wh_last_error();
+      ASSERT_EQ(attention.run(attention.tensors()), WH_OK) << wh_last_error();
+      EXPECT_EQ(attention.out.download<uint16_t>(), plain) << fresh << " fresh keys";
+    }
+  }
+}
+
+TEST_P(GpuRuns, BatchInvariantRowsKeepTheirBits) {
+  const int64_t len_q = is_prefill() ? 70 : 1;
+  constexpr int64_t kBatch = 16;
+  Attention all(problem_of(kBatch, 8, 2, len_q, 5000, 128));
+  all.limits.batch_invariant = 1;
+  all.make_plan(kernel());
+  const std::vector<uint16_t> want = all.run_alone();
+  const auto entries = [](const std::vector<uint16_t>& of, int64_t first, int64_t count) {
+    const auto each = static_cast<int64_t>(of.size()) / kBatch;
+    return std::vector<uint16_t>(of.begin() + first * each, of.begin() + (first + count) * each);
+  };
+  for (const int64_t batch : {1, 2}) {
+    const int64_t first = kBatch - batch - 3;
+    Attention few(problem_of(batch, 8, 2, len_q, 5000, 128), entries(all.q, first, batch),
+                  entries(all.k, first, batch), entries(all.v, first, batch));
+    few.limits.batch_invariant = 1;
+    few.make_plan(kernel());
+    EXPECT_EQ(few.run_alone(), entries(want, first, batch)) << "batch " << batch;
+  }
+}
+
+// A planned call costs under 5 microseconds of host time. Unfused calls launch many kernels.
+TEST_P(GpuRuns, APlannedCallIsCheapOnTheHost) {
+  if (kernel() == "cuda_unfused") GTEST_SKIP() << "five launches and more";
+  Attention attention(problem_of(1, 8, 2, 1, 64, 128));
+  attention.make_plan(kernel());
+  const wh_tensors t = attention.tensors();
+  attention.run_alone();
+  double best_us = 1e9;
+  for (int round = 0; round < 20; ++round) {
+    constexpr int kCalls = 100;  // the queue of launches holds more
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    const auto begin = std::chrono::steady_clock::now();
+    for (int i = 0; i < kCalls; ++i) ASSERT_EQ(attention.run(t), WH_OK);
+    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - begin;
+    best_us = std::min(best_us, took.count() / kCalls);
+  }
+  RecordProperty("host_us", std::to_string(best_us));
+  std::printf("%s: %.2f us a call\n", kernel().c_str(), best_us);
+  EXPECT_LT(best_us, 5.0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cuda, GpuRuns, testing::ValuesIn(kKernels), kernel_name);
+
+}  // namespace
+}  // namespace widehead_gpu

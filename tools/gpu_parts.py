@@ -1,0 +1,344 @@
+"""The parts of tools/gpu_check, each in processes of its own."""
+
+import concurrent.futures
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+Json = dict[str, Any]
+# Of the CI cases on a Hopper card, for each kernel and in all.
+LEAST_CHECKED = {"sm90_prefill": 900, "sm90_prefill_wide": 1100, "sm90_decode": 1100,
+                 "cuda_portable": 2700, "cuda_unfused": 2700}
+LEAST_CHECKED_IN_ALL = 5000
+SUITES = ("chunked", "square", "decode-sweep", "full-sweep", "routing-boundary")
+# Median and worst regret, median and worst error of the estimates.
+ROUTING_GOALS = {"median_regret": 1.01, "worst_regret": 1.10, "median_error": 0.15,
+                 "worst_error": 0.40}
+SMALL_SHARED_BYTES = 101376  # of a block on compute capability 8.6, 8.9 and 12.0
+QUIET_SECONDS = 25  # a case that takes longer hangs
+
+
+@dataclass
+class Outcome:
+    """Of one part. It passed when it was not skipped and nothing failed."""
+
+    failures: list[str] = field(default_factory=list)
+    skipped: str = ""
+    data: Any = None
+    seconds: float = 0
+
+    @property
+    def status(self) -> str:
+        return "failed" if self.failures else "skipped" if self.skipped else "passed"
+
+
+@dataclass
+class Finished:
+    code: int | None  # None: ended because its time was over
+    out: str
+    err: str
+
+    def why(self) -> str:
+        how = "did not end in time" if self.code is None else f"exit code {self.code}"
+        return f"{how}: " + " | ".join(self.err.strip().splitlines()[-3:])
+
+
+class GpuCheck:
+    def __init__(self, build: Path, results: Path, device: str, seconds: float) -> None:
+        self.build, self.device = build, device
+        self.cli = build / "cli" / "widehead"
+        self.end = time.monotonic() + seconds
+        self.scratch = Path(tempfile.mkdtemp(prefix="gpu_check_"))
+        libraries = f"{build / 'lib'}:{build}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+        python = f"{build / 'python-site'}:{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"
+        self.environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": python,
+                            "PYTHONUNBUFFERED": "1"}
+        self.facts = self.device_facts()
+        name = re.sub(r"[^a-z0-9]+", "-", self.facts["name"].lower()).strip("-")
+        self.stem = results / f"{name}-{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+        results.mkdir(parents=True, exist_ok=True)
+
+    def device_facts(self) -> Json:
+        rows = json.loads(self.run([self.cli, "list", "devices", "--json"], 60).out)
+        for row in rows:
+            if row["device"].startswith(self.device) and row["name"] != "-":
+                return row
+        sys.exit(f"gpu_check: no {self.device} device can be used: {rows}")
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def kernels(self) -> list[str]:
+        """All but the oracle, which takes minutes on large cases."""
+        rows = json.loads(self.run([self.cli, "list", "kernels", "--json"], 60).out)
+        return [row["kernel"] for row in rows
+                if row["device"] == self.device and row["kernel"] != "cpu_reference"]
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(self, command: list[Any], seconds: float,
+            quiet_seconds: float = float("inf")) -> Finished:
+        """Ends the command, and what it started, when its time is over or stderr stays quiet."""
+        with (tempfile.TemporaryFile("w+", dir=self.scratch, errors="replace") as out,
+              tempfile.TemporaryFile("w+", dir=self.scratch, errors="replace") as err):
+            process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=out,
+                                       stderr=err, stdin=subprocess.DEVNULL, start_new_session=True,
+                                       env=self.environment)
+            code = self.wait(process, max(1, min(seconds, self.left())), err, quiet_seconds)
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read())
+            return Finished(code, *texts)
+
+    @staticmethod
+    def wait(process: subprocess.Popen[bytes], seconds: float, err: Any,
+             quiet_seconds: float) -> int | None:
+        heard, size, end = time.monotonic(), 0, time.monotonic() + seconds
+        while True:
+            try:
+                return process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                now = time.monotonic()
+            if os.fstat(err.fileno()).st_size > size:
+                heard, size = now, os.fstat(err.fileno()).st_size
+            if now > end or now - heard > quiet_seconds:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return None
+
+    def check(self, seconds: float, *options: Any, kernels: list[str] | None = None,
+              in_front: list[Any] = []) -> Outcome:
+        """`widehead check`, again without the kernel that hangs or loses the device."""
+        outcome, begin = Outcome(data=[]), time.monotonic()
+        kernels = list(kernels or self.kernels)
+        while kernels:
+            left = seconds - (time.monotonic() - begin)
+            if left < 5:
+                outcome.failures.append(f"no time is left for {', '.join(kernels)}")
+                break
+            done = self.run([*in_front, self.cli, "check", "--device", self.device, "--kernel",
+                             ",".join(kernels), "--json", "--verbose", "--seconds", left * 0.9,
+                             *options], left, QUIET_SECONDS if not in_front else seconds)
+            document = parse(done.out)
+            if document is not None:
+                outcome.data.append(document)
+                outcome.failures += [f"{one['kernel']} on {one['case']}: {one['message']}"
+                                     for one in document["wrong"]]
+                if "device_failed" not in document:
+                    if done.code not in (0, 1):
+                        outcome.failures.append(done.why())
+                    if document["cases_run"] < document["case_count"]:
+                        outcome.failures.append(f"{document['cases_run']} of "
+                                                f"{document['case_count']} cases ran in time")
+                    break
+            # The last line says who ran, on what.
+            in_hand = [line for line in done.err.splitlines() if line.startswith("runs ")][-1:]
+            culprit = next((one for one in kernels if in_hand and in_hand[0].split()[1] == one), "")
+            outcome.failures.append(f"{done.why()}; it {in_hand[0] if in_hand else 'ran nothing'}")
+            if not culprit:
+                break
+            kernels.remove(culprit)
+        return outcome
+
+    # The parts.
+
+    def tests(self, seconds: float) -> Outcome:
+        program = self.build / "tests" / "widehead_gpu_tests"
+        if not program.exists():
+            return Outcome(failures=[f"{program} is missing"])
+        outcome, begin = Outcome(data={"passed": 0, "skipped": []}), time.monotonic()
+        for suffix in (*self.kernels, "ADeviceThatDoesNotExistIsRefused"):
+            report = self.scratch / f"{suffix}.json"
+            done = self.run([program, f"--gtest_filter=*{'.' if suffix[0] == 'A' else '/'}{suffix}",
+                             f"--gtest_output=json:{report}"], seconds - time.monotonic() + begin)
+            tests = [test for suite in (json.loads(report.read_text())["testsuites"]
+                                        if report.exists() else []) for test in suite["testsuite"]]
+            for test in tests:
+                name = f"{test['classname']}.{test['name']}"
+                if "failures" in test:
+                    text = test["failures"][0]["failure"].replace("\n", " ")
+                    outcome.failures.append(f"{name}: {text[:400]}")
+                elif test.get("result") == "SKIPPED":
+                    outcome.data["skipped"].append(name)
+                else:
+                    outcome.data["passed"] += 1
+            if not tests or (done.code not in (0, 1)):
+                outcome.failures.append(f"{suffix}: {done.why()} {done.out[-300:]}")
+        if outcome.data["passed"] == 0:
+            outcome.failures.append("no test ran")
+        return outcome
+
+    def python(self, seconds: float) -> Outcome:
+        tests = ROOT / "python" / "tests" / "test_cuda.py"
+        found = self.run([sys.executable, "-c", "import widehead, torch, pytest"], 60)
+        if not tests.exists() or found.code != 0:
+            return Outcome(skipped=f"no {tests.name}" if not tests.exists() else found.why())
+        done = self.run([sys.executable, "-m", "pytest", "-q", tests], seconds)
+        last = done.out.strip().splitlines()[-1:]
+        failures = [] if done.code == 0 else [done.why() + " " + done.out[-1500:]]
+        if "passed" not in " ".join(last):
+            failures.append(f"no test passed: {last}")
+        return Outcome(failures, data=last)
+
+    def sanitizers(self, seconds: float) -> Outcome:
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if not Path(tool).exists():
+            return Outcome(skipped="compute-sanitizer is not on the PATH")
+        hopper = [name for name in self.kernels if name.startswith("sm90")]
+        others = [name for name in self.kernels if name not in hopper]
+        jobs = [("memcheck", self.kernels), ("initcheck", self.kernels),
+                ("synccheck", self.kernels), ("racecheck", others), ("racecheck", hopper)]
+        jobs = [(name, kernels) for name, kernels in jobs if kernels != hopper or self.is_hopper()]
+        with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+            outcomes = list(pool.map(lambda job: self.sanitize(tool, *job, seconds), jobs))
+        return Outcome([failure for one in outcomes for failure in one.failures],
+                       data=[one.data for one in outcomes])
+
+    def sanitize(self, program: str, tool: str, kernels: list[str], seconds: float) -> Outcome:
+        log = self.scratch / f"{tool}-{kernels[0]}.log"
+        options = ["--cases", "smoke", *(["--leave-workspace"] if tool == "initcheck" else [])]
+        outcome = self.check(seconds, *options, kernels=kernels, in_front=[
+            program, "--tool", tool, "--print-limit", 20, "--log-file", log])
+        text = log.read_text(errors="replace") if log.exists() else ""
+        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+        runs = sum(row["checked"] for one in outcome.data for row in one["kernels"])
+        # What did not run in time is not wrong: the rest of the cases runs elsewhere.
+        outcome.failures = [one for one in outcome.failures if "cases ran in time" not in one]
+        if not found:
+            outcome.failures.append("no summary: " + text[-300:])
+        elif any(int(count) for count in found):
+            lines = [line.lstrip("= ") for line in text.splitlines() if line.strip("= ")]
+            outcome.failures += [f"{found[-1]} errors", *lines[:12]]
+        if runs == 0:
+            outcome.failures.append("nothing ran")
+        outcome.failures = [f"{tool}, {' '.join(kernels)}: {one}" for one in outcome.failures]
+        outcome.data = {"tool": tool, "kernels": kernels, "runs": runs, "errors": found}
+        return outcome
+
+    def check_cases(self, seconds: float) -> Outcome:
+        begin = time.monotonic()
+        corner = self.check(seconds / 3, "--cases", "corner", "--seed", 7)
+        ci = self.check(seconds - (time.monotonic() - begin), "--cases",
+                        "ci" if self.is_gpu else "smoke", "--seed", 7)
+        counts: dict[str, int] = {}
+        for document in ci.data:
+            for row in document["kernels"]:
+                counts[row["kernel"]] = max(counts.get(row["kernel"], 0), row["checked"])
+        failures = corner.failures + ci.failures
+        if self.is_gpu:
+            for kernel, least in LEAST_CHECKED.items():
+                is_for_card = not kernel.startswith("sm90") or self.is_hopper()
+                if is_for_card and counts.get(kernel, 0) < least:
+                    failures.append(f"{kernel} was checked on {counts.get(kernel, 0)} cases, fewer "
+                                    f"than {least}")
+            if sum(counts.values()) < LEAST_CHECKED_IN_ALL:
+                failures.append(f"{sum(counts.values())} checked in all, fewer than "
+                                f"{LEAST_CHECKED_IN_ALL}")
+        return Outcome(failures, data=corner.data + ci.data)
+
+    def is_hopper(self) -> bool:
+        return bool(self.facts["kernels_use"] == "sm_90")
+
+    def large(self, seconds: float) -> Outcome:
+        return self.check(seconds, "--cases", "large", "--seed", 7, "--shrink",
+                          1 if self.is_gpu else 32)
+
+    def repeat(self, seconds: float) -> Outcome:
+        begin, runs = time.monotonic(), 100 if self.is_gpu else 3
+        large = self.check(seconds * 0.7, "--cases", "large", "--seed", 8, "--runs", runs,
+                           "--shrink", 8 if self.is_gpu else 64)
+        smoke = self.check(seconds - (time.monotonic() - begin), "--cases", "smoke", "--seed", 8,
+                           "--runs", runs)
+        return Outcome(large.failures + smoke.failures, data=large.data + smoke.data)
+
+    def small(self, seconds: float) -> Outcome:
+        kernels = ["cuda_portable"] if self.is_gpu else ["cpu_prefill"]
+        begin = time.monotonic()
+        parts = []
+        for cases in ("corner", "smoke"):
+            parts.append(self.check(seconds - (time.monotonic() - begin), "--cases", cases,
+                                    "--seed", 9, "--shared-bytes", SMALL_SHARED_BYTES,
+                                    kernels=kernels))
+        return Outcome([failure for one in parts for failure in one.failures],
+                       data=[document for one in parts for document in one.data])
+
+    def script(self, seconds: float, name: str, paths: list[str], *options: Any) -> Outcome:
+        if self.run([sys.executable, "-c", "import torch"], 60).code != 0:
+            return Outcome(skipped="no PyTorch here")
+        done = self.run([sys.executable, ROOT / "bench" / name, self.build / "libwidehead.so.0",
+                         *paths, *options], seconds)
+        failures = [] if done.code == 0 else [done.why()]
+        return Outcome(failures, data=done.err.splitlines()[-40:] if failures else None)
+
+    def kernels_beside_pytorch(self, seconds: float) -> Outcome:
+        paths = [f"{self.stem}-kernels.{ending}" for ending in ("json", "md")]
+        return self.script(seconds, "gpu.py", paths, "--seconds", seconds * 0.85)
+
+    def limits(self, seconds: float) -> Outcome:
+        return self.script(seconds, "gpu_limits.py", [f"{self.stem}-limits.json"])
+
+    def bench(self, suite: str, seconds: float, *options: Any) -> Finished:
+        """Leaves the suite's JSON and chart where bench/report.py looks for them."""
+        folder = Path(self.stem)
+        folder.mkdir(parents=True, exist_ok=True)
+        done = self.run([self.cli, "bench", suite, "--device", self.device, "--json", "--svg",
+                         folder / f"{suite}.svg", *options], seconds)
+        if parse(done.out) is not None:
+            (folder / f"{suite}.json").write_text(done.out)
+        return done
+
+    def routing(self, seconds: float) -> Outcome:
+        limits = (("--samples", 15, "--seconds", 0.4) if self.is_gpu else
+                  ("--samples", 1, "--seconds", 0.01, "--skip-over", 0.002))
+        done = self.bench("routing", seconds, *limits)
+        document = parse(done.out)
+        if document is None:
+            return Outcome([done.why()])
+        rows = document["routing"]
+        regrets = [row["regret"] for row in rows]
+        errors = [abs(row["estimated_us"] / row["measured_us"] - 1) for row in rows]
+        data = {"problems": len(rows),
+                "median_regret": statistics.median(regrets), "worst_regret": max(regrets),
+                "median_error": statistics.median(errors), "worst_error": max(errors)}
+        goals = ROUTING_GOALS if self.is_gpu else {}
+        failures = [f"{name} is {data[name]:.3f}, the goal {goal}" for name, goal in goals.items()
+                    if data[name] > goal]
+        return Outcome(failures, data=data)
+
+    def suites(self, seconds: float) -> Outcome:
+        begin, outcome = time.monotonic(), Outcome(data=[])
+        against = "cuda_unfused" if self.is_gpu else "cpu_unfused"
+        limits = (("--samples", 9, "--seconds", 0.6, "--skip-over", 5) if self.is_gpu else
+                  ("--samples", 1, "--seconds", 0.01, "--skip-over", 0.002))
+        for suite in SUITES:
+            done = self.bench(suite, seconds - (time.monotonic() - begin), "--against", against,
+                              *limits)
+            if done.code != 0:
+                outcome.failures.append(f"{suite}: {done.why()}")
+            else:
+                outcome.data.append(suite)
+        return outcome
+
+
+def parse(text: str) -> Json | None:
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return document if isinstance(document, dict) else None
