@@ -214,6 +214,7 @@ TEST(OutOfMemory, EveryFailedAllocationOfPlanningIsAnError) {
 // A text that a plan makes on demand.
 void fail_each_allocation_of(const char* (*text_of)(const wh_plan*)) {
   Call call(16, 300);
+  wh_attention(&call.problem, nullptr, &call.tensors, nullptr);  // facts and environment are read
   fail_each_allocation(WH_OK, [&](int64_t n) {
     wh_plan* plan = nullptr;
     EXPECT_EQ(wh_plan_create(&call.problem, &call.limits, &plan), WH_OK);

@@ -16,8 +16,9 @@ class GuardedTensor {
   GuardedTensor() = default;
   explicit GuardedTensor(int64_t bytes);
 
-  std::byte* data() { return bytes_.data() + kGuardBytes; }
-  const std::byte* data() const { return bytes_.data() + kGuardBytes; }
+  // Null for a tensor that is not there at all.
+  std::byte* data() { return bytes_.empty() ? nullptr : bytes_.data() + kGuardBytes; }
+  const std::byte* data() const { return bytes_.empty() ? nullptr : bytes_.data() + kGuardBytes; }
   int64_t size() const { return size_; }
   bool guards_intact() const;
   // With the guards.
