@@ -45,9 +45,9 @@ inline Outcome widehead(const std::string& arguments) {
 
 // The same with a Ctrl-C after so many seconds.
 inline Outcome widehead_interrupted(const std::string& arguments, int seconds) {
-  // A job in the background of a shell ignores the signal; `timeout` starts it in the foreground.
-  return shell("timeout --preserve-status --signal=INT " + std::to_string(seconds) + " " +
-               WIDEHEAD_CLI + " " + arguments);
+  // Without --foreground the program gets the signal twice, of which the second ends it at once.
+  return shell("timeout --foreground --preserve-status --signal=INT " + std::to_string(seconds) +
+               " " + WIDEHEAD_CLI + " " + arguments);
 }
 
 }  // namespace wh
