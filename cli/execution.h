@@ -1,8 +1,11 @@
 // A planned request with its tensors where the device wants them, ready to run again and again.
 #pragma once
 
+#include <optional>
+
 #include "api/workspace.h"
 #include "cuda/allocate.h"
+#include "cuda/replay.h"
 #include "plan/plan.h"
 #include "tensors.h"
 
@@ -19,6 +22,9 @@ class Execution {
   // Runs and waits.
   Status run(Progress::Callback callback = nullptr, void* context = nullptr,
              const Executor& executor = default_executor());
+  // Time of a run on a GPU in microseconds: in a graph of many, as a model's step would be
+  // replayed, each with K and V that the runs before it did not leave in the L2 cache.
+  Result<double> device_us();
   // Brings out and log-sum-exp back to the host's tensors.
   Status fetch();
 
@@ -29,6 +35,10 @@ class Execution {
  private:
   Execution(Plan plan, HostTensors& host, Workspace workspace);
   Status copy_to_device();
+  Status copy_keys(std::vector<Tensors>& sets);
+  Status capture_runs();
+  Status launch(const Tensors& tensors, Progress& progress, const Executor& executor,
+                void* stream) const;
   cuda::DeviceStream stream() const { return {plan_.problem.device_index, nullptr}; }
 
   Plan plan_;
@@ -36,6 +46,8 @@ class Execution {
   Workspace workspace_;
   Tensors tensors_;
   std::vector<Workspace> device_copies_;
+  std::optional<cuda::Replay> replay_;
+  int64_t replayed_runs_ = 0;
 };
 
 }  // namespace wh::cli

@@ -96,7 +96,7 @@ class Measurement {
   Status warm_up() {
     for (Track& track : tracks_) {
       Sample sample;
-      if (Status status = take(track, sample); !status.ok()) return status;
+      if (Status status = take(by_the_wall(track.run->call), sample); !status.ok()) return status;
       if (Status status = track.run->after_warm_up(); !status.ok()) return status;
       before_ = guard_.probe();
       if (sample.us <= options_.seconds * 1e6 / 2) continue;
@@ -115,7 +115,11 @@ class Measurement {
         if (track.is_done) continue;
         all_done = false;
         Sample sample;
-        if (Status status = take(track, sample); !status.ok()) return status;
+        if (Status status =
+                take(track.run->timed ? track.run->timed : by_the_wall(track.run->call), sample);
+            !status.ok()) {
+          return status;
+        }
         track.taken.push_back(sample);
         track.is_done = track.kept(guard_) >= options_.samples;
       }
@@ -139,16 +143,26 @@ class Measurement {
   }
 
  private:
-  Status take(const Track& track, Sample& sample) {
+  using Timed = std::function<Result<double>()>;
+
+  static Timed by_the_wall(const std::function<Status()>& call) {
+    return [&call]() -> Result<double> {
+      const Clock::time_point start = Clock::now();
+      if (Status status = call(); !status.ok()) return status;
+      return us_since(start);
+    };
+  }
+
+  Status take(const Timed& timed, Sample& sample) {
     if (!guard_.is_quiet(before_)) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
       before_ = guard_.probe();
     }
     const int64_t preempted = preemptions();
     const double cpu = cpu_us();
-    const Clock::time_point start = Clock::now();
-    if (Status status = track.run->call(); !status.ok()) return status;
-    sample.us = us_since(start);
+    const Result<double> us = timed();
+    if (!us.ok()) return us.status();
+    sample.us = *us;
     sample.cpu_share = (cpu_us() - cpu) / sample.us;
     const auto harmless = static_cast<int64_t>(sample.us / kUsAPreemption);
     sample.was_preempted = preemptions() - preempted > harmless;

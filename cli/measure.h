@@ -57,10 +57,12 @@ class Guard {
 struct Run {
   std::function<Status()> call;
   std::function<Status()> after_warm_up = [] { return Status(); };  // not timed
+  // Runs and answers how long that took in microseconds; empty: `call` by the wall's clock.
+  std::function<Result<double>()> timed = nullptr;
 };
 
-// Alternates between the runs, one warm-up of each first; a warm-up that takes more than half of
-// `seconds` is the only sample. Fails with a run's own status.
+// Alternates between the runs, one warm-up of each first, by the wall's clock; a warm-up that takes
+// more than half of `seconds` is the only sample. Fails with a run's own status.
 Result<std::vector<Samples>> measure(const std::vector<Run>& runs, Guard& guard,
                                      const MeasureOptions& options);
 

@@ -162,7 +162,9 @@ class Tuner {
       forced.kernel = candidate.kernel;
       Result<Execution> execution = Execution::prepare(p, forced, tensors);
       if (!execution.ok()) continue;
-      auto samples = measure({{[&] { return execution->run(); }}}, guard_, {5, 0.25});
+      Run run{[&] { return execution->run(); }};
+      if (device_ == Device::kCuda) run.timed = [&] { return execution->device_us(); };
+      auto samples = measure({run}, guard_, {5, 0.25});
       if (!samples.ok()) return samples.status();
       if (!(*samples)[0].is_guarded) ++disturbed_;
       const double ratio = (*samples)[0].best() / candidate.estimated_us;

@@ -81,9 +81,13 @@ TEST_P(GpuInputs, MisalignedMemoryIsAnError) {
     wh_tensors t = attention.tensors();
     t.*input.field = shifted(t.*input.field, 1);
     expect_error(attention, t, {input.name, "aligned"});
+    if (!needs_16_bytes) continue;
+    // With an out of its own, which the shifted tensor's end cannot reach into.
+    const DeviceBuffer apart(attention.q.size() * 2 + 4096);
     t = attention.tensors();
+    t.out = static_cast<char*>(apart.data()) + 2048;
     t.*input.field = shifted(t.*input.field, 8);
-    if (needs_16_bytes) expect_error(attention, t, {input.name, "aligned to 16 bytes"});
+    expect_error(attention, t, {input.name, "aligned to 16 bytes"});
   }
   wh_tensors t = attention.tensors();
   t.out = const_cast<void*>(shifted(t.out, 1));

@@ -125,9 +125,6 @@ Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
   return {};
 }
 
-#define WH_RETURN_IF_ERROR(expression) \
-  if (Status status = (expression); !status.ok()) return status
-
 Status read_problem(const wh_problem* from, Problem& to) {
   wh_problem c{};
   WH_RETURN_IF_ERROR(read_sized(problem_struct(), from, c));
@@ -286,6 +283,7 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   Tensors used = used_tensors(plan.problem, tensors);
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
   used.workspace_bytes = plan.workspace_bytes;  // more may be there, and hold something else
+  if (plan.workspace_bytes == 0) used.workspace = nullptr;  // wherever it points
   WH_RETURN_IF_ERROR(validate(plan.problem, used));
   const Problem& p = plan.problem;
   if (p.batch == 0 || p.len_q == 0) return {};

@@ -61,9 +61,6 @@ Status check_out_distinct(const Extents& extents, const Strides& strides) {
   return {};
 }
 
-#define WH_RETURN_IF_ERROR(expression) \
-  if (Status status = (expression); !status.ok()) return status
-
 struct Bytes {
   const char* name;
   const void* data;

@@ -54,3 +54,6 @@ class [[nodiscard]] Result {
 };
 
 }  // namespace wh
+
+#define WH_RETURN_IF_ERROR(expression) \
+  if (::wh::Status status = (expression); !status.ok()) return status

@@ -1,5 +1,6 @@
 #include "cuda/device.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -7,6 +8,7 @@
 #include <mutex>
 
 #include "cuda/common/launch.h"
+#include "cuda/driver_function.h"
 #include "plan/cuda_facts.h"
 
 namespace wh {
@@ -76,6 +78,30 @@ CudaFacts detect(int32_t index) {
   return facts;
 }
 
+// The contexts of streams, which the runtime cannot be asked for. Drivers before 12.5 do not tell
+// green contexts, whose streams take launches from the device's own, from others.
+class StreamContexts {
+ public:
+  StreamContexts()
+      : of_stream_(cuda::driver_function<decltype(of_stream_)>("cuStreamGetCtx", 12050)),
+        current_(cuda::driver_function<decltype(current_)>("cuCtxGetCurrent", 4000)) {}
+
+  bool may_launch_into(void* stream) const {
+    CUcontext its = nullptr, current = nullptr;
+    CUgreenCtx green = nullptr;
+    if (of_stream_ == nullptr || current_ == nullptr ||
+        of_stream_(static_cast<CUstream>(stream), &its, &green) != CUDA_SUCCESS ||
+        current_(&current) != CUDA_SUCCESS) {
+      return true;  // nobody knows; a launch will say
+    }
+    return green != nullptr || its == current;
+  }
+
+ private:
+  CUresult (*of_stream_)(CUstream, CUcontext*, CUgreenCtx*);
+  CUresult (*current_)(CUcontext*);
+};
+
 }  // namespace
 
 const CudaFacts& cuda_facts(int32_t index) {
@@ -140,21 +166,33 @@ Status check_pointers(const Problem& p, const Tensors& t) {
 Status check_stream(const Problem& p, void* stream) {
   // cudaStreamLegacy and cudaStreamPerThread are 1 and 2.
   if (reinterpret_cast<uintptr_t>(stream) <= 2) return {};
-#if CUDART_VERSION >= 12080  // the runtime could not be asked before
-  int device = -1;
-  const cudaError_t error = cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &device);
-  if (error == cudaErrorCallRequiresNewerDriver || error == cudaErrorNotSupported) {
-    cudaGetLastError();  // an older driver cannot say
-    return {};
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
+      error != cudaSuccess) {
+    return cuda_status(error, "cudaStreamIsCapturing of run_options.stream");
   }
-  if (error != cudaSuccess) return cuda_status(error, "cudaStreamGetDevice of run_options.stream");
+  // Asking a stream for its device would end its capture, and every launch into it is checked.
+  if (capture != cudaStreamCaptureStatusNone) return {};
+  const DeviceScope scope(p.device_index);
+  if (Status status = scope.status(); !status.ok()) return status;
+  static const StreamContexts contexts;
+  if (contexts.may_launch_into(stream)) return {};
+  int device = p.device_index;
+#if CUDART_VERSION >= 12080  // the runtime could not be asked before
+  if (cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &device) != cudaSuccess) {
+    cudaGetLastError();  // it is reported here, not at the next launch
+    device = p.device_index;
+  }
+#endif
   if (device != p.device_index) {
     return invalid(
         fmt::format("run_options.stream is a stream of cuda:{}; the problem is for cuda:{}", device,
                     p.device_index));
   }
-#endif
-  return {};
+  return invalid(
+      fmt::format("run_options.stream belongs to another context of cuda:{} than the current one; "
+                  "make its context current, or use a stream of this one",
+                  device));
 }
 
 }  // namespace cuda

@@ -9,8 +9,8 @@
 namespace wh::cuda {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode,
-                                     &kPortable, &kUnfused};
+  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode, &kPortable,
+                                       &kUnfused};
   return list;
 }
 

@@ -2,6 +2,7 @@
 #include "cuda/allocate.h"
 #include "cuda/device.h"
 #include "cuda/registry.h"
+#include "cuda/replay.h"
 #include "plan/cuda_facts.h"
 
 namespace wh {
@@ -36,6 +37,12 @@ void release(DeviceStream, void*) noexcept {}
 Status copy(DeviceStream, void*, const void*, size_t) {
   return {Code::kRefused, cuda_facts(0).unavailable};
 }
+struct Replay::Graph {};
+void Replay::Destroy::operator()(Graph* graph) const { delete graph; }
+Result<Replay> Replay::capture(int32_t, const std::function<Status(void*)>&) {
+  return Status(Code::kRefused, cuda_facts(0).unavailable);
+}
+Result<double> Replay::us() { return Status(Code::kRefused, cuda_facts(0).unavailable); }
 Status synchronize(DeviceStream) { return {Code::kRefused, cuda_facts(0).unavailable}; }
 
 }  // namespace cuda

@@ -1,25 +1,10 @@
 #include "cuda/common/tensor_map.h"
 
-#include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include "cuda/driver_function.h"
+
 namespace wh::cuda {
-namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// Through the runtime, so that the library does not link the driver and loads without one.
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<Encode>(function);
-}
-
-}  // namespace
-
 std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
                                               const std::array<int64_t, 4>& shape) {
   static constexpr const char* kNames[] = {"batch", "head", "length", "dim"};
@@ -42,7 +27,8 @@ std::optional<std::string> tensor_map_refusal(const char* name, const Strides& s
 }
 
 Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shape) {
-  static const Encode encode = find_encode();
+  static const auto encode =
+      driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
   if (encode == nullptr) {
     return Status(Code::kDeviceError,
                   "the driver has no cuTensorMapEncodeTiled; it must be 12.0 or newer");

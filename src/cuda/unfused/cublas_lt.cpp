@@ -66,9 +66,6 @@ Status lt_status(cublasStatus_t status, const char* call) {
   return {Code::kDeviceError, fmt::format("{}: cuBLAS status {}", call, static_cast<int>(status))};
 }
 
-#define WH_RETURN_IF_ERROR(expression) \
-  if (Status status = (expression); !status.ok()) return status
-
 cudaDataType_t data_type(Dtype dtype) {
   switch (dtype) {
     case Dtype::kF32:

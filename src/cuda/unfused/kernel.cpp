@@ -14,9 +14,6 @@
 namespace wh::cuda {
 namespace {
 
-#define WH_RETURN_IF_ERROR(expression) \
-  if (Status status = (expression); !status.ok()) return status
-
 UnfusedPass make_pass(const Launch& launch, const UnfusedShape& shape) {
   const Problem& p = launch.problem;
   UnfusedPass pass{attention_args(p, launch.tensors),
