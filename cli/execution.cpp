@@ -127,8 +127,13 @@ Status Execution::copy_keys(std::vector<Tensors>& sets) {
 }
 
 Status Execution::capture_runs() {
+  // A long run overwrites what the one before left in the cache, and is a sample by itself.
   std::vector<Tensors> sets;
-  WH_RETURN_IF_ERROR(copy_keys(sets));
+  if (plan_.estimated_us < kReplayUs) {
+    WH_RETURN_IF_ERROR(copy_keys(sets));
+  } else {
+    sets.push_back(tensors_);
+  }
   const auto sets_count = static_cast<int64_t>(sets.size());
   const double runs_us = kReplayUs / std::max(1.0, plan_.estimated_us);
   replayed_runs_ =

@@ -87,7 +87,8 @@ std::vector<Request> tuning_grid(Device device, int32_t device_index) {
           if (keys <= 1024) add(heads, dim, keys, keys, dtype);
           add(heads, dim, 1, keys, dtype);
         }
-        if (keys >= 256 && keys <= 4096) add("8/2", dim, 16, keys, dtype);
+        if (keys < 256 || keys > 4096) continue;
+        for (const int64_t queries : {16, 128}) add("8/2", dim, queries, keys, dtype);
       }
     }
   }

@@ -56,18 +56,20 @@ std::string difference(const ProfileIdentity& then, const ProfileIdentity& now) 
 }
 
 // Inverse-distance weighting (Shepard 1968) with power 4: close points decide, and a point that is
-// met exactly decides alone.
+// met exactly decides alone. The formula itself counts as a point at kTrusted, four doublings of
+// rows and of keys away: from 16 keys nothing follows for 262,144.
 double Profile::correction(const std::string& kernel, const CostFeatures& at) const {
   const auto found = points_.find(kernel);
   if (found == points_.end()) return 1;
-  double sum = 0, weights = 0;
+  constexpr double kTrusted = 32;
+  double sum = 0, weights = 1 / (kTrusted * kTrusted);
   for (const CostPoint& point : found->second) {
     const double d = distance(at, point.at) + 1e-3;
     const double weight = 1 / (d * d);
     sum += weight * point.log2_ratio;
     weights += weight;
   }
-  return weights > 0 ? std::exp2(sum / weights) : 1;
+  return std::exp2(sum / weights);
 }
 
 std::string Profile::to_json() const {
