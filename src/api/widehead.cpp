@@ -278,9 +278,15 @@ Status check_workspace(const Plan& plan, const Tensors& t) {
   return {};
 }
 
-Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& options) {
+// Without a workspace of the caller's, `own` is one that was allocated for this call.
+Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& options,
+                const Workspace* own = nullptr) {
   WH_RETURN_IF_ERROR(runnable_status(plan));
   Tensors used = used_tensors(plan.problem, tensors);
+  if (own != nullptr) {
+    used.workspace = own->data();
+    used.workspace_bytes = plan.workspace_bytes;
+  }
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
   used.workspace_bytes = plan.workspace_bytes;  // more may be there, and hold something else
   if (plan.workspace_bytes == 0) used.workspace = nullptr;  // wherever it points
@@ -289,7 +295,11 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   if (p.batch == 0 || p.len_q == 0) return {};
   if (p.device == Device::kCuda) {
     WH_RETURN_IF_ERROR(cuda::check_stream(p, options.stream));
-    WH_RETURN_IF_ERROR(cuda::check_pointers(p, used));
+    Tensors callers = used;
+    // While a stream is captured, what is allocated on it is no memory yet, and looks like the
+    // host's.
+    if (own != nullptr) callers.workspace = nullptr;
+    WH_RETURN_IF_ERROR(cuda::check_pointers(p, callers));
   }
   Progress progress(options.progress, options.progress_context);
   return run_kernel(plan.kernel,
@@ -471,9 +481,7 @@ wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
     wh::Result<wh::Workspace> workspace =
         wh::Workspace::allocate({p.device, p.device_index, o.stream}, (*plan)->workspace_bytes);
     if (!workspace.ok()) return workspace.status();
-    t.workspace = workspace->data();
-    t.workspace_bytes = (*plan)->workspace_bytes;
-    return wh::run_plan(**plan, t, o);
+    return wh::run_plan(**plan, t, o, &*workspace);
   });
 }
 

@@ -145,19 +145,34 @@ Status check_pointers(const Problem& p, const Tensors& t) {
                   {"key_starts", t.key_starts},
                   {"log_sum_exp", t.log_sum_exp},
                   {"workspace", t.workspace}};
+  // The runtime's own question takes twice as long, and there are up to ten of them a call.
+  static const auto attributes_of =
+      driver_function<decltype(&cuPointerGetAttributes)>("cuPointerGetAttributes", 7000);
+  if (attributes_of == nullptr) return {Code::kDeviceError, "the driver is older than CUDA 7"};
   for (const auto& pointer : pointers) {
     if (pointer.data == nullptr) continue;
-    cudaPointerAttributes attributes{};
-    const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer.data);
-    if (error != cudaSuccess) return cuda_status(error, "cudaPointerGetAttributes");
-    if (attributes.type == cudaMemoryTypeManaged) continue;
-    if (attributes.type != cudaMemoryTypeDevice) {
+    // What the driver does not know it leaves at 0.
+    CUmemorytype type{};
+    int device = 0;
+    unsigned is_managed = 0;
+    CUpointer_attribute which[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                                   CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                                   CU_POINTER_ATTRIBUTE_IS_MANAGED};
+    void* values[] = {&type, &device, &is_managed};
+    const CUresult result =
+        attributes_of(3, which, values, reinterpret_cast<CUdeviceptr>(pointer.data));
+    if (result != CUDA_SUCCESS) {
+      return {Code::kDeviceError, fmt::format("cuPointerGetAttributes answered {} for {}",
+                                              static_cast<int>(result), pointer.name)};
+    }
+    if (is_managed != 0) continue;
+    if (type != CU_MEMORYTYPE_DEVICE) {
       return invalid(fmt::format("{} is host memory; a cuda:{} problem needs memory of that device",
                                  pointer.name, p.device_index));
     }
-    if (attributes.device != p.device_index) {
+    if (device != p.device_index) {
       return invalid(fmt::format("{} is memory of cuda:{}; the problem is for cuda:{}",
-                                 pointer.name, attributes.device, p.device_index));
+                                 pointer.name, device, p.device_index));
     }
   }
   return {};

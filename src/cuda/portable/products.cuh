@@ -57,23 +57,22 @@ struct Products {
     uint32_t q_at[kRowTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) q_at[m] = q.square_address(16 * m, 0);
-    const uint32_t k_at = k.strip_address(0, 0);
-#pragma unroll 2
-    for (int column = 0; column < kDim; column += 32) {
-      uint32_t a[kRowTiles][2][4];
+    // 16 columns of two tiles of keys at once: 32 columns of one take eight registers more, which
+    // 64 keys of 128-wide heads do not have.
+    const uint32_t k_at = kTiles > 1 ? k.square_address(0, 0) : k.strip_address(0, 0);
+#pragma unroll 8
+    for (int column = 0; column < kDim; column += 16) {
+      uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        ptx::ldmatrix(a[m][0], q_at[m] + column * 2);
-        ptx::ldmatrix(a[m][1], q_at[m] + column * 2 + 32);
-      }
+      for (int m = 0; m < kRowTiles; ++m) ptx::ldmatrix(a[m], q_at[m] + column * 2);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
+      for (int tile = 0; tile < kTiles; tile += 2) {
         uint32_t b[4];
         ptx::ldmatrix(b, k_at + (tile * 8 * k.pitch + column) * 2);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          ptx::mma<T>(quad(s[m], tile), a[m][0], b[0], b[1]);
-          ptx::mma<T>(quad(s[m], tile), a[m][1], b[2], b[3]);
+          ptx::mma<T>(quad(s[m], tile), a[m], b[0], b[kTiles > 1 ? 2 : 1]);
+          if constexpr (kTiles > 1) ptx::mma<T>(quad(s[m], tile + 1), a[m], b[1], b[3]);
         }
       }
     }

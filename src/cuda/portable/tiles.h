@@ -63,8 +63,7 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
 // of K and V for two products instead of one.
 constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory) {
   if (element_bytes == 2 && dims.dim_qk <= 128 && dims.dim_v <= 128) {
-    const int keys = dims.dim_v <= 64 ? 64 : 32;  // 64 spill beside 32 x 128 sums
-    return portable_tile_of(dims, element_bytes, 128, keys, false);
+    return portable_tile_of(dims, element_bytes, 128, 64, false);
   }
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.
