@@ -5,6 +5,7 @@
 
 #include "api/environment.h"
 #include "api/machine.h"
+#include "api/shipped_profiles.h"
 #include "core/byte_size.h"
 #include "core/key_range.h"
 #include "core/nearest_name.h"
@@ -422,6 +423,52 @@ TEST(Work, CountsVisiblePairsAsTheDefinitionDoes) {
           }
         }
       }
+    }
+  }
+}
+
+CostPoint cost(float rows, float keys, float log2_ratio) {
+  return {{rows, keys, 8, 3, 0, Dtype::kF16}, log2_ratio};
+}
+
+TEST(Profile, CorrectsWhereItWasMeasuredAndFadesFarAway) {
+  Profile profile({"a CPU", "AVX2", "", 2, "1"}, "2026-01-31");
+  for (const float keys : {4.0f, 6.0f, 8.0f}) profile.add("slow", cost(4, keys, 2));
+  const auto at = [&](float rows, float keys) {
+    return profile.correction("slow", cost(rows, keys, 0).at);
+  };
+  EXPECT_NEAR(at(4, 6), 4, 0.01);
+  EXPECT_NEAR(at(5, 7), 4, 0.1);
+  EXPECT_NEAR(at(13, 18), 1, 0.25);  // 8192 rows, 262,144 keys
+  EXPECT_EQ(profile.correction("another", cost(4, 6, 0).at), 1);
+}
+
+TEST(Profile, IsWhatItWritesReadAgain) {
+  Profile profile({"a \"CPU\"", "AVX2", "", 2, "1"}, "2026-01-31");
+  profile.add("one", cost(4, 6, 2));
+  profile.add("one", cost(4, 8, -0.25f));
+  profile.add("two", cost(1, 2, 3));
+  const Result<Profile> again = Profile::from_json(profile.to_json());
+  ASSERT_TRUE(again.ok()) << again.status().message();
+  EXPECT_EQ(again->to_json(), profile.to_json());
+  EXPECT_EQ(difference(again->identity(), profile.identity()), "");
+  EXPECT_EQ(again->points().at("one").size(), 2u);
+  const Result<Profile> empty = Profile::from_json(Profile().to_json());
+  EXPECT_TRUE(empty.ok()) << empty.status().message();
+}
+
+// Those that ship name kernels that exist, and the instruction set they are chosen by.
+TEST(Profile, ShippedOnesHoldCostsOfTheirInstructionSet) {
+  for (const ShippedProfile& one : shipped_profiles()) {
+    const Result<Profile> profile = Profile::from_json(one.json);
+    ASSERT_TRUE(profile.ok()) << one.isa << ": " << profile.status().message();
+    EXPECT_EQ(profile->identity().isa, one.isa);
+    const Device device = std::string(one.isa).starts_with("sm_") ? Device::kCuda : Device::kCpu;
+    if (kernels_of(device).empty()) continue;  // a build without CUDA
+    EXPECT_FALSE(profile->points().empty()) << one.isa;
+    for (const auto& [kernel, points] : profile->points()) {
+      EXPECT_NE(find_kernel(kernels_of(device), kernel), nullptr) << one.isa << ": " << kernel;
+      EXPECT_FALSE(points.empty()) << one.isa << ": " << kernel;
     }
   }
 }

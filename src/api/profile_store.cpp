@@ -42,9 +42,10 @@ Status write_file(const std::filesystem::path& path, const std::string& text) {
 
 // A shipped profile stands for a class of machines: it is chosen by instruction set alone.
 bool load_shipped(const ProfileIdentity& here, LoadedProfile& loaded) {
-  for (const char* text : shipped_profiles()) {
-    Result<Profile> shipped = Profile::from_json(text);
-    if (!shipped.ok() || shipped->identity().isa != here.isa) continue;
+  for (const ShippedProfile& one : shipped_profiles()) {
+    if (here.isa != one.isa) continue;
+    Result<Profile> shipped = Profile::from_json(one.json);
+    if (!shipped.ok()) continue;
     loaded.description =
         fmt::format("shipped profile for {}, measured on {}", here.isa, shipped->identity().device);
     loaded.profile = std::move(*shipped);

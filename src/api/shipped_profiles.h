@@ -5,6 +5,10 @@
 
 namespace wh {
 
-std::span<const char* const> shipped_profiles();
+struct ShippedProfile {
+  const char* isa;   // of the class of machines: the file's name
+  const char* json;  // parsing all of them for the one that fits would take milliseconds
+};
+std::span<const ShippedProfile> shipped_profiles();
 
 }  // namespace wh

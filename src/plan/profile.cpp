@@ -72,26 +72,35 @@ double Profile::correction(const std::string& kernel, const CostFeatures& at) co
   return std::exp2(sum / weights);
 }
 
+// A cost a line, so that two profiles can be compared.
 std::string Profile::to_json() const {
-  Json kernels = Json::object();
-  for (const auto& [kernel, points] : points_) {
-    Json rows = Json::array();
-    for (const CostPoint& point : points) {
-      rows.push_back({{"rows_log2", point.at.rows},
-                      {"keys_log2", point.at.keys},
-                      {"width_log2", point.at.width},
-                      {"heads_log2", point.at.heads},
-                      {"visible_log2", point.at.visible},
-                      {"kv_dtype", kDtypes.name(point.at.dtype_kv)},
-                      {"ratio_log2", point.log2_ratio}});
-    }
-    kernels[kernel] = rows;
-  }
-  const Json json{{"format", kFormatVersion},     {"device", identity_.device},
+  const auto text_of = [](const Json& json, int indent) {
+    return json.dump(indent, ' ', false, Json::error_handler_t::replace);
+  };
+  const Json head{{"format", kFormatVersion},     {"device", identity_.device},
                   {"isa", identity_.isa},         {"driver", identity_.driver},
                   {"threads", identity_.threads}, {"library_version", identity_.library_version},
-                  {"measured_on", measured_on_},  {"kernels", kernels}};
-  return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
+                  {"measured_on", measured_on_}};
+  std::string text = text_of(head, 1);
+  text.erase(text.rfind("\n}"));
+  text += ",\n \"kernels\": {";
+  const char* before_kernel = "";
+  for (const auto& [kernel, points] : points_) {
+    text += fmt::format("{}\n  {}: [", before_kernel, text_of(kernel, -1));
+    const char* before_point = "";
+    for (const CostPoint& point : points) {
+      const Json row{
+          {"rows_log2", point.at.rows},       {"keys_log2", point.at.keys},
+          {"width_log2", point.at.width},     {"heads_log2", point.at.heads},
+          {"visible_log2", point.at.visible}, {"kv_dtype", kDtypes.name(point.at.dtype_kv)},
+          {"ratio_log2", point.log2_ratio}};
+      text += fmt::format("{}\n   {}", before_point, text_of(row, -1));
+      before_point = ",";
+    }
+    text += "\n  ]";
+    before_kernel = ",";
+  }
+  return text + "\n }\n}\n";
 }
 
 Result<Profile> Profile::from_json(const std::string& text) {

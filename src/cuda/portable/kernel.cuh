@@ -147,7 +147,11 @@ class Block {
     const TileRows<T> rows{
         head + first * stride,     stride,  stride_dim, dim, item_.present.begin - first,
         item_.present.end - first, is_whole};
-    load_rows<kKeys, kColumnsOf, kThreads>(static_cast<int>(threadIdx.x), rows, AsyncCopy{to});
+    int thread = static_cast<int>(threadIdx.x);
+    // Opaque: what follows from it is computed anew for each tile, as 64 keys beside 32 x 128 sums
+    // leave no registers for it. In f32 192 and 256 columns spill if it is.
+    if constexpr (sizeof(T) == 2) asm volatile("" : "+r"(thread));
+    load_rows<kKeys, kColumnsOf, kThreads>(thread, rows, AsyncCopy{to});
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_keys(int32_t tile) {

@@ -63,7 +63,9 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
 // of K and V for two products instead of one.
 constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory) {
   if (element_bytes == 2 && dims.dim_qk <= 128 && dims.dim_v <= 128) {
-    return portable_tile_of(dims, element_bytes, 128, 64, false);
+    // On compute capability 12.0 64 keys spill beside 32 x 128 sums.
+    const int keys = dims.dim_v > 64 && memory == SharedMemory::kSmall ? 32 : 64;
+    return portable_tile_of(dims, element_bytes, 128, keys, false);
   }
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.
@@ -81,8 +83,8 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   return {};
 }
 
-// Whether the two classes of cards need two tiles: for heads above 128, and in f32 above 64 (64 x
-// 64 of 128/128 take 103,520 bytes, 2,144 more than the small ones have).
+// Whether the two classes of cards need two tiles: for heads above 64 (in f32, 64 x 64 of 128/128
+// take 103,520 bytes, 2,144 more than the small ones have).
 constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {
   return portable_tile(dims, element_bytes, SharedMemory::kSmall).bytes !=
          portable_tile(dims, element_bytes, SharedMemory::kLarge).bytes;
