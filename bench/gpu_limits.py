@@ -106,7 +106,7 @@ def check_steps(widehead: Widehead, kernel: str | None, step_ms: float,
     longest = result["longest_kernel_ms"] or result["longest_pause_ms"]
     if longest > MOST_OF_LIMIT * step_ms:
         failures.append(f"the longest step took {longest:.1f} ms")
-    if len(fractions) > 1:
+    if len(fractions) > 2:  # of two launches the last is on its way when the first is reported
         wrong = cancel(run)
         if wrong:
             failures.append(f"a cancelled run {wrong}")

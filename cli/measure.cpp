@@ -99,7 +99,7 @@ class Measurement {
       if (Status status = take(by_the_wall(track.run->call), sample); !status.ok()) return status;
       if (Status status = track.run->after_warm_up(); !status.ok()) return status;
       before_ = guard_.probe();
-      if (sample.us <= options_.seconds * 1e6 / 2) continue;
+      if (sample.us <= options_.seconds * 1e6 / 2 || track.run->timed) continue;
       track.taken.push_back(sample);
       track.is_done = true;
     }

@@ -62,7 +62,8 @@ struct Run {
 };
 
 // Alternates between the runs, one warm-up of each first, by the wall's clock; a warm-up that takes
-// more than half of `seconds` is the only sample. Fails with a run's own status.
+// more than half of `seconds` is the only sample, but not of a run with a clock of its own, whose
+// first call loads code. Fails with a run's own status.
 Result<std::vector<Samples>> measure(const std::vector<Run>& runs, Guard& guard,
                                      const MeasureOptions& options);
 

@@ -448,6 +448,8 @@ TEST(Profile, IsWhatItWritesReadAgain) {
   profile.add("one", cost(4, 6, 2));
   profile.add("one", cost(4, 8, -0.25f));
   profile.add("two", cost(1, 2, 3));
+  profile.add("two", cost(1, 2, 12.7f));  // not kept: the reader would refuse all of it
+  profile.add("two", cost(1, 2, -INFINITY));
   const Result<Profile> again = Profile::from_json(profile.to_json());
   ASSERT_TRUE(again.ok()) << again.status().message();
   EXPECT_EQ(again->to_json(), profile.to_json());

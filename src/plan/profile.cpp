@@ -16,6 +16,9 @@ using Json = nlohmann::ordered_json;
 
 constexpr int kFormatVersion = 1;
 constexpr size_t kMostPoints = 100000;
+constexpr float kMostLog2Ratio = 10;  // a factor of a thousand is no measurement
+
+bool is_plausible(const CostPoint& point) { return std::fabs(point.log2_ratio) < kMostLog2Ratio; }
 
 float log2_of(int64_t value) { return std::log2(static_cast<float>(std::max<int64_t>(1, value))); }
 
@@ -29,6 +32,10 @@ float distance(const CostFeatures& a, const CostFeatures& b) {
 }
 
 }  // namespace
+
+void Profile::add(const std::string& kernel, const CostPoint& point) {
+  if (is_plausible(point)) points_[kernel].push_back(point);
+}
 
 CostFeatures CostFeatures::of(const Problem& p) {
   const double pairs = static_cast<double>(p.len_q) * static_cast<double>(p.len_k);
@@ -137,9 +144,9 @@ Result<Profile> Profile::from_json(const std::string& text) {
         point_reader.read("visible_log2", point.at.visible);
         point_reader.read("kv_dtype", kDtypes, point.at.dtype_kv);
         point_reader.read("ratio_log2", point.log2_ratio);
-        // A factor of a thousand is no measurement.
-        if (!(std::fabs(point.log2_ratio) < 10)) {
-          return invalid("profile.kernels." + kernel + ".ratio_log2 is not between -10 and 10");
+        if (!is_plausible(point)) {
+          return invalid(fmt::format("profile.kernels.{}.ratio_log2 is not between {} and {}",
+                                     kernel, -kMostLog2Ratio, kMostLog2Ratio));
         }
         profile.add(kernel, point);
       }

@@ -55,7 +55,8 @@ class Profile {
   const ProfileIdentity& identity() const { return identity_; }
   const std::string& measured_on() const { return measured_on_; }  // a date
   const std::map<std::string, std::vector<CostPoint>>& points() const { return points_; }
-  void add(const std::string& kernel, const CostPoint& point) { points_[kernel].push_back(point); }
+  // Leaves out what cannot be a measurement, which from_json() refuses.
+  void add(const std::string& kernel, const CostPoint& point);
 
   // What to multiply the kernel's formula by; 1 for a kernel that was not measured.
   double correction(const std::string& kernel, const CostFeatures& at) const;
