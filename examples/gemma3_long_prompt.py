@@ -256,16 +256,23 @@ class PeakMemory:
             torch.zeros(1, device=device)  # the context is nobody's
             self._before = self._taken()
             self._peak = 0
-            threading.Thread(target=self._sample, daemon=True).start()
+            self._ended = threading.Event()
+            self._sampler = threading.Thread(target=self._sample)
+            self._sampler.start()
 
     def _taken(self) -> int:
         free, total = self._cuda.mem_get_info()
         return total - free
 
     def _sample(self) -> None:
-        while True:
+        while not self._ended.wait(0.002):
             self._peak = max(self._peak, self._taken() - self._before)
-            time.sleep(0.002)
+
+    def end(self) -> None:
+        """Python would end a thread that is in the driver by an exception, and with it the process."""
+        if self._cuda is not None:
+            self._ended.set()
+            self._sampler.join()
 
     def peak_bytes(self) -> int:
         if self._cuda is not None:
@@ -298,7 +305,6 @@ def loss_of(model, hidden, ids) -> float:
 def measure(options) -> dict:
     """One implementation, one length, one way to prefill."""
     import torch
-    from transformers import DynamicCache
 
     torch.set_grad_enabled(False)
     if options.threads:
@@ -310,6 +316,15 @@ def measure(options) -> dict:
     if options.device == "cpu":
         limit_memory()
     memory = PeakMemory(options.device)
+    try:
+        return measure_with(options, memory)
+    finally:
+        memory.end()
+
+
+def measure_with(options, memory: PeakMemory) -> dict:
+    from transformers import DynamicCache
+
     model, ids = load(options)
     clock = Clock(options.device)
     time_attention(model, options.implementation, clock)
@@ -357,7 +372,7 @@ def run_in_child(arguments: list[str]) -> dict:
     if result.returncode == 0:
         return json.loads(result.stdout.splitlines()[-1])
     lines = result.stderr.strip().splitlines() or [f"ended by signal {-result.returncode}"]
-    text = lines[-1]
+    text = " | ".join(lines[-3:])
     is_memory = any(word in result.stderr for word in ("can't allocate memory", "out of memory"))
     return {"failure": "out of memory" if is_memory or result.returncode == -9 else text}
 

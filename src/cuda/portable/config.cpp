@@ -148,7 +148,7 @@ class PortableCost {
     const double of_card = query.cuda.compute_capability == 90 ? 0.36 : 0.55;
     if (dtype != Dtype::kF32) return of_card * (dims.dim_v <= 256 ? 1 : 0.6);
     // Three products at half the rate, and the splitting of their factors.
-    return of_card * (dims.dim_v <= 128 ? 0.082 : 0.048);
+    return of_card * (dims.dim_v <= 128 ? 0.1 : 0.058);
   }
 
   // What softcap and array masks add to the time of the products, those of 16 bits being 1 / share:
