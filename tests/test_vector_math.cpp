@@ -34,12 +34,12 @@ void narrow_to_bfloats(const float* from, size_t count, Bfloat16* to) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-namespace wh {
-namespace cpu {
+// Not only `wh`: with one instruction set the dispatch is a call into a namespace of `cpu`.
+namespace wh::cpu {
+
 HWY_EXPORT(widen_halves);
 HWY_EXPORT(narrow_to_halves);
 HWY_EXPORT(narrow_to_bfloats);
-}  // namespace cpu
 
 namespace {
 
@@ -117,8 +117,8 @@ TEST_P(VectorMath, EveryHalfWidensExactlyAndComesBack) {
   std::vector<Half> halves, back(65536);
   for (uint32_t bits = 0; bits < 65536; ++bits) halves.push_back({static_cast<uint16_t>(bits)});
   std::vector<float> wide(65536);
-  HWY_DYNAMIC_DISPATCH(cpu::widen_halves)(halves.data(), halves.size(), wide.data());
-  HWY_DYNAMIC_DISPATCH(cpu::narrow_to_halves)(wide.data(), wide.size(), back.data());
+  HWY_DYNAMIC_DISPATCH(widen_halves)(halves.data(), halves.size(), wide.data());
+  HWY_DYNAMIC_DISPATCH(narrow_to_halves)(wide.data(), wide.size(), back.data());
   for (size_t i = 0; i < 65536; ++i) {
     const double magnitude =
         i % 0x8000 < 0x400 ? std::ldexp(i % 0x400, -24)
@@ -137,17 +137,16 @@ TEST_P(VectorMath, HalvesRoundToNearestEven) {
   const auto value = [](uint32_t bits) {
     return double{to_float(Half{static_cast<uint16_t>(bits)})};
   };
-  expect_roundings<Half>(roundings(0x7c00, value), HWY_DYNAMIC_DISPATCH(cpu::narrow_to_halves));
-  expect_nan_stays<Half>(HWY_DYNAMIC_DISPATCH(cpu::narrow_to_halves));
+  expect_roundings<Half>(roundings(0x7c00, value), HWY_DYNAMIC_DISPATCH(narrow_to_halves));
+  expect_nan_stays<Half>(HWY_DYNAMIC_DISPATCH(narrow_to_halves));
 }
 
 TEST_P(VectorMath, BfloatsRoundToNearestEven) {
   const auto value = [](uint32_t bits) {
     return double{to_float(Bfloat16{static_cast<uint16_t>(bits)})};
   };
-  expect_roundings<Bfloat16>(roundings(0x7f80, value),
-                             HWY_DYNAMIC_DISPATCH(cpu::narrow_to_bfloats));
-  expect_nan_stays<Bfloat16>(HWY_DYNAMIC_DISPATCH(cpu::narrow_to_bfloats));
+  expect_roundings<Bfloat16>(roundings(0x7f80, value), HWY_DYNAMIC_DISPATCH(narrow_to_bfloats));
+  expect_nan_stays<Bfloat16>(HWY_DYNAMIC_DISPATCH(narrow_to_bfloats));
 }
 
 std::vector<int64_t> targets() {
@@ -162,5 +161,5 @@ INSTANTIATE_TEST_SUITE_P(Every, VectorMath, testing::ValuesIn(targets()),
                          [](const auto& info) { return std::string(hwy::TargetName(info.param)); });
 
 }  // namespace
-}  // namespace wh
+}  // namespace wh::cpu
 #endif
