@@ -48,21 +48,27 @@ Result<Execution> Execution::prepare(Plan plan, HostTensors& host) {
   return execution;
 }
 
-Status Execution::copy_to_device() {
+// Makes `data`, of the host or the device, point to a copy on the device.
+Status Execution::copy_of(const void*& data, int64_t bytes) {
+  if (data == nullptr || bytes == 0) return {};
   const Problem& p = plan_.problem;
+  const auto size = static_cast<size_t>(bytes);
+  Result<Workspace> copy = Workspace::allocate({p.device, p.device_index, nullptr}, size);
+  if (!copy.ok()) return copy.status();
+  WH_RETURN_IF_ERROR(cuda::copy(stream(), copy->data(), data, size));
+  data = copy->data();
+  device_copies_.push_back(std::move(*copy));
+  return {};
+}
+
+Status Execution::copy_to_device() {
   const auto move = [&](const auto*& pointer, int64_t bytes) -> Status {
-    if (pointer == nullptr || bytes == 0) return {};
-    const auto size = static_cast<size_t>(bytes);
-    Result<Workspace> copy = Workspace::allocate({p.device, p.device_index, nullptr}, size);
-    if (!copy.ok()) return copy.status();
-    if (Status status = cuda::copy(stream(), copy->data(), pointer, size); !status.ok()) {
-      return status;
-    }
-    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(copy->data());
-    device_copies_.push_back(std::move(*copy));
+    const void* data = pointer;
+    WH_RETURN_IF_ERROR(copy_of(data, bytes));
+    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(data);
     return {};
   };
-  const TensorBytes bytes = tensor_bytes(p);
+  const TensorBytes bytes = tensor_bytes(plan_.problem);
   const void* out = tensors_.out;
   const float* lse = tensors_.log_sum_exp;
   for (Status status :
@@ -106,16 +112,6 @@ Status Execution::copy_keys(std::vector<Tensors>& sets) {
   const int64_t l2_bytes = cuda_facts(p.device_index).l2_bytes;
   const int64_t wanted =
       std::clamp<int64_t>(2 * l2_bytes / std::max<int64_t>(1, bytes.k + bytes.v) + 1, 1, kMostSets);
-  const auto copy_of = [&](const void*& pointer, int64_t size) -> Status {
-    if (size == 0) return {};
-    Result<Workspace> copy =
-        Workspace::allocate({p.device, p.device_index, nullptr}, static_cast<size_t>(size));
-    if (!copy.ok()) return copy.status();
-    WH_RETURN_IF_ERROR(cuda::copy(stream(), copy->data(), pointer, static_cast<size_t>(size)));
-    pointer = copy->data();
-    device_copies_.push_back(std::move(*copy));
-    return {};
-  };
   sets.push_back(tensors_);
   while (static_cast<int64_t>(sets.size()) < wanted) {
     Tensors set = tensors_;

@@ -34,6 +34,7 @@ class Execution {
 
  private:
   Execution(Plan plan, HostTensors& host, Workspace workspace);
+  Status copy_of(const void*& data, int64_t bytes);
   Status copy_to_device();
   Status copy_keys(std::vector<Tensors>& sets);
   Status capture_runs();

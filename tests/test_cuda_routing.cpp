@@ -52,7 +52,10 @@ Measured measured(const Json& row, const std::string& name) {
   p.dim_qk = row["dim_qk"];
   p.dim_v = row["dim_v"];
   p.causal = row["causal"].get<bool>() ? Causal::kBottomRight : Causal::kNone;
-  p.dtype_q = p.dtype_kv = row["dtype"] == "f32" ? Dtype::kF32 : Dtype::kBf16;
+  p.dtype_q = row["dtype"] == "f32"   ? Dtype::kF32
+              : row["dtype"] == "f16" ? Dtype::kF16
+                                      : Dtype::kBf16;
+  p.dtype_kv = p.dtype_q;
   p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
   p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
   p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
@@ -98,7 +101,7 @@ std::vector<Measured> call_rows() {
     const int64_t dim_v = found[4].matched ? number(4) : number(3);
     const Json fields{{"batch", 1},          {"heads_q", number(1)}, {"heads_kv", number(2)},
                       {"dim_qk", number(3)}, {"dim_v", dim_v},       {"len_q", number(5)},
-                      {"len_k", number(6)},  {"dtype", "bf16"},      {"causal", found[7].matched}};
+                      {"len_k", number(6)},  {"dtype", "f16"},       {"causal", found[7].matched}};
     all.try_emplace(name, measured(fields, name)).first->second.us[row["kernel"]] = row["best_us"];
   }
   std::vector<Measured> rows;

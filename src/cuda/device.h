@@ -24,7 +24,7 @@ class DeviceScope {
 };
 
 // Whether every tensor that the problem uses lies on its device: host pointers and those of another
-// device are errors that name the tensor. Costs about 0.1 us a tensor and works during capture.
+// device are errors that name the tensor. Works during capture.
 Status check_pointers(const Problem& problem, const Tensors& tensors);
 
 // Whether a run's stream is one of the problem's device. The default streams are those of whichever
