@@ -1,4 +1,5 @@
 // widehead bench: kernels side by side on a suite or one problem.
+#include <CLI/CLI.hpp>
 #include <dlfcn.h>
 #include <fmt/format.h>
 

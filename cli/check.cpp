@@ -1,4 +1,5 @@
 // widehead check: the case table against float64.
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <algorithm>

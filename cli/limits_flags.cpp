@@ -1,5 +1,6 @@
 #include "limits_flags.h"
 
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <charconv>

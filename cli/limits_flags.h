@@ -1,10 +1,13 @@
 // LIMITS of the command line.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <string>
 
 #include "plan/limits.h"
+
+namespace CLI {
+class App;
+}
 
 namespace wh::cli {
 

@@ -1,4 +1,5 @@
 // widehead list: kernels, models, suites, devices.
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <memory>

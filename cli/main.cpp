@@ -1,4 +1,5 @@
 // widehead: plan, run, check, measure and tune attention from a shell.
+#include <CLI/CLI.hpp>
 #include <cstdio>
 
 #include "core/nearest_name.h"

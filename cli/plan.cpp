@@ -1,6 +1,7 @@
 // widehead plan: every candidate with its verdict, reason, workspace and estimate.
 #include "plan/plan.h"
 
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <memory>

@@ -1,5 +1,6 @@
 #include "problem_flags.h"
 
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <charconv>

@@ -1,13 +1,16 @@
 // PROBLEM of the command line: one set of words for flags, suites and model tables.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <string>
 #include <vector>
 
 #include "core/problem.h"
 #include "core/status.h"
 #include "embedded.h"
+
+namespace CLI {
+class App;
+}
 
 namespace wh::cli {
 

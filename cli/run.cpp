@@ -1,4 +1,5 @@
 // widehead run: one problem, from a file or random, timed and compared.
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <chrono>

@@ -1,13 +1,16 @@
 // What every verb shares: output, exit codes, errors.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <functional>
 #include <string>
 
 #include "core/status.h"
 #include "embedded.h"
+
+namespace CLI {
+class App;
+}
 
 namespace wh::cli {
 

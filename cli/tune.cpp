@@ -1,4 +1,5 @@
 // widehead tune: measures what the kernels cost here, for the planner's estimates.
+#include <CLI/CLI.hpp>
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/file.h>
