@@ -42,8 +42,8 @@ std::string refuse_empty(const std::string& text) {
 
 std::string progress_bar(double done, double total) {
   constexpr int kCells = 40;
-  const auto filled = static_cast<size_t>(kCells * std::clamp(done / total, 0.0, 1.0));
-  return "[" + std::string(filled, '=') + std::string(kCells - filled, ' ') + "]";
+  const int filled = static_cast<int>(kCells * std::clamp(done / total, 0.0, 1.0));
+  return fmt::format("[{:=<{}}{:<{}}]", "", filled, "", kCells - filled);
 }
 
 void note_interrupts() {

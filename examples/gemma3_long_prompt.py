@@ -324,7 +324,7 @@ def measure(options) -> dict:
 
 def warm_up(model, ids, chunk: int) -> None:
     """Two steps of a prefill and one of decode that are measured by nobody: threads start up, and a
-    GPU loads each kernel from disk at its first call, which took sdpa 4 s of an 8K prefill of 0.5 s."""
+    GPU loads each kernel from disk at its first call, which once made 0.3 s of an 8K prefill 4 s."""
     import torch
     from transformers import DynamicCache
 

@@ -58,6 +58,36 @@ TEST(CApi, OneCallWorks) {
   EXPECT_STREQ(wh_version(), "0.1.0");
 }
 
+// A stored plan is what its problem was, every field of it.
+TEST(CApi, APlanGivesItsProblemBack) {
+  for (const uint32_t bit : {0, 1, 2, 4, 8, 16}) {
+    Call call;
+    wh_problem& p = call.problem;
+    p.uses = bit;
+    p.dtype_q = p.dtype_kv = WH_BF16;
+    p.batch = 2;
+    p.causal = WH_CAUSAL_TOP_LEFT;
+    p.window_left = 3;
+    p.window_right = 1;
+    p.softcap = 5;
+    p.mask = WH_MASK_BOOLEAN;
+    ASSERT_EQ(wh_problem_set_dense(&p), WH_OK) << wh_last_error();
+    wh_plan *plan = nullptr, *again = nullptr;
+    ASSERT_EQ(wh_plan_create(&p, nullptr, &plan), WH_OK) << wh_last_error();
+    const std::string json = wh_plan_json(plan);
+    ASSERT_EQ(wh_plan_from_json(json.data(), json.size(), &again), WH_OK) << wh_last_error();
+    for (const wh_plan* either : {plan, again}) {
+      wh_problem back;
+      ASSERT_EQ(wh_problem_init(&back, sizeof(back)), WH_OK);
+      ASSERT_EQ(wh_plan_problem(either, &back), WH_OK) << wh_last_error();
+      EXPECT_EQ(std::memcmp(&back, &p, offsetof(wh_problem, uses) + sizeof(p.uses)), 0)
+          << "uses " << bit;
+    }
+    wh_plan_destroy(plan);
+    wh_plan_destroy(again);
+  }
+}
+
 // K holds V in its first columns: the same answer as from a copy of those, by every kernel.
 TEST(CApi, ValuesMayLieInKeys) {
   for (size_t i = 0; wh_kernel_name(WH_CPU, i) != nullptr; ++i) {

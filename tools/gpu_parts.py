@@ -189,7 +189,7 @@ class GpuCheck:
         found = self.run([sys.executable, "-c", "import widehead, torch, pytest"], 60)
         if not tests.exists() or found.code != 0:
             return Outcome(skipped=f"no {tests.name}" if not tests.exists() else found.why())
-        done = self.run([sys.executable, "-m", "pytest", "-q", tests], seconds)
+        done = self.run([sys.executable, "-m", "pytest", "--disable-warnings", tests], seconds)
         last = done.out.strip().splitlines()[-1:]
         failures = [] if done.code == 0 else [done.why() + " " + done.out[-1500:]]
         if "passed" not in " ".join(last):
