@@ -1,8 +1,8 @@
 // widehead bench: kernels side by side on a suite or one problem.
-#include <CLI/CLI.hpp>
 #include <dlfcn.h>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
 #include <fstream>

@@ -1,8 +1,8 @@
 #include "limits_flags.h"
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <charconv>
 
 #include "core/byte_size.h"

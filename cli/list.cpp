@@ -1,7 +1,7 @@
 // widehead list: kernels, models, suites, devices.
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <memory>
 
 #include "api/machine.h"

@@ -1,9 +1,9 @@
 // widehead plan: every candidate with its verdict, reason, workspace and estimate.
 #include "plan/plan.h"
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <memory>
 
 #include "limits_flags.h"

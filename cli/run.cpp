@@ -1,7 +1,7 @@
 // widehead run: one problem, from a file or random, timed and compared.
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <chrono>
 #include <cmath>
 #include <cstring>

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "api/environment.h"
 
@@ -16,6 +17,38 @@ Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
   }
   to = static_cast<Enum>(value);
   return {};
+}
+
+struct Use {
+  uint32_t bit;
+  bool Problem::*field;
+};
+constexpr Use kUses[] = {{WH_USES_SINKS, &Problem::has_sinks},
+                         {WH_USES_KEY_LENGTHS, &Problem::has_key_lengths},
+                         {WH_USES_KEY_STARTS, &Problem::has_key_starts},
+                         {WH_USES_LOG_SUM_EXP, &Problem::wants_log_sum_exp},
+                         {WH_USES_VALUES_IN_KEYS, &Problem::values_in_keys}};
+
+// What wh_problem and Problem both hold under one name, whichever way it goes.
+template <typename From, typename To>
+void copy_fields(const From& from, To& to) {
+  to.device_index = from.device_index;
+  to.batch = from.batch;
+  to.heads_q = from.heads_q;
+  to.heads_kv = from.heads_kv;
+  to.len_q = from.len_q;
+  to.len_k = from.len_k;
+  to.dim_qk = from.dim_qk;
+  to.dim_v = from.dim_v;
+  std::copy_n(std::begin(from.stride_q), 4, std::begin(to.stride_q));
+  std::copy_n(std::begin(from.stride_k), 4, std::begin(to.stride_k));
+  std::copy_n(std::begin(from.stride_v), 4, std::begin(to.stride_v));
+  std::copy_n(std::begin(from.stride_out), 4, std::begin(to.stride_out));
+  std::copy_n(std::begin(from.stride_mask), 4, std::begin(to.stride_mask));
+  to.scale = from.scale;
+  to.softcap = from.softcap;
+  to.window_left = from.window_left;
+  to.window_right = from.window_right;
 }
 
 }  // namespace
@@ -56,66 +89,31 @@ Status read_problem(const wh_problem* from, Problem& to) {
   WH_RETURN_IF_ERROR(read_enum("dtype_kv", c.dtype_kv, WH_BF16, to.dtype_kv));
   WH_RETURN_IF_ERROR(read_enum("causal", c.causal, WH_CAUSAL_TOP_LEFT, to.causal));
   WH_RETURN_IF_ERROR(read_enum("mask", c.mask, WH_MASK_ADDITIVE, to.mask));
-  constexpr uint32_t kKnown = WH_USES_SINKS | WH_USES_KEY_LENGTHS | WH_USES_KEY_STARTS |
-                              WH_USES_LOG_SUM_EXP | WH_USES_VALUES_IN_KEYS;
-  if ((c.uses & ~kKnown) != 0) {
-    return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, kKnown));
+  uint32_t known = 0;
+  for (const Use& use : kUses) {
+    known |= use.bit;
+    to.*use.field = (c.uses & use.bit) != 0;
   }
-  to.device_index = c.device_index;
-  to.batch = c.batch;
-  to.heads_q = c.heads_q;
-  to.heads_kv = c.heads_kv;
-  to.len_q = c.len_q;
-  to.len_k = c.len_k;
-  to.dim_qk = c.dim_qk;
-  to.dim_v = c.dim_v;
-  std::copy_n(c.stride_q, 4, to.stride_q.begin());
-  std::copy_n(c.stride_k, 4, to.stride_k.begin());
-  std::copy_n(c.stride_v, 4, to.stride_v.begin());
-  std::copy_n(c.stride_out, 4, to.stride_out.begin());
+  if ((c.uses & ~known) != 0) {
+    return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, known));
+  }
+  copy_fields(c, to);
   // Without a mask its strides mean nothing, and must not make two equal problems differ.
-  if (to.mask != MaskKind::kNone) std::copy_n(c.stride_mask, 4, to.stride_mask.begin());
-  to.scale = c.scale;
-  to.softcap = c.softcap;
-  to.window_left = c.window_left;
-  to.window_right = c.window_right;
-  to.has_sinks = (c.uses & WH_USES_SINKS) != 0;
-  to.has_key_lengths = (c.uses & WH_USES_KEY_LENGTHS) != 0;
-  to.has_key_starts = (c.uses & WH_USES_KEY_STARTS) != 0;
-  to.wants_log_sum_exp = (c.uses & WH_USES_LOG_SUM_EXP) != 0;
-  to.values_in_keys = (c.uses & WH_USES_VALUES_IN_KEYS) != 0;
+  if (to.mask == MaskKind::kNone) to.stride_mask = Problem{}.stride_mask;
   return validate(to);
 }
 
 wh_problem problem_of(const Problem& p) {
   wh_problem c{};
   c.device = static_cast<int32_t>(p.device);
-  c.device_index = p.device_index;
   c.dtype_q = static_cast<int32_t>(p.dtype_q);
   c.dtype_kv = static_cast<int32_t>(p.dtype_kv);
-  c.batch = p.batch;
-  c.heads_q = p.heads_q;
-  c.heads_kv = p.heads_kv;
-  c.len_q = p.len_q;
-  c.len_k = p.len_k;
-  c.dim_qk = p.dim_qk;
-  c.dim_v = p.dim_v;
-  std::copy_n(p.stride_q.begin(), 4, c.stride_q);
-  std::copy_n(p.stride_k.begin(), 4, c.stride_k);
-  std::copy_n(p.stride_v.begin(), 4, c.stride_v);
-  std::copy_n(p.stride_out.begin(), 4, c.stride_out);
-  std::copy_n(p.stride_mask.begin(), 4, c.stride_mask);
-  c.scale = p.scale;
-  c.softcap = p.softcap;
   c.causal = static_cast<int32_t>(p.causal);
   c.mask = static_cast<int32_t>(p.mask);
-  c.window_left = p.window_left;
-  c.window_right = p.window_right;
-  if (p.has_sinks) c.uses |= WH_USES_SINKS;
-  if (p.has_key_lengths) c.uses |= WH_USES_KEY_LENGTHS;
-  if (p.has_key_starts) c.uses |= WH_USES_KEY_STARTS;
-  if (p.wants_log_sum_exp) c.uses |= WH_USES_LOG_SUM_EXP;
-  if (p.values_in_keys) c.uses |= WH_USES_VALUES_IN_KEYS;
+  for (const Use& use : kUses) {
+    if (p.*use.field) c.uses |= use.bit;
+  }
+  copy_fields(p, c);
   return c;
 }
 

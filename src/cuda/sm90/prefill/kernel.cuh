@@ -66,8 +66,8 @@ struct PrefillBlock {
   static constexpr bool kRescaleEarly = kDimV > 128;
   // Whether the consumers issue their products in turn, so that one is at softmax while another has
   // the tensor cores; left to themselves they fall into step. Gains 5 % at dim 64 and 0 to 3 % up
-  // to 192; wider ones lose up to 1.4 %. Waiting for K and V before a turn, not within it, loses 2
-  // to 4 %.
+  // to 192; wider ones lose up to 1.4 %. Waiting for K and V before a turn, not within it, loses 1
+  // to 3 %.
   static constexpr bool kTakesTurns = kDimV <= 192;
   static_assert(kMemory.bytes <= 232448);
 
@@ -453,6 +453,11 @@ __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads
     typename Block::Consumer consumer{block, warpgroup - 1};
     consumer.run();
   }
+}
+
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+const void* prefill_instance() {
+  return reinterpret_cast<const void*>(&sm90_prefill<kDimQk, kDimV, kDtype, kScores>);
 }
 
 }  // namespace wh::cuda

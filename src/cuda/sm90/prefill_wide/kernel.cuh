@@ -645,4 +645,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   ptx::cluster_sync();  // no block leaves while the other may still write into it
 }
 
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+const void* wide_instance() {
+  return reinterpret_cast<const void*>(&sm90_prefill_wide<kDimQk, kDimV, kDtype, kScores>);
+}
+
 }  // namespace wh::cuda

@@ -6,7 +6,7 @@
 
 namespace wh::cuda {
 
-// The kernel compiled for these dimensions; instance.cu.in defines them.
+// The kernel compiled for these dimensions; instance.cu.in instantiates it.
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
 const void* wide_instance();
 
