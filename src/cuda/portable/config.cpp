@@ -145,10 +145,10 @@ class PortableCost {
   // Of the dense 16-bit rate, on full tiles.
   static double share(const Query& query, Dtype dtype, HeadDims dims) {
     // mma.sync has less than two thirds of Hopper's rate, which needs wgmma.
-    const double of_card = query.cuda.compute_capability == 90 ? 0.36 : 0.55;
+    const double of_card = query.cuda.compute_capability == 90 ? 0.39 : 0.55;
     if (dtype != Dtype::kF32) return of_card * (dims.dim_v <= 256 ? 1 : 0.6);
     // Three products at half the rate, and the splitting of their factors.
-    return of_card * (dims.dim_v <= 128 ? 0.1 : 0.058);
+    return of_card * (dims.dim_v <= 128 ? 0.125 : dims.dim_v <= 256 ? 0.09 : 0.04);
   }
 
   // What softcap and array masks add to the time of the products, those of 16 bits being 1 / share:

@@ -36,10 +36,16 @@ struct SharedRows {
     return data + row * pitch + column;
   }
   // For ldmatrix: the address that this lane gives for 16 rows x 16 columns from there on, in the
-  // order of mma's first operand; transposed, it is that of the second one for two tiles.
+  // order of mma's first operand; transposed, it is that of the second one for two tiles of columns.
   __device__ __forceinline__ uint32_t square_address(int row, int column) const {
     const int lane = threadIdx.x % 32;
     return ptx::shared_address(at(row + lane % 16, column + lane / 16 * 8));
+  }
+  // The same of the second operand for two tiles of rows. mma takes it from two neighbouring
+  // registers: in the order above each product costs two moves.
+  __device__ __forceinline__ uint32_t pair_address(int row, int column) const {
+    const int lane = threadIdx.x % 32;
+    return ptx::shared_address(at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
   }
   // For 8 rows x 32 columns: the second operand of two products.
   __device__ __forceinline__ uint32_t strip_address(int row, int column) const {
@@ -59,8 +65,10 @@ struct Products {
     for (int m = 0; m < kRowTiles; ++m) q_at[m] = q.square_address(16 * m, 0);
     // 16 columns of two tiles of keys at once: 32 columns of one take eight registers more, which
     // 64 keys of 128-wide heads do not have.
-    const uint32_t k_at = kTiles > 1 ? k.square_address(0, 0) : k.strip_address(0, 0);
-#pragma unroll 8
+    const uint32_t k_at = kTiles > 1 ? k.pair_address(0, 0) : k.strip_address(0, 0);
+    // Eight are 1 to 3 % faster, but some narrower ones would spill.
+    constexpr int kUnroll = kDim < 256 ? 4 : 8;
+#pragma unroll kUnroll
     for (int column = 0; column < kDim; column += 16) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -71,44 +79,34 @@ struct Products {
         ptx::ldmatrix(b, k_at + (tile * 8 * k.pitch + column) * 2);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          ptx::mma<T>(quad(s[m], tile), a[m], b[0], b[kTiles > 1 ? 2 : 1]);
-          if constexpr (kTiles > 1) ptx::mma<T>(quad(s[m], tile + 1), a[m], b[1], b[3]);
+          ptx::mma<T>(quad(s[m], tile), a[m], b[0], b[1]);
+          if constexpr (kTiles > 1) ptx::mma<T>(quad(s[m], tile + 1), a[m], b[2], b[3]);
         }
       }
     }
   }
 
-  // The weights of a warp's rows, rounded, as first operands.
-  template <int kRowTiles, int kKeys>
-  struct Weights {
-    uint32_t p[kRowTiles][kKeys / 4];
+  // A first operand: 16 rows x kStep columns.
+  static constexpr int kStep = 16;
+  struct First {
+    uint32_t a[4];
 
-    __device__ __forceinline__ explicit Weights(const float (&s)[kRowTiles][kKeys / 2]) {
+    __device__ __forceinline__ void set(const float* accumulators) {
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < kKeys / 4; ++i) p[m][i] = ptx::pack<T>(s[m][2 * i], s[m][2 * i + 1]);
+      for (int i = 0; i < 4; ++i) {
+        a[i] = ptx::pack<T>(accumulators[2 * i], accumulators[2 * i + 1]);
       }
     }
-    __device__ __forceinline__ explicit Weights(const SharedRows<T>& rows) {
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int key = 0; key < kKeys; key += 16) {
-          ptx::ldmatrix(step(m, key / 16), rows.square_address(16 * m, key));
-        }
-      }
-    }
-    __device__ __forceinline__ uint32_t (&step(int m, int i))[4] {
-      return reinterpret_cast<uint32_t(&)[4]>(p[m][4 * i]);
+    __device__ __forceinline__ void load(const SharedRows<T>& rows, int column) {
+      ptx::ldmatrix(a, rows.square_address(0, column));
     }
   };
 
-  // o[m] = o[m] * correction + weights times V.
-  template <int kRowTiles, int kKeys, int kColumns>
+  // o[m] = o[m] * correction + weights[m] times V.
+  template <int kRowTiles, int kSteps, int kColumns>
   static __device__ __forceinline__ void values(float (&o)[kRowTiles][kColumns / 2],
                                                 const float (&correction)[kRowTiles][2],
-                                                Weights<kRowTiles, kKeys>& weights,
+                                                First (&weights)[kRowTiles][kSteps],
                                                 const SharedRows<T>& v) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -117,15 +115,15 @@ struct Products {
     }
     const uint32_t v_at = v.square_address(0, 0);
 #pragma unroll
-    for (int key = 0; key < kKeys; key += 16) {
+    for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int column = 0; column < kColumns; column += 16) {
         uint32_t b[4];
-        ptx::ldmatrix_transposed(b, v_at + (key * v.pitch + column) * 2);
+        ptx::ldmatrix_transposed(b, v_at + (step * kStep * v.pitch + column) * 2);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          ptx::mma<T>(quad(o[m], column / 8), weights.step(m, key / 16), b[0], b[1]);
-          ptx::mma<T>(quad(o[m], column / 8 + 1), weights.step(m, key / 16), b[2], b[3]);
+          ptx::mma<T>(quad(o[m], column / 8), weights[m][step].a, b[0], b[1]);
+          ptx::mma<T>(quad(o[m], column / 8 + 1), weights[m][step].a, b[2], b[3]);
         }
       }
     }
@@ -151,44 +149,49 @@ template <>
 struct Products<float> {
   struct Split {
     uint32_t high, low;
+    // The instruction for it, cvt.rna.tf32, takes six on sm_90, NaN and infinity apart; of those,
+    // here as there, `low` is NaN. What `low` has beyond TF32 the tensor cores ignore.
     __device__ __forceinline__ explicit Split(float x) {
-      high = ptx::to_tf32(x);
-      // Of an infinity, NaN.
-      low = ptx::to_tf32(x - __uint_as_float(high));
+      high = (__float_as_uint(x) + 0x1000) & 0xffffe000;
+      low = __float_as_uint(x - __uint_as_float(high));
     }
     Split() = default;
   };
 
-  // One 16 x 8 first operand.
-  struct Factor {
+  static constexpr int kStep = 8;
+  struct First {
     uint32_t high[4], low[4];
-    __device__ __forceinline__ void set(int i, float x) {
-      const Split split(x);
-      high[i] = split.high;
-      low[i] = split.low;
+
+    __device__ __forceinline__ void set(const float* accumulators) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Split split(accumulators[i]);
+        high[i % 2 * 2 + i / 2] = split.high;
+        low[i % 2 * 2 + i / 2] = split.low;
+      }
+    }
+    __device__ __forceinline__ void load(const SharedRows<float>& rows, int column) {
+      const int lane = threadIdx.x % 32;
+      const auto pair = [&](int row) {
+        return *reinterpret_cast<const float2*>(rows.at(row + lane / 4, column + lane % 4 * 2));
+      };
+      const float2 upper = pair(0), lower = pair(8);
+      const float accumulators[4] = {upper.x, upper.y, lower.x, lower.y};
+      set(accumulators);
     }
   };
 
-  static __device__ __forceinline__ void multiply(float (&d)[4], const Factor& a, Split b0,
-                                                  Split b1) {
-    ptx::mma_tf32(d, a.low, b0.high, b1.high);
-    ptx::mma_tf32(d, a.high, b0.low, b1.low);
-    ptx::mma_tf32(d, a.high, b0.high, b1.high);
-  }
-
-  static __device__ __forceinline__ Factor factor(const SharedRows<float>& rows, int row,
-                                                  int column) {
-    const int lane = threadIdx.x % 32;
-    const auto pair = [&](int r) {
-      return *reinterpret_cast<const float2*>(rows.at(row + lane / 4 + r, column + lane % 4 * 2));
-    };
-    const float2 upper = pair(0), lower = pair(8);
-    Factor a;
-    a.set(0, upper.x);
-    a.set(1, lower.x);
-    a.set(2, upper.y);
-    a.set(3, lower.y);
-    return a;
+  // d[i] += a times the second operand b[i]. Three products into one sum wait for each other: those
+  // of all sums take turns.
+  template <int kCount>
+  static __device__ __forceinline__ void multiply(float (&d)[kCount][4], const First& a,
+                                                  const Split (&b)[kCount][2]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) ptx::mma_tf32(d[i], a.low, b[i][0].high, b[i][1].high);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) ptx::mma_tf32(d[i], a.high, b[i][0].low, b[i][1].low);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) ptx::mma_tf32(d[i], a.high, b[i][0].high, b[i][1].high);
   }
 
   template <int kDim, int kRowTiles, int kTiles>
@@ -197,62 +200,61 @@ struct Products<float> {
                                                 const SharedRows<float>& k) {
     static_assert(kRowTiles == 1);
     constexpr int kSumColumns = 64;
+    constexpr int kTogether = kTiles < 4 ? kTiles : 4;
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int first = 0; first < kDim; first += kSumColumns) {
-      float part[4 * kTiles] = {};
-#pragma unroll 1
-      for (int column = first; column < first + kSumColumns; column += 8) {
-        const Factor a = factor(q, 0, column);
+    for (int begin = 0; begin < kDim; begin += kSumColumns) {
+      float part[kTiles / kTogether][kTogether][4] = {};
+#pragma unroll 2
+      for (int column = begin; column < begin + kSumColumns; column += kStep) {
+        First a;
+        a.load(q, column);
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const float2 b =
-              *reinterpret_cast<const float2*>(k.at(8 * tile + lane / 4, column + lane % 4 * 2));
-          multiply(quad(part, tile), a, Split(b.x), Split(b.y));
+        for (int n = 0; n < kTiles / kTogether; ++n) {
+          Split b[kTogether][2];
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) {
+            const float2 pair = *reinterpret_cast<const float2*>(
+                k.at(8 * (n * kTogether + i) + lane / 4, column + lane % 4 * 2));
+            b[i][0] = Split(pair.x);
+            b[i][1] = Split(pair.y);
+          }
+          multiply(part[n], a, b);
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) s[0][i] += part[i];
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        s[0][i] += part[i / 4 / kTogether][i / 4 % kTogether][i % 4];
+      }
     }
   }
 
-  template <int kRowTiles, int kKeys>
-  struct Weights {
-    static_assert(kRowTiles == 1);
-    Factor p[kKeys / 8];
-
-    __device__ __forceinline__ explicit Weights(const float (&s)[1][kKeys / 2]) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        p[i].set(0, s[0][4 * i]);
-        p[i].set(1, s[0][4 * i + 2]);
-        p[i].set(2, s[0][4 * i + 1]);
-        p[i].set(3, s[0][4 * i + 3]);
-      }
-    }
-    __device__ __forceinline__ explicit Weights(const SharedRows<float>& rows) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) p[i] = factor(rows, 0, 8 * i);
-    }
-  };
-
-  template <int kRowTiles, int kKeys, int kColumns>
+  template <int kRowTiles, int kSteps, int kColumns>
   static __device__ __forceinline__ void values(float (&o)[kRowTiles][kColumns / 2],
                                                 const float (&correction)[kRowTiles][2],
-                                                Weights<kRowTiles, kKeys>& weights,
+                                                First (&weights)[kRowTiles][kSteps],
                                                 const SharedRows<float>& v) {
+    static_assert(kRowTiles == 1);
+    constexpr int kTogether = 4;
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int tile = 0; tile < kColumns / 8; ++tile) {
-      float part[4] = {};
+    for (int tile = 0; tile < kColumns / 8; tile += kTogether) {
+      float part[kTogether][4] = {};
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        const float* at = v.at(8 * i + lane % 4 * 2, 8 * tile + lane / 4);
-        multiply(part, weights.p[i], Split(at[0]), Split(at[v.pitch]));
+      for (int i = 0; i < kSteps; ++i) {
+        Split b[kTogether][2];
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+          const float* at = v.at(8 * i + lane % 4 * 2, 8 * (tile + n) + lane / 4);
+          b[n][0] = Split(at[0]);
+          b[n][1] = Split(at[v.pitch]);
+        }
+        multiply(part, weights[0][i], b);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        o[0][4 * tile + i] = fmaf(o[0][4 * tile + i], correction[0][i / 2], part[i]);
+      for (int i = 0; i < 4 * kTogether; ++i) {
+        float& sum = o[0][4 * tile + i];
+        sum = fmaf(sum, correction[0][i % 4 / 2], part[i / 4][i % 4]);
       }
     }
   }

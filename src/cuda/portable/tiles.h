@@ -42,7 +42,9 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
   PortableTile tile{};
   tile.rows = rows;
   tile.warp_rows = rows == 128 ? 32 : 16;
-  tile.column_groups = dims.dim_v <= 256 ? 1 : dims.dim_v / 256;
+  // 64 x 256 by four warps leaves one a scheduler in f32: 1.5 times slower at 256 than by eight.
+  const int most_columns = element_bytes == 2 ? 256 : 128;
+  tile.column_groups = dims.dim_v < 2 * most_columns ? 1 : dims.dim_v / most_columns;
   tile.keys = keys;
   tile.shares_buffer = shares_buffer;
   // 16-bit: ldmatrix reads 8 rows of 16 bytes at once, 16 bytes apart by the banks. f32: pairs of
@@ -63,15 +65,16 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
 // of K and V for two products instead of one.
 constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory) {
   if (element_bytes == 2 && dims.dim_qk <= 128 && dims.dim_v <= 128) {
-    // On compute capability 12.0 64 keys spill beside 32 x 128 sums.
-    const int keys = dims.dim_v > 64 && memory == SharedMemory::kSmall ? 32 : 64;
+    // As many as do not spill. On compute capability 12.0 64 do beside 32 x 128 sums.
+    const int keys = dims.dim_v <= 64 ? 96 : memory == SharedMemory::kSmall ? 32 : 64;
     return portable_tile_of(dims, element_bytes, 128, keys, false);
   }
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.
-  const int most_rows = dims.dim_v > 512 ? 32 : 64;
+  const int most_groups = portable_tile_of(dims, element_bytes, 16, 16, true).column_groups;
+  const int most_rows = most_groups == 1 ? 64 : 128 / most_groups;
   // Both halves of the weights of 64 keys, in f32, spill beside 192 columns of sums.
-  const int most_keys = element_bytes == 4 && dims.dim_v > 128 ? 32 : 64;
+  const int most_keys = element_bytes == 4 && (dims.dim_qk > 128 || dims.dim_v > 128) ? 32 : 64;
   for (const bool shares_buffer : {false, true}) {
     for (int rows = most_rows; rows >= 16; rows /= 2) {
       for (int keys = most_keys; keys >= (shares_buffer ? least_keys : 16); keys /= 2) {
