@@ -3,10 +3,9 @@
 #include <hwy/targets.h>
 
 #include <cmath>
-#include <thread>
 
 #include "attention.h"
-#include "plan/cpu_facts.h"
+#include "kernel_test.h"
 
 namespace wh {
 namespace {
@@ -27,15 +26,8 @@ bool same_bits_but_nan(std::vector<float> a, std::vector<float> b) {
   return same_bits(a, b);
 }
 
-class Kernels : public testing::TestWithParam<const char*> {
+class Kernels : public KernelTest {
  protected:
-  void SetUp() override {
-    if (is_bf16_kernel(GetParam()) && !cpu_facts().has_avx512_bf16) {
-      GTEST_SKIP() << "this CPU has no AVX512-BF16";
-    }
-  }
-  // A shape that the kernel takes: decode takes few rows.
-  static int64_t queries() { return std::string(GetParam()) == "cpu_decode" ? 4 : 70; }
   // How far two ways to compute the same may be apart: outputs are below 2, and each way rounds
   // them, and in bf16 the weights, to the type.
   static float bound() { return is_bf16_kernel(GetParam()) ? 0x1p-6f : 3e-6f; }
@@ -117,25 +109,6 @@ TEST_P(Kernels, ASerialExecutorGivesTheSameBits) {
                         nullptr};
   attention.run(GetParam(), serial);
   EXPECT_TRUE(same_bits(attention.out, out));
-}
-
-// What ThreadSanitizer watches: TBB, the default, is not built with it.
-TEST_P(Kernels, ThreadsOfTheCallerGiveTheSameBits) {
-  Attention attention(4, 2, queries(), 5000, 64);
-  attention.limits.threads = 1;
-  attention.run(GetParam());
-  const std::vector<float> out = attention.out;
-  attention.limits.threads = 4;
-  const Executor threads{[](void*, int32_t count, Executor::Task task, void* argument) {
-                           std::vector<std::thread> all;
-                           for (int32_t i = 0; i < count; ++i) all.emplace_back(task, argument, i);
-                           for (std::thread& thread : all) thread.join();
-                         },
-                         nullptr};
-  for (int repeat = 0; repeat < 3; ++repeat) {
-    attention.run(GetParam(), threads);
-    EXPECT_TRUE(same_bits(attention.out, out));
-  }
 }
 
 TEST_P(Kernels, BatchInvariantRowsKeepTheirBitsAlone) {
@@ -276,10 +249,7 @@ TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, Kernels,
-                         testing::Values("cpu_prefill", "cpu_prefill_bf16", "cpu_decode",
-                                         "cpu_unfused", "cpu_reference"),
-                         [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Cpu, Kernels, testing::ValuesIn(kCpuKernels), kernel_name);
 
 TEST(PrefillBf16, AnswersWithAnErrorWhereItHasNoCode) {
   const int64_t before = hwy::SupportedTargets();
