@@ -73,7 +73,7 @@ Json read(const std::string& file) {
 // bench/gpu.py: launches in CUDA graphs or between events.
 std::vector<Measured> kernel_rows() {
   std::vector<Measured> all;
-  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-25-kernels.json");
+  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-26-kernels.json");
   for (const char* group : {"prefill", "decode", "portable"}) {
     for (const Json& row : document[group]) {
       Measured one = measured(row, row["name"]);
@@ -92,7 +92,7 @@ std::vector<Measured> call_rows() {
   const std::regex words(
       R"((\d+)/(\d+) heads, dim (\d+)(?:/(\d+))?, (\d+) x (\d+), f16(, causal)?)");
   std::map<std::string, Measured> all;
-  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-25/routing.json");
+  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-26/routing.json");
   for (const Json& row : document["rows"]) {
     const std::string name = row["problem"];
     std::smatch found;

@@ -4,10 +4,10 @@
 // Schedule: a block owns up to 128 query rows that share a kv head (queries x heads of the group)
 // and one share of the key tiles that any of them sees. K and V tiles come by cp.async, one of each
 // in shared memory: V arrives during S = Q K^T, the next K during softmax and O += P V. A warp
-// keeps 16 rows (narrow 16-bit heads: 32) of S and O in registers. Where V is wider than 256, two
-// or four warps share their rows: each computes the scores of some of the keys, they agree on the
-// largest, pass the weights through shared memory, and each sums its own 256 columns of V. Warps
-// without a row skip the products. Shares of keys leave normalised partial rows, merged by
+// keeps 16 rows (narrow 16-bit heads: 32) of S and O in registers. Where V is wider than 256 (f32:
+// 128), two to eight warps share their rows: each computes the scores of some of the keys, they
+// agree on the largest, pass the weights through shared memory, and each sums its own columns of
+// V. Warps without a row skip the products. Shares of keys leave normalised partial rows, merged by
 // combine.cu.
 //
 // Roofline: mma.sync reaches 60 to 65 % of the dense rate of sm_80 and two fifths of Hopper's,

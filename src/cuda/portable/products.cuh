@@ -36,7 +36,8 @@ struct SharedRows {
     return data + row * pitch + column;
   }
   // For ldmatrix: the address that this lane gives for 16 rows x 16 columns from there on, in the
-  // order of mma's first operand; transposed, it is that of the second one for two tiles of columns.
+  // order of mma's first operand; transposed, it is that of the second one for two tiles of
+  // columns.
   __device__ __forceinline__ uint32_t square_address(int row, int column) const {
     const int lane = threadIdx.x % 32;
     return ptx::shared_address(at(row + lane % 16, column + lane / 16 * 8));

@@ -71,9 +71,10 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   }
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.
-  const int most_groups = portable_tile_of(dims, element_bytes, 16, 16, true).column_groups;
-  const int most_rows = most_groups == 1 ? 64 : 128 / most_groups;
-  // Both halves of the weights of 64 keys, in f32, spill beside 192 columns of sums.
+  const int groups = portable_tile_of(dims, element_bytes, 16, 16, true).column_groups;
+  const int most_rows = groups == 1 ? 64 : 128 / groups;
+  // In f32 both halves of the weights of 64 keys spill beside 192 columns of sums, and 64 keys of 192
+  // columns leave no room for a second block.
   const int most_keys = element_bytes == 4 && (dims.dim_qk > 128 || dims.dim_v > 128) ? 32 : 64;
   for (const bool shares_buffer : {false, true}) {
     for (int rows = most_rows; rows >= 16; rows /= 2) {
