@@ -31,13 +31,6 @@ __device__ __forceinline__ float tanh_accurate(float x) {
   return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x * 2.885390082f));
 }
 
-// Rounded to the 19 bits that TF32 products use.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
-  return rounded;
-}
-
 // Two floats in one register, rounded to nearest even, `low` in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
