@@ -194,6 +194,7 @@ TEST_P(Kernels, AFiniteBiasNeverHidesAKey) {
   for (const Row& row : rows) {
     for (const MaskKind kind : {MaskKind::kAdditiveF32, MaskKind::kAdditiveQ}) {
       for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        if (is_bf16_kernel(GetParam()) && dtype == Dtype::kF32) continue;
         // narrow() would round f32's lowest number to minus infinity.
         if (kind == MaskKind::kAdditiveQ && dtype == Dtype::kBf16 &&
             (std::fabs(row.even) > -kLowestBf16 || std::fabs(row.odd) > -kLowestBf16)) {
@@ -253,7 +254,8 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Kernels, testing::ValuesIn(kCpuKernels), kernel_na
 
 TEST(PrefillBf16, AnswersWithAnErrorWhereItHasNoCode) {
   const int64_t before = hwy::SupportedTargets();
-  hwy::SetSupportedTargetsForTest(before & ~((int64_t{HWY_AVX3} << 1) - 1));
+  // None at all would mean every target.
+  hwy::SetSupportedTargetsForTest((before & ~((int64_t{HWY_AVX3} << 1) - 1)) | HWY_STATIC_TARGET);
   const Problem p;
   const Tensors t;
   Progress progress;

@@ -2,23 +2,13 @@
 // boolean masks and additive ones alike.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "core/element.h"
+#include "core/limited_bias.h"
 #include "core/problem.h"
 
 namespace wh {
-
-// Finite biases beyond it count as it: scaled to base 2 and added to a score of at most as much
-// they stay finite. Programs mask with the lowest number of f32, which is not minus infinity: where
-// all keys of a row have it, the row is the mean of V and not empty.
-constexpr float kLargestBias = 0x1p126f;
-
-inline float limited_bias(float bias) {
-  return std::isfinite(bias) ? std::clamp(bias, -kLargestBias, kLargestBias) : bias;
-}
 
 inline float mask_bias(const Problem& problem, const void* mask, int64_t batch_idx, int64_t head,
                        int64_t query_idx, int64_t key_idx) {

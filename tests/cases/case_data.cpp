@@ -65,30 +65,40 @@ Dtype mask_dtype(const Problem& p) {
   return p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
 }
 
+// Finite, so that it hides nothing. Of f16 it would swallow scores by rounding.
+float lowest(Dtype dtype) {
+  if (dtype == Dtype::kF16) return -kInfinity;
+  return dtype == Dtype::kF32 ? std::numeric_limits<float>::lowest() : -0x1.fep127f;
+}
+
 void fill_mask(const Case& c, CaseData& data) {
   const Problem& p = c.problem;
   if (p.mask == MaskKind::kNone) return;
   const Strides& stride = p.stride_mask;
   data.mask =
       GuardedTensor(span({p.batch, p.heads_q, p.len_q, p.len_k}, stride) * mask_element_bytes(p));
-  for_each_row(
-      distinct(p.batch, stride[0]), distinct(p.heads_q, stride[1]), distinct(p.len_q, stride[2]),
-      [&](RowIndex row) {
-        const int64_t first = offset_of(stride, row.batch_idx, row.head, row.idx, 0);
-        RowRandom random(c.seed, kOfMask, first);
-        for (int64_t j = 0; j < p.len_k; ++j) {
-          bool attend = random.bits() % 4 != 0;
-          if (c.mask_pattern == MaskPattern::kWholeRows) attend = row.idx % 3 != 0;
-          if (c.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
-          const int64_t offset = first + j * stride[3];
-          if (p.mask == MaskKind::kBoolean) {
-            data.mask.data()[offset] =
-                attend ? std::byte{static_cast<uint8_t>(1 + random.bits() % 255)} : std::byte{0};
-          } else {
-            put(data.mask.data(), mask_dtype(p), offset, attend ? random.normal() : -kInfinity);
-          }
-        }
-      });
+  for_each_row(distinct(p.batch, stride[0]), distinct(p.heads_q, stride[1]),
+               distinct(p.len_q, stride[2]), [&](RowIndex row) {
+                 const int64_t first = offset_of(stride, row.batch_idx, row.head, row.idx, 0);
+                 RowRandom random(c.seed, kOfMask, first);
+                 for (int64_t j = 0; j < p.len_k; ++j) {
+                   bool attend = random.bits() % 4 != 0;
+                   float hides = -kInfinity;
+                   if (c.mask_pattern == MaskPattern::kWholeRows) {
+                     attend = row.idx % 3 != 0;
+                     if (row.idx % 6 == 3) hides = lowest(mask_dtype(p));
+                   }
+                   if (c.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
+                   const int64_t offset = first + j * stride[3];
+                   if (p.mask == MaskKind::kBoolean) {
+                     data.mask.data()[offset] =
+                         attend ? std::byte{static_cast<uint8_t>(1 + random.bits() % 255)}
+                                : std::byte{0};
+                   } else {
+                     put(data.mask.data(), mask_dtype(p), offset, attend ? random.normal() : hides);
+                   }
+                 }
+               });
 }
 
 // Which keys of one (batch, kv head) any row of the group sees.

@@ -12,6 +12,7 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/online_softmax.cuh"
+#include "cuda/common/scores.cuh"
 #include "cuda/ptx/sync.cuh"
 
 namespace wh::cuda {
@@ -36,9 +37,11 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// 0 exactly for a split that saw nothing, whatever `top` is.
-__device__ __forceinline__ float weight(float log_sum, float top) {
-  return log_sum == -INFINITY ? 0.0f : ptx::exp2_approx((log_sum - top) * kLog2E);
+constexpr float kUnseen = -1;  // the share of a split that saw nothing
+
+// In units of 2^top.
+__device__ __forceinline__ float share_of(RowWeight weight, float top) {
+  return weight.sum == 0 ? kUnseen : weight.sum * ptx::exp2_approx(weight.largest - top);
 }
 
 template <typename T>
@@ -58,15 +61,16 @@ __global__ void __launch_bounds__(kWarps * 32)
   ptx::launch_dependents();
   ptx::wait_for_dependency();
 
-  // Lane i knows the sums of splits i, i + 32, ...; they come first, so that the weights are ready
-  // when the rows arrive.
-  float log_sums[kRounds * kRoundSplits / 32];
+  // Lane i knows the weights of splits i, i + 32, ...; they come first, so that they are ready when
+  // the rows arrive.
+  RowWeight weights[kRounds * kRoundSplits / 32];
   float top = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) {
     const int split = lane + 32 * i;
-    log_sums[i] = split < splits ? partials.log_sum_exp[int64_t{row} * splits + split] : -INFINITY;
-    top = fmaxf(top, log_sums[i]);
+    weights[i] = {-INFINITY, 0};
+    if (split < splits) weights[i] = partials.weights[int64_t{row} * splits + split];
+    top = fmaxf(top, weights[i].largest);
   }
   const float* sums = partials.sums + int64_t{row} * partials.columns + column;
   const int64_t split_stride = partials.rows * partials.columns;
@@ -83,12 +87,16 @@ __global__ void __launch_bounds__(kWarps * 32)
   };
   load(0);
 
-  const float sink = args.sinks == nullptr ? -INFINITY : args.sinks[head];
+  const float sink = sink_of(args, head) * kLog2E;
   top = warp_max(fmaxf(top, sink));
+  float shares[kRounds * kRoundSplits / 32];
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) total += weight(log_sums[i], top);
-  total = warp_sum(total) + weight(sink, top);
+  for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) {
+    shares[i] = share_of(weights[i], top);
+    if (shares[i] != kUnseen) total += shares[i];
+  }
+  total = warp_sum(total) + (sink == -INFINITY ? 0 : ptx::exp2_approx(sink - top));
 
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
@@ -98,15 +106,13 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       constexpr int kWarpsOfLanes = 32 / kWarps;
-      const float log_sum =
-          __shfl_sync(~0u, log_sums[round * kRoundSplits / 32 + i / kWarpsOfLanes],
-                      warp + kWarps * (i % kWarpsOfLanes));
-      const float w = weight(log_sum, top);
-      const bool has_sums = log_sum != -INFINITY;  // else they may be anything
-      sum.x = fmaf(w, has_sums ? part[i].x : 0, sum.x);
-      sum.y = fmaf(w, has_sums ? part[i].y : 0, sum.y);
-      sum.z = fmaf(w, has_sums ? part[i].z : 0, sum.z);
-      sum.w = fmaf(w, has_sums ? part[i].w : 0, sum.w);
+      const float share = __shfl_sync(~0u, shares[round * kRoundSplits / 32 + i / kWarpsOfLanes],
+                                      warp + kWarps * (i % kWarpsOfLanes));
+      const bool has_sums = share != kUnseen;  // else they may be anything
+      sum.x = fmaf(share, has_sums ? part[i].x : 0, sum.x);
+      sum.y = fmaf(share, has_sums ? part[i].y : 0, sum.y);
+      sum.z = fmaf(share, has_sums ? part[i].z : 0, sum.z);
+      sum.w = fmaf(share, has_sums ? part[i].w : 0, sum.w);
     }
   }
   if (warp > 0) *reinterpret_cast<float4*>(&s_sums[warp - 1][lane * 4]) = sum;
@@ -129,7 +135,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (column + i < args.dim_v) out[i * args.stride_out[3]] = static_cast<T>(merged[i]);
   }
   if (args.log_sum_exp != nullptr && column == 0) {
-    args.log_sum_exp[row] = total == 0 ? -INFINITY : top + logf(total);
+    args.log_sum_exp[row] = total == 0 ? -INFINITY : log_sum_exp({top, total});
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/common/row_weight.h"
 
 namespace wh::cuda {
 
@@ -15,12 +16,11 @@ namespace wh::cuda {
 constexpr int32_t kMostSplits = 160;
 
 // A row is (batch_idx * heads_q + head) * len_q + query_idx: its place in log_sum_exp too. A split
-// that saw no key of a row leaves minus infinity in log_sum_exp and anything in `sums`, but writes
-// them: a merge that waited for log_sum_exp before it asked for sums would take one more trip to
-// L2, 0.2 us of 7.
+// that saw no key of a row leaves a weight of 0 and anything in `sums`, but writes them: a merge
+// that waited for the weights before it asked for sums would take one more trip to L2, 0.2 us of 7.
 struct Partials {
   float* sums = nullptr;         // [splits, rows, columns]: normalised weights times V, all written
-  float* log_sum_exp = nullptr;  // [rows, splits], natural; a merge reads a row of them at once
+  RowWeight* weights = nullptr;  // [rows, splits]; a merge reads a row of them at once
   int64_t rows = 0;
   int32_t splits = 1;
   int32_t columns = 0;  // dim_v in whole float4

@@ -6,12 +6,18 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/common/row_weight.h"
 #include "cuda/ptx/math.cuh"
 
 namespace wh::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+// The natural logarithm of the denominator; minus infinity where a row has seen nothing.
+__device__ __forceinline__ float log_sum_exp(RowWeight weight) {
+  return (weight.largest + ptx::log2_approx(weight.sum)) * kLn2;
+}
 
 struct OnlineSoftmax {
   float largest[2] = {-INFINITY, -INFINITY};  // over the quad, in units of the scores
@@ -68,10 +74,9 @@ struct OnlineSoftmax {
     }
   }
 
-  // Adds row r's sink (minus infinity: none), leaves in correction[r] what normalises the sums of
-  // V, and returns the natural logarithm of the denominator. 0 and minus infinity where a row has
-  // seen nothing.
-  __device__ __forceinline__ float finish(int r, float scale_log2, float sink) {
+  // Adds row r's sink (minus infinity: none) and leaves in correction[r] what normalises the sums
+  // of V: 0 where a row has seen nothing.
+  __device__ __forceinline__ RowWeight finish(int r, float scale_log2, float sink) {
     float total = sum[r];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
@@ -79,12 +84,12 @@ struct OnlineSoftmax {
     const float shift = fmaxf(old_shift, sink * kLog2E);
     if (shift == -INFINITY && total == 0) {  // and not NaN
       correction[r] = 0;
-      return -INFINITY;
+      return {-INFINITY, 0};
     }
     const float rescale = ptx::exp2_approx(old_shift - shift);
     total = fmaf(total, rescale, ptx::exp2_approx(fmaf(sink, kLog2E, -shift)));
     correction[r] = total == 0 ? 0 : rescale / total;
-    return (shift + ptx::log2_approx(total)) * kLn2;
+    return {shift, total};
   }
 };
 

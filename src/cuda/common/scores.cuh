@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/limited_bias.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/key_range.h"
 #include "cuda/ptx/math.cuh"
@@ -37,6 +38,17 @@ __device__ __forceinline__ ScoreRow score_row(const AttentionArgs& args, Keys pr
   return row;
 }
 
+// An element of an array mask as a bias: finite ones stay finite in what follows.
+template <typename T>
+__device__ __forceinline__ float bias_of(const char* element) {
+  return limited_bias(static_cast<float>(*reinterpret_cast<const T*>(element)));
+}
+
+// Of a query head, in units of the scores; minus infinity where there are no sinks.
+__device__ __forceinline__ float sink_of(const AttentionArgs& args, int32_t head) {
+  return args.sinks == nullptr ? -INFINITY : limited_bias(args.sinks[head]);
+}
+
 // The bias of a key that the row may see; minus infinity hides it.
 template <typename T>
 __device__ __forceinline__ float mask_bias(const AttentionArgs& args, const ScoreRow& row,
@@ -48,9 +60,9 @@ __device__ __forceinline__ float mask_bias(const AttentionArgs& args, const Scor
     case MaskKind::kBoolean:
       return row.mask[offset] != 0 ? 0 : -INFINITY;
     case MaskKind::kAdditiveF32:
-      return reinterpret_cast<const float*>(row.mask)[offset];
+      return bias_of<float>(row.mask + offset * 4);
     case MaskKind::kAdditiveQ:
-      return static_cast<float>(reinterpret_cast<const T*>(row.mask)[offset]);
+      return bias_of<T>(row.mask + offset * static_cast<int64_t>(sizeof(T)));
   }
   return 0;
 }
@@ -120,11 +132,9 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], const AttentionA
   if (args.mask_kind == MaskKind::kBoolean) {
     add_bias(s, rows, tile_key, stride, [](const char* at) { return *at != 0 ? 0.0f : -INFINITY; });
   } else if (args.mask_kind == MaskKind::kAdditiveF32) {
-    add_bias(s, rows, tile_key, stride * 4,
-             [](const char* at) { return *reinterpret_cast<const float*>(at); });
+    add_bias(s, rows, tile_key, stride * 4, bias_of<float>);
   } else {
-    add_bias(s, rows, tile_key, stride * 2,
-             [](const char* at) { return static_cast<float>(*reinterpret_cast<const T*>(at)); });
+    add_bias(s, rows, tile_key, stride * static_cast<int64_t>(sizeof(T)), bias_of<T>);
   }
 }
 

@@ -407,15 +407,15 @@ class Block {
     const int row = thread_row(m, r);
     const bool exists = row < item_.rows;
     const PackedRow at = packed_row(min(row, item_.rows - 1));
-    const float sink = a_.sinks != nullptr && !is_split ? a_.sinks[at.head] : -INFINITY;
-    const float log_sum = softmax_[m].finish(r, scale_log2_, sink);
+    const float sink = is_split ? -INFINITY : sink_of(a_, at.head);
+    const RowWeight weight = softmax_[m].finish(r, scale_log2_, sink);
     const float factor = softmax_[m].correction[r];
     if (!exists) return;
     const int first_column = group_ * kColumns + threadIdx.x % 4 * 2;
     if (is_split) {
       const Partials& partials = args_.partials;
       if (first_column == 0) {
-        partials.log_sum_exp[at.index(a_, item_) * partials.splits + item_.split] = log_sum;
+        partials.weights[at.index(a_, item_) * partials.splits + item_.split] = weight;
       }
       float* to = partial_row(at) + first_column;
 #pragma unroll
@@ -427,7 +427,7 @@ class Block {
       return;
     }
     if (first_column == 0 && a_.log_sum_exp != nullptr) {
-      a_.log_sum_exp[at.index(a_, item_)] = log_sum;
+      a_.log_sum_exp[at.index(a_, item_)] = log_sum_exp(weight);
     }
     T* to = out_row(at) + first_column * a_.stride_out[3];
 #pragma unroll
@@ -467,10 +467,18 @@ class Block {
 
 }  // namespace portable
 
-// Small cards hold one block of most tiles: left alone, ptxas saves registers for three and spills.
+// Cards with little shared memory hold one block of most tiles: left alone, ptxas saves registers
+// for three there and spills.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kLeastBlocks = 1;
+#else
+constexpr int kLeastBlocks = 0;
+#endif
+
 template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
 __global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kMemory).threads(),
-                                  kMemory == SharedMemory::kSmall ? 1 : 0)
+                                  kLeastBlocks)
     cuda_portable(const __grid_constant__ PortableArgs args) {
   using Block = portable::Block<kDimQk, kDimV, T, kMemory>;
   extern __shared__ __align__(16) unsigned char s_memory[];

@@ -43,13 +43,13 @@ struct QueryRows {
   }
 
   __device__ __forceinline__ float sink(const Place& p) const {
-    return args.sinks != nullptr && p.exists ? args.sinks[p.head] : -INFINITY;
+    return p.exists ? sink_of(args, p.head) : -INFINITY;
   }
 
-  __device__ __forceinline__ void store_log_sum_exp(const Place& p, float value) const {
+  __device__ __forceinline__ void store_log_sum_exp(const Place& p, RowWeight weight) const {
     if (args.log_sum_exp == nullptr || !p.exists || threadIdx.x % 4 != 0) return;
     args.log_sum_exp[(static_cast<int64_t>(at.batch_idx) * args.heads_q + p.head) * args.len_q +
-                     p.query] = value;
+                     p.query] = log_sum_exp(weight);
   }
 
   __device__ __forceinline__ T* out(const Place& p) const {

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   float m = w.m[blockIdx.x], l = w.l[blockIdx.x];
   float factor = 1;  // of o: what joining the sink leaves of it
   if (args.sinks != nullptr) {
-    const float sink = args.sinks[row.head];
+    const float sink = sink_of(args, row.head);
     const float largest = m > sink || isnan(m) ? m : sink;
     const float shift = largest == -INFINITY ? 0 : largest;
     factor = m == -INFINITY ? 0 : expf(m - shift);

@@ -110,7 +110,8 @@ struct QueryLoader {
   __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const PackedItem& item) {
     const T* q = static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0];
     // A lane knows where one of the warp's rows is.
-    const PackedRow at(args.attention, args.rows, item, threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows);
+    const PackedRow at(args.attention, args.rows, item,
+                       threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows);
     const int64_t row_offset = at.head * args.stride_q[1] + at.query * args.stride_q[2];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

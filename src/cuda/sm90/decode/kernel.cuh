@@ -233,14 +233,14 @@ class Consumer {
     constexpr int kPitch = kColumns * 4 + 32;  // banks: 4 rows of 32 bytes a half warp
     static_assert(Tile::kTileQ * kPitch * Tile::kWarpgroups <= Tile::kSlots * Tile::kSlotBytes);
     const int lane = threadIdx.x % 32;
-    float log_sums[2];
+    RowWeight weights[2];
     // Other warps may still multiply what lies in the ring.
     __syncwarp();
     ptx::named_sync(kConsumersMeet, Tile::kConsumers);
     const int warp_offset = Tile::kQueryBytes + threadIdx.x / 32 * 16 * kPitch;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      log_sums[r] = softmax_.finish(r, scale_log2_, -INFINITY);
+      weights[r] = softmax_.finish(r, scale_log2_, -INFINITY);
       const float factor = softmax_.correction[r];
       auto* row = reinterpret_cast<float2*>(smem_ + warp_offset + (lane / 4 + 8 * r) * kPitch);
 #pragma unroll
@@ -251,17 +251,20 @@ class Consumer {
     }
     ptx::async_proxy_fence();
     __syncwarp();
-    // From here on a lane has one of the warp's 16 rows: it asks a thread that knows its sum.
-    const float first_half = __shfl_sync(~0u, log_sums[0], lane % 8 * 4);
-    const float second_half = __shfl_sync(~0u, log_sums[1], lane % 8 * 4);
+    // From here on a lane has one of the warp's 16 rows: it asks a thread that knows its weight.
+    const auto ask = [&](RowWeight weight) -> RowWeight {
+      return {__shfl_sync(~0u, weight.largest, lane % 8 * 4),
+              __shfl_sync(~0u, weight.sum, lane % 8 * 4)};
+    };
+    const RowWeight first_half = ask(weights[0]), second_half = ask(weights[1]);
     const int row = threadIdx.x / 32 % 4 * 16 + lane;
     if (lane >= 16 || row >= item_.rows) return;
-    const float log_sum = lane < 8 ? first_half : second_half;
     const PackedRow at(args_.attention, args_.rows, item_, row);
     const Partials& partials = args_.partials;
     const int64_t row_of_all = at.index(args_.attention, item_);
     if (first_column_ == 0) {
-      partials.log_sum_exp[row_of_all * partials.splits + item_.split] = log_sum;
+      partials.weights[row_of_all * partials.splits + item_.split] =
+          lane < 8 ? first_half : second_half;
     }
     const int columns = min(kColumns, args_.attention.dim_v - first_column_);
     if (columns <= 0) return;
@@ -283,15 +286,17 @@ class Consumer {
     for (int r = 0; r < 2; ++r) {
       const bool exists = first_row_ + 8 * r < item_.rows;
       const PackedRow at(args_.attention, args_.rows, item_, first_row_ + 8 * r);
-      const float sink = a.sinks != nullptr && exists ? a.sinks[at.head] : -INFINITY;
-      const float log_sum = softmax_.finish(r, scale_log2_, sink);
+      const float sink = exists ? sink_of(a, at.head) : -INFINITY;
+      const RowWeight weight = softmax_.finish(r, scale_log2_, sink);
       const float factor = softmax_.correction[r];
       if (!exists) continue;
       if (factor == 0) {  // a row without weight: its sums may be 0 * NaN
 #pragma unroll
         for (int i = 0; i < kColumns / 8; ++i) o_[4 * i + 2 * r] = o_[4 * i + 2 * r + 1] = 0;
       }
-      if (thread_column == 0 && a.log_sum_exp != nullptr) a.log_sum_exp[at.index(a, item_)] = log_sum;
+      if (thread_column == 0 && a.log_sum_exp != nullptr) {
+        a.log_sum_exp[at.index(a, item_)] = log_sum_exp(weight);
+      }
       T* out = static_cast<T*>(a.out) + item_.batch_idx * a.stride_out[0] +
                at.head * a.stride_out[1] + at.query * a.stride_out[2] + thread_column;
 #pragma unroll

@@ -376,8 +376,7 @@ struct PrefillBlock {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const auto place = query_rows.place(warpgroup * 64 + accumulator_row(r));
-        const float log_sum = softmax.finish(r, scale_log2, query_rows.sink(place));
-        query_rows.store_log_sum_exp(place, log_sum);
+        query_rows.store_log_sum_exp(place, softmax.finish(r, scale_log2, query_rows.sink(place)));
         query_rows.store(r_o, r, place, softmax.correction[r], 0);
       }
     }

@@ -489,12 +489,10 @@ struct WideBlock {
     }
 
     __device__ __forceinline__ void store(const QueryRows<T>& query_rows) {
-      float log_sum[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const auto place = query_rows.place(accumulator_row(r));
-        log_sum[r] = softmax.finish(r, scale_log2, query_rows.sink(place));
-        query_rows.store_log_sum_exp(place, log_sum[r]);
+        query_rows.store_log_sum_exp(place, softmax.finish(r, scale_log2, query_rows.sink(place)));
       }
       ptx::named_sync(kNormFree, 256);
       if (threadIdx.x % 4 == 0) {
