@@ -1,6 +1,7 @@
 // Tiles, variants and splits of cuda_portable, checked without a GPU.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -55,16 +56,19 @@ TEST(CudaPortable, HasATileForEveryDimensionTypeAndCard) {
     for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
       for (int64_t dim_qk = 1; dim_qk <= 1024; dim_qk += dim_qk < 8 ? 1 : 37) {
         for (const int64_t dim_v : {int64_t{1}, dim_qk, int64_t{1024}}) {
-          const Problem p = problem(300, 300, dim_qk, dim_v, dtype);
-          ASSERT_FALSE(kPortable.refusal(planned->query(p)).has_value())
-              << *kPortable.refusal(planned->query(p));
-          const Config config = kPortable.configure(planned->query(p));
-          const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
-          ASSERT_NE(variant, nullptr) << dim_qk << "/" << dim_v;
-          EXPECT_LE(variant->tile.bytes, planned->cuda.shared_bytes);
-          EXPECT_GE(variant->dims.dim_qk, dim_qk);
-          EXPECT_GE(variant->dims.dim_v, dim_v);
-          EXPECT_NE(variant->instance(), nullptr);
+          for (const int64_t len_q : {1, 300}) {
+            const Problem p = problem(len_q, 300, dim_qk, dim_v, dtype);
+            ASSERT_FALSE(kPortable.refusal(planned->query(p)).has_value())
+                << *kPortable.refusal(planned->query(p));
+            const Config config = kPortable.configure(planned->query(p));
+            const PortableVariant* variant =
+                portable_variant(p, config, planned->cuda.shared_bytes);
+            ASSERT_NE(variant, nullptr) << dim_qk << "/" << dim_v;
+            EXPECT_LE(variant->shared_bytes, planned->cuda.shared_bytes);
+            EXPECT_GE(variant->dims.dim_qk, dim_qk);
+            EXPECT_GE(variant->dims.dim_v, dim_v);
+            EXPECT_NE(variant->instance(), nullptr);
+          }
         }
       }
     }
@@ -80,8 +84,8 @@ TEST(CudaPortable, F32OfDims65To128DoesNotRunInAWiderTileOnSmallCards) {
       const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
       ASSERT_NE(variant, nullptr);
       EXPECT_EQ(variant->dims.dim_qk, 128);
-      EXPECT_EQ(variant->tile.rows, 64);
-      EXPECT_EQ(variant->tile.keys, keys);
+      EXPECT_EQ(variant->rows, 64);
+      EXPECT_EQ(variant->keys, keys);
     }
   }
   EXPECT_EQ(portable_tile({128, 128}, 4, SharedMemory::kSmall).bytes, 69'216);
@@ -93,6 +97,25 @@ TEST(CudaPortable, AVariantFitsTheCardThatItIsAskedFor) {
   const Config config = kPortable.configure(kAmpere.query(p));
   EXPECT_NE(portable_variant(p, config, kAmpere.cuda.shared_bytes), nullptr);
   EXPECT_EQ(portable_variant(p, config, kAda.cuda.shared_bytes), nullptr);
+}
+
+TEST(CudaPortable, FewRowsOfF32RunOnTheCudaCores) {
+  const auto variant_of = [](const Problem& p) {
+    return *portable_variant(p, kPortable.configure(kHopper.query(p)), kHopper.cuda.shared_bytes);
+  };
+  // Four heads share a kv head.
+  for (const auto& [len_q, dim_qk, dim_v, rows, dim] :
+       {std::array{1, 64, 64, 4, 64}, {2, 65, 32, 8, 128}, {1, 192, 128, 4, 256}}) {
+    const PortableVariant variant = variant_of(problem(len_q, 5000, dim_qk, dim_v, Dtype::kF32));
+    EXPECT_EQ(variant.cores, Cores::kCuda);
+    EXPECT_EQ(variant.rows, rows);
+    EXPECT_EQ(variant.dims.dim_qk, dim);
+  }
+  EXPECT_EQ(variant_of(problem(3, 5000, 64, 64, Dtype::kF32)).cores, Cores::kTensor);
+  EXPECT_EQ(variant_of(problem(1, 5000, 64, 257, Dtype::kF32)).cores, Cores::kTensor);
+  EXPECT_EQ(variant_of(problem(1, 5000, 64, 64, Dtype::kBf16)).cores, Cores::kTensor);
+  const Problem p = problem(1, 5000, 128, 128, Dtype::kF32);
+  EXPECT_EQ(kPortable.configure(kHopper.query(p)).variant, "f32 CUDA cores, 128/128");
 }
 
 TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {
@@ -137,7 +160,7 @@ TEST(CudaPortable, SplitsLongDecodesAndNeverTheWorkspaceOfFullGrids) {
   const int64_t splits = PackedShape(decode, split).splits;
   EXPECT_GT(splits, 10);
   EXPECT_EQ(kPortable.workspace_bytes(decode, split),
-            static_cast<size_t>(splits * 8 * (128 + 1) * 4));
+            static_cast<size_t>(splits * 8 * (128 + 2) * 4));
   const Problem prefill = problem(8192, 8192, 128, 128);
   const Config whole = kPortable.configure(kAmpere.query(prefill));
   EXPECT_EQ(kPortable.workspace_bytes(prefill, whole), 0u);

@@ -10,11 +10,27 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/steps.h"
+#include "cuda/portable/few_rows.h"
 #include "cuda/portable/kernel.h"
 #include "plan/work.h"
 
 namespace wh::cuda {
 namespace {
+
+template <int kDim, int kRows>
+constexpr PortableVariant few_rows_variant() {
+  constexpr FewRowsTile kTile{kDim, kRows};
+  return {{kDim, kDim},          Dtype::kF32,
+          Cores::kCuda,          kRows,
+          FewRowsTile::kKeys,    1,
+          FewRowsTile::kThreads, kTile.shared_bytes(),
+          kTile.resident(),      few_rows_instance<kDim, kRows>};
+}
+// Narrowest heads first, then fewest rows.
+constexpr PortableVariant kFewRowsVariants[] = {
+    few_rows_variant<64, 1>(),  few_rows_variant<64, 4>(),  few_rows_variant<64, 8>(),
+    few_rows_variant<128, 1>(), few_rows_variant<128, 4>(), few_rows_variant<128, 8>(),
+    few_rows_variant<256, 1>(), few_rows_variant<256, 4>(), few_rows_variant<256, 8>()};
 
 // Where the tile is the same for both classes of cards, so is the code.
 template <int kDimQk, int kDimV, Dtype kDtype, SharedMemory kMemory>
@@ -23,23 +39,31 @@ constexpr PortableVariant variant() {
   constexpr int kElementBytes = kDtype == Dtype::kF32 ? 4 : 2;
   constexpr SharedMemory kCompiled =
       depends_on_memory(kDims, kElementBytes) ? kMemory : SharedMemory::kLarge;
-  return {kDims, kDtype, portable_tile(kDims, kElementBytes, kCompiled),
+  constexpr PortableTile kTile = portable_tile(kDims, kElementBytes, kCompiled);
+  return {kDims,
+          kDtype,
+          Cores::kTensor,
+          kTile.rows,
+          kTile.keys,
+          kTile.warp_rows,
+          kTile.threads(),
+          kTile.bytes,
+          kTile.resident(),
           portable_instance<kDimQk, kDimV, kDtype, kCompiled>};
 }
 
-// Widest tiles first.
 template <int kDimQk, int kDimV, SharedMemory kMemory>
 constexpr std::array<PortableVariant, 3> of_all_types() {
   return {variant<kDimQk, kDimV, Dtype::kF32, kMemory>(),
           variant<kDimQk, kDimV, Dtype::kF16, kMemory>(),
           variant<kDimQk, kDimV, Dtype::kBf16, kMemory>()};
 }
-constexpr std::array<PortableVariant, 3> kVariants[] = {
+// Narrowest heads first, then widest tiles.
+constexpr std::array<PortableVariant, 3> kTensorVariants[] = {
     of_all_types<64, 64, SharedMemory::kLarge>(),
     of_all_types<128, 128, SharedMemory::kLarge>(),
     of_all_types<128, 128, SharedMemory::kSmall>(),
     of_all_types<192, 128, SharedMemory::kLarge>(),
-    of_all_types<192, 128, SharedMemory::kSmall>(),
     of_all_types<192, 192, SharedMemory::kLarge>(),
     of_all_types<192, 192, SharedMemory::kSmall>(),
     of_all_types<256, 256, SharedMemory::kLarge>(),
@@ -55,17 +79,29 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 bool holds(const PortableVariant& variant, const Problem& p) {
   return p.dim_qk <= variant.dims.dim_qk && p.dim_v <= variant.dims.dim_v &&
-         p.dtype_q == variant.dtype;
+         p.dtype_q == variant.dtype &&
+         (variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows);
 }
 
-// The narrowest one that holds the problem and fits the card.
-const PortableVariant* best_variant(const Problem& p, int64_t shared_bytes) {
-  for (const auto& types : kVariants) {
+// The first one that holds the problem, fits the card and is accepted; null: there is none.
+template <typename Accepts>
+const PortableVariant* first_variant(const Problem& p, int64_t shared_bytes, Accepts accepts) {
+  const auto is_it = [&](const PortableVariant& variant) {
+    return holds(variant, p) && variant.shared_bytes <= shared_bytes && accepts(variant);
+  };
+  for (const PortableVariant& variant : kFewRowsVariants) {
+    if (is_it(variant)) return &variant;
+  }
+  for (const auto& types : kTensorVariants) {
     for (const PortableVariant& variant : types) {
-      if (holds(variant, p) && variant.tile.bytes <= shared_bytes) return &variant;
+      if (is_it(variant)) return &variant;
     }
   }
   return nullptr;
+}
+
+const PortableVariant* best_variant(const Problem& p, int64_t shared_bytes) {
+  return first_variant(p, shared_bytes, [](const PortableVariant&) { return true; });
 }
 
 // What a problem costs by the number of shares its keys are cut into. The constants are fits to 110
@@ -75,30 +111,31 @@ class PortableCost {
   PortableCost(const Query& query, const PortableVariant& variant, int64_t batch)
       : sms_(std::max(1, query.cuda.sms)) {
     const Problem& p = query.problem;
-    const PortableTile& tile = variant.tile;
     const int64_t pair_rows = p.len_q * p.group();
-    const int64_t row_tiles = divide_up(pair_rows, tile.rows);
+    const int64_t row_tiles = divide_up(pair_rows, variant.rows);
     items_ = batch * p.heads_kv * row_tiles;
-    // Registers allow 256 threads of 255 of them.
-    resident_ = std::clamp<int64_t>(
-        std::min(query.cuda.shared_bytes / tile.bytes, int64_t{256 / tile.threads()}), 1, 2);
-    most_tiles_ = divide_up(most_visible_keys(p), tile.keys);
+    resident_ =
+        std::clamp<int64_t>(query.cuda.shared_bytes / variant.shared_bytes, 1, variant.resident);
+    most_tiles_ = divide_up(most_visible_keys(p), variant.keys);
     // Of a block alone; a window does not start at a tile's edge.
-    const int64_t block_queries = divide_up(tile.rows, std::max<int64_t>(1, p.group())) + 1;
+    const int64_t block_queries = divide_up(variant.rows, std::max<int64_t>(1, p.group())) + 1;
     block_tiles_ =
-        std::min(most_tiles_, divide_up(most_visible_keys(p, block_queries), tile.keys) + 1);
+        std::min(most_tiles_, divide_up(most_visible_keys(p, block_queries), variant.keys) + 1);
     const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q));
-    tiles_ = keys / tile.keys + 0.5;
+    tiles_ = keys / variant.keys + 0.5;
     // Warps without rows skip the products.
     const int64_t rows =
-        divide_up(std::min<int64_t>(pair_rows, tile.rows), tile.warp_rows) * tile.warp_rows;
+        divide_up(std::min<int64_t>(pair_rows, variant.rows), variant.product_rows) *
+        variant.product_rows;
     const double flops =
-        2.0 * static_cast<double>(rows * tile.keys) * (variant.dims.dim_qk + variant.dims.dim_v);
+        2.0 * static_cast<double>(rows * variant.keys) * (variant.dims.dim_qk + variant.dims.dim_v);
     product_us_ = flops * static_cast<double>(sms_) / (query.cuda.tensor_tflops * 1e6) *
-                  (1 / share(query, variant.dtype, variant.dims) + of_scores(query, variant.dims));
+                  (1 / share(query, variant) + of_scores(query, variant));
     const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
-    tile_bytes_ = tile.keys * static_cast<double>(p.dim_qk + p.dim_v) * element;
-    bytes_per_us_ = query.cuda.read_gbytes_per_s * 1e3 * kReached;
+    tile_bytes_ = variant.keys * static_cast<double>(p.dim_qk + p.dim_v) * element;
+    const Latency& latency = variant.cores == Cores::kTensor ? kTensorLatency : kCudaLatency;
+    lone_tile_us_ = latency.tile_us + latency.us_per_byte * tile_bytes_;
+    bytes_per_us_ = query.cuda.read_gbytes_per_s * 1e3 * latency.reached;
     if (row_tiles > 1) bytes_per_us_ *= kFromL2;
     share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
   }
@@ -138,38 +175,47 @@ class PortableCost {
   double tile_us(int64_t blocks) const {
     const auto active = static_cast<double>(std::min(blocks, sms_ * resident_));
     const double busy_sms = std::min<double>(active, static_cast<double>(sms_));
-    return std::max({product_us_ * active / busy_sms, kTileUs + kTileUsPerByte * tile_bytes_,
-                     active * tile_bytes_ / bytes_per_us_});
+    return std::max(
+        {product_us_ * active / busy_sms, lone_tile_us_, active * tile_bytes_ / bytes_per_us_});
   }
 
   // Of the dense 16-bit rate, on full tiles.
-  static double share(const Query& query, Dtype dtype, HeadDims dims) {
+  static double share(const Query& query, const PortableVariant& variant) {
+    // An H100 has a fifteenth of it on the CUDA cores; half of that is left beside the shuffles.
+    if (variant.cores == Cores::kCuda) return 1.0 / 30;
     // mma.sync has less than two thirds of Hopper's rate, which needs wgmma.
     const double of_card = query.cuda.compute_capability == 90 ? 0.39 : 0.55;
-    if (dtype != Dtype::kF32) return of_card * (dims.dim_v <= 256 ? 1 : 0.6);
+    const int dim_v = variant.dims.dim_v;
+    if (variant.dtype != Dtype::kF32) return of_card * (dim_v <= 256 ? 1 : 0.6);
     // Three products at half the rate, and the splitting of their factors.
-    return of_card * (dims.dim_v <= 128 ? 0.125 : dims.dim_v <= 256 ? 0.09 : 0.04);
+    return of_card * (dim_v <= 128 ? 0.125 : dim_v <= 256 ? 0.09 : 0.04);
   }
 
   // What softcap and array masks add to the time of the products, those of 16 bits being 1 / share:
-  // the shares that sm90_prefill keeps with them, not measured here.
-  static double of_scores(const Query& query, HeadDims dims) {
+  // the shares that sm90_prefill keeps with them, not measured here. Few rows wait for memory.
+  static double of_scores(const Query& query, PortableVariant variant) {
     const Scores scores = scores_of(query.problem);
-    if (scores == Scores::kPlain) return 0;
+    if (scores == Scores::kPlain || variant.cores == Cores::kCuda) return 0;
     const double kept = scores == Scores::kMasked ? 0.4 : 0.65;
-    return (1 / kept - 1) / share(query, Dtype::kF16, dims);
+    variant.dtype = Dtype::kF16;
+    return (1 / kept - 1) / share(query, variant);
   }
 
+  // Of a block alone.
+  struct Latency {
+    double tile_us, us_per_byte;  // of a tile of keys: the barriers and the way to K and V
+    double reached;               // of the memory's rate, once all SMs read
+  };
+  static constexpr Latency kTensorLatency{2, 0.085 / 1024, 0.45};
+  static constexpr Latency kCudaLatency{0.72, 0.015 / 1024, 0.95};
+
   static constexpr double kStartUs = 6;
-  static constexpr double kTileUs = 2;  // of two barriers and the way to K and V, and with bytes:
-  static constexpr double kTileUsPerByte = 0.085 / 1024;
-  static constexpr double kReached = 0.45;  // of the memory's rate
-  static constexpr double kFromL2 = 2;      // where row tiles share what they read
+  static constexpr double kFromL2 = 2;  // where row tiles share what they read
   static constexpr double kCombineUs = 2;
   static constexpr double kCombineRate = 1e6;  // bytes a microsecond
 
   int64_t sms_, items_, resident_, most_tiles_, block_tiles_;
-  double tiles_, product_us_, tile_bytes_, bytes_per_us_, share_bytes_;
+  double tiles_, product_us_, tile_bytes_, lone_tile_us_, bytes_per_us_, share_bytes_;
 };
 
 std::optional<std::string> refusal(const Query& query) {
@@ -189,7 +235,7 @@ std::optional<std::string> refusal(const Query& query) {
   const int64_t pair_rows = p.len_q * p.group();
   // Of this kernel, and of the one that merges.
   const int64_t most_blocks =
-      std::max(p.batch * p.heads_kv * divide_up(pair_rows, variant.tile.rows) * kMostSplits,
+      std::max(p.batch * p.heads_kv * divide_up(pair_rows, variant.rows) * kMostSplits,
                p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
   if (std::max(most_blocks, pair_rows) > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows for one grid";
@@ -201,17 +247,19 @@ Config configure(const Query& query) {
   const Problem& p = query.problem;
   const PortableVariant& variant = *best_variant(p, query.cuda.shared_bytes);
   Config config;
-  config.variant = fmt::format("{} mma.sync, {}/{}",
-                               p.dtype_q == Dtype::kF32 ? "3xTF32" : kDtypes.name(p.dtype_q),
-                               variant.dims.dim_qk, variant.dims.dim_v);
-  config.tile_q = variant.tile.rows;
-  config.tile_k = variant.tile.keys;
+  const std::string_view products = variant.cores == Cores::kCuda ? "f32 CUDA cores"
+                                    : p.dtype_q == Dtype::kF32    ? "3xTF32 mma.sync"
+                                    : p.dtype_q == Dtype::kF16    ? "f16 mma.sync"
+                                                                  : "bf16 mma.sync";
+  config.variant = fmt::format("{}, {}/{}", products, variant.dims.dim_qk, variant.dims.dim_v);
+  config.tile_q = variant.rows;
+  config.tile_k = variant.keys;
   // One batch entry alone decides where bits must not depend on the batch.
   const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
   const PortableCost cost(query, variant, batch);
   const int64_t splits = cost.best_splits();
-  if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.tile.keys;
-  const int64_t row_tiles = divide_up(p.len_q * p.group(), variant.tile.rows);
+  if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.keys;
+  const int64_t row_tiles = divide_up(p.len_q * p.group(), variant.rows);
   config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles * splits);
   if (query.limits.longest_step_us > 0) {
     const PortableCost all(query, variant, p.batch);
@@ -245,15 +293,9 @@ double step_us(const Query& query, const Config& config) {
 
 const PortableVariant* portable_variant(const Problem& p, const Config& config,
                                         int64_t shared_bytes) {
-  for (const auto& types : kVariants) {
-    for (const PortableVariant& variant : types) {
-      if (holds(variant, p) && variant.tile.rows == config.tile_q &&
-          variant.tile.keys == config.tile_k && variant.tile.bytes <= shared_bytes) {
-        return &variant;
-      }
-    }
-  }
-  return nullptr;
+  return first_variant(p, shared_bytes, [&](const PortableVariant& variant) {
+    return variant.rows == config.tile_q && variant.keys == config.tile_k;
+  });
 }
 
 const Kernel kPortable{"cuda_portable",

@@ -8,11 +8,17 @@ namespace wh::cuda {
 
 extern const Kernel kPortable;
 
-// A compiled kernel.
+enum class Cores : uint8_t { kTensor, kCuda };
+
+// A compiled kernel: one of tiles.h on the tensor cores, or of few_rows.h on the CUDA cores.
 struct PortableVariant {
   HeadDims dims;
   Dtype dtype;
-  PortableTile tile;
+  Cores cores;
+  int rows, keys;    // of a block; of a tile
+  int product_rows;  // what rows are worked on in: 16 or 32 by a warp
+  int threads, shared_bytes;
+  int resident;  // blocks that the registers of an SM hold
   const void* (*instance)();
 };
 

@@ -49,8 +49,8 @@ Status run_portable(const Launch& launch) {
     void* parameters[] = {&args};
     Status status = launch_kernel({.function = variant->instance(),
                                    .blocks = static_cast<int>(end - first),
-                                   .threads = variant->tile.threads(),
-                                   .shared_bytes = variant->tile.bytes,
+                                   .threads = variant->threads,
+                                   .shared_bytes = variant->shared_bytes,
                                    .parameters = parameters,
                                    .stream = stream});
     if (!status.ok() || shape.splits == 1 || end < shape.blocks) return status;

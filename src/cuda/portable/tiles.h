@@ -31,6 +31,8 @@ struct PortableTile {
   constexpr int row_warps() const { return rows / warp_rows; }
   constexpr int warps() const { return row_warps() * column_groups; }
   constexpr int threads() const { return 32 * warps(); }
+  // Blocks that an SM holds by its registers: 256 threads of 255 of them.
+  constexpr int resident() const { return threads() <= 128 ? 2 : 1; }
   // Key tiles of 8 whose scores one of the column groups computes. The last groups may have none.
   constexpr int slice_tiles() const {
     return keys / 8 > column_groups ? keys / 8 / column_groups : 1;
@@ -87,8 +89,9 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   return {};
 }
 
-// Whether the two classes of cards need two tiles: for heads above 64 (in f32, 64 x 64 of 128/128
-// take 103,520 bytes, 2,144 more than the small ones have).
+// Whether the two classes of cards need two tiles, and so two kernels: not for 64/64 and 192/128,
+// nor for 192/192 in 16 bits (in f32, 64 x 64 of 128/128 take 103,520 bytes, 2,144 more than the
+// small ones have).
 constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {
   return portable_tile(dims, element_bytes, SharedMemory::kSmall).bytes !=
          portable_tile(dims, element_bytes, SharedMemory::kLarge).bytes;

@@ -1,0 +1,409 @@
+// cuda_portable for up to eight query rows of a kv head in f32: decode, on the CUDA cores.
+//
+// Schedule: a block has all rows and one share of the keys. Its warps (half warps where heads are
+// 64 wide) are teams that never wait for each other: a team takes every n-th few keys, a lane four
+// columns of each. cp.async brings K and V three steps ahead into shared memory, where a lane reads
+// what it has copied itself, so that no barrier is needed. Dot products are summed by a butterfly
+// that leaves each lane with one score of one row; softmax is per lane, and the weights go out
+// again by shuffles. At the end the teams' shares are merged as split keys are.
+//
+// Roofline: memory. 8 rows take 4 operations a byte, the cores of an H100 have 20 a byte that
+// arrives. The tensor cores' f32 takes three products of 16 rows for what one row needs: twice the
+// time at 4 rows of 128.
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/scores.cuh"
+#include "cuda/portable/few_rows.h"
+#include "cuda/portable/kernel.h"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
+
+namespace wh::cuda {
+namespace {
+
+// Rows of K or V of one kv head.
+struct HeadRows {
+  const float* first;
+  int64_t stride, stride_dim;
+  int32_t dim;
+  bool is_whole;  // 16 bytes at a time
+};
+
+template <int kDim, int kRows>
+class FewRowsBlock {
+ public:
+  __device__ __forceinline__ FewRowsBlock(const PortableArgs& args, const PackedItem& item,
+                                          float4* s_ring)
+      : args_(args),
+        a_(args.attention),
+        item_(item),
+        s_ring_(s_ring),
+        lane_(threadIdx.x % kLanes),
+        team_(threadIdx.x / kLanes),
+        begin_(max(item.seen.begin, item.tile_begin * FewRowsTile::kKeys)),
+        end_(min(item.seen.end, item.tile_end * FewRowsTile::kKeys)),
+        k_(head_rows(args.k, args.stride_k, a_.dim_qk, args.k_is_whole)),
+        v_(head_rows(a_.v, a_.stride_v, a_.dim_v, args.v_is_whole)) {
+    const PackedRow at = packed_row(min(lane_ % kScores / kStepKeys, item.rows - 1));
+    score_row_ = score_row(a_, item.present, item.batch_idx, at.head, at.query);
+    load_queries();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) o_[r][i] = make_float4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    constexpr int kAhead = FewRowsTile::kStages - 1;
+    const int32_t steps =
+        item_.tile_begin < item_.tile_end ? (end_ - begin_ + kBlockKeys - 1) / kBlockKeys : 0;
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) {
+      if (step < steps) load(step);
+      ptx::cp_async_commit();
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<kAhead - 1>();
+      if (step + kAhead < steps) load(step + kAhead);
+      ptx::cp_async_commit();
+      work_on(step);
+    }
+    merge_teams();
+  }
+
+ private:
+  static constexpr FewRowsTile kTile{kDim, kRows};
+  static constexpr int kThreads = FewRowsTile::kThreads;
+  static constexpr int kLanes = kTile.lanes();
+  static constexpr int kPieces = kTile.pieces();
+  static constexpr int kTeams = kTile.teams();
+  static constexpr int kStepKeys = kTile.step_keys();
+  static constexpr int kBlockKeys = kTeams * kStepKeys;
+  static constexpr int kScores = kRows * kStepKeys;  // of a team's step; lanes beyond repeat them
+  static_assert(kScores <= kLanes && FewRowsTile::kKeys % kBlockKeys == 0);
+
+  __device__ __forceinline__ PackedRow packed_row(int row) const {
+    return {a_, args_.rows, item_, row};
+  }
+  __device__ __forceinline__ HeadRows head_rows(const void* data, const int64_t (&stride)[4],
+                                                int32_t dim, bool is_whole) const {
+    return {
+        static_cast<const float*>(data) + item_.batch_idx * stride[0] + item_.head_kv * stride[1],
+        stride[2], stride[3], dim, is_whole};
+  }
+  __device__ __forceinline__ int column(int piece) const { return 4 * (lane_ + kLanes * piece); }
+  __device__ __forceinline__ int32_t first_key(int step) const {
+    return begin_ + (step * kTeams + team_) * kStepKeys;
+  }
+  __device__ __forceinline__ float4* slot(int step, bool is_v, int key, int piece) const {
+    const int stage = step % FewRowsTile::kStages;
+    return s_ring_ +
+           (((stage * 2 + (is_v ? 1 : 0)) * kStepKeys + key) * kPieces + piece) * kThreads +
+           threadIdx.x;
+  }
+
+  __device__ __forceinline__ void load_queries() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const PackedRow at = packed_row(min(r, item_.rows - 1));
+      const float* row = static_cast<const float*>(args_.q) + item_.batch_idx * args_.stride_q[0] +
+                         at.head * args_.stride_q[1] + at.query * args_.stride_q[2];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int d = column(i) + e;
+          x[e] = d < a_.dim_qk ? row[d * args_.stride_q[3]] : 0;
+        }
+        q_[r][i] = make_float4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+
+  // Keys that do not exist are not read: they, and columns past the dimension, become 0.
+  __device__ __forceinline__ void load(int step) {
+#pragma unroll
+    for (int key = 0; key < kStepKeys; ++key) {
+      const int32_t key_idx = first_key(step) + key;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        copy(slot(step, false, key, i), k_, key_idx, column(i));
+        copy(slot(step, true, key, i), v_, key_idx, column(i));
+      }
+    }
+  }
+  __device__ __forceinline__ void copy(float4* to, const HeadRows& rows, int32_t key_idx,
+                                       int first_column) const {
+    const uint32_t address = ptx::shared_address(to);
+    const float* row = rows.first + (key_idx < end_ ? key_idx : begin_) * rows.stride;
+    const int left = key_idx < end_ ? rows.dim - first_column : 0;  // columns to read
+    if (rows.is_whole) {
+      ptx::cp_async<16>(address, left > 0 ? row + first_column : row, left > 0 ? 16 : 0);
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      ptx::cp_async<4>(address + 4 * e, e < left ? row + (first_column + e) * rows.stride_dim : row,
+                       e < left ? 4 : 0);
+    }
+  }
+
+  __device__ __forceinline__ void work_on(int step) {
+    const int32_t key = first_key(step) + lane_ % kStepKeys;
+    float sums[kScores];
+    dot_products(step, sums);
+    const float score = visible_score(sum_over_lanes(sums), key);
+    const float weight = weigh(score);
+    add_values(step, score, weight);
+  }
+
+  // [row, key], of this lane's columns alone.
+  __device__ __forceinline__ void dot_products(int step, float (&sums)[kScores]) const {
+#pragma unroll
+    for (int key = 0; key < kStepKeys; ++key) {
+      float4 k[kPieces];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) k[i] = *slot(step, false, key, i);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          sum = fmaf(q_[r][i].x, k[i].x, sum);
+          sum = fmaf(q_[r][i].y, k[i].y, sum);
+          sum = fmaf(q_[r][i].z, k[i].z, sum);
+          sum = fmaf(q_[r][i].w, k[i].w, sum);
+        }
+        sums[r * kStepKeys + key] = sum;
+      }
+    }
+  }
+
+  // The whole sum of score lane_ % kScores: each exchange halves what a lane still sums.
+  template <int kCount>
+  __device__ __forceinline__ float sum_over_lanes(const float (&sums)[kCount]) const {
+    if constexpr (kCount == 1) {
+      float sum = sums[0];
+#pragma unroll
+      for (int step = kScores; step < kLanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      return sum;
+    } else {
+      constexpr int kHalf = kCount / 2;
+      const bool keeps_upper = (lane_ & kHalf) != 0;
+      float halves[kHalf];
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        const float kept = keeps_upper ? sums[i + kHalf] : sums[i];
+        const float sent = keeps_upper ? sums[i] : sums[i + kHalf];
+        halves[i] = kept + __shfl_xor_sync(~0u, sent, kHalf);
+      }
+      return sum_over_lanes(halves);
+    }
+  }
+
+  // In base 2; minus infinity where this lane's row may not see the key.
+  __device__ __forceinline__ float visible_score(float dot, int32_t key) const {
+    if (key >= end_ || static_cast<uint32_t>(key - score_row_.first_key) >= score_row_.key_count) {
+      return -INFINITY;
+    }
+    float score[1] = {dot};
+    if (args_.scores == Scores::kPlain) return score[0] * (a_.scale * kLog2E);
+    transform_scores(score, a_);
+    const float bias = mask_bias<float>(a_, score_row_, key);
+    return bias == -INFINITY ? -INFINITY : (score[0] + bias) * kLog2E;
+  }
+
+  // Takes the scores of a step into the row's softmax; returns this lane's weight.
+  __device__ __forceinline__ float weigh(float score) {
+    float top = fmaxf(largest_, score);
+#pragma unroll
+    for (int step = 1; step < kStepKeys; step *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    }
+    const float shift = top == -INFINITY ? 0 : top;
+    const float correction = ptx::exp2_approx(largest_ - shift);
+    const float weight = ptx::exp2_approx(score - shift);
+    sum_ = fmaf(sum_, correction, weight);
+    // A first key replaces minus infinity: what is summed is still 0.
+    if (__any_sync(~0u, top > largest_)) rescale(correction);
+    largest_ = top;
+    return weight;
+  }
+  __device__ __forceinline__ void rescale(float correction) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float factor = __shfl_sync(~0u, correction, r * kStepKeys, kLanes);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        o_[r][i].x *= factor;
+        o_[r][i].y *= factor;
+        o_[r][i].z *= factor;
+        o_[r][i].w *= factor;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_values(int step, float score, float weight) {
+    float4 v[kStepKeys][kPieces];
+    float zero = 0;  // not while everything is finite
+#pragma unroll
+    for (int key = 0; key < kStepKeys; ++key) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        v[key][i] = *slot(step, true, key, i);
+        zero = fmaf(v[key][i].x, 0.0f, zero);
+        zero = fmaf(v[key][i].y, 0.0f, zero);
+        zero = fmaf(v[key][i].z, 0.0f, zero);
+        zero = fmaf(v[key][i].w, 0.0f, zero);
+      }
+    }
+    // A weight of 0 would not hide NaN or infinity.
+    const bool is_finite = !__any_sync(~0u, zero != 0);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int key = 0; key < kStepKeys; ++key) {
+        const int from = r * kStepKeys + key;
+        const float p = __shfl_sync(~0u, weight, from, kLanes);
+        if (!is_finite && __shfl_sync(~0u, score, from, kLanes) == -INFINITY) continue;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          o_[r][i].x = fmaf(p, v[key][i].x, o_[r][i].x);
+          o_[r][i].y = fmaf(p, v[key][i].y, o_[r][i].y);
+          o_[r][i].z = fmaf(p, v[key][i].z, o_[r][i].z);
+          o_[r][i].w = fmaf(p, v[key][i].w, o_[r][i].w);
+        }
+      }
+    }
+  }
+
+  // What the teams leave in shared memory, over the ring.
+  struct Shares {
+    float o[kTeams][kRows][kDim];
+    float largest[kTeams][kRows], sum[kTeams][kRows];
+    float factor[kTeams][kRows];  // of o
+  };
+
+  __device__ __forceinline__ void merge_teams() {
+    static_assert(sizeof(Shares) == kTile.merge_bytes());
+    auto& shares = *reinterpret_cast<Shares*>(s_ring_);
+#pragma unroll
+    for (int step = 1; step < kStepKeys; step *= 2) sum_ += __shfl_xor_sync(~0u, sum_, step);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the ring has been read
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        *reinterpret_cast<float4*>(&shares.o[team_][r][column(i)]) = o_[r][i];
+      }
+    }
+    if (lane_ < kScores && lane_ % kStepKeys == 0) {
+      shares.largest[team_][lane_ / kStepKeys] = largest_;
+      shares.sum[team_][lane_ / kStepKeys] = sum_;
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < item_.rows) weigh_teams(shares, threadIdx.x);
+    __syncthreads();
+    store(shares);
+  }
+
+  __device__ __forceinline__ void weigh_teams(Shares& shares, int r) const {
+    const PackedRow at = packed_row(r);
+    const Partials& partials = args_.partials;
+    const float sink = partials.splits > 1 ? -INFINITY : sink_of(a_, at.head) * kLog2E;
+    float top = sink;
+#pragma unroll
+    for (int t = 0; t < kTeams; ++t) top = fmaxf(top, shares.largest[t][r]);
+    const float shift = top == -INFINITY ? 0 : top;
+    float sum = ptx::exp2_approx(sink - shift);
+#pragma unroll
+    for (int t = 0; t < kTeams; ++t) {
+      const float factor = ptx::exp2_approx(shares.largest[t][r] - shift);
+      sum = fmaf(shares.sum[t][r], factor, sum);
+      shares.factor[t][r] = factor;
+    }
+    const float norm = sum == 0 ? 0 : __fdividef(1.0f, sum);
+#pragma unroll
+    for (int t = 0; t < kTeams; ++t) shares.factor[t][r] *= norm;
+    const RowWeight weight{top, sum};
+    if (partials.splits > 1) {
+      partials.weights[at.index(a_, item_) * partials.splits + item_.split] = weight;
+    } else if (a_.log_sum_exp != nullptr) {
+      a_.log_sum_exp[at.index(a_, item_)] = log_sum_exp(weight);
+    }
+  }
+
+  __device__ __forceinline__ void store(const Shares& shares) const {
+    const Partials& partials = args_.partials;
+    const bool is_split = partials.splits > 1;
+    const int columns = is_split ? partials.columns : a_.dim_v;
+#pragma unroll 1
+    for (int r = 0; r < item_.rows; ++r) {
+      const PackedRow at = packed_row(r);
+      float* sums =
+          partials.sums + (item_.split * partials.rows + at.index(a_, item_)) * partials.columns;
+      float* out = static_cast<float*>(a_.out) + item_.batch_idx * a_.stride_out[0] +
+                   at.head * a_.stride_out[1] + at.query * a_.stride_out[2];
+#pragma unroll 1
+      for (int d = threadIdx.x; d < columns; d += kThreads) {
+        float sum = 0;
+#pragma unroll
+        for (int t = 0; t < kTeams; ++t) sum = fmaf(shares.factor[t][r], shares.o[t][r][d], sum);
+        (is_split ? sums[d] : out[d * a_.stride_out[3]]) = sum;
+      }
+    }
+  }
+
+  const PortableArgs& args_;
+  const AttentionArgs& a_;
+  const PackedItem& item_;  // in shared memory
+  float4* s_ring_;
+  const int lane_, team_;  // of its team; of the block
+  const int32_t begin_, end_;
+  const HeadRows k_, v_;
+  ScoreRow score_row_;                   // of the row whose score this lane ends up with
+  float largest_ = -INFINITY, sum_ = 0;  // of that row; the sum over this lane's keys
+  float4 q_[kRows][kPieces], o_[kRows][kPieces];
+};
+
+template <int kDim, int kRows>
+__global__ void __launch_bounds__(FewRowsTile::kThreads)
+    few_rows(const __grid_constant__ PortableArgs args) {
+  extern __shared__ __align__(16) float4 s_few_rows[];
+  // Behind the ring, not static: 48 KB without asking are for both together.
+  constexpr FewRowsTile kTile{kDim, kRows};
+  static_assert(sizeof(PackedItem) <= FewRowsTile::kItemBytes);
+  auto* item = reinterpret_cast<PackedItem*>(s_few_rows + kTile.ring_bytes() / sizeof(float4));
+  if (threadIdx.x == 0) {
+    *item = PackedItem(args.attention, args.rows, args.last_item - static_cast<int32_t>(blockIdx.x),
+                       kRows, FewRowsTile::kKeys);
+  }
+  __syncthreads();
+  FewRowsBlock<kDim, kRows> block(args, *item, s_few_rows);
+  ptx::launch_dependents();
+  block.run();
+}
+
+}  // namespace
+
+#define WH_FEW_ROWS(dim, rows)                                  \
+  template <>                                                   \
+  const void* few_rows_instance<dim, rows>() {                  \
+    return reinterpret_cast<const void*>(&few_rows<dim, rows>); \
+  }
+WH_FEW_ROWS(64, 1)
+WH_FEW_ROWS(64, 4)
+WH_FEW_ROWS(64, 8)
+WH_FEW_ROWS(128, 1)
+WH_FEW_ROWS(128, 4)
+WH_FEW_ROWS(128, 8)
+WH_FEW_ROWS(256, 1)
+WH_FEW_ROWS(256, 4)
+WH_FEW_ROWS(256, 8)
+#undef WH_FEW_ROWS
+
+}  // namespace wh::cuda
