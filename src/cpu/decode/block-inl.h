@@ -10,6 +10,7 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/decode/config.h"
 #include "cpu/tile-inl.h"
@@ -19,8 +20,6 @@ HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// 16 accumulators of 32 registers, or 8 of 16: the rest holds what is loaded.
-constexpr int kAccumulators = 2 * kTileRows;
 // Rows of a block: never more than the lanes of a vector.
 #if HWY_TARGET == HWY_SCALAR
 constexpr int kRowBlock = 1;
@@ -29,6 +28,16 @@ constexpr int kRowBlock = 8;
 #else
 constexpr int kRowBlock = 4;
 #endif
+
+// Sums that a block keeps in registers; the rest of them holds what is loaded. With 12 of 16, four
+// rows multiply each query by three keys and not two: 8 sums in flight are just what two
+// multiply-adds a cycle of four cycles each need, and any load that comes late shows.
+template <int kRows>
+constexpr int kAccumulators = HWY_TARGET <= HWY_AVX3 ? 16
+                              : kRows == 4           ? 12
+                                                     : 8;
+template <int kRows>
+constexpr int kBlockKeys = kAccumulators<kRows> / kRows;
 
 // A matrix whose rows are read in place: K or V of one kv head, from its first key of the tile.
 template <typename T>
@@ -78,10 +87,12 @@ HWY_INLINE Vec fold_sum(Vec x) {
   return fold<kRows>(x, [](Vec a, Vec b) HWY_ATTR { return hn::Add(a, b); });
 }
 
-// to[i] = the sum of lanes of acc[i], for all accumulators.
-HWY_INLINE void store_sums(const Vec* acc, float* to) {
+// to[i] = the sum of lanes of acc[i].
+template <int kCount>
+HWY_INLINE void store_sums(const Vec (&acc)[kCount], float* to) {
   [[maybe_unused]] const F32 f32;
 #if HWY_TARGET <= HWY_AVX3
+  static_assert(kCount == 16);
   // A transposing tree: each level halves the vectors and adds what the shuffles brought together.
   __m512 pair[8], four[4], block[2];
   WH_UNROLL for (int i = 0; i < 8; ++i) {
@@ -100,9 +111,9 @@ HWY_INLINE void store_sums(const Vec* acc, float* to) {
                                     _mm512_shuffle_f32x4(block[0], block[1], 0xdd));
   hn::StoreU(Vec{sums}, f32, to);
 #elif HWY_TARGET == HWY_SCALAR
-  for (int i = 0; i < kAccumulators; ++i) to[i] = hn::GetLane(acc[i]);
+  for (int i = 0; i < kCount; ++i) to[i] = hn::GetLane(acc[i]);
 #else
-  WH_UNROLL for (int i = 0; i < kAccumulators; i += 4) {
+  WH_UNROLL for (int i = 0; i < kCount; i += 4) {
     const auto ac = hn::Add(hn::InterleaveLower(f32, acc[i], acc[i + 2]),
                             hn::InterleaveUpper(f32, acc[i], acc[i + 2]));
     const auto bd = hn::Add(hn::InterleaveLower(f32, acc[i + 1], acc[i + 3]),
@@ -127,14 +138,14 @@ HWY_INLINE void keep_in_register([[maybe_unused]] Vec& v) {
 #endif
 }
 
-// s[i][r] = q[r] . k[i] for kAccumulators / kRows keys.
+// s[i][r] = q[r] . k[i] for kBlockKeys<kRows> keys.
 template <int kRows, typename T>
 HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Matrix<T> k, float* HWY_RESTRICT s) {
-  constexpr int kKeys = kAccumulators / kRows;
+  constexpr int kKeys = kBlockKeys<kRows>;
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
-  Vec acc[kAccumulators];
-  WH_UNROLL for (int i = 0; i < kAccumulators; ++i) acc[i] = hn::Zero(f32);
+  Vec acc[kAccumulators<kRows>];
+  WH_UNROLL for (int i = 0; i < kAccumulators<kRows>; ++i) acc[i] = hn::Zero(f32);
   for (int64_t d = 0; d < columns; d += lanes) {
     Vec key[kKeys];
     WH_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = load_f32(k.data + i * k.row_stride + d);
@@ -165,7 +176,7 @@ HWY_INLINE float score_one(const float* HWY_RESTRICT q, int64_t columns, const T
 template <int kRows, typename T>
 void score_rows(Matrix<float> q, int64_t columns, Matrix<T> k, int64_t keys, const Prefetch& ahead,
                 float* s) {
-  constexpr int kKeys = kAccumulators / kRows;
+  constexpr int kKeys = kBlockKeys<kRows>;
   int64_t j = 0;
   for (; j + kKeys <= keys; j += kKeys) {
     for (int64_t i = j; i < j + kKeys; ++i) ahead.fetch(i);
@@ -217,20 +228,30 @@ HWY_INLINE void value_block(const float* HWY_RESTRICT p, Matrix<T> v, int64_t ke
 template <int kRows, typename T>
 void value_rows(const float* p, Matrix<T> v, int64_t keys, int64_t columns, const float* alpha,
                 const Prefetch& ahead, float* o, int64_t o_stride) {
-  constexpr int kVectors = kAccumulators / kRows < 8 ? kAccumulators / kRows : 8;
+  constexpr int kVectors = std::min(kAccumulators<kRows> / kRows, 8);
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
-  const int64_t step = kVectors * lanes;
-  const int64_t rows_a_step = (ahead.rows * step + columns - 1) / columns;
-  int64_t d = 0;
-  for (int64_t fetched = 0; d + step <= columns; d += step, fetched += rows_a_step) {
+  const int64_t vectors = columns / lanes;
+  int64_t first = 0, fetched = 0;
+  const auto block = [&](auto count) HWY_ATTR {
+    const int64_t d = first * lanes;
+    first += count();
+    const int64_t end = ahead.rows * first / vectors;
     const Prefetch part{ahead.data + fetched * ahead.row_stride_bytes, ahead.row_stride_bytes,
-                        std::min(rows_a_step, ahead.rows - fetched), ahead.row_bytes};
-    value_block<kRows, kVectors>(p, Matrix<T>{v.data + d, v.row_stride}, keys, alpha, part, o + d,
-                                 o_stride);
-  }
-  for (; d < columns; d += lanes) {
-    value_block<kRows, 1>(p, Matrix<T>{v.data + d, v.row_stride}, keys, alpha, Prefetch{}, o + d,
-                          o_stride);
+                        end - fetched, ahead.row_bytes};
+    fetched = end;
+    value_block<kRows, count()>(p, Matrix<T>{v.data + d, v.row_stride}, keys, alpha, part, o + d,
+                                o_stride);
+  };
+  while (first < vectors) {
+    const int64_t left = vectors - first;
+    // Four are two pairs and not three and one, whose few sums would wait for each other.
+    if (left >= kVectors && (kVectors != 3 || left != 4)) {
+      block(std::integral_constant<int, kVectors>());
+    } else if (kVectors > 2 && left >= 2) {
+      block(std::integral_constant<int, 2>());
+    } else {
+      block(std::integral_constant<int, 1>());
+    }
   }
 }
 
