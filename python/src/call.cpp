@@ -163,6 +163,11 @@ Call::Call(const Arguments& a)
   tensors_.q = q_.data;
   tensors_.k = k_.data;
   tensors_.v = v_.data;
+  // v is a slice of k, as in absorbed latent attention: kernels that can read it once.
+  if (v_.data == k_.data && v_.data != nullptr && problem_.dim_v <= problem_.dim_qk &&
+      std::equal(k_.strides.begin(), k_.strides.begin() + 4, v_.strides.begin())) {
+    problem_.uses |= WH_USES_VALUES_IN_KEYS;
+  }
   read_options(a);
   if (!a.mask.is_none()) read_mask(a.mask);
   if (!a.sinks.is_none()) read_sinks(a.sinks);

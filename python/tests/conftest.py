@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_configure(config):
+    # Not this user's: a profile of the machine changes what plans choose and estimate.
+    cache = tempfile.TemporaryDirectory()
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
     for requirement in os.environ.get("WIDEHEAD_TEST_REQUIRE", "").split():
         name = re.match(r"\w+", requirement)[0]  # without extras and versions
         try:

@@ -27,6 +27,15 @@ def test_plan_says_what_runs_and_why_nothing_else_does():
     assert plan._repr_html_().startswith("<pre>")
 
 
+def test_values_that_are_a_slice_of_the_keys_are_seen():
+    q, k, v = qkv()
+    assert not widehead.plan(q, k, v).to_dict()["problem"]["values_in_keys"]
+    inside = k[..., : v.shape[-1]]
+    assert widehead.plan(q, k, inside).to_dict()["problem"]["values_in_keys"]
+    assert not widehead.plan(q, k, k[..., 1:]).to_dict()["problem"]["values_in_keys"]
+    np.testing.assert_array_equal(widehead.sdpa(q, k, inside), widehead.sdpa(q, k, inside.copy()))
+
+
 def test_plan_of_shapes_without_memory():
     q = widehead.Spec((1, 32, 2048, 512), "bfloat16")
     cache = widehead.Spec((1, 4, 262144, 512), "bfloat16")

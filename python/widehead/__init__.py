@@ -73,7 +73,8 @@ def sdpa(
         Any strides that are not negative, here and below: a reversed view must be copied.
     k: [batch, heads_kv, len_k, dim_qk]; heads_q is a multiple of heads_kv, and query head h reads
         kv head h // (heads_q // heads_kv).
-    v: [batch, heads_kv, len_k, dim_v], of k's type.
+    v: [batch, heads_kv, len_k, dim_v], of k's type. A slice ``k[..., :dim_v]``, as in absorbed latent
+        attention, is seen as such: kernels on CUDA read it once.
     scale: default 1 / sqrt(dim_qk).
     causal: True or ``"bottom_right"``: query i sees key j when j <= i + len_k - len_q;
         ``"top_left"``: when j <= i.
