@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "core/array_mask.h"
-#include "cpu/reference.h"
+#include "cpu/reference/reference.h"
 
 namespace wh::cli {
 namespace {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/key_range.h"
-#include "cpu/reference.h"
+#include "cpu/reference/reference.h"
 
 namespace wh {
 namespace {

@@ -13,7 +13,7 @@
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
-#include "cpu/vector_math-inl.h"
+#include "cpu/common/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {

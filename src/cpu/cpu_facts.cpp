@@ -6,7 +6,7 @@
 #include <fstream>
 #include <thread>
 
-#include "cpu/simd.h"
+#include "cpu/common/simd.h"
 #include "cpu/unfused/unfused.h"
 
 namespace wh {

@@ -9,7 +9,7 @@
 #include <random>
 #include <set>
 
-#include "cpu/reference.h"
+#include "cpu/reference/reference.h"
 #include "elements.h"
 #include "rows.h"
 

@@ -12,9 +12,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/common/tile-inl.h"
+#include "cpu/common/vector_math-inl.h"
 #include "cpu/decode/config.h"
-#include "cpu/tile-inl.h"
-#include "cpu/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "cpu/cost.h"
+#include "cpu/common/cost.h"
+#include "cpu/common/rounding.h"
+#include "cpu/common/steps.h"
 #include "cpu/decode/kernel.h"
-#include "cpu/rounding.h"
-#include "cpu/steps.h"
 #include "plan/work.h"
 
 namespace wh::cpu {

@@ -4,7 +4,7 @@
 #include <atomic>
 
 #include "core/key_range.h"
-#include "cpu/partial.h"
+#include "cpu/common/partial.h"
 #include "plan/kernel.h"
 
 namespace wh::cpu {
@@ -57,7 +57,7 @@ class DecodeWorkspace {
 
   DecodeScratch scratch(int32_t worker) const;
   size_t bytes(int32_t workers) const;
-  int64_t work(const Problem& problem, const Tensors& tensors) const;  // see cpu/steps.h
+  int64_t work(const Problem& problem, const Tensors& tensors) const;  // see cpu/common/steps.h
 
   DecodeShape shape;
   Partials partials;

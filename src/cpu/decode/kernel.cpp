@@ -19,18 +19,18 @@
 #include "core/array_mask.h"
 #include "core/empty_row.h"
 #include "core/key_range.h"
-#include "cpu/base2.h"
+#include "cpu/common/base2.h"
+#include "cpu/common/steps.h"
 #include "cpu/decode/config.h"
-#include "cpu/steps.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/decode/kernel.cpp"
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
+#include "cpu/common/tile-inl.h"
+#include "cpu/common/vector_math-inl.h"
 #include "cpu/decode/block-inl.h"
-#include "cpu/tile-inl.h"
-#include "cpu/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <utility>
 
-#include "cpu/cost.h"
+#include "cpu/common/cost.h"
+#include "cpu/common/rounding.h"
+#include "cpu/common/steps.h"
 #include "cpu/prefill/kernel.h"
-#include "cpu/rounding.h"
-#include "cpu/steps.h"
 #include "plan/work.h"
 
 namespace wh::cpu {

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "cpu/rounding.h"
-#include "cpu/simd.h"
-#include "cpu/steps.h"
+#include "cpu/common/rounding.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/steps.h"
 
 namespace wh::cpu {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/key_range.h"
-#include "cpu/partial.h"
+#include "cpu/common/partial.h"
 #include "plan/kernel.h"
 
 namespace wh::cpu {
@@ -85,7 +85,7 @@ class PrefillWorkspace {
   PrefillShape shape;
   Partials partials;
 
-  int64_t work(const Tensors& tensors) const;  // of the whole run: see cpu/steps.h
+  int64_t work(const Tensors& tensors) const;  // of the whole run: see cpu/common/steps.h
 
  private:
   const Problem& problem_;

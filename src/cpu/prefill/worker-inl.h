@@ -26,10 +26,10 @@
 #include "core/array_mask.h"
 #include "core/element.h"
 #include "core/key_range.h"
+#include "cpu/common/steps.h"
+#include "cpu/common/tile-inl.h"
+#include "cpu/common/vector_math-inl.h"
 #include "cpu/prefill/layout.h"
-#include "cpu/steps.h"
-#include "cpu/tile-inl.h"
-#include "cpu/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {

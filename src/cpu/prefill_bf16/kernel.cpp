@@ -14,10 +14,10 @@
 
 #include <cstring>
 
+#include "cpu/common/simd.h"
 #include "cpu/prefill/kernel.h"
 #include "cpu/prefill_bf16/config.h"
 #include "cpu/prefill_bf16/products.h"
-#include "cpu/simd.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/prefill_bf16/kernel.cpp"

@@ -10,10 +10,10 @@
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
-#include "cpu/base2.h"
-#include "cpu/partial.h"
-#include "cpu/rounding.h"
-#include "cpu/steps.h"
+#include "cpu/common/base2.h"
+#include "cpu/common/partial.h"
+#include "cpu/common/rounding.h"
+#include "cpu/common/steps.h"
 #include "cpu/unfused/gemm.h"
 #include "cpu/unfused/unfused.h"
 #include "plan/work.h"
@@ -23,8 +23,8 @@
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
-#include "cpu/tile-inl.h"
-#include "cpu/vector_math-inl.h"
+#include "cpu/common/tile-inl.h"
+#include "cpu/common/vector_math-inl.h"
 
 #ifndef WH_CPU_UNFUSED_ROW_SUMS
 #define WH_CPU_UNFUSED_ROW_SUMS

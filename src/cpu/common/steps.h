@@ -8,9 +8,9 @@
 
 #include "core/key_range.h"
 #include "core/progress.h"
-#include "cpu/cost.h"
-#include "cpu/partial.h"
-#include "cpu/rounding.h"
+#include "cpu/common/cost.h"
+#include "cpu/common/partial.h"
+#include "cpu/common/rounding.h"
 #include "plan/kernel.h"
 #include "plan/work.h"
 

@@ -1,7 +1,7 @@
-#include "cpu/simd.h"
+#include "cpu/common/simd.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/simd.cpp"
+#define HWY_TARGET_INCLUDE "cpu/common/simd.cpp"
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 

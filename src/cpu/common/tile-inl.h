@@ -18,8 +18,8 @@
 #include <limits>
 
 #include "core/array_mask.h"
-#include "cpu/base2.h"
-#include "cpu/vector_math-inl.h"
+#include "cpu/common/base2.h"
+#include "cpu/common/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
-#include "cpu/scratch.h"
+#include "cpu/common/scratch.h"
 
 namespace wh::cpu {
 

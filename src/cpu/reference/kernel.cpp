@@ -1,9 +1,9 @@
 // cpu_reference as an entry of the registry.
 #include <atomic>
 
-#include "cpu/reference.h"
+#include "cpu/common/scratch.h"
+#include "cpu/reference/reference.h"
 #include "cpu/registry.h"
-#include "cpu/scratch.h"
 #include "plan/work.h"
 
 namespace wh::cpu {
@@ -47,9 +47,9 @@ const Kernel kReference{
     [](const Problem& p, const Config& config) {
       return worker_bytes(p) * static_cast<size_t>(config.threads);
     },
-    // About 1.5 ns a multiply-add and an output on one core: strided loads and conversions, one at a
-    // time. And what a call takes in which there is nothing to do: without it an empty problem would
-    // go to the slowest kernel.
+    // About 1.5 ns a multiply-add and an output on one core: strided loads and conversions, one at
+    // a time. And what a call takes in which there is nothing to do: without it an empty problem
+    // would go to the slowest kernel.
     [](const Query& query, const Config& config) {
       constexpr double kCallUs = 3;
       const Problem& p = query.problem;

@@ -1,18 +1,18 @@
-#include "cpu/partial.h"
+#include "cpu/common/partial.h"
 
 #include <cmath>
 #include <limits>
 
 #include "core/array_mask.h"
 #include "core/empty_row.h"
-#include "cpu/base2.h"
+#include "cpu/common/base2.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/partial.cpp"
+#define HWY_TARGET_INCLUDE "cpu/common/partial.cpp"
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
-#include "cpu/vector_math-inl.h"
+#include "cpu/common/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {

@@ -1,4 +1,4 @@
-#include "cpu/reference.h"
+#include "cpu/reference/reference.h"
 
 #include <cmath>
 #include <limits>
