@@ -3,7 +3,7 @@
 #include <cstdio>
 
 #include "core/nearest_name.h"
-#include "session.h"
+#include "report/session.h"
 
 namespace {
 

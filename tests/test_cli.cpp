@@ -7,7 +7,7 @@
 #include <string>
 
 #include "command_line.h"
-#include "safetensors.h"
+#include "input/safetensors.h"
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <fstream>
 
-#include "safetensors.h"
-#include "tensors.h"
+#include "input/safetensors.h"
+#include "input/tensors.h"
 
 namespace wh::cli {
 namespace {

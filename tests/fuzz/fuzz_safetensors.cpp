@@ -1,8 +1,8 @@
 // libFuzzer: any bytes as a safetensors file, and as a problem with its tensors.
 #include <cstdint>
 
-#include "safetensors.h"
-#include "tensors.h"
+#include "input/safetensors.h"
+#include "input/tensors.h"
 
 namespace {
 

@@ -1,0 +1,18 @@
+// Plans as the library makes them for a program.
+#pragma once
+
+#include "input/embedded.h"
+#include "plan/plan.h"
+
+namespace wh::cli {
+
+// With the environment's limits over those of the flags, a line on stderr when WIDEHEAD_LOG asks
+// for it, and an error for a limit that has no effect on the problem's device.
+Result<Plan> plan_as_library(const Problem& problem, const Limits& flags);
+
+// The environment's variables that had a say in the plan of a problem on `device`: an object.
+Json environment_json(Device device);
+// The same as a line of a plan, "" without any.
+std::string environment_line(Device device);
+
+}  // namespace wh::cli

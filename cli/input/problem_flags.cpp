@@ -1,0 +1,374 @@
+#include "input/problem_flags.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "core/names.h"
+#include "core/nearest_name.h"
+#include "report/session.h"
+
+namespace wh::cli {
+namespace {
+
+enum class Part {
+  kShape,   // what a file's tensors say
+  kOption,  // what a file's metadata may say, and a flag then says better
+};
+
+struct Field {
+  const char* name;
+  std::string ProblemFlags::*value;
+  Part part;
+  const char* implied;  // what the bare flag means; null: it needs a value
+  const char* help;
+};
+
+constexpr Field kFields[] = {
+    {"batch", &ProblemFlags::batch, Part::kShape, nullptr, "batch entries (1)"},
+    {"heads", &ProblemFlags::heads, Part::kShape, nullptr, "query heads, or query/kv heads: 64/2"},
+    {"dim", &ProblemFlags::dim, Part::kShape, nullptr, "head dimension, or qk/v: 192/128"},
+    {"queries", &ProblemFlags::queries, Part::kShape, nullptr, "query length"},
+    {"keys", &ProblemFlags::keys, Part::kShape, nullptr, "key length (as many as queries)"},
+    {"dtype", &ProblemFlags::dtype, Part::kShape, nullptr, "f32, f16 or bf16 (f16)"},
+    {"kv-dtype", &ProblemFlags::kv_dtype, Part::kShape, nullptr, "type of k and v (as --dtype)"},
+    {"causal", &ProblemFlags::causal, Part::kOption, "bottom-right",
+     "bottom-right (of the bare flag) or top-left"},
+    {"window", &ProblemFlags::window, Part::kOption, nullptr,
+     "LEFT,RIGHT keys around the diagonal; -1: all"},
+    {"softcap", &ProblemFlags::softcap, Part::kOption, nullptr, "cap * tanh(score / cap)"},
+    {"scale", &ProblemFlags::scale, Part::kOption, nullptr, "of the scores (1 / sqrt(dim))"},
+    {"mask", &ProblemFlags::mask, Part::kShape, nullptr,
+     "an array mask: boolean, additive or additive-f32"},
+    {"sinks", &ProblemFlags::sinks, Part::kShape, "true",
+     "one more logit a head in the denominator"},
+    {"key-lengths", &ProblemFlags::key_lengths, Part::kShape, nullptr,
+     "N,N,... one a batch entry, or one for all"},
+    {"key-starts", &ProblemFlags::key_starts, Part::kShape, nullptr,
+     "N,N,... one a batch entry, or one for all"},
+    {"log-sum-exp", &ProblemFlags::log_sum_exp, Part::kOption, "true", "write the log-sum-exp too"},
+    {"values-in-keys", &ProblemFlags::values_in_keys, Part::kShape, "true",
+     "v is the first columns of k: absorbed latent attention"},
+    {"layout", &ProblemFlags::layout, Part::kShape, nullptr,
+     "heads-first [b, heads, length, dim] or length-first [b, length, heads, dim]"},
+    {"device", &ProblemFlags::device, Part::kOption, nullptr, "cpu, cuda or cuda:1 (cpu)"},
+    {"model", &ProblemFlags::model, Part::kShape, nullptr, "shapes of a model: see `list models`"},
+    {"context", &ProblemFlags::context, Part::kShape, nullptr, "keys, with --model"},
+};
+
+// Reads values and remembers the first thing that was wrong.
+class ValueReader {
+ public:
+  Status status() const { return status_; }
+
+  // Empty text is no integer; optional() is for what may be left out.
+  int64_t integer(const char* name, const std::string& text,
+                  int64_t low = std::numeric_limits<int64_t>::min(),
+                  int64_t high = std::numeric_limits<int64_t>::max()) {
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error == std::errc() && end == text.data() + text.size() && value >= low && value <= high) {
+      return value;
+    }
+    const bool is_bounded = high != std::numeric_limits<int64_t>::max();
+    fail(fmt::format("--{} is \"{}\"; it must be an integer{}", name, text,
+                     is_bounded ? fmt::format(" from {} to {}", low, high) : ""));
+    return 0;
+  }
+  int64_t optional(const char* name, const std::string& text, int64_t missing) {
+    return text.empty() ? missing : integer(name, text);
+  }
+  float number(const char* name, const std::string& text, float missing) {
+    if (text.empty()) return missing;
+    char* end = nullptr;
+    const float value = std::strtof(text.c_str(), &end);
+    if (*end != '\0') fail(fmt::format("--{} is \"{}\"; it must be a number", name, text));
+    return value;
+  }
+  bool yes(const char* name, const std::string& text, bool missing) {
+    if (text.empty()) return missing;
+    if (text != "true" && text != "false") {
+      fail(fmt::format("--{} is \"{}\"; it must be true or false", name, text));
+    }
+    return text == "true";
+  }
+  // "a/b", or "a" for both.
+  std::pair<int64_t, int64_t> pair(const char* name, const std::string& text) {
+    const size_t slash = text.find('/');
+    const std::string second = slash == std::string::npos ? text : text.substr(slash + 1);
+    if (slash == 0 || second.empty()) {
+      fail(fmt::format("--{} is \"{}\"; it must be N or N/N", name, text));
+      return {0, 0};
+    }
+    const int64_t first = integer(name, text.substr(0, slash));
+    return {first, slash == std::string::npos ? first : integer(name, second)};
+  }
+  // "a,b,...": as many integers as there are commas, and one.
+  std::vector<int64_t> integers(const char* name, const std::string& text, int64_t low,
+                                int64_t high) {
+    std::vector<int64_t> values;
+    for (size_t begin = 0; begin <= text.size();) {
+      const size_t end = std::min(text.find(',', begin), text.size());
+      values.push_back(integer(name, text.substr(begin, end - begin), low, high));
+      begin = end + 1;
+    }
+    return values;
+  }
+  template <typename Enum, size_t kCount>
+  Enum choice(const char* name, const std::string& text, const Names<Enum, kCount>& table,
+              Enum missing) {
+    if (text.empty()) return missing;
+    const auto value = table.value(text);
+    if (!value) fail(fmt::format("--{} is \"{}\"; valid: {}", name, text, table.list()));
+    return value.value_or(missing);
+  }
+  void fail(const std::string& message) {
+    if (status_.ok()) status_ = invalid(message);
+  }
+
+ private:
+  Status status_;
+};
+
+enum class LayoutFlag { kHeadsFirst, kLengthFirst };
+constexpr Names<LayoutFlag, 2> kLayouts{{"heads-first", "length-first"}};
+
+Strides strides_of(LayoutFlag layout, int64_t heads, int64_t length, int64_t dim) {
+  if (layout == LayoutFlag::kHeadsFirst) return dense_strides(heads, length, dim);
+  Strides strides = dense_strides(length, heads, dim);
+  std::swap(strides[1], strides[2]);
+  return strides;
+}
+
+void read_device(const std::string& text, Problem& p, ValueReader& read) {
+  if (text.empty()) return;
+  p.device = text == "cpu" ? Device::kCpu : Device::kCuda;
+  p.device_index = 0;
+  if (text == "cpu" || text == "cuda") return;
+  constexpr int64_t kMostIndex = 1023;  // validate()'s
+  if (text.starts_with("cuda:")) {
+    ValueReader index;
+    p.device_index = static_cast<int32_t>(index.integer("device", text.substr(5), 0, kMostIndex));
+    if (index.status().ok()) return;
+  }
+  read.fail(
+      fmt::format("--device is \"{}\"; valid: cpu, cuda, or cuda:0 to cuda:{}", text, kMostIndex));
+}
+
+std::vector<int32_t> read_per_batch(const char* name, const std::string& text, int64_t most,
+                                    int64_t batch, ValueReader& read) {
+  if (text.empty()) return {};
+  const std::vector<int64_t> values = read.integers(name, text, 0, most);
+  if (values.size() != 1 && static_cast<int64_t>(values.size()) != batch) {
+    read.fail(fmt::format("--{} has {} values; it must have 1 or as many as the batch, {}", name,
+                          values.size(), batch));
+  }
+  return {values.begin(), values.end()};
+}
+
+// What is not given keeps the problem's value.
+void read_options(const ProblemFlags& flags, Problem& p, ValueReader& read) {
+  p.causal = read.choice("causal", flags.causal, kCausals, p.causal);
+  p.softcap = read.number("softcap", flags.softcap, p.softcap);
+  p.scale = read.number("scale", flags.scale, p.scale);
+  p.wants_log_sum_exp = read.yes("log-sum-exp", flags.log_sum_exp, p.wants_log_sum_exp);
+  read_device(flags.device, p, read);
+  if (flags.window.empty()) return;
+  const auto window = read.integers("window", flags.window, kUnlimited, kMaxLength);
+  if (window.size() != 2) {
+    read.fail(fmt::format("--window is \"{}\"; it must be LEFT,RIGHT", flags.window));
+    return;
+  }
+  p.window_left = window[0];
+  p.window_right = window[1];
+  if (p.causal != Causal::kNone && p.window_right > 0) {
+    read.fail(
+        fmt::format("--window is \"{}\", but --causal hides every key to the right; RIGHT "
+                    "must be 0 or -1 beside it",
+                    flags.window));
+  }
+}
+
+Result<Request> read_request(const ProblemFlags& flags) {
+  ValueReader read;
+  Request request;
+  Problem& p = request.problem;
+  for (const auto& [name, text] :
+       {std::pair{"heads", &flags.heads}, {"dim", &flags.dim}, {"queries", &flags.queries}}) {
+    if (text->empty()) read.fail(fmt::format("--{} is missing", name));
+  }
+  p.batch = read.optional("batch", flags.batch, 1);
+  std::tie(p.heads_q, p.heads_kv) = read.pair("heads", flags.heads);
+  std::tie(p.dim_qk, p.dim_v) = read.pair("dim", flags.dim);
+  p.len_q = read.optional("queries", flags.queries, 0);
+  p.len_k = read.optional("keys", flags.keys, p.len_q);
+  p.dtype_q = read.choice("dtype", flags.dtype, kDtypes, Dtype::kF16);
+  p.dtype_kv = read.choice("kv-dtype", flags.kv_dtype, kDtypes, p.dtype_q);
+  p.mask = read.choice("mask", flags.mask, kMasks, MaskKind::kNone);
+  p.has_sinks = read.yes("sinks", flags.sinks, false);
+  p.has_key_lengths = !flags.key_lengths.empty();
+  p.has_key_starts = !flags.key_starts.empty();
+  p.values_in_keys = read.yes("values-in-keys", flags.values_in_keys, false);
+  p.scale = 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, p.dim_qk)));
+  read_options(flags, p, read);
+  const LayoutFlag layout = read.choice("layout", flags.layout, kLayouts, LayoutFlag::kHeadsFirst);
+  p.stride_q = strides_of(layout, p.heads_q, p.len_q, p.dim_qk);
+  p.stride_k = strides_of(layout, p.heads_kv, p.len_k, p.dim_qk);
+  p.stride_v = p.values_in_keys ? p.stride_k : strides_of(layout, p.heads_kv, p.len_k, p.dim_v);
+  p.stride_out = strides_of(layout, p.heads_q, p.len_q, p.dim_v);
+  // One mask for all batch entries and heads: what models make.
+  if (p.mask != MaskKind::kNone) p.stride_mask = {0, 0, p.len_k, 1};
+  if (!read.status().ok()) return read.status();
+  if (p.wants_log_sum_exp) request.details += ", log-sum-exp";
+  if (layout == LayoutFlag::kLengthFirst) request.details += ", [batch, length, heads, dim]";
+  if (Status status = validate(p); !status.ok()) return status;
+  request.key_lengths = read_per_batch("key-lengths", flags.key_lengths, p.len_k, p.batch, read);
+  request.key_starts = read_per_batch("key-starts", flags.key_starts, kMaxLength, p.batch, read);
+  if (!read.status().ok()) return read.status();
+  return request;
+}
+
+// Values given on the command line replace those of a table's row.
+ProblemFlags merged(ProblemFlags row, const ProblemFlags& overrides) {
+  for (const Field& field : kFields) {
+    if (!(overrides.*field.value).empty()) row.*field.value = overrides.*field.value;
+  }
+  return row;
+}
+
+std::string text_of(const Json& value) {
+  return value.is_string() ? value.get<std::string>() : value.dump();
+}
+
+const Field* find_field(const std::string& name) {
+  for (const Field& field : kFields) {
+    if (name == field.name) return &field;
+  }
+  return nullptr;
+}
+
+std::vector<std::string> keys_of(const Json& object) {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : object.items()) names.push_back(name);
+  return names;
+}
+
+Status unknown_name(const char* what, const std::string& name, const Json& table) {
+  return invalid(
+      fmt::format("{} \"{}\" is unknown; did you mean \"{}\"? `widehead list {}s` lists "
+                  "all",
+                  what, name, nearest_name(name, keys_of(table)), what));
+}
+
+Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
+  const auto model = models().find(flags.model);
+  if (model == models().end()) return unknown_name("model", flags.model, models());
+  if (flags.context.empty()) return invalid("--context is missing: how many keys the cache holds");
+  if (!flags.keys.empty()) {
+    return invalid("--keys has no effect with --model; --context says how many keys there are");
+  }
+  std::vector<Request> requests;
+  for (const Json& layer : (*model)["layers"]) {
+    ProblemFlags row;
+    for (const auto& [name, value] : layer.items()) {
+      if (const Field* field = find_field(name)) row.*field->value = text_of(value);
+    }
+    row.causal = "bottom-right";
+    row.queries = "1";
+    row.keys = flags.context;
+    row = merged(row, flags);
+    Result<Request> request = read_request(row);
+    if (!request.ok()) return request.status();
+    request->label = layer["kind"].get<std::string>();
+    requests.push_back(std::move(*request));
+  }
+  return requests;
+}
+
+// Multiplies the lists of one row out, field by field, the first list slowest.
+std::vector<ProblemFlags> expand(const Json& row) {
+  std::vector<ProblemFlags> expanded{{}};
+  for (const auto& [name, value] : row.items()) {
+    const Field* field = find_field(name);
+    if (field == nullptr || value.is_object()) continue;
+    std::vector<ProblemFlags> next;
+    for (const ProblemFlags& flags : expanded) {
+      for (const Json& one : value.is_array() ? value : Json::array({value})) {
+        next.push_back(flags);
+        next.back().*field->value = text_of(one);
+      }
+    }
+    expanded = std::move(next);
+  }
+  if (const auto queries = row.find("queries"); queries != row.end() && queries->is_object()) {
+    for (ProblemFlags& flags : expanded) {
+      const int64_t keys = std::stoll(flags.keys);
+      flags.queries = std::to_string(std::min(keys, queries->value("at_most", keys)));
+    }
+  }
+  return expanded;
+}
+
+}  // namespace
+
+std::vector<int32_t> per_batch(const std::vector<int32_t>& values, int64_t batch) {
+  if (values.size() != 1) return values;
+  return std::vector<int32_t>(static_cast<size_t>(batch), values.front());
+}
+
+void add_problem_flags(CLI::App& app, ProblemFlags& flags) {
+  for (const Field& field : kFields) {
+    const std::string name = std::string("--") + field.name;
+    CLI::Option* option =
+        field.implied == nullptr
+            ? app.add_option(name, flags.*field.value, field.help)
+            : app.add_flag(name + "{" + field.implied + "}", flags.*field.value, field.help);
+    option->group("PROBLEM")->check(refuse_empty);
+  }
+}
+
+Result<std::vector<Request>> read_requests(const ProblemFlags& flags) {
+  if (!flags.model.empty()) return read_model(flags);
+  if (!flags.context.empty()) {
+    return invalid("--context has no effect without --model; --keys says how many keys there are");
+  }
+  Result<Request> request = read_request(flags);
+  if (!request.ok()) return request.status();
+  return std::vector<Request>{std::move(*request)};
+}
+
+Status override_options(const ProblemFlags& flags, Problem& p) {
+  for (const Field& field : kFields) {
+    if (field.part == Part::kOption || (flags.*field.value).empty()) continue;
+    return invalid(fmt::format(
+        "--{} has no effect with a file, whose tensors say what it would; leave one of the two out",
+        field.name));
+  }
+  ValueReader read;
+  read_options(flags, p, read);
+  return read.status();
+}
+
+Result<std::vector<Request>> read_suite(const std::string& suite, const ProblemFlags& overrides) {
+  const auto found = suites().find(suite);
+  if (found == suites().end()) return unknown_name("suite", suite, suites());
+  for (const auto& [name, text] :
+       {std::pair{"model", &overrides.model}, {"context", &overrides.context}}) {
+    if (!text->empty()) return invalid(fmt::format("--{} has no effect with a suite", name));
+  }
+  std::vector<Request> requests;
+  for (const Json& row : (*found)["rows"]) {
+    for (const ProblemFlags& flags : expand(row)) {
+      Result<Request> request = read_request(merged(flags, overrides));
+      if (!request.ok()) return request.status();
+      requests.push_back(std::move(*request));
+    }
+  }
+  return requests;
+}
+
+}  // namespace wh::cli

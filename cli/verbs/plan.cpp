@@ -1,0 +1,71 @@
+// widehead plan: every candidate with its verdict, reason, workspace and estimate.
+#include "plan/plan.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <memory>
+
+#include "input/limits_flags.h"
+#include "input/planning.h"
+#include "input/problem_flags.h"
+#include "measure/useful_work.h"
+#include "report/session.h"
+
+namespace wh::cli {
+namespace {
+
+struct PlanFlags {
+  ProblemFlags problem;
+  LimitsFlags limits;
+  bool json = false;
+};
+
+int run_plan(const PlanFlags& flags) {
+  const auto limits = read_limits(flags.limits);
+  if (!limits.ok()) return report(limits.status());
+  const auto requests = read_requests(flags.problem);
+  if (!requests.ok()) return report(requests.status());
+  int code = kFine;
+  Json documents = Json::array();
+  std::string text;
+  for (const Request& request : *requests) {
+    const Problem& p = request.problem;
+    const Result<Plan> plan = plan_as_library(p, *limits);
+    if (!plan.ok()) return report(plan.status());
+    if (!plan->runnable()) code = kNoKernel;
+    Json document = Json::parse(to_json(*plan));
+    document["environment"] = environment_json(p.device);
+    if (!request.label.empty()) {
+      document["layers"] = request.label;
+      document["kv_bytes_per_layer"] = kv_bytes(request);
+      text += fmt::format("{}layers     {}\nKV cache   {} a layer\n", text.empty() ? "" : "\n",
+                          request.label, format_bytes(static_cast<uint64_t>(kv_bytes(request))));
+    }
+    documents.push_back(std::move(document));
+    text += environment_line(p.device) + explain(*plan);
+  }
+  if (flags.json) {
+    const Json& shown = flags.problem.model.empty() ? documents.front() : documents;
+    fmt::print("{}\n", shown.dump(2));
+  } else {
+    fmt::print("{}", text);
+  }
+  if (code == kNoKernel) {
+    fmt::print(stderr, "widehead: the limits allow no kernel; the reasons are in the table\n");
+  }
+  return code;
+}
+
+}  // namespace
+
+void add_plan(CLI::App& app, Action& action) {
+  auto flags = std::make_shared<PlanFlags>();
+  CLI::App* verb = app.add_subcommand("plan", "Say which kernel would run, and why no other");
+  add_problem_flags(*verb, flags->problem);
+  add_limits_flags(*verb, flags->limits);
+  verb->add_flag("--json", flags->json, "print one JSON document");
+  verb->callback([flags, &action] { action = [flags] { return run_plan(*flags); }; });
+}
+
+}  // namespace wh::cli

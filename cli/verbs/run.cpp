@@ -1,0 +1,345 @@
+// widehead run: one problem, from a file or random, timed and compared.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <utility>
+
+#include "input/limits_flags.h"
+#include "input/planning.h"
+#include "input/problem_flags.h"
+#include "input/safetensors.h"
+#include "measure/execution.h"
+#include "measure/measure.h"
+#include "measure/resident.h"
+#include "measure/sampled_rows.h"
+#include "measure/useful_work.h"
+#include "report/session.h"
+
+namespace wh::cli {
+namespace {
+
+struct RunFlags {
+  std::string file, out;
+  ProblemFlags problem;
+  LimitsFlags limits;
+  std::optional<uint64_t> seed;
+  bool json = false;
+};
+
+struct Agreement {
+  double relative_rms = 0;
+  double largest_error = 0;
+  bool is_right = true;
+};
+
+std::vector<float> floats_of(const StoredTensor& tensor) {
+  std::vector<float> floats(tensor.bytes.size() / sizeof(float));
+  std::memcpy(floats.data(), tensor.bytes.data(), tensor.bytes.size());  // aligned or not
+  return floats;
+}
+
+Agreement compare(const std::vector<float>& have, const std::vector<float>& wanted,
+                  double tolerance) {
+  double errors = 0, squares = 0;
+  Agreement agreement;
+  for (size_t i = 0; i < have.size(); ++i) {
+    if (std::isinf(wanted[i]) && have[i] == wanted[i]) continue;  // a row that sees no key
+    const double error = std::fabs(static_cast<double>(have[i]) - wanted[i]);
+    errors += error * error;
+    squares += static_cast<double>(wanted[i]) * wanted[i];
+    if (!(error <= agreement.largest_error)) agreement.largest_error = error;
+  }
+  agreement.relative_rms = squares > 0 ? std::sqrt(errors / squares) : std::sqrt(errors);
+  agreement.is_right = agreement.relative_rms <= tolerance;  // NaN is not
+  return agreement;
+}
+
+// The first run: shown on a terminal, and measured for what the later ones do not tell.
+struct FirstRun {
+  double us = 0;
+  double longest_step_us = 0;        // between two looks at the progress, the begin and the end
+  uint64_t peak_resident_bytes = 0;  // of the process
+};
+
+Result<FirstRun> run_watched(Execution& execution) {
+  using Clock = std::chrono::steady_clock;
+  struct Watch {
+    RunProgress progress;
+    Clock::time_point begin = Clock::now(), last = begin;
+    double longest_us = 0;
+
+    static double us(Clock::duration duration) {
+      return std::chrono::duration<double, std::micro>(duration).count();
+    }
+    void look() {
+      const auto now = Clock::now();
+      longest_us = std::max(longest_us, us(now - last));
+      last = now;
+    }
+  };
+  restart_peak();
+  Watch watch;
+  const Status status = execution.run(
+      [](void* context, double fraction) {
+        auto& self = *static_cast<Watch*>(context);
+        self.look();
+        return RunProgress::report(&self.progress, fraction);
+      },
+      &watch);
+  watch.look();
+  if (!status.ok()) return status;
+  return FirstRun{Watch::us(watch.last - watch.begin), watch.longest_us, peak_resident_bytes()};
+}
+
+// Runs something small on the kernel that the problem will take: threads start with their first
+// call, and libraries allocate what they keep.
+Status warm_up(const Plan& plan) {
+  if (plan.problem.device != Device::kCpu) return {};
+  Request small;
+  Problem& p = small.problem;
+  p.dtype_q = plan.problem.dtype_q;
+  p.dtype_kv = plan.problem.dtype_kv;
+  p.heads_q = p.heads_kv = 16;
+  p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
+  p.scale = 1.0f / 8;
+  p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(16, 64, 64);
+  HostTensors tensors = random_tensors(small, 1);
+  Limits forced;
+  forced.kernel = plan.kernel;
+  forced.threads = plan.limits.threads;
+  Result<Execution> execution = Execution::prepare(p, forced, tensors);
+  if (!execution.ok()) return execution.status();
+  for (int i = 0; i < 20; ++i) {
+    if (Status status = execution->run(); !status.ok()) return status;
+  }
+  return {};
+}
+
+// The contract's bounds, docs/semantics.md.
+double out_tolerance(Dtype dtype) {
+  return dtype == Dtype::kF32 ? 4e-6 : (dtype == Dtype::kF16 ? 9e-4 : 7e-3);
+}
+constexpr double kLogSumExpTolerance = 1e-6;
+
+// The bound holds for scores of about N(0, 1). An error of a score is one of its weight, and grows
+// with the score: a --scale that makes them wider makes the bound wider.
+double random_tolerance(const Problem& p) {
+  const double score = std::fabs(p.scale) * std::sqrt(static_cast<double>(p.dim_qk));
+  return out_tolerance(p.dtype_q) * std::max(1.0, score);
+}
+
+class Runner {
+ public:
+  explicit Runner(const RunFlags& flags) : flags_(flags) {}
+
+  int run() {
+    const auto limits = read_limits(flags_.limits);
+    if (!limits.ok()) return report(limits.status());
+    if (!flags_.file.empty()) {
+      if (flags_.seed) return report(invalid("--seed has no effect with a file"));
+      Result<StoredProblem> stored = read_problem_file(flags_.file, flags_.problem);
+      if (!stored.ok()) return report(stored.status());
+      const int code = run_one(stored->request, *limits, &*stored);
+      if (flags_.json && (code == kFine || code == kWrongNumbers)) {
+        fmt::print("{}\n", documents_.front().dump(2));
+      }
+      return code;
+    }
+    const auto requests = read_requests(flags_.problem);
+    if (!requests.ok()) return report(requests.status());
+    if (!flags_.out.empty() && requests->size() > 1) {
+      return report(invalid(fmt::format("--out has room for one answer; {} has {} kinds of layers",
+                                        flags_.problem.model, requests->size())));
+    }
+    int worst = kFine;
+    for (const Request& request : *requests) {
+      worst = std::max(worst, run_one(request, *limits, nullptr));
+      if (is_interrupted()) break;
+    }
+    const bool is_one = flags_.problem.model.empty();
+    if (flags_.json && !is_one) {
+      fmt::print("{}\n", documents_.dump(2));
+    } else if (flags_.json && (worst == kFine || worst == kWrongNumbers)) {
+      fmt::print("{}\n", documents_.front().dump(2));
+    }
+    return worst;
+  }
+
+ private:
+  // The other kinds of layers of a model still run.
+  int fail(const Request& request, const Status& status) {
+    documents_.push_back({{"problem", request.name()}, {"error", status.message()}});
+    return report(status);
+  }
+
+  int run_one(const Request& request, const Limits& limits, StoredProblem* stored) try {
+    const Problem& p = request.problem;
+    Result<Plan> plan = plan_as_library(p, limits);
+    if (!plan.ok()) return fail(request, plan.status());
+    if (Status status = runnable_status(*plan); !status.ok()) return fail(request, status);
+    if (!flags_.json) fmt::print("{}{}\n", environment_line(p.device), explain(*plan));
+    if (stored == nullptr) {
+      if (Status status = warm_up(*plan); !status.ok()) return fail(request, status);
+    }
+    const uint64_t resident_before = resident_bytes();
+    // Only now: what the limits refuse may have tensors of 100 GB.
+    HostTensors random;
+    if (stored == nullptr) random = random_tensors(request, flags_.seed.value_or(1));
+    HostTensors& tensors = stored == nullptr ? random : stored->tensors;
+    Result<Execution> execution = Execution::prepare(std::move(*plan), tensors);
+    if (!execution.ok()) return fail(request, execution.status());
+    execution->paint_workspace();
+    const auto first = run_watched(*execution);
+    if (!first.ok()) return fail(request, first.status());
+    const auto samples = time(*execution, *first);
+    if (!samples.ok()) return fail(request, samples.status());
+    if (Status status = execution->fetch(); !status.ok()) return fail(request, status);
+    Json document =
+        describe_run(request, execution->plan(), *samples, execution->peak_workspace_bytes());
+    document["longest_step_us"] = first->longest_step_us;
+    if (p.device == Device::kCpu && stored == nullptr) {
+      document["tensor_bytes"] = tensors.bytes();
+      document["peak_resident_bytes"] = first->peak_resident_bytes - resident_before;
+    }
+    if (!flags_.json) print_run(document);
+    const int code = stored == nullptr ? compare_sampled(p, tensors, document)
+                                       : compare_stored(*stored, tensors, document);
+    if (!flags_.out.empty()) {
+      if (Status status = write_out(p, tensors); !status.ok()) return fail(request, status);
+    }
+    documents_.push_back(std::move(document));
+    return code;
+  } catch (const std::bad_alloc&) {
+    return fail(request, {Code::kOutOfMemory, "not enough memory"});
+  }
+
+  Result<Samples> time(Execution& execution, const FirstRun& first) {
+    const double estimate_us = execution.plan().estimated_us;
+    if (estimate_us < 1e6) {
+      Guard guard(execution.plan().problem.device == Device::kCpu
+                      ? cpu_facts().threads(flags_.limits.threads)
+                      : 0);
+      const auto call = [&] {
+        return is_interrupted() ? Status(Code::kCancelled, "interrupted between two runs")
+                                : execution.run();
+      };
+      auto samples = measure({{call}}, guard, {9, 5});
+      if (!samples.ok()) return samples.status();
+      return (*samples)[0];
+    }
+    // Long enough to need no second sample.
+    Samples samples;
+    samples.is_guarded = false;
+    samples.us.push_back(first.us);
+    return samples;
+  }
+
+  static Json describe_run(const Request& request, const Plan& plan, const Samples& samples,
+                           uint64_t peak_bytes) {
+    return {{"problem", describe(request.problem)},
+            {"environment", environment_json(request.problem.device)},
+            {"kernel", plan.kernel},
+            {"best_us", samples.best()},
+            {"median_us", samples.median()},
+            {"samples", samples.us.size()},
+            {"guarded", samples.is_guarded},
+            {"estimated_us", plan.estimated_us},
+            {"gflops", useful_flops(request) / samples.best() * 1e-3},
+            {"kv_gbytes_per_s", kv_bytes(request) / samples.best() * 1e-3},
+            {"workspace_bytes", plan.workspace_bytes},
+            {"peak_workspace_bytes", peak_bytes}};
+  }
+
+  static void print_run(const Json& run) {
+    fmt::print("time       {} best, {} median of {}\n", format_us(run["best_us"]),
+               format_us(run["median_us"]), run["samples"].get<int64_t>());
+    fmt::print("rate       {:.0f} GFLOP/s on visible pairs, {:.1f} GB/s of K and V\n",
+               run["gflops"].get<double>(), run["kv_gbytes_per_s"].get<double>());
+    fmt::print("workspace  {} planned, {} used\n", format_bytes(run["workspace_bytes"]),
+               format_bytes(run["peak_workspace_bytes"]));
+  }
+
+  int compare_stored(const StoredProblem& stored, const HostTensors& tensors, Json& document) {
+    const Problem& p = stored.request.problem;
+    bool is_right = true;
+    if (stored.out) {
+      const double tolerance = out_tolerance(p.dtype_q);
+      const Agreement agreement = compare(read_out(p, tensors), floats_of(*stored.out), tolerance);
+      document["relative_rms"] = agreement.relative_rms;
+      document["compared_rows"] = p.batch * p.heads_q * p.len_q;
+      print_agreement("out", "the stored answer", agreement, tolerance);
+      is_right = agreement.is_right;
+    }
+    if (stored.log_sum_exp && p.wants_log_sum_exp) {
+      const float* lse = tensors.tensors.log_sum_exp;
+      const std::vector<float> have(lse, lse + p.batch * p.heads_q * p.len_q);
+      const Agreement agreement =
+          compare(have, floats_of(*stored.log_sum_exp), kLogSumExpTolerance);
+      document["log_sum_exp_relative_rms"] = agreement.relative_rms;
+      print_agreement("LSE", "the stored answer", agreement, kLogSumExpTolerance);
+      is_right = is_right && agreement.is_right;
+    }
+    return is_right ? kFine : kWrongNumbers;
+  }
+
+  int compare_sampled(const Problem& p, const HostTensors& tensors, Json& document) {
+    const SampledRows rows = sample_rows(p, tensors);
+    const double tolerance = random_tolerance(p);
+    const Agreement agreement = compare(rows.have, rows.want, tolerance);
+    document["relative_rms"] = agreement.relative_rms;
+    document["compared_rows"] = rows.count;
+    print_agreement(
+        "out", fmt::format("float64 on {} of {} rows", rows.count, p.batch * p.heads_q * p.len_q),
+        agreement, tolerance);
+    return agreement.is_right ? kFine : kWrongNumbers;
+  }
+
+  void print_agreement(const char* name, const std::string& reference, const Agreement& agreement,
+                       double tolerance) const {
+    if (flags_.json) return;
+    fmt::print(
+        "{:<10} {} {}: relative RMS error {:.2e}, at most {:.2g} is right; largest error {:.2e}\n",
+        name, agreement.is_right ? "agrees with" : "DIFFERS from", reference,
+        agreement.relative_rms, tolerance, agreement.largest_error);
+  }
+
+  Status write_out(const Problem& p, const HostTensors& tensors) {
+    const std::vector<float> out = read_out(p, tensors);
+    std::vector<TensorToStore> stored{
+        {"out", "F32", {p.batch, p.heads_q, p.len_q, p.dim_v}, std::as_bytes(std::span(out))}};
+    if (p.wants_log_sum_exp) {
+      stored.push_back({"log_sum_exp",
+                        "F32",
+                        {p.batch, p.heads_q, p.len_q},
+                        {tensors.log_sum_exp.data(), tensors.log_sum_exp.size()}});
+    }
+    return write_safetensors(flags_.out, stored);
+  }
+
+  const RunFlags& flags_;
+  Json documents_ = Json::array();
+};
+
+}  // namespace
+
+void add_run(CLI::App& app, Action& action) {
+  auto flags = std::make_shared<RunFlags>();
+  CLI::App* verb = app.add_subcommand("run", "Run a problem from a file, or on random data");
+  verb->add_option("file", flags->file,
+                   "a .safetensors file with q, k, v: their shapes, its options");
+  add_problem_flags(*verb, flags->problem);
+  add_limits_flags(*verb, flags->limits);
+  verb->add_option("--seed", flags->seed,
+                   "of the random data (1); some rows of its answer are compared with float64");
+  verb->add_option("--out", flags->out, "write out (f32) to this .safetensors file");
+  verb->add_flag("--json", flags->json, "print one JSON document");
+  verb->callback([flags, &action] { action = [flags] { return Runner(*flags).run(); }; });
+}
+
+}  // namespace wh::cli
