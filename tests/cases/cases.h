@@ -7,6 +7,7 @@
 
 #include "plan/limits.h"
 #include "plan/plan.h"
+#include "verify/input.h"
 
 namespace wh {
 
@@ -27,19 +28,10 @@ enum class Layout : uint8_t {
   kDimStrided,       // every second element
 };
 
-enum class MaskPattern : uint8_t { kRandom, kWholeRows, kAlternatingKeys };
-
-struct Case {
+struct Case : Input {
   std::string name;
-  Problem problem;
   Limits limits;
-  std::vector<int32_t> key_lengths, key_starts;  // empty: not used
-  MaskPattern mask_pattern = MaskPattern::kRandom;
-  float mean_v = 0;
-  bool has_visible_nan = false;  // some K and V that rows do see hold NaN
-  bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so
-  int64_t sampled_rows = 0;      // so many are compared with float64; 0: all
-  uint64_t seed = 0;             // of the data
+  int64_t sampled_rows = 0;  // so many are compared with float64; 0: all
 };
 
 std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed);

@@ -15,7 +15,7 @@ namespace {
 // Tensors of a case on its device: the host's own for the CPU, copies for CUDA.
 class PlacedTensors {
  public:
-  PlacedTensors(CaseData& data, size_t workspace_bytes, bool paints_workspace)
+  PlacedTensors(HostTensors& data, size_t workspace_bytes, bool paints_workspace)
       : device_(data.problem.device),
         index_(data.problem.device_index),
         data_(data),
@@ -153,7 +153,7 @@ class PlacedTensors {
 
   Device device_;
   int32_t index_;
-  CaseData& data_;
+  HostTensors& data_;
   Tensors tensors_;
   GuardedTensor workspace_;
   std::byte* device_workspace_ = nullptr;

@@ -4,7 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "answer.h"
+#include "cases.h"
+#include "verify/answer.h"
 
 namespace wh {
 
@@ -42,7 +43,7 @@ class CheckedCase {
 
   const Case& case_;
   const CheckOptions& options_;
-  CaseData data_;
+  HostTensors data_;
   Expected expected_;
   Difference difference_;             // of the last run
   std::vector<std::byte> other_out_;  // of the first kernel that was right, where rows are sampled

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "case_data.h"
+#include "verify/host_tensors.h"
 
 namespace wh {
 
@@ -17,7 +17,7 @@ struct Expected {
 
 // Of all rows, or of `most_rows` of them: the first and the last query of a tile of every size, and
 // random ones. 0: all.
-Expected expected_answer(const CaseData& data, int64_t most_rows = 0);
+Expected expected_answer(const HostTensors& data, int64_t most_rows = 0);
 
 struct Difference {
   double relative_rms = 0;
@@ -34,10 +34,10 @@ struct Difference {
 // terms stay below 30 u_f32 in RMS. The contract allows 4e-6, 9e-4 and 7e-3, which is 1.8 u for the
 // 16-bit types. Elementwise, as the weights sum to 1, an error is at most that of the weights times
 // the largest |v|: 6 standard deviations of the RMS bound.
-Difference compare(const CaseData& data, const Expected& expected);
+Difference compare(const HostTensors& data, const Expected& expected);
 
 // Compares every row of `data`'s out with that of another kernel: of what `expected` samples this
 // sees the rest. Empty: no row is off by more than both kernels' rounding.
-std::string disagreement(const CaseData& data, const std::vector<std::byte>& other_out);
+std::string disagreement(const HostTensors& data, const std::vector<std::byte>& other_out);
 
 }  // namespace wh

@@ -1,4 +1,4 @@
-#include "answer.h"
+#include "verify/answer.h"
 
 #include <fmt/format.h>
 
@@ -10,8 +10,8 @@
 #include <set>
 
 #include "cpu/reference/reference.h"
-#include "elements.h"
-#include "rows.h"
+#include "verify/elements.h"
+#include "verify/rows.h"
 
 namespace wh {
 namespace {
@@ -38,10 +38,10 @@ double tolerance_of(Dtype dtype) {
 
 }  // namespace
 
-Expected expected_answer(const CaseData& data, int64_t most_rows) {
+Expected expected_answer(const HostTensors& data, int64_t most_rows) {
   // The same problem with everything of q's type widened, so that out is rounded to f32 alone.
   Problem p = data.problem;
-  Tensors tensors = const_cast<CaseData&>(data).tensors();
+  Tensors tensors = const_cast<HostTensors&>(data).tensors();
   std::vector<float> mask;
   if (p.mask == MaskKind::kAdditiveQ) {
     mask.resize(static_cast<size_t>(data.mask.size() / bytes_of(p.dtype_q)));
@@ -94,7 +94,7 @@ Expected expected_answer(const CaseData& data, int64_t most_rows) {
   return expected;
 }
 
-Difference compare(const CaseData& data, const Expected& expected) {
+Difference compare(const HostTensors& data, const Expected& expected) {
   const Problem& p = data.problem;
   Difference difference;
   difference.tolerance = tolerance_of(p.dtype_q);
@@ -151,7 +151,7 @@ Difference compare(const CaseData& data, const Expected& expected) {
   return difference;
 }
 
-std::string disagreement(const CaseData& data, const std::vector<std::byte>& other_out) {
+std::string disagreement(const HostTensors& data, const std::vector<std::byte>& other_out) {
   const Problem& p = data.problem;
   // Of one row, where errors do not average out as over all of them: a wrong one is off by 1.
   const double most = 10 * tolerance_of(p.dtype_q);

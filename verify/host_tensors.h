@@ -1,11 +1,11 @@
-// The tensors of a case: random data where something may be read, poison everywhere else.
+// Tensors on the host: random data where something may be read, poison everywhere else.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <vector>
 
-#include "cases.h"
+#include "verify/input.h"
 
 namespace wh {
 
@@ -34,8 +34,8 @@ class GuardedTensor {
   int64_t size_ = 0;
 };
 
-struct CaseData {
-  explicit CaseData(const Case& c);
+struct HostTensors {
+  explicit HostTensors(const Input& input);
 
   Tensors tensors();           // of this data, without a workspace
   void poison_outputs();       // before every run
@@ -48,11 +48,11 @@ struct CaseData {
 
  private:
   static constexpr int kInputs = 7;
-  struct Input {
+  struct Named {
     const char* name;
     const GuardedTensor* tensor;
   };
-  std::array<Input, kInputs> inputs() const;
+  std::array<Named, kInputs> inputs() const;
 
   std::array<uint64_t, kInputs> fingerprints_{};
   std::vector<uint8_t> out_owned_;  // whether each byte of `out` is an element's; empty: all are

@@ -1,4 +1,4 @@
-#include "case_data.h"
+#include "verify/host_tensors.h"
 
 #include <fmt/format.h>
 
@@ -10,9 +10,9 @@
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
-#include "elements.h"
-#include "random_rows.h"
-#include "rows.h"
+#include "verify/elements.h"
+#include "verify/random_rows.h"
+#include "verify/rows.h"
 
 namespace wh {
 namespace {
@@ -71,8 +71,8 @@ float lowest(Dtype dtype) {
   return dtype == Dtype::kF32 ? std::numeric_limits<float>::lowest() : -0x1.fep127f;
 }
 
-void fill_mask(const Case& c, CaseData& data) {
-  const Problem& p = c.problem;
+void fill_mask(const Input& input, HostTensors& data) {
+  const Problem& p = input.problem;
   if (p.mask == MaskKind::kNone) return;
   const Strides& stride = p.stride_mask;
   data.mask =
@@ -80,15 +80,15 @@ void fill_mask(const Case& c, CaseData& data) {
   for_each_row(distinct(p.batch, stride[0]), distinct(p.heads_q, stride[1]),
                distinct(p.len_q, stride[2]), [&](RowIndex row) {
                  const int64_t first = offset_of(stride, row.batch_idx, row.head, row.idx, 0);
-                 RowRandom random(c.seed, kOfMask, first);
+                 RowRandom random(input.seed, kOfMask, first);
                  for (int64_t j = 0; j < p.len_k; ++j) {
                    bool attend = random.bits() % 4 != 0;
                    float hides = -kInfinity;
-                   if (c.mask_pattern == MaskPattern::kWholeRows) {
+                   if (input.mask_pattern == MaskPattern::kWholeRows) {
                      attend = row.idx % 3 != 0;
                      if (row.idx % 6 == 3) hides = lowest(mask_dtype(p));
                    }
-                   if (c.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
+                   if (input.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
                    const int64_t offset = first + j * stride[3];
                    if (p.mask == MaskKind::kBoolean) {
                      data.mask.data()[offset] =
@@ -157,8 +157,8 @@ void raise_to(std::atomic<float>& largest, float value) {
   }
 }
 
-void fill_kv(const Case& c, CaseData& data) {
-  const Problem& p = c.problem;
+void fill_kv(const Input& input, HostTensors& data) {
+  const Problem& p = input.problem;
   const std::vector<std::vector<bool>> seen = all_seen_keys(p, data.tensors());
   std::atomic<float> largest{0};
   const auto fill = [&](GuardedTensor& tensor, const Strides& stride, int64_t dim, Stream stream,
@@ -166,18 +166,18 @@ void fill_kv(const Case& c, CaseData& data) {
     for_each_row(p.batch, distinct(p.heads_kv, stride[1]), p.len_k, [&](RowIndex row) {
       const int64_t pair = row.batch_idx * p.heads_kv + row.head;
       const int64_t key = pair * p.len_k + row.idx;
-      RowRandom poison(c.seed, kOfPoison, key);
+      RowRandom poison(input.seed, kOfPoison, key);
       const bool is_seen = seen[static_cast<size_t>(pair)][static_cast<size_t>(row.idx)];
-      const bool is_nan = !is_seen || (c.has_visible_nan && poison.bits() % 16 == 0);
+      const bool is_nan = !is_seen || (input.has_visible_nan && poison.bits() % 16 == 0);
       const TensorRow to{tensor.data(), p.dtype_kv,
                          offset_of(stride, row.batch_idx, row.head, row.idx, 0), stride[3], dim};
       if (is_nan) return to.fill(is_seen || poison.bits() % 2 == 0 ? kNan : kInfinity);
-      const float most = to.fill({c.seed, stream, key}, mean);
+      const float most = to.fill({input.seed, stream, key}, mean);
       if (stream == kOfV || data.v_is_k) raise_to(largest, most);
     });
   };
   fill(data.k, p.stride_k, p.dim_qk, kOfK, 0);
-  if (!data.v_is_k) fill(data.v, p.stride_v, p.dim_v, kOfV, c.mean_v);
+  if (!data.v_is_k) fill(data.v, p.stride_v, p.dim_v, kOfV, input.mean_v);
   data.largest_value = largest;
 }
 
@@ -209,8 +209,8 @@ uint64_t GuardedTensor::fingerprint() const {
   return result;
 }
 
-CaseData::CaseData(const Case& c)
-    : problem(c.problem), v_is_k(c.v_is_k || c.problem.values_in_keys) {
+HostTensors::HostTensors(const Input& input)
+    : problem(input.problem), v_is_k(input.v_is_k || input.problem.values_in_keys) {
   const Problem& p = problem;
   const int64_t bytes_q = bytes_of(p.dtype_q), bytes_kv = bytes_of(p.dtype_kv);
   const Extents extents_out{p.batch, p.heads_q, p.len_q, p.dim_v};
@@ -223,21 +223,22 @@ CaseData::CaseData(const Case& c)
   if (p.wants_log_sum_exp) log_sum_exp = GuardedTensor(p.batch * p.heads_q * p.len_q * 4);
   if (p.has_sinks) {
     sinks = GuardedTensor(p.heads_q * 4);
-    TensorRow{sinks.data(), Dtype::kF32, 0, 1, p.heads_q}.fill({c.seed, kOfSinks, 0}, 0);
+    TensorRow{sinks.data(), Dtype::kF32, 0, 1, p.heads_q}.fill({input.seed, kOfSinks, 0}, 0);
   }
   const auto copy = [](const std::vector<int32_t>& from, GuardedTensor& to) {
     if (from.empty()) return;
     to = GuardedTensor(static_cast<int64_t>(from.size() * 4));
     std::memcpy(to.data(), from.data(), from.size() * 4);
   };
-  copy(c.key_lengths, key_lengths);
-  copy(c.key_starts, key_starts);
+  copy(input.key_lengths, key_lengths);
+  copy(input.key_starts, key_starts);
   for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
     const int64_t offset = offset_of(p.stride_q, row.batch_idx, row.head, row.idx, 0);
-    TensorRow{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk}.fill({c.seed, kOfQ, offset}, 0);
+    TensorRow{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk}.fill({input.seed, kOfQ, offset},
+                                                                         0);
   });
-  fill_mask(c, *this);
-  fill_kv(c, *this);
+  fill_mask(input, *this);
+  fill_kv(input, *this);
   if (p.batch * p.heads_q * p.len_q * p.dim_v * bytes_q < out.size()) {
     out_owned_.assign(static_cast<size_t>(out.size()), 0);
     for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
@@ -250,7 +251,7 @@ CaseData::CaseData(const Case& c)
   for (size_t i = 0; i < kInputs; ++i) fingerprints_[i] = inputs()[i].tensor->fingerprint();
 }
 
-std::array<CaseData::Input, CaseData::kInputs> CaseData::inputs() const {
+std::array<HostTensors::Named, HostTensors::kInputs> HostTensors::inputs() const {
   return {{{"q", &q},
            {"k", &k},
            {"v", &v},
@@ -260,7 +261,7 @@ std::array<CaseData::Input, CaseData::kInputs> CaseData::inputs() const {
            {"key_starts", &key_starts}}};
 }
 
-Tensors CaseData::tensors() {
+Tensors HostTensors::tensors() {
   const auto floats = [](GuardedTensor& tensor) { return reinterpret_cast<float*>(tensor.data()); };
   const auto ints = [](GuardedTensor& tensor) { return reinterpret_cast<int32_t*>(tensor.data()); };
   Tensors t;
@@ -276,12 +277,12 @@ Tensors CaseData::tensors() {
   return t;
 }
 
-void CaseData::poison_outputs() {
+void HostTensors::poison_outputs() {
   std::fill_n(out.data(), out.size(), kPoison);
   std::fill_n(log_sum_exp.data(), log_sum_exp.size(), kPoison);
 }
 
-std::string CaseData::damage() const {
+std::string HostTensors::damage() const {
   if (!out.guards_intact()) return "memory around out was written";
   if (problem.wants_log_sum_exp && !log_sum_exp.guards_intact()) {
     return "memory around log_sum_exp was written";
@@ -292,7 +293,7 @@ std::string CaseData::damage() const {
     }
   }
   for (size_t i = 0; i < kInputs; ++i) {
-    const Input input = inputs()[i];
+    const Named input = inputs()[i];
     if (input.tensor->fingerprint() != fingerprints_[i]) {
       return fmt::format("{}, or memory around it, was written: an input", input.name);
     }

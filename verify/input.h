@@ -1,0 +1,24 @@
+// What the tensors of a problem hold.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/problem.h"
+
+namespace wh {
+
+enum class MaskPattern : uint8_t { kRandom, kWholeRows, kAlternatingKeys };
+
+// A problem, and what of its values is not left to chance.
+struct Input {
+  Problem problem;
+  std::vector<int32_t> key_lengths, key_starts;  // empty: not used
+  MaskPattern mask_pattern = MaskPattern::kRandom;
+  float mean_v = 0;
+  bool has_visible_nan = false;  // some K and V that rows do see hold NaN
+  bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so
+  uint64_t seed = 0;
+};
+
+}  // namespace wh
