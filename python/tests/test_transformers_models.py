@@ -1,6 +1,7 @@
 """Whole models with random weights: Widehead against transformers' own eager attention."""
 
 import copy
+import sys
 
 import pytest
 
@@ -9,7 +10,9 @@ transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402
 import widehead.transformers  # noqa: E402
-from transformers import DynamicCache, StaticCache  # noqa: E402
+from oracle import oracle, relative_rms  # noqa: E402
+from transformers import AttentionInterface, DynamicCache, StaticCache  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 
 LENGTH = 50  # past the windows of 24
 PADDING = (9, 0)  # tokens missing from each row of a batch
@@ -54,17 +57,59 @@ def test_logits_are_as_near_to_float64_as_eagers(model, tokens):
     assert error(ours, expected) <= 2 * error(eager, expected) + 1e-6
 
 
-def test_logits_in_bfloat16(model, tokens):
+def attention_calls(model, tokens):
+    """(module, query, key, value, mask, keywords, out) of every call that the model makes."""
+    calls = []
+    inner = AttentionInterface()["widehead"]
+
+    def record(module, query, key, value, mask, **kwargs):
+        result = inner(module, query, key, value, mask, **kwargs)
+        calls.append((module, query, key, value, mask, kwargs, result[0]))
+        return result
+
+    AttentionInterface.register("widehead_recorded", record)
+    AttentionMaskInterface.register("widehead_recorded", AttentionMaskInterface()["widehead"])
+    logits(model, "widehead_recorded", tokens)
+    return calls
+
+
+def test_attention_in_bfloat16(model, tokens):
+    """No call is further from float64 than eager's on the same numbers."""
+    for module, query, key, value, mask, kwargs, out in attention_calls(
+        copy.deepcopy(model).bfloat16(), tokens
+    ):
+        sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+        visible = mask.dense()
+        expected, _ = oracle(
+            query.float(), key.float(), value.float(), scale=kwargs["scaling"], softcap=softcap,
+            mask=visible.numpy(), sinks=None if sinks is None else sinks.detach().float().numpy(),
+        )  # fmt: skip
+        additive = torch.where(visible, 0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
+        eager_forward = sys.modules[type(module).__module__].eager_attention_forward
+        with torch.no_grad():
+            eager, _ = eager_forward(module, query, key, value, additive, **kwargs)
+        eager_error = relative_rms(eager.float().transpose(1, 2), expected)
+        assert relative_rms(out.float().transpose(1, 2), expected) <= eager_error
+
+
+def test_logits_in_bfloat16(model):
+    """Rounding in the layers around attention makes most of the error, and what attention rounds
+    otherwise shuffles it: ours is now 0.7, now 1.4 times eager's, and 3 times where an expert tips.
+    The median of 32 sequences stays between 0.90 and 1.03 for all models and four seeds."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, tiny_models.VOCABULARY, (32, LENGTH), generator=generator)
     rounded = copy.deepcopy(model).bfloat16()
     expected = logits(copy.deepcopy(rounded).double(), "eager", tokens)
-    eager = logits(rounded, "eager", tokens)
-    ours = logits(rounded, "widehead", tokens)
-    # The median of the tokens: rounding may tip one between two experts that nearly tie.
-    assert median_error(ours, expected) <= 1.2 * median_error(eager, expected)
+    ours, eager = (
+        median_errors(logits(rounded, implementation, tokens), expected)
+        for implementation in ("widehead", "eager")
+    )
+    assert (ours / eager).median() <= 1.1
 
 
-def median_error(actual, expected):
-    return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+def median_errors(actual, expected):
+    """Of each sequence, of its tokens: rounding may tip one between two experts that nearly tie."""
+    return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).median(dim=-1)[0]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
