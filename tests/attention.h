@@ -1,5 +1,6 @@
-// Attention on dense tensors, held as f32 whatever type the kernel takes, for tests of relations
-// between runs.
+// Attention on dense tensors through the C ABI, held as f32 whatever type the kernel takes, for
+// tests of relations between runs. Kernels and the memory they read are the test program's: see
+// kernels_under_test.h.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -7,43 +8,76 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "api/machine.h"
 #include "core/float16.h"
-#include "plan/plan.h"
+#include "kernels_under_test.h"
+#include "widehead/widehead.h"
 
 namespace wh {
 
-inline bool is_bf16_kernel(const std::string& kernel) { return kernel == "cpu_prefill_bf16"; }
+inline size_t element_bytes(int32_t dtype) { return dtype == WH_F32 ? 4 : 2; }
 
-inline std::vector<Bfloat16> narrow(const std::vector<float>& from) {
-  std::vector<Bfloat16> to;
-  for (const float value : from) to.push_back(from_float<Bfloat16>(value));
+template <typename T>
+void convert_to(const std::vector<float>& from, std::vector<std::byte>& to) {
+  for (size_t i = 0; i < from.size(); ++i) {
+    const T element = from_float<T>(from[i]);
+    std::memcpy(to.data() + i * sizeof(T), &element, sizeof(T));
+  }
+}
+
+// To nearest even, as elements of a WH_F32, WH_F16 or WH_BF16.
+inline std::vector<std::byte> elements_of(const std::vector<float>& from, int32_t dtype) {
+  std::vector<std::byte> to(from.size() * element_bytes(dtype));
+  if (dtype == WH_F32) convert_to<float>(from, to);
+  if (dtype == WH_F16) convert_to<Half>(from, to);
+  if (dtype == WH_BF16) convert_to<Bfloat16>(from, to);
   return to;
 }
 
+inline std::vector<float> floats_of(const std::vector<std::byte>& from, int32_t dtype) {
+  std::vector<float> to(from.size() / element_bytes(dtype));
+  for (size_t i = 0; i < to.size(); ++i) {
+    const std::byte* element = from.data() + i * element_bytes(dtype);
+    uint16_t bits = 0;
+    if (dtype == WH_F32) {
+      std::memcpy(&to[i], element, 4);
+    } else {
+      std::memcpy(&bits, element, 2);
+      to[i] = dtype == WH_F16 ? to_float(Half{bits}) : to_float(Bfloat16{bits});
+    }
+  }
+  return to;
+}
+
+struct DestroyPlan {
+  void operator()(wh_plan* plan) const { wh_plan_destroy(plan); }
+};
+
 struct Attention {
-  Problem problem;
-  Limits limits;
+  wh_problem problem;
+  wh_limits limits;
   std::vector<float> q, k, v, out, lse;  // the last two hold NaN until a run writes them
   std::vector<float> mask;               // [len_q, len_k], additive; of q's type, or f32
+  std::vector<float> sinks;              // [heads_q]
   std::vector<int32_t> key_lengths;
-  Dtype dtype = Dtype::kF32;  // kF32 or kBf16
-  Plan plan;                  // of the last run
+  int32_t dtype = WH_F32;                      // where the kernel takes it: see dtypes_of()
+  std::unique_ptr<wh_plan, DestroyPlan> plan;  // of the last run
 
   Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
             int64_t batch = 1) {
+    EXPECT_EQ(wh_problem_init(&problem, sizeof(problem)), WH_OK);
+    EXPECT_EQ(wh_limits_init(&limits, sizeof(limits)), WH_OK);
     problem.batch = batch;
     problem.heads_q = heads_q;
     problem.heads_kv = heads_kv;
     problem.len_q = len_q;
     problem.len_k = len_k;
     problem.dim_qk = problem.dim_v = dim;
-    problem.scale = 1 / std::sqrt(static_cast<float>(dim));
-    problem.wants_log_sum_exp = true;
+    EXPECT_EQ(wh_problem_set_dense(&problem), WH_OK);
     std::mt19937 random(7);
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<float>& to, int64_t count) {
@@ -55,62 +89,61 @@ struct Attention {
     fill(v, batch * heads_kv * len_k * dim);
   }
 
-  void run(const std::string& kernel, const Executor& executor = default_executor()) {
-    Progress unwatched;
-    const Status status = run_watched(kernel, unwatched, executor);
-    ASSERT_TRUE(status.ok()) << status.message();
+  void run(const std::string& kernel, const wh_executor* executor = nullptr) {
+    wh_run_options options;
+    ASSERT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
+    options.executor = executor;
+    ASSERT_EQ(run_with(kernel, options), WH_OK) << wh_last_error();
   }
 
-  Status run_watched(const std::string& kernel, Progress& progress,
-                     const Executor& executor = default_executor()) {
+  // What is wrong, wh_last_error() says.
+  wh_status run_with(const std::string& kernel, const wh_run_options& options) {
     constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-    Problem& p = problem;
-    p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
-    p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
-    p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
-    p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
-    p.has_key_lengths = !key_lengths.empty();
-    out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
-    lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
-    limits.kernel = kernel;
-    if (is_bf16_kernel(kernel)) dtype = Dtype::kBf16;
-    const bool is_bf16 = dtype == Dtype::kBf16;
+    wh_problem& p = problem;
+    p.device = device_of(kernel);
+    if (!takes(kernel, dtype)) dtype = WH_BF16;
     p.dtype_q = p.dtype_kv = dtype;
     if (!mask.empty()) {
-      if (p.mask == MaskKind::kNone) p.mask = MaskKind::kAdditiveQ;
-      p.stride_mask = {0, 0, p.len_k, 1};
+      if (p.mask == WH_MASK_NONE) p.mask = WH_MASK_ADDITIVE;
+      p.stride_mask[0] = p.stride_mask[1] = 0;
+      p.stride_mask[2] = p.len_k;
+      p.stride_mask[3] = 1;
     }
-    std::vector<Bfloat16> q_bf16, k_bf16, v_bf16, out_bf16, mask_bf16;
-    if (is_bf16) {
-      mask_bf16 = narrow(mask);
-      q_bf16 = narrow(q);
-      k_bf16 = narrow(k);
-      v_bf16 = narrow(v);
-      out_bf16 = narrow(out);
-    }
-    Result<Plan> made = make_plan(p, limits, this_machine(Device::kCpu, 0));
-    if (!made.ok()) return made.status();
-    if (Status status = runnable_status(*made); !status.ok()) return status;
-    plan = std::move(*made);
-    std::vector<std::byte> workspace(plan.workspace_bytes + 64);
-    Tensors t;
-    const auto data = [&](auto& f32, auto& bf16) {
-      return is_bf16 ? static_cast<void*>(bf16.data()) : static_cast<void*>(f32.data());
+    p.uses = WH_USES_LOG_SUM_EXP | (key_lengths.empty() ? 0 : WH_USES_KEY_LENGTHS) |
+             (sinks.empty() ? 0 : WH_USES_SINKS);
+    limits.kernel = kernel.c_str();
+    wh_plan* made = nullptr;
+    const wh_status planned = wh_plan_create(&p, &limits, &made);
+    limits.kernel = nullptr;
+    plan.reset(made);
+    if (planned != WH_OK) return planned;
+
+    out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
+    lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
+    const auto bytes = [](const auto& values) {
+      const auto* from = reinterpret_cast<const std::byte*>(values.data());
+      return std::vector<std::byte>(from, from + values.size() * sizeof(values[0]));
     };
-    t.q = data(q, q_bf16);
-    t.k = data(k, k_bf16);
-    t.v = data(v, v_bf16);
-    t.out = data(out, out_bf16);
-    if (p.mask == MaskKind::kAdditiveF32) t.mask = mask.data();
-    if (p.mask == MaskKind::kAdditiveQ) t.mask = data(mask, mask_bf16);
-    t.log_sum_exp = lse.data();
-    t.key_lengths = key_lengths.empty() ? nullptr : key_lengths.data();
-    t.workspace =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-    t.workspace_bytes = plan.workspace_bytes;
-    Status status = find_kernel(kernels_of(Device::kCpu), plan.kernel)
-                        ->run({plan.problem, plan.config, t, executor, progress});
-    for (size_t i = 0; i < out_bf16.size(); ++i) out[i] = to_float(out_bf16[i]);
+    const Placed at_q(elements_of(q, dtype)), at_k(elements_of(k, dtype)),
+        at_v(elements_of(v, dtype)), at_out(elements_of(out, dtype)), at_lse(bytes(lse)),
+        at_mask(elements_of(mask, p.mask == WH_MASK_ADDITIVE ? dtype : WH_F32)),
+        at_sinks(bytes(sinks)), at_lengths(bytes(key_lengths)),
+        workspace(wh_plan_workspace_bytes(made));
+    wh_tensors t;
+    EXPECT_EQ(wh_tensors_init(&t, sizeof(t)), WH_OK);
+    t.q = at_q.data();
+    t.k = at_k.data();
+    t.v = at_v.data();
+    t.out = at_out.data();
+    t.mask = at_mask.data();
+    t.sinks = static_cast<const float*>(at_sinks.data());
+    t.key_lengths = static_cast<const int32_t*>(at_lengths.data());
+    t.log_sum_exp = static_cast<float*>(at_lse.data());
+    t.workspace = workspace.data();
+    t.workspace_bytes = wh_plan_workspace_bytes(made);
+    const wh_status status = wh_plan_run(made, &t, &options);
+    out = floats_of(at_out.fetch(), dtype);
+    lse = floats_of(at_lse.fetch(), WH_F32);
     return status;
   }
 };

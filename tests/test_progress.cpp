@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "core/progress.h"
 
 namespace wh {
 namespace {
@@ -27,7 +28,27 @@ struct Watcher {
     return fraction >= self.cancel_at ? 1 : 0;
   }
   Progress progress() { return {look, this}; }
+  wh_run_options options() {
+    wh_run_options options;
+    EXPECT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
+    options.progress = look;
+    options.progress_context = this;
+    return options;
+  }
 };
+
+// What follows a field's name in the JSON of a plan.
+std::string config_of(const Attention& attention) {
+  const std::string json = wh_plan_json(attention.plan.get());
+  const size_t begin = json.find("\"config\":");
+  EXPECT_NE(begin, std::string::npos) << json;
+  return json.substr(begin, json.find('}', begin) - begin);
+}
+bool splits_keys(const Attention& attention) {
+  const std::string config = config_of(attention);
+  EXPECT_NE(config.find("\"chunk_keys\":"), std::string::npos) << config;
+  return config.find("\"chunk_keys\": 0,") == std::string::npos;
+}
 
 int64_t written(const std::vector<float>& out) {
   return std::count_if(out.begin(), out.end(), [](float x) { return !std::isnan(x); });
@@ -67,15 +88,14 @@ TEST_P(Stepped, LooksChangeNeitherThePlanNorTheBits) {
   Attention attention = GetParam().attention();
   attention.run(GetParam().kernel);
   const std::vector<float> out = attention.out, lse = attention.lse;
-  const Plan plan = attention.plan;
-  EXPECT_EQ(plan.config.chunk_keys > 0, GetParam().splits_keys);
+  const std::string config = config_of(attention);
+  const uint64_t workspace_bytes = wh_plan_workspace_bytes(attention.plan.get());
+  EXPECT_EQ(splits_keys(attention), GetParam().splits_keys);
   attention.limits.longest_step_us = 10e6;
   Watcher watcher;
-  Progress progress = watcher.progress();
-  const Status status = attention.run_watched(GetParam().kernel, progress);
-  ASSERT_TRUE(status.ok()) << status.message();
-  EXPECT_EQ(attention.plan.config, plan.config);
-  EXPECT_EQ(attention.plan.workspace_bytes, plan.workspace_bytes);
+  ASSERT_EQ(attention.run_with(GetParam().kernel, watcher.options()), WH_OK) << wh_last_error();
+  EXPECT_EQ(config_of(attention), config);
+  EXPECT_EQ(wh_plan_workspace_bytes(attention.plan.get()), workspace_bytes);
   EXPECT_TRUE(same_bits(attention.out, out) && same_bits(attention.lse, lse));
 }
 
@@ -84,9 +104,7 @@ TEST_P(Stepped, TheFractionNeverFallsAndEndsAtOne) {
   for (const int32_t threads : {1, 3}) {
     attention.limits.threads = threads;
     Watcher watcher;
-    Progress progress = watcher.progress();
-    const Status status = attention.run_watched(GetParam().kernel, progress);
-    ASSERT_TRUE(status.ok()) << status.message();
+    ASSERT_EQ(attention.run_with(GetParam().kernel, watcher.options()), WH_OK) << wh_last_error();
     ASSERT_GE(watcher.fractions.size(), 10u);
     EXPECT_GT(watcher.fractions.front(), 0);
     EXPECT_LT(watcher.fractions.front(), 0.25);
@@ -100,19 +118,19 @@ TEST_P(Stepped, ACancelledRunStopsSoonAndSaysWhatIsInOut) {
   attention.limits.threads = 2;
   Watcher watcher;
   watcher.cancel_at = 0.3;
-  Progress progress = watcher.progress();
-  const Status status = attention.run_watched(GetParam().kernel, progress);
-  ASSERT_EQ(status.code(), Code::kCancelled);
+  ASSERT_EQ(attention.run_with(GetParam().kernel, watcher.options()), WH_CANCELLED)
+      << wh_last_error();
+  const std::string message = wh_last_error();
   EXPECT_GE(watcher.fractions.back(), 0.3);
   EXPECT_EQ(std::count_if(watcher.fractions.begin(), watcher.fractions.end(),
                           [](double fraction) { return fraction >= 0.3; }),
             1);
   // All that was done by the time the call answered: two threads end the step they are in.
-  EXPECT_GE(percent(status.message()), 30) << status.message();
-  EXPECT_LE(percent(status.message()), 40) << status.message();
-  EXPECT_NE(status.message().find(std::string("out is ") + GetParam().state_at_30_percent),
+  EXPECT_GE(percent(message), 30) << message;
+  EXPECT_LE(percent(message), 40) << message;
+  EXPECT_NE(message.find(std::string("out is ") + GetParam().state_at_30_percent),
             std::string::npos)
-      << status.message();
+      << message;
   EXPECT_EQ(written(attention.out) > 0,
             GetParam().state_at_30_percent == std::string("partly written"));
   EXPECT_LT(written(attention.out), static_cast<int64_t>(attention.out.size()));
@@ -126,11 +144,10 @@ TEST(Progress, TheMergeOfSplitKeysIsCancelledToo) {
   attention.limits.threads = 1;
   Watcher watcher;
   watcher.cancel_at = 0.9997;  // the last 0.05 % of the multiply-adds are the merge's
-  Progress progress = watcher.progress();
-  const Status status = attention.run_watched("cpu_prefill", progress);
-  ASSERT_GT(attention.plan.config.chunk_keys, 0);
-  ASSERT_EQ(status.code(), Code::kCancelled);
-  EXPECT_NE(status.message().find("out is partly written"), std::string::npos) << status.message();
+  ASSERT_EQ(attention.run_with("cpu_prefill", watcher.options()), WH_CANCELLED) << wh_last_error();
+  const std::string message = wh_last_error();
+  ASSERT_TRUE(splits_keys(attention));
+  EXPECT_NE(message.find("out is partly written"), std::string::npos) << message;
   EXPECT_GT(written(attention.out), 0);
   EXPECT_LT(written(attention.out), static_cast<int64_t>(attention.out.size()));
 }
@@ -143,9 +160,7 @@ TEST(Progress, ALongChunkIsLookedAtOften) {
   Attention attention(1, 1, 2048, 200000, 16);
   attention.limits.longest_step_us = 50e3;
   Watcher watcher;
-  Progress progress = watcher.progress();
-  const Status status = attention.run_watched("cpu_prefill", progress);
-  ASSERT_TRUE(status.ok()) << status.message();
+  ASSERT_EQ(attention.run_with("cpu_prefill", watcher.options()), WH_OK) << wh_last_error();
   EXPECT_LE(watcher.longest_gap_us, 10 * attention.limits.longest_step_us);
   EXPECT_GE(watcher.fractions.size(), 100u);
   EXPECT_TRUE(std::is_sorted(watcher.fractions.begin(), watcher.fractions.end()));

@@ -1,11 +1,10 @@
 // What must hold whatever the numbers: relations between runs, and bits that must not move.
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention.h"
-#include "kernel_test.h"
 
 namespace wh {
 namespace {
@@ -30,7 +29,18 @@ class Kernels : public KernelTest {
  protected:
   // How far two ways to compute the same may be apart: outputs are below 2, and each way rounds
   // them, and in bf16 the weights, to the type.
-  static float bound() { return is_bf16_kernel(GetParam()) ? 0x1p-6f : 3e-6f; }
+  static float bound() {
+    if (!takes(GetParam(), WH_F32)) return 0x1p-6f;
+    return is_cuda(GetParam()) ? 1e-5f : 3e-6f;  // products of three parts of each factor
+  }
+};
+
+// What GPU's kernels have none of.
+class KernelsOnThreads : public Kernels {
+  void SetUp() override {
+    if (is_cuda(GetParam())) GTEST_SKIP() << "threads of the host are for CPU kernels";
+    Kernels::SetUp();
+  }
 };
 
 TEST_P(Kernels, GroupedQueriesEqualRepeatedHeads) {
@@ -85,7 +95,7 @@ TEST_P(Kernels, TwoHalvesMergeByLogSumExp) {
   }
 }
 
-TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBits) {
+TEST_P(KernelsOnThreads, AnyNumberOfThreadsGivesTheSameBits) {
   Attention attention(4, 2, queries(), 9000, 64);
   attention.limits.threads = 1;
   attention.run(GetParam());
@@ -98,16 +108,16 @@ TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBits) {
   }
 }
 
-TEST_P(Kernels, ASerialExecutorGivesTheSameBits) {
+TEST_P(KernelsOnThreads, ASerialExecutorGivesTheSameBits) {
   Attention attention(4, 2, queries(), 9000, 64);
   attention.limits.threads = 4;
   attention.run(GetParam());
   const std::vector<float> out = attention.out;
-  const Executor serial{[](void*, int32_t count, Executor::Task task, void* argument) {
-                          for (int32_t i = count - 1; i >= 0; --i) task(argument, i);
-                        },
-                        nullptr};
-  attention.run(GetParam(), serial);
+  const wh_executor serial{[](void*, int32_t count, void (*task)(void*, int32_t), void* argument) {
+                             for (int32_t i = count - 1; i >= 0; --i) task(argument, i);
+                           },
+                           nullptr};
+  attention.run(GetParam(), &serial);
   EXPECT_TRUE(same_bits(attention.out, out));
 }
 
@@ -145,7 +155,7 @@ TEST_P(Kernels, ARowWhoseScoresAreAllMinusInfinityIsEmptyWhateverVHolds) {
 
 TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
   Attention attention(1, 1, 4, 300, 64);
-  attention.problem.causal = Causal::kBottomRight;
+  attention.problem.causal = WH_CAUSAL_BOTTOM_RIGHT;
   attention.v[298 * 64 + 5] = kNan;  // queries 2 and 3 see key 298
   attention.run(GetParam());
   for (size_t row = 0; row < 4; ++row) {
@@ -161,7 +171,7 @@ TEST_P(Kernels, NanInTheFirstKeyThatAQueryDoesNotSeeDoesNotReachIt) {
   const int64_t len_q = std::string(GetParam()) == "cpu_decode" ? 2 : 5;
   for (int64_t key = 38 - len_q; key < 38; ++key) {
     Attention attention(64, 1, len_q, 37, 40);
-    attention.problem.causal = Causal::kBottomRight;
+    attention.problem.causal = WH_CAUSAL_BOTTOM_RIGHT;
     if (key < 37) attention.v[static_cast<size_t>(key * 40 + 7)] = kNan;
     attention.run(GetParam());
     for (size_t i = 0; i < attention.out.size(); ++i) {
@@ -172,58 +182,268 @@ TEST_P(Kernels, NanInTheFirstKeyThatAQueryDoesNotSeeDoesNotReachIt) {
   }
 }
 
+// How far an output may be from the mean of normal values: the output's rounding, and where weights
+// are rounded before they multiply V theirs.
+float rounding_bound(int32_t dtype) {
+  return dtype == WH_BF16 ? 0x1p-6f : dtype == WH_F16 ? 0x1p-9f : 1e-5f;
+}
+
+float lowest_of(int32_t dtype) {
+  return dtype == WH_F32   ? std::numeric_limits<float>::lowest()
+         : dtype == WH_F16 ? -65504.0f
+                           : -0x1.fep127f;
+}
+
+// A type, and the kind and the type of a mask that goes with it.
+struct MaskTypes {
+  int32_t dtype, kind, mask_dtype;
+};
+std::vector<MaskTypes> mask_types_of(const std::string& kernel) {
+  std::vector<MaskTypes> types;
+  for (const int32_t dtype : dtypes_of(kernel)) {
+    types.push_back({dtype, WH_MASK_ADDITIVE_F32, WH_F32});
+    types.push_back({dtype, WH_MASK_ADDITIVE, dtype});
+  }
+  return types;
+}
+
+// Of each column of V over the keys that `sees` takes.
+template <typename Sees>
+std::vector<double> mean_of_v(const Attention& attention, Sees sees) {
+  const auto dim = static_cast<size_t>(attention.problem.dim_v);
+  std::vector<double> mean(dim);
+  double count = 0;
+  for (size_t key = 0; key < static_cast<size_t>(attention.problem.len_k); ++key) {
+    if (!sees(key)) continue;
+    for (size_t d = 0; d < dim; ++d) mean[d] += attention.v[key * dim + d];
+    ++count;
+  }
+  for (double& value : mean) value /= std::max(1.0, count);
+  return mean;
+}
+
+// Rows [begin, end) of out are `want`, and their log-sum-exp is `lse`. Of one kv head and batch
+// entry.
+void expect_rows(const Attention& attention, size_t begin, size_t end,
+                 const std::vector<double>& want, double lse) {
+  for (size_t row = begin; row < end; ++row) {
+    for (size_t d = 0; d < want.size(); ++d) {
+      ASSERT_NEAR(attention.out[row * want.size() + d], want[d], rounding_bound(attention.dtype))
+          << "row " << row << ", column " << d;
+    }
+    if (!std::isfinite(lse)) {
+      ASSERT_EQ(attention.lse[row], lse) << "row " << row;
+    } else {
+      ASSERT_NEAR(attention.lse[row], lse, 1e-5 + 4e-6 * std::fabs(lse)) << "row " << row;
+    }
+  }
+}
+void expect_every_row(const Attention& attention, const std::vector<double>& want, double lse) {
+  expect_rows(attention, 0, attention.lse.size(), want, lse);
+}
+
+// As finite biases and sinks beyond it count: docs/semantics.md.
+double limited(double bias) {
+  return std::isfinite(bias) ? std::clamp(bias, -0x1p126, 0x1p126) : bias;
+}
+
+// From where scores still count to where they vanish, both ends of every type and denormals.
+constexpr float kMagnitudes[] = {1e-45f, 1e-40f,   1e-4f, 1.0f,  100.0f,
+                                 1e4f,   65504.0f, 1e6f,  3e7f,  1e9f,
+                                 3e9f,   1e12f,    7e15f, 1e20f, 3.3e27f,
+                                 1e33f,  6e37f,    9e37f, 3e38f, std::numeric_limits<float>::max()};
+
+// Whether it is a number of the type; `value` becomes the one it rounds to.
+bool round_to(int32_t dtype, float& value) {
+  value = floats_of(elements_of({value}, dtype), dtype)[0];
+  return std::isfinite(value);
+}
+
 // Programs mask with the lowest number of a type. It is finite: a row that has nothing else is the
 // mean of V, with no 0 and no NaN, in every kernel as in the reference.
 TEST_P(Kernels, AFiniteBiasNeverHidesAKey) {
   constexpr float kLowest = std::numeric_limits<float>::lowest();
-  constexpr float kLowestBf16 = -0x1.fep127f;
-  constexpr size_t kKeys = 45;
   struct Row {
     float even, odd;           // biases of even and odd keys
     bool sees_even, sees_odd;  // what is left to sum
   };
-  const Row rows[] = {{kLowest, kLowest, true, true},
-                      {kLowestBf16, kLowestBf16, true, true},
-                      {kLowest, kLowestBf16, true, true},
-                      {-3e38f, -1e38f, true, true},
-                      {kLowest, -kInfinity, true, false},
-                      {0, kLowest, true, false},
-                      {-kLowest, 0, true, false},
-                      {-kLowest, -kLowest, true, true},
-                      {-kInfinity, -kInfinity, false, false}};
-  for (const Row& row : rows) {
-    for (const MaskKind kind : {MaskKind::kAdditiveF32, MaskKind::kAdditiveQ}) {
-      for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
-        if (is_bf16_kernel(GetParam()) && dtype == Dtype::kF32) continue;
-        // narrow() would round f32's lowest number to minus infinity.
-        if (kind == MaskKind::kAdditiveQ && dtype == Dtype::kBf16 &&
-            (std::fabs(row.even) > -kLowestBf16 || std::fabs(row.odd) > -kLowestBf16)) {
-          continue;
+  for (const MaskTypes& types : mask_types_of(GetParam())) {
+    const float lowest = lowest_of(types.mask_dtype);
+    const Row rows[] = {
+        {lowest, lowest, true, true},
+        {lowest, -kInfinity, true, false},
+        {0, lowest, true, false},
+        {-lowest, 0, true, false},
+        {-lowest, -lowest, true, true},
+        {-kInfinity, -kInfinity, false, false},
+        // Beyond 2^126, where all count as that. Rounded to 16 bits they may not be.
+        {kLowest, lowest_of(WH_BF16), true, true},
+        {-3e38f, -1e38f, true, true}};
+    for (const Row& row : rows) {
+      Row rounded = row;
+      if (!round_to(types.mask_dtype, rounded.even) && std::isfinite(row.even)) continue;
+      if (!round_to(types.mask_dtype, rounded.odd) && std::isfinite(row.odd)) continue;
+      SCOPED_TRACE(testing::Message() << row.even << " and " << row.odd << ", dtype " << types.dtype
+                                      << ", mask kind " << types.kind);
+      Attention attention(32, 1, queries() / 2, 45, 64);
+      attention.dtype = types.dtype;
+      attention.problem.mask = types.kind;
+      std::fill(attention.q.begin(), attention.q.end(), 0.0f);  // every key weighs the same
+      for (int64_t i = 0; i < queries() / 2 * 45; ++i) {
+        attention.mask.push_back(i % 45 % 2 == 0 ? row.even : row.odd);
+      }
+      attention.run(GetParam());
+      const auto sees = [&](size_t key) { return key % 2 == 0 ? row.sees_even : row.sees_odd; };
+      const double seen = (row.sees_even ? 23 : 0) + (row.sees_odd ? 22 : 0);
+      expect_every_row(attention, mean_of_v(attention, sees), limited(row.even) + std::log(seen));
+    }
+  }
+}
+
+// Scores count no more beside biases of 1e9: their sum rounds to the bias. Row 0 alone has biases;
+// tiles, chunks and splits meet over the longer rows.
+TEST_P(Kernels, ARowOfOneHugeBiasIsTheMeanOfV) {
+  if (std::string(GetParam()) == "cpu_reference") {
+    GTEST_SKIP() << "float64 still tells the scores apart beside 1e9";
+  }
+  for (const int64_t len_k : {int64_t{8}, int64_t{300}, int64_t{6000}}) {
+    for (const MaskTypes& types : mask_types_of(GetParam())) {
+      for (const float magnitude : kMagnitudes) {
+        for (float bias : {-magnitude, magnitude}) {
+          if (magnitude < 1e9f || !round_to(types.mask_dtype, bias)) continue;
+          if (len_k == 6000 && (types.kind != WH_MASK_ADDITIVE_F32 || bias != -1e12f)) continue;
+          SCOPED_TRACE(testing::Message() << bias << ", " << len_k << " keys, dtype " << types.dtype
+                                          << ", mask kind " << types.kind);
+          Attention attention(1, 1, queries(), len_k, 64), without(1, 1, queries(), len_k, 64);
+          attention.dtype = without.dtype = types.dtype;
+          attention.problem.mask = types.kind;
+          attention.mask.assign(static_cast<size_t>(queries() * len_k), 0.0f);
+          std::fill_n(attention.mask.begin(), len_k, bias);
+          attention.run(GetParam());
+          const auto all = [](size_t) { return true; };
+          expect_rows(attention, 0, 1, mean_of_v(attention, all),
+                      limited(bias) + std::log(static_cast<double>(len_k)));
+          without.run(GetParam());
+          for (size_t i = 64; i < without.out.size(); ++i) {
+            ASSERT_NEAR(attention.out[i], without.out[i], rounding_bound(types.dtype)) << i;
+          }
         }
-        SCOPED_TRACE(row.even);
-        Attention attention(32, 1, queries() / 2, kKeys, 64);
-        attention.dtype = dtype;
-        attention.problem.mask = kind;
-        std::fill(attention.q.begin(), attention.q.end(), 0.0f);  // every key weighs the same
-        for (size_t i = 0; i < static_cast<size_t>(queries() / 2) * kKeys; ++i) {
-          attention.mask.push_back(i % kKeys % 2 == 0 ? row.even : row.odd);
-        }
+      }
+    }
+  }
+}
+
+// Equal scores: the bias alone is what the largest of them is made of.
+TEST_P(Kernels, EqualBiasesOfAnySizeAreTheMeanOfV) {
+  for (const MaskTypes& types : mask_types_of(GetParam())) {
+    for (const float magnitude : kMagnitudes) {
+      for (float bias : {-magnitude, magnitude}) {
+        if (!round_to(types.mask_dtype, bias)) continue;
+        SCOPED_TRACE(testing::Message()
+                     << bias << ", dtype " << types.dtype << ", mask kind " << types.kind);
+        Attention attention(3, 1, queries(), 150, 64);
+        attention.dtype = types.dtype;
+        attention.problem.mask = types.kind;
+        std::fill(attention.q.begin(), attention.q.end(), 0.0f);
+        attention.mask.assign(static_cast<size_t>(queries() * 150), bias);
         attention.run(GetParam());
-        const float bound = attention.dtype == Dtype::kBf16 ? 0x1p-6f : 3e-6f;
-        for (size_t d = 0; d < 64; ++d) {
-          double sum = 0, count = 0;
-          for (size_t j = 0; j < kKeys; ++j) {
-            if (!(j % 2 == 0 ? row.sees_even : row.sees_odd)) continue;
-            sum += attention.v[j * 64 + d];
-            ++count;
+        expect_every_row(attention, mean_of_v(attention, [](size_t) { return true; }),
+                         limited(bias) + std::log(150.0));
+      }
+    }
+  }
+}
+
+// Whichever of two biases is the larger is all that a row sees, in whatever order tiles bring them.
+TEST_P(Kernels, TheLargerOfTwoHugeBiasesHidesTheOther) {
+  for (const MaskTypes& types : mask_types_of(GetParam())) {
+    for (const float magnitude : {1e4f, 1e9f, 1e12f, 1e20f, 6e37f}) {
+      for (float larger : {-magnitude, magnitude}) {
+        float smaller = larger - magnitude / 2;
+        if (!round_to(types.mask_dtype, larger) || !round_to(types.mask_dtype, smaller)) continue;
+        for (const bool larger_first : {false, true}) {
+          SCOPED_TRACE(testing::Message() << larger << " over " << smaller << ", first "
+                                          << larger_first << ", dtype " << types.dtype);
+          Attention attention(2, 1, queries(), 400, 64);
+          attention.dtype = types.dtype;
+          attention.problem.mask = types.kind;
+          std::fill(attention.q.begin(), attention.q.end(), 0.0f);
+          const auto sees = [&](size_t key) { return (key < 230) == larger_first; };
+          for (int64_t i = 0; i < queries() * 400; ++i) {
+            attention.mask.push_back(sees(static_cast<size_t>(i % 400)) ? larger : smaller);
           }
-          const double mean = count == 0 ? 0 : sum / count;
-          for (size_t i = d; i < attention.out.size(); i += 64) {
-            ASSERT_NEAR(attention.out[i], mean, bound) << i;
-          }
+          attention.run(GetParam());
+          expect_every_row(attention, mean_of_v(attention, sees),
+                           larger + std::log(larger_first ? 230.0 : 170.0));
         }
-        for (const float lse : attention.lse) {
-          ASSERT_EQ(std::isfinite(lse), row.sees_even) << lse;
+      }
+    }
+  }
+}
+
+// Without a mask: the products of queries and keys are what is large. Powers of two, whose sums are
+// the same in any order: a library's product takes its last columns in another.
+TEST_P(Kernels, EqualScoresOfAnySizeAreTheMeanOfV) {
+  for (const int32_t dtype : dtypes_of(GetParam())) {
+    for (const float magnitude :
+         {0x1p-60f, 1.0f, 256.0f, 0x1p15f, 0x1p20f, 0x1p30f, 0x1p43f, 0x1p59f}) {
+      for (const float sign : {1.0f, -1.0f}) {
+        float each = magnitude;
+        if (!round_to(dtype, each)) continue;
+        SCOPED_TRACE(testing::Message() << sign << " * " << each << "^2, dtype " << dtype);
+        Attention attention(3, 1, queries(), 150, 64);
+        attention.dtype = dtype;
+        attention.problem.scale = 1;
+        std::fill(attention.q.begin(), attention.q.end(), sign * each);
+        std::fill(attention.k.begin(), attention.k.end(), each);
+        attention.run(GetParam());
+        expect_every_row(attention, mean_of_v(attention, [](size_t) { return true; }),
+                         64.0 * sign * each * each + std::log(150.0));
+      }
+    }
+  }
+}
+
+TEST_P(Kernels, EightEqualScoresOf3e4SquaredAreTheMeanOfV) {
+  for (const int32_t dtype : dtypes_of(GetParam())) {
+    Attention attention(1, 1, queries(), 8, 64);
+    attention.dtype = dtype;
+    attention.problem.scale = 1;
+    float each = 3e4f;
+    ASSERT_TRUE(round_to(dtype, each));
+    std::fill(attention.q.begin(), attention.q.end(), each);
+    std::fill(attention.k.begin(), attention.k.end(), each);
+    attention.run(GetParam());
+    expect_every_row(attention, mean_of_v(attention, [](size_t) { return true; }),
+                     64.0 * each * each + std::log(8.0));
+  }
+}
+
+// A sink as large as what it stands beside, far above it and far below, at every size.
+TEST_P(Kernels, ASinkOfAnySizeTakesItsShare) {
+  for (const int32_t dtype : dtypes_of(GetParam())) {
+    for (const float magnitude : kMagnitudes) {
+      for (const float bias : {-magnitude, magnitude}) {
+        Attention attention(3, 1, queries(), 150, 64);
+        attention.dtype = dtype;
+        std::fill(attention.q.begin(), attention.q.end(), 0.0f);
+        attention.problem.mask = WH_MASK_ADDITIVE_F32;
+        attention.mask.assign(static_cast<size_t>(queries() * 150), bias);
+        const std::vector<double> mean = mean_of_v(attention, [](size_t) { return true; });
+        for (const float sink : {bias, -bias, 0.0f, -kInfinity}) {
+          SCOPED_TRACE(testing::Message()
+                       << "sink " << sink << " beside " << bias << ", dtype " << dtype);
+          attention.sinks.assign(3, sink);
+          attention.run(GetParam());
+          const double of_keys = limited(bias) + std::log(150.0), of_sink = limited(sink);
+          const double top = std::max(of_keys, of_sink);
+          const double lse = top + std::log(std::exp(of_keys - top) + std::exp(of_sink - top));
+          // In base 2 and f32, as kernels have it, equal sizes are equal and others far apart.
+          double share = std::exp(of_keys - lse);
+          if (magnitude > 1e9f) share = sink == bias ? 150.0 / 151 : of_keys > of_sink ? 1 : 0;
+          std::vector<double> want = mean;
+          for (double& value : want) value *= share;
+          expect_every_row(attention, want, lse);
         }
       }
     }
@@ -231,9 +451,9 @@ TEST_P(Kernels, AFiniteBiasNeverHidesAKey) {
 }
 
 // Items follow the number of threads, and with them the keys that share a tile with a NaN.
-TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
+TEST_P(KernelsOnThreads, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
   Attention attention(4, 2, 4 * queries(), 700, 40);
-  attention.problem.causal = Causal::kBottomRight;
+  attention.problem.causal = WH_CAUSAL_BOTTOM_RIGHT;
   if (std::string(GetParam()) == "cpu_decode") attention = Attention(4, 2, 4, 700, 40);
   std::mt19937 random(3);
   for (size_t i = 0; i < 40; ++i) {
@@ -250,21 +470,9 @@ TEST_P(Kernels, AnyNumberOfThreadsGivesTheSameBitsAroundNanAndInfinity) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, Kernels, testing::ValuesIn(kCpuKernels), kernel_name);
-
-TEST(PrefillBf16, AnswersWithAnErrorWhereItHasNoCode) {
-  const int64_t before = hwy::SupportedTargets();
-  // None at all would mean every target.
-  hwy::SetSupportedTargetsForTest((before & ~((int64_t{HWY_AVX3} << 1) - 1)) | HWY_STATIC_TARGET);
-  const Problem p;
-  const Tensors t;
-  Progress progress;
-  const Status status = find_kernel(kernels_of(Device::kCpu), "cpu_prefill_bf16")
-                            ->run({p, {}, t, default_executor(), progress});
-  hwy::SetSupportedTargetsForTest(before);
-  EXPECT_EQ(status.code(), Code::kInternal);
-  EXPECT_NE(status.message().find("has no code for "), std::string::npos) << status.message();
-}
+INSTANTIATE_TEST_SUITE_P(Every, Kernels, testing::ValuesIn(kernels_under_test()), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Every, KernelsOnThreads, testing::ValuesIn(kernels_under_test()),
+                         kernel_name);
 
 }  // namespace
 }  // namespace wh

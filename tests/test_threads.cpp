@@ -9,7 +9,6 @@
 
 #include "attention.h"
 #include "call.h"
-#include "kernel_test.h"
 
 namespace wh {
 namespace {
@@ -66,20 +65,21 @@ TEST_P(KernelsOnThreadsOfTheCaller, GiveTheSameBits) {
   attention.run(GetParam());
   const std::vector<float> out = attention.out;
   attention.limits.threads = 4;
-  const Executor threads{[](void*, int32_t count, Executor::Task task, void* argument) {
-                           std::vector<std::thread> all;
-                           for (int32_t i = 0; i < count; ++i) all.emplace_back(task, argument, i);
-                           for (std::thread& thread : all) thread.join();
-                         },
-                         nullptr};
+  const wh_executor threads{[](void*, int32_t count, void (*task)(void*, int32_t), void* argument) {
+                              std::vector<std::thread> all;
+                              for (int32_t i = 0; i < count; ++i)
+                                all.emplace_back(task, argument, i);
+                              for (std::thread& thread : all) thread.join();
+                            },
+                            nullptr};
   for (int repeat = 0; repeat < 3; ++repeat) {
-    attention.run(GetParam(), threads);
+    attention.run(GetParam(), &threads);
     EXPECT_TRUE(same_bits(attention.out, out));
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, KernelsOnThreadsOfTheCaller, testing::ValuesIn(kCpuKernels),
-                         kernel_name);
+INSTANTIATE_TEST_SUITE_P(Every, KernelsOnThreadsOfTheCaller,
+                         testing::ValuesIn(kernels_under_test()), kernel_name);
 
 }  // namespace
 }  // namespace wh

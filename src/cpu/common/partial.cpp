@@ -70,7 +70,11 @@ void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, c
   const int64_t head = id.head_kv * group + id.row % group;
   float factor = 1;  // of o: what joining the sink leaves of it
   if (p.has_sinks) {
-    const float sink = limited_bias(t.sinks[head]) * kLog2e;
+    // Volatile: rounded before `shift`, which may be it, is subtracted. Compilers fuse the two
+    // where the baseline has multiply-adds (64-bit ARM), and the sink's own exponent would not be
+    // 0.
+    const volatile float rounded_sink = limited_bias(t.sinks[head]) * kLog2e;
+    const float sink = rounded_sink;
     const float largest = m < sink ? sink : m;
     const float shift = largest == -kInfinity ? 0 : largest;
     factor = std::exp2(m - shift);

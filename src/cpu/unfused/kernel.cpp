@@ -57,22 +57,23 @@ RowSums softmax_row(float* s, int64_t keys) {
   }
   float m = hn::GetLane(hn::MaxOfLanes(f32, m_vector));
   for (; j < keys; ++j) m = std::fmax(m, s[j]);
-  m *= kLog2e;
+  // Subtracted before it is multiplied: the largest score's exponent is then 0 whatever its size. A
+  // multiply-add would subtract a rounded product from one that is not.
   const float shift = m == minus_infinity ? 0 : m;
   const auto shift_vector = hn::Set(f32, shift);
   auto sum = hn::Zero(f32);
   for (j = 0; j + lanes <= keys; j += lanes) {
-    const auto x = hn::MulSub(hn::LoadU(f32, s + j), log2e, shift_vector);
+    const auto x = hn::Mul(hn::Sub(hn::LoadU(f32, s + j), shift_vector), log2e);
     const auto weight = exp2_nonpositive(x);
     sum = hn::Add(sum, weight);
     hn::StoreU(weight, f32, s + j);
   }
   float l = hn::GetLane(hn::SumOfLanes(f32, sum));
   for (; j < keys; ++j) {
-    s[j] = std::exp2(s[j] * kLog2e - shift);
+    s[j] = std::exp2((s[j] - shift) * kLog2e);
     l += s[j];
   }
-  return {m, l};
+  return {m * kLog2e, l};
 }
 
 void softcap_row(float* s, int64_t keys, float softcap) {

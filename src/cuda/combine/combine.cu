@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   };
   load(0);
 
-  const float sink = sink_of(args, head) * kLog2E;
+  // Rounded before `top`, which may be it, is subtracted.
+  const float sink = __fmul_rn(sink_of(args, head), kLog2E);
   top = warp_max(fmaxf(top, sink));
   float shares[kRounds * kRoundSplits / 32];
   float total = 0;

@@ -204,16 +204,17 @@ class FewRowsBlock {
     }
   }
 
-  // In base 2; minus infinity where this lane's row may not see the key.
+  // In base 2; minus infinity where this lane's row may not see the key. Products are rounded
+  // before anything is subtracted from them: fused, the largest score less itself would not be 0.
   __device__ __forceinline__ float visible_score(float dot, int32_t key) const {
     if (key >= end_ || static_cast<uint32_t>(key - score_row_.first_key) >= score_row_.key_count) {
       return -INFINITY;
     }
     float score[1] = {dot};
-    if (args_.scores == Scores::kPlain) return score[0] * (a_.scale * kLog2E);
+    if (args_.scores == Scores::kPlain) return __fmul_rn(score[0], a_.scale * kLog2E);
     transform_scores(score, a_);
     const float bias = mask_bias<float>(a_, score_row_, key);
-    return bias == -INFINITY ? -INFINITY : (score[0] + bias) * kLog2E;
+    return bias == -INFINITY ? -INFINITY : __fmul_rn(score[0] + bias, kLog2E);
   }
 
   // Takes the scores of a step into the row's softmax; returns this lane's weight.
@@ -314,7 +315,7 @@ class FewRowsBlock {
   __device__ __forceinline__ void weigh_teams(Shares& shares, int r) const {
     const PackedRow at = packed_row(r);
     const Partials& partials = args_.partials;
-    const float sink = partials.splits > 1 ? -INFINITY : sink_of(a_, at.head) * kLog2E;
+    const float sink = partials.splits > 1 ? -INFINITY : __fmul_rn(sink_of(a_, at.head), kLog2E);
     float top = sink;
 #pragma unroll
     for (int t = 0; t < kTeams; ++t) top = fmaxf(top, shares.largest[t][r]);
