@@ -38,8 +38,9 @@ def undisturbed(row):
     return "" if row.get("guarded", True) else " ~"
 
 
-def is_fused(row):
-    return not row["kernel"].endswith(("_unfused", "_reference"))
+def role_of(row):
+    """What the kernel is to the others; results from before rows said it have no other kernels than these."""
+    return row.get("role") or {"cpu_unfused": "baseline", "cpu_reference": "reference"}.get(row["kernel"], "fused")
 
 
 def fastest(rows):
@@ -81,12 +82,12 @@ def suite_table(document, peak, reads):
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, kernels in problems(document["rows"]):
         rows = list(kernels.values())
-        fused = fastest([row for row in rows if is_fused(row)])
+        fused = fastest([row for row in rows if role_of(row) == "fused"])
         cells = [name] + fused_cells(fused, peak_of(fused, document, peak) if fused else peak, reads)
         if has_plain:
             cells.append(f"{fused['times_plain']:.2f}" if fused and "times_plain" in fused else "")
         else:
-            unfused = next((row for row in rows if row["kernel"].endswith("_unfused")), None)
+            unfused = next((row for row in rows if role_of(row) == "baseline"), None)
             chosen = next((row["kernel"] for row in rows if row["chosen"]), "-")
             cells += unfused_cells(fused, unfused) + [chosen, rows[0].get("threshold_would_choose", "")]
         lines.append("| " + " | ".join(cells) + " |")

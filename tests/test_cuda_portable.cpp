@@ -115,7 +115,8 @@ TEST(CudaPortable, FewRowsOfF32RunOnTheCudaCores) {
   EXPECT_EQ(variant_of(problem(1, 5000, 64, 257, Dtype::kF32)).cores, Cores::kTensor);
   EXPECT_EQ(variant_of(problem(1, 5000, 64, 64, Dtype::kBf16)).cores, Cores::kTensor);
   const Problem p = problem(1, 5000, 128, 128, Dtype::kF32);
-  EXPECT_EQ(kPortable.configure(kHopper.query(p)).variant, "f32 CUDA cores, 128/128");
+  EXPECT_EQ(kPortable.variant(kHopper.query(p), kPortable.configure(kHopper.query(p))),
+            "f32 CUDA cores, 128/128");
 }
 
 TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {

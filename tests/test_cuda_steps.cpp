@@ -198,7 +198,7 @@ TEST(CudaSteps, WholeWavesFillAStep) {
   const Plan made = plan(chunk(204800), 20e3);
   ASSERT_EQ(made.kernel, "sm90_prefill");
   EXPECT_GT(made.config.step_tiles, 0);
-  EXPECT_EQ(made.config.step_tiles % made.config.threads, 0);
+  EXPECT_EQ(made.config.step_tiles % made.config.workers, 0);
   EXPECT_LT(made.config.step_tiles, 1024);
   EXPECT_EQ(plan(chunk(204800), 0).config.step_tiles, 0);
   // Cutting costs no memory.
@@ -249,6 +249,7 @@ TEST(CudaSteps, SurvivesJson) {
   const Plan made = plan(chunk(204800), 20e3);
   ASSERT_GT(made.config.step_tiles, 0);
   const std::string json = to_json(made);
+  EXPECT_NE(json.find("\"threads\": 0,\n    \"workers\": 132"), std::string::npos) << json;
   const Result<Plan> again = plan_from_json(json, h100_machine);
   ASSERT_TRUE(again.ok()) << again.status().message();
   EXPECT_EQ(*again, made);

@@ -299,7 +299,9 @@ struct BrokenJson {
 };
 
 TEST(PlanJson, RefusesWhatWasEdited) {
-  const std::string json = to_json(*plan(chunk(512), {}));
+  Limits limits;
+  limits.threads = 2;
+  const std::string json = to_json(*plan(chunk(512), limits));
   const BrokenJson edits[] = {
       {"\"heads_q\": 64", "\"heads_q\": 63", "multiple of heads_kv"},
       {"\"heads_q\": 64", "\"heads_q\": 1e3", "problem.heads_q is not an integer"},
@@ -308,6 +310,11 @@ TEST(PlanJson, RefusesWhatWasEdited) {
       {"\"len_q\": 2048,", "", "problem.len_q is missing"},
       {"\"tile_k\": ", "\"tile_k\": 1", "plan again"},
       {"\"kernel\": \"cpu_prefill\"", "\"kernel\": \"cpu_unfused\"", "plan again"},
+      {"\"arithmetic\": \"f32\"", "\"arithmetic\": \"bf16\"", "plan again"},
+      {"\"arithmetic\": \"f32\"", "\"arithmetic\": \"f8\"", "valid: f64, f32, 3xtf32, f16"},
+      {"\"variant\": \"", "\"variant\": \"no ", "plan again"},
+      {"\"threads\": 2,\n    \"workers\"", "\"threads\": 3,\n    \"workers\"",
+       "config.threads is 3; 2 workers make it 2"},
       {"\"sinks\": false", "\"sinks\": 0", "problem.sinks is not true or false"},
   };
   for (const BrokenJson& edit : edits) {

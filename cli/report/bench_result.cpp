@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "measure/useful_work.h"
-#include "plan/plan.h"
+#include "plan/names.h"
 
 namespace wh::cli {
 namespace {
@@ -39,6 +39,7 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
             {"queries", p.len_q},
             {"keys", p.len_k},
             {"kernel", row.kernel},
+            {"role", kRoles.name(row.role)},
             {"chosen", row.kernel == result.chosen},
             {"threshold_would_choose", threshold_choice(p)},
             {"estimates", result.estimates},
@@ -95,7 +96,7 @@ void add_crossover(Chart& chart, const BenchResult& result) {
   const BenchRow* unfused = result.unfused();
   double fused_us = 0;
   for (const BenchRow& row : result.rows) {
-    if (!row.ran() || &row == unfused || row.kernel.ends_with("_reference")) continue;
+    if (!row.ran() || row.role != Role::kFused) continue;
     if (fused_us == 0 || row.samples.best() < fused_us) fused_us = row.samples.best();
   }
   if (unfused == nullptr || fused_us == 0) return;
@@ -124,7 +125,7 @@ const BenchRow* BenchResult::fastest() const {
 
 const BenchRow* BenchResult::unfused() const {
   for (const BenchRow& row : rows) {
-    if (row.ran() && row.kernel.ends_with("_unfused")) return &row;
+    if (row.ran() && row.role == Role::kBaseline) return &row;
   }
   return nullptr;
 }

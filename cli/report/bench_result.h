@@ -6,6 +6,7 @@
 
 #include "input/problem_flags.h"
 #include "measure/measure.h"
+#include "plan/kernel.h"
 #include "report/chart.h"
 
 namespace wh::cli {
@@ -32,6 +33,7 @@ struct BenchDevice {
 // One kernel on one problem.
 struct BenchRow {
   std::string kernel;
+  Role role = Role::kFused;
   std::string refusal;  // empty: it ran
   Samples samples;
   double estimated_us = 0;

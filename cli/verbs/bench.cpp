@@ -84,7 +84,9 @@ Result<std::vector<std::string>> read_against(const std::string& list, Device de
   for (size_t begin = 0; begin < list.size();) {
     const size_t end = std::min(list.find(',', begin), list.size());
     std::string name = list.substr(begin, end - begin);
-    if (name == "unfused") name = device == Device::kCpu ? "cpu_unfused" : "cuda_unfused";
+    for (const Kernel* kernel : kernels_of(device)) {
+      if (name == "unfused" && kernel->role == Role::kBaseline) name = kernel->name;
+    }
     if (name != "fused" && std::find(all.begin(), all.end(), name) == all.end()) {
       return invalid(fmt::format("--against names \"{}\"; did you mean \"{}\"?", name,
                                  nearest_name(name, all)));
@@ -226,12 +228,15 @@ class Bench {
     return names;
   }
 
+  static Role role_of(const Plan& plan, const std::string& kernel) {
+    return find_kernel(kernels_of(plan.problem.device), kernel)->role;
+  }
+
   // The fused kernel that the planner would take if it had to; empty: none can.
   static std::string fastest_fused(const Plan& plan) {
     const Candidate* fastest = nullptr;
     for (const Candidate& candidate : plan.candidates) {
-      const Kernel* kernel = find_kernel(kernels_of(plan.problem.device), candidate.kernel);
-      if (!kernel->is_fused || candidate.estimated_us == 0) continue;
+      if (role_of(plan, candidate.kernel) != Role::kFused || candidate.estimated_us == 0) continue;
       if (candidate.verdict == Verdict::kOverBudget) continue;
       if (fastest == nullptr || candidate.estimated_us < fastest->estimated_us) {
         fastest = &candidate;
@@ -243,6 +248,7 @@ class Bench {
   BenchRow planned_row(const Plan& plan, const std::string& kernel) const {
     BenchRow row;
     row.kernel = kernel;
+    row.role = role_of(plan, kernel);
     for (const Candidate& candidate : plan.candidates) {
       if (candidate.kernel != kernel) continue;
       row.workspace_bytes = candidate.workspace_bytes;
@@ -254,7 +260,7 @@ class Bench {
       }
     }
     // The float64 oracle is no rival where it takes seconds.
-    const double longest_s = kernel.ends_with("_reference") && kernel != plan.kernel
+    const double longest_s = row.role == Role::kReference && kernel != plan.kernel
                                  ? std::min(1.0, flags_.skip_over)
                                  : flags_.skip_over;
     if (row.ran() && row.estimated_us > longest_s * 1e6) {

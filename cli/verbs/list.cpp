@@ -8,7 +8,7 @@
 #include "api/profile_store.h"
 #include "core/names.h"
 #include "core/nearest_name.h"
-#include "plan/plan.h"
+#include "plan/names.h"
 #include "report/session.h"
 
 namespace wh::cli {
@@ -25,7 +25,8 @@ Json list_kernels() {
     for (const Kernel* kernel : kernels_of(device)) {
       rows.push_back({{"kernel", kernel->name},
                       {"device", kDevices.name(device)},
-                      {"fused", kernel->is_fused},
+                      {"fused", kernel->is_fused()},
+                      {"role", kRoles.name(kernel->role)},
                       {"summary", kernel->summary}});
     }
   }

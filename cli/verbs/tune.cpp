@@ -162,7 +162,8 @@ class Tuner {
     for (const Candidate& candidate : plan->candidates) {
       // What takes long here takes a known multiple of what was measured on smaller shapes. The
       // oracle can be the fastest on the smallest alone.
-      const double longest_us = candidate.kernel.ends_with("_reference") ? 200 : 1e5;
+      const double longest_us =
+          find_kernel(machine.kernels, candidate.kernel)->role == Role::kReference ? 200 : 1e5;
       if (candidate.verdict == Verdict::kRefused || candidate.estimated_us > longest_us) continue;
       Limits forced;
       forced.kernel = candidate.kernel;

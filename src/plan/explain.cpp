@@ -29,9 +29,8 @@ std::string explain(const Plan& plan) {
   std::string text =
       fmt::format("problem    {}\ndevice     {}\n", describe(plan.problem), plan.device);
   if (plan.runnable()) {
-    text += fmt::format("kernel     {} ({}), {} workspace, about {}\n", plan.kernel,
-                        plan.config.variant, format_bytes(plan.workspace_bytes),
-                        format_us(plan.estimated_us));
+    text += fmt::format("kernel     {} ({}), {} workspace, about {}\n", plan.kernel, plan.variant,
+                        format_bytes(plan.workspace_bytes), format_us(plan.estimated_us));
   } else {
     text += "kernel     none is allowed by the limits\n";
   }

@@ -17,13 +17,48 @@
 
 namespace wh {
 
-// The numbers a kernel was planned with. Plain data: a plan stores, prints and reloads it.
+// What a kernel is to the others.
+enum class Role : uint8_t {
+  kFused,      // the score matrix is never stored
+  kBaseline,   // matmul, softmax, matmul: what a fused kernel is compared with
+  kReference,  // the oracle, written for accuracy alone
+};
+
+// What multiplies. Weights are of the same type, unless it says otherwise.
+enum class Arithmetic : uint8_t {
+  kF64,
+  kF32,
+  kTf32x3,  // f32 as the sum of two TF32 numbers, three products of those
+  kF16,
+  kBf16,
+  kBf16High,  // bf16, weights as the sum of two numbers
+};
+
+// The type's own.
+constexpr Arithmetic arithmetic_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return Arithmetic::kF32;
+    case Dtype::kF16:
+      return Arithmetic::kF16;
+    case Dtype::kBf16:
+      return Arithmetic::kBf16;
+  }
+  return Arithmetic::kF64;  // no such type: validate() refuses it
+}
+
+// What a kernel was planned with, and all that it decides by at run time. Plain data: a plan
+// stores, prints and reloads it. A field that a kernel has no use for keeps its default.
 struct Config {
-  std::string variant;     // the instruction set or arithmetic that runs, for people to read
-  int32_t threads = 1;     // scratch is sized for this many workers; CUDA: blocks of the grid
-  int64_t tile_q = 0;      // query rows an item covers
-  int64_t tile_k = 0;      // keys a tile covers
-  int64_t chunk_keys = 0;  // keys between two merges by log-sum-exp; 0: keys are not split
+  Arithmetic arithmetic = Arithmetic::kF32;
+  // What items are dealt to: the threads of a CPU kernel, each with a scratch of its own; the
+  // blocks or clusters of a CUDA kernel. 0: each item has a block of its own.
+  int32_t workers = 0;
+  int32_t splits = 1;             // CUDA: blocks that share an item's keys
+  int32_t instance = 0;           // CUDA: which compiled one, of the kernel's own list
+  int64_t tile_q = 0;             // query rows an item covers
+  int64_t tile_k = 0;             // keys a tile covers
+  int64_t chunk_keys = 0;         // keys between two merges by log-sum-exp; 0: keys are not split
   int64_t fresh_keys = kAnyKeys;  // Limits::fresh_keys, where the kernel makes use of it
   int64_t step_tiles = 0;  // CUDA: tiles (blocks, passes) that one launch takes; 0: all of them
   bool operator==(const Config&) const = default;
@@ -46,19 +81,24 @@ struct Launch {
   void* stream = nullptr;  // cudaStream_t of a CUDA kernel; null is the default stream
 };
 
+// Filled with designated initialisers: a list of ten values by place says nothing.
 struct Kernel {
   const char* name;
   Device device;
-  bool is_fused;
+  Role role;
   const char* summary;
 
   std::optional<std::string> (*refusal)(const Query&);  // nullopt: it can
   Config (*configure)(const Query&);
+  // The instruction set or arithmetic that the config stands for, for people to read.
+  std::string (*variant)(const Query&, const Config&);
   size_t (*workspace_bytes)(const Problem&, const Config&);  // exact
   double (*estimate_us)(const Query&, const Config&);
   Status (*run)(const Launch&);
-  // Of the longest piece between two looks at Launch::progress. Null: the whole call is one.
+  // The longest piece between two looks at Launch::progress. Null: the whole call is one.
   double (*step_us)(const Query&, const Config&) = nullptr;
+
+  bool is_fused() const { return role == Role::kFused; }
 };
 
 }  // namespace wh

@@ -30,6 +30,7 @@ struct Plan {
   std::string device;  // what it was planned for, for people to read
   std::string kernel;  // empty: no kernel is allowed, and the candidates say why
   Config config;
+  std::string variant;  // the instruction set or arithmetic that runs, for people to read
   uint64_t workspace_bytes = 0;
   double estimated_us = 0;
   std::string estimates;              // where the times come from: formula, or which profile

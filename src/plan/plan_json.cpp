@@ -112,10 +112,20 @@ Limits read_limits(const Json& json) {
   return limits;
 }
 
-void write_config(const Config& config, JsonWriter& json) {
+// What a CPU plan's workers are. JSON has it beside `workers`, which are blocks on CUDA.
+int32_t threads_of(const Plan& plan) {
+  return plan.problem.device == Device::kCpu ? plan.config.workers : 0;
+}
+
+void write_config(const Plan& plan, JsonWriter& json) {
+  const Config& config = plan.config;
   json.begin_object("config");
-  json.write("variant", config.variant);
-  json.write("threads", config.threads);
+  json.write("variant", plan.variant);
+  json.write("arithmetic", kArithmetics.name(config.arithmetic));
+  json.write("threads", threads_of(plan));
+  json.write("workers", config.workers);
+  json.write("splits", config.splits);
+  json.write("instance", config.instance);
   json.write("tile_q", config.tile_q);
   json.write("tile_k", config.tile_k);
   json.write("chunk_keys", config.chunk_keys);
@@ -124,17 +134,24 @@ void write_config(const Config& config, JsonWriter& json) {
   json.end_object();
 }
 
-Config read_config(const Json& json) {
+void read_config(const Json& json, Plan& plan) {
   const JsonReader reader(json, "config");
-  Config config;
-  reader.read("variant", config.variant);
-  reader.read("threads", config.threads);
+  Config& config = plan.config;
+  reader.read("variant", plan.variant);
+  reader.read("arithmetic", kArithmetics, config.arithmetic);
+  int32_t threads = 0;
+  reader.read("threads", threads);
+  reader.read("workers", config.workers);
+  reader.read("splits", config.splits);
+  reader.read("instance", config.instance);
   reader.read("tile_q", config.tile_q);
   reader.read("tile_k", config.tile_k);
   reader.read("chunk_keys", config.chunk_keys);
   reader.read("fresh_keys", config.fresh_keys);
   reader.read("step_tiles", config.step_tiles);
-  return config;
+  if (threads == threads_of(plan)) return;
+  throw MalformedJson{fmt::format("config.threads is {}; {} workers make it {}", threads,
+                                  config.workers, threads_of(plan))};
 }
 
 Candidate read_candidate(const Json& json, size_t index) {
@@ -153,7 +170,7 @@ Plan read_plan(const Json& json) {
   Plan plan;
   plan.problem = read_problem(reader.member("problem"));
   plan.limits = read_limits(reader.member("limits"));
-  plan.config = read_config(reader.member("config"));
+  read_config(reader.member("config"), plan);
   reader.read("device", plan.device);
   reader.read("kernel", plan.kernel);
   reader.read("workspace_bytes", plan.workspace_bytes);
@@ -173,7 +190,7 @@ Status check_against_machine(const Plan& plan, const Machine& machine) {
   const Result<Plan> again = make_plan(plan.problem, plan.limits, machine);
   if (!again.ok()) return again.status();
   if (again->kernel != plan.kernel || again->config != plan.config ||
-      again->workspace_bytes != plan.workspace_bytes) {
+      again->variant != plan.variant || again->workspace_bytes != plan.workspace_bytes) {
     return invalid(fmt::format(
         "the stored plan is {} with {} of workspace for \"{}\", but this machine and version plan "
         "{} with {}; plan again",
@@ -193,7 +210,7 @@ std::string to_json(const Plan& plan) {
   write_limits(plan.limits, json);
   json.write("device", plan.device);
   json.write("kernel", plan.kernel);
-  write_config(plan.config, json);
+  write_config(plan, json);
   json.write("workspace_bytes", plan.workspace_bytes);
   json.write("estimated_us", plan.estimated_us);
   json.write("estimates", plan.estimates);

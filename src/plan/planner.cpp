@@ -38,12 +38,12 @@ std::string policy_refusal(const Kernel& kernel, const Query& query) {
   if (!limits.kernel.empty()) {
     return limits.kernel == kernel.name ? "" : fmt::format("the caller forces {}", limits.kernel);
   }
-  if (limits.policy == Policy::kFused && !kernel.is_fused) {
+  if (limits.policy == Policy::kFused && !kernel.is_fused()) {
     return "not fused, and the policy is fused";
   }
   if (limits.policy == Policy::kFusedAbove) {
     const bool wants_fused = query.problem.len_k >= limits.fused_above;
-    if (wants_fused != kernel.is_fused) {
+    if (wants_fused != kernel.is_fused()) {
       return fmt::format("the policy takes {} kernel {} {} keys",
                          wants_fused ? "a fused" : "an unfused", wants_fused ? "from" : "below",
                          limits.fused_above);
@@ -77,7 +77,7 @@ bool profile_holds(const Machine& machine, const Limits& limits, Device device) 
          (device == Device::kCuda || machine.cpu.threads(limits.threads) == machine.cpu.cores);
 }
 
-// Of the formula, for this kernel and problem.
+// Measured time over the formula's, for this kernel and problem.
 double correction_of(const Kernel& kernel, const Problem& problem, const Profile* profile) {
   return profile == nullptr ? 1 : profile->correction(kernel.name, CostFeatures::of(problem));
 }
@@ -156,7 +156,7 @@ Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machi
   for (const Kernel* kernel : machine.kernels) {
     Assessment assessment = assess(*kernel, query, profile);
     plan.candidates.push_back(std::move(assessment.candidate));
-    configs.push_back(std::move(assessment.config));
+    configs.push_back(assessment.config);
     compared_us.push_back(assessment.compared_us);
   }
   size_t best = plan.candidates.size();
@@ -174,7 +174,8 @@ Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machi
         "the batch";
   }
   plan.kernel = chosen.kernel;
-  plan.config = std::move(configs[best]);
+  plan.config = configs[best];
+  plan.variant = machine.kernels[best]->variant(query, plan.config);
   plan.workspace_bytes = chosen.workspace_bytes;
   plan.estimated_us = chosen.estimated_us;
   return plan;

@@ -32,8 +32,7 @@ std::optional<std::string> refusal(const Query& query) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.variant = query.cpu.isa + " f32";
-  config.threads = query.cpu.threads(query.limits.threads);
+  config.workers = query.cpu.threads(query.limits.threads);
   config.tile_k = kTileKeys;
   const int64_t batch = query.limits.batch_invariant ? 1 : std::max<int64_t>(1, p.batch);
   const int64_t least = std::max<int64_t>(512, 32 * p.len_q * p.group());
@@ -44,7 +43,7 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return DecodeWorkspace(p, config, nullptr).bytes(config.threads);
+  return DecodeWorkspace(p, config, nullptr).bytes(config.workers);
 }
 
 // Cycles, fitted to 190 problems of 16 to 16384 keys, dims 64 to 512 and 1 to 128 rows on AVX-512:
@@ -56,7 +55,7 @@ constexpr double kMergeRow = 3.2;                        // a chunk's row and di
 constexpr double kItem = 770;
 constexpr double kHidden = 0.2;  // of the shorter of reading and computing: they overlap
 
-// Of a key against the rows of a head.
+// Cycles of a key against the rows of a head.
 double key_cycles(const Query& query, const DecodeShape& shape) {
   const double lanes = query.cpu.simd_floats;
   const auto rows = static_cast<double>(shape.rows);
@@ -85,7 +84,7 @@ double estimate_us(const Query& query, const Config& config) {
   }
   const double cycles = head_cycles * static_cast<double>(p.batch * p.heads_kv) + items * kItem;
   const double at_work =
-      std::clamp(items, 1.0, static_cast<double>(std::min(config.threads, query.cpu.cores)));
+      std::clamp(items, 1.0, static_cast<double>(std::min(config.workers, query.cpu.cores)));
   const double compute_us = cycles * cycle_us(query.cpu) / at_work;
   const double memory_us =
       read_us(query.cpu, kv_bytes(p) * keys / std::max(1.0, static_cast<double>(p.len_k))) *
@@ -93,10 +92,7 @@ double estimate_us(const Query& query, const Config& config) {
   return std::max(compute_us, memory_us) + std::min(compute_us, memory_us) * kHidden + kCallUs;
 }
 
-Status run(const Launch& launch) { return run_decode(launch); }
-
-// Of all rows against as many tiles of keys as are worth a look, or of a block of rows that are
-// merged.
+// All rows against as many tiles of keys as are worth a look, or a block of rows that are merged.
 double step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const DecodeShape shape(p, config);
@@ -190,15 +186,17 @@ int64_t DecodeWorkspace::work(const Problem& p, const Tensors& t) const {
   return work * p.heads_kv + merge_work(partials, partials.rows);
 }
 
-const Kernel kDecode{"cpu_decode",
-                     Device::kCpu,
-                     true,
-                     "few queries, keys split into chunks, each read once for a whole group",
-                     refusal,
-                     configure,
-                     workspace_bytes,
-                     estimate_us,
-                     run,
-                     step_us};
+const Kernel kDecode{
+    .name = "cpu_decode",
+    .device = Device::kCpu,
+    .role = Role::kFused,
+    .summary = "few queries, keys split into chunks, each read once for a whole group",
+    .refusal = refusal,
+    .configure = configure,
+    .variant = [](const Query& query, const Config&) { return query.cpu.isa + " f32"; },
+    .workspace_bytes = workspace_bytes,
+    .estimate_us = estimate_us,
+    .run = run_decode,
+    .step_us = step_us};
 
 }  // namespace wh::cpu

@@ -1,7 +1,6 @@
 #include "cpu/prefill/config.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "cpu/common/cost.h"
 #include "cpu/common/rounding.h"
@@ -25,13 +24,13 @@ constexpr int64_t kMostPartialBytes = 8 << 20;
 int64_t panel_lanes(const Query& query) { return kPanelVectors * query.cpu.simd_floats; }
 
 double threads_at_work(const Query& query, const Config& config) {
-  return std::min<double>(config.threads, query.cpu.cores);
+  return std::min<double>(config.workers, query.cpu.cores);
 }
 
 // Rows whose Q and O panels stay in L2 next to one K and V tile.
-int64_t most_tile_rows(const Query& query, PrefillArithmetic arithmetic) {
+int64_t most_tile_rows(const Query& query, Arithmetic arithmetic) {
   const Problem& p = query.problem;
-  const int64_t q_rows = arithmetic == PrefillArithmetic::kF32 ? p.dim_qk : divide_up(p.dim_qk, 2);
+  const int64_t q_rows = arithmetic == Arithmetic::kF32 ? p.dim_qk : divide_up(p.dim_qk, 2);
   const int64_t lanes = panel_lanes(query);
   const int64_t in_l2 = query.cpu.l2_bytes * 3 / 5 / ((q_rows + p.dim_v) * 4);
   return std::clamp(in_l2 / lanes * lanes, lanes, kMostTileRows / lanes * lanes);
@@ -63,11 +62,11 @@ constexpr double kMoveRow = 0.9;                                      // a row a
 constexpr double kMergeRow = 4.8;                                     // a chunk's row and dim
 constexpr double kItem = 1300;
 
-// Of a key against so many rows of a head, beside widening it.
-double key_cycles(const Query& query, PrefillArithmetic arithmetic, int64_t rows) {
+// Cycles of a key against so many rows of a head, beside widening it.
+double key_cycles(const Query& query, Arithmetic arithmetic, int64_t rows) {
   const Problem& p = query.problem;
-  const bool is_f32 = arithmetic == PrefillArithmetic::kF32;
-  const double parts = arithmetic == PrefillArithmetic::kBf16High ? 2 : 1;
+  const bool is_f32 = arithmetic == Arithmetic::kF32;
+  const double parts = arithmetic == Arithmetic::kBf16High ? 2 : 1;
   const double slowdown = is_f32 ? 1 : query.cpu.gflops_per_core / query.cpu.bf16_gflops_per_core;
   const int64_t lanes = panel_lanes(query);
   const int64_t tail = divide_up(rows % lanes, query.cpu.simd_floats);
@@ -80,29 +79,15 @@ double key_cycles(const Query& query, PrefillArithmetic arithmetic, int64_t rows
          vectors * kSoftmax;
 }
 
-Config configure(const Query& query) {
-  return configure_prefill(query, PrefillArithmetic::kF32, query.cpu.isa + " f32");
-}
-
-size_t workspace_bytes(const Problem& p, const Config& config) {
-  return PrefillWorkspace(p, config, PrefillArithmetic::kF32, nullptr).bytes(config.threads);
-}
-
-double estimate_us(const Query& query, const Config& config) {
-  return prefill_estimate_us(query, config, PrefillArithmetic::kF32);
-}
-
-double step_us(const Query& query, const Config& config) {
-  return prefill_step_us(query, config, PrefillArithmetic::kF32);
-}
+Config configure(const Query& query) { return configure_prefill(query, Arithmetic::kF32); }
 
 }  // namespace
 
-Config configure_prefill(const Query& query, PrefillArithmetic arithmetic, std::string variant) {
+Config configure_prefill(const Query& query, Arithmetic arithmetic) {
   const Problem& p = query.problem;
   Config config;
-  config.variant = std::move(variant);
-  config.threads = query.cpu.threads(query.limits.threads);
+  config.arithmetic = arithmetic;
+  config.workers = query.cpu.threads(query.limits.threads);
   const int64_t tile_bytes_a_key = (p.dim_qk + p.dim_v) * 4;
   config.tile_k =
       std::clamp<int64_t>(query.cpu.l2_bytes / 4 / tile_bytes_a_key, 32, kMostTileKeys) / 8 * 8;
@@ -115,13 +100,17 @@ Config configure_prefill(const Query& query, PrefillArithmetic arithmetic, std::
   // at the threads.
   const int64_t items_a_tile =
       std::max<int64_t>(1, PrefillShape(p, config, query.cpu.simd_floats).items / tiles);
-  tiles = std::max(tiles, std::min(divide_up(4 * config.threads, items_a_tile),
+  tiles = std::max(tiles, std::min(divide_up(4 * config.workers, items_a_tile),
                                    divide_up(rows, kLeastItemPanels * lanes)));
   config.tile_q = round_up(divide_up(rows, tiles), lanes);
   return config;
 }
 
-double prefill_estimate_us(const Query& query, const Config& config, PrefillArithmetic arithmetic) {
+size_t prefill_workspace_bytes(const Problem& p, const Config& config) {
+  return PrefillWorkspace(p, config, nullptr).bytes(config.workers);
+}
+
+double prefill_estimate_us(const Query& query, const Config& config) {
   constexpr double kDiagonal = 8;  // keys beyond the visible ones that a panel meets
   constexpr double kCallUs = 2;
   const Problem& p = query.problem;
@@ -133,7 +122,7 @@ double prefill_estimate_us(const Query& query, const Config& config, PrefillArit
   const auto rows = static_cast<double>(shape.rows_per_head);
   const double merge =
       shape.chunks > 1 ? static_cast<double>(shape.chunks) * rows * dim_v * kMergeRow : 0;
-  const double head_cycles = keys * (key_cycles(query, arithmetic, shape.rows_per_head) +
+  const double head_cycles = keys * (key_cycles(query, config.arithmetic, shape.rows_per_head) +
                                      static_cast<double>(shape.q_tiles) * dims * kWiden) +
                              rows * dims * kMoveRow + merge;
   const auto items = static_cast<double>(shape.items);
@@ -144,16 +133,16 @@ double prefill_estimate_us(const Query& query, const Config& config, PrefillArit
          kCallUs;
 }
 
-// Of a full tile of rows against as many tiles of keys as are worth a look, or of a block of rows
-// that are merged.
-double prefill_step_us(const Query& query, const Config& config, PrefillArithmetic arithmetic) {
+// A full tile of rows against as many tiles of keys as are worth a look, or a block of rows that
+// are merged.
+double prefill_step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const PrefillShape shape(p, config, query.cpu.simd_floats);
   const int64_t rows = std::min(shape.tile_q, shape.rows_per_head);
   const int64_t tiles = pieces_between_looks(tile_work(p, rows, {0, shape.tile_k}));
   const auto keys = static_cast<double>(std::min(p.len_k, tiles * shape.tile_k));
   const auto dims = static_cast<double>(p.dim_qk + p.dim_v);
-  const double tile_cycles = keys * (key_cycles(query, arithmetic, rows) + dims * kWiden) +
+  const double tile_cycles = keys * (key_cycles(query, config.arithmetic, rows) + dims * kWiden) +
                              static_cast<double>(rows) * dims * kMoveRow;
   const int64_t merged =
       shape.chunks > 1
@@ -163,15 +152,17 @@ double prefill_step_us(const Query& query, const Config& config, PrefillArithmet
   return step_us_of(query, config, std::max(tile_cycles, merge_cycles), keys);
 }
 
-const Kernel kPrefill{"cpu_prefill",
-                      Device::kCpu,
-                      true,
-                      "queries on SIMD lanes, grouped heads folded into rows",
-                      [](const Query&) -> std::optional<std::string> { return std::nullopt; },
-                      configure,
-                      workspace_bytes,
-                      estimate_us,
-                      run_prefill,
-                      step_us};
+const Kernel kPrefill{
+    .name = "cpu_prefill",
+    .device = Device::kCpu,
+    .role = Role::kFused,
+    .summary = "queries on SIMD lanes, grouped heads folded into rows",
+    .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
+    .configure = configure,
+    .variant = [](const Query& query, const Config&) { return query.cpu.isa + " f32"; },
+    .workspace_bytes = prefill_workspace_bytes,
+    .estimate_us = prefill_estimate_us,
+    .run = run_prefill,
+    .step_us = prefill_step_us};
 
 }  // namespace wh::cpu

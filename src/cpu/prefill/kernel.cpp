@@ -106,19 +106,18 @@ HWY_AFTER_NAMESPACE();
 namespace wh::cpu {
 HWY_EXPORT(run_prefill_worker_f32);
 
-Status run_prefill_items(const Launch& launch, PrefillArithmetic arithmetic,
-                         RunPrefillWorker run_worker) {
+Status run_prefill_items(const Launch& launch, RunPrefillWorker run_worker) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
-  const PrefillWorkspace workspace(p, launch.config, arithmetic, t.workspace);
+  const PrefillWorkspace workspace(p, launch.config, t.workspace);
   Progress& progress = launch.progress;
   progress.start(workspace.work(t));
   std::atomic<int64_t> next{0};
-  parallel(launch.executor, launch.config.threads,
+  parallel(launch.executor, launch.config.workers,
            [&](int32_t i) { run_worker(p, t, workspace, i, next, progress); });
   if (workspace.partials.chunks == 1 || progress.is_cancelled()) return progress.finish();
   std::atomic<int64_t> next_row{0};
-  parallel(launch.executor, launch.config.threads, [&](int32_t i) {
+  parallel(launch.executor, launch.config.workers, [&](int32_t i) {
     Steps steps(progress);
     float* row_scratch = workspace.scratch(i).staged;
     for (int64_t row = next_row.fetch_add(kRowsPerMerge);
@@ -134,8 +133,7 @@ Status run_prefill_items(const Launch& launch, PrefillArithmetic arithmetic,
 }
 
 Status run_prefill(const Launch& launch) {
-  return run_prefill_items(launch, PrefillArithmetic::kF32,
-                           HWY_DYNAMIC_DISPATCH(run_prefill_worker_f32));
+  return run_prefill_items(launch, HWY_DYNAMIC_DISPATCH(run_prefill_worker_f32));
 }
 
 }  // namespace wh::cpu

@@ -13,8 +13,7 @@ using RunPrefillWorker = void (*)(const Problem&, const Tensors&, const PrefillW
                                   Progress& progress);
 
 // All items on the launch's executor, then the merge where keys are split.
-Status run_prefill_items(const Launch& launch, PrefillArithmetic arithmetic,
-                         RunPrefillWorker run_worker);
+Status run_prefill_items(const Launch& launch, RunPrefillWorker run_worker);
 
 Status run_prefill(const Launch& launch);
 

@@ -40,8 +40,8 @@ KeyRange keys_of_item(const Problem& p, KeyRange present, const PrefillItem& ite
 }
 
 PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillShape& shape,
-                               PrefillArithmetic arithmetic) {
-  const bool is_bf16 = arithmetic != PrefillArithmetic::kF32;
+                               Arithmetic arithmetic) {
+  const bool is_bf16 = arithmetic != Arithmetic::kF32;
   const int64_t panels = divide_up(shape.tile_q, shape.lanes);
   // One register tile more than the keys: the last one may run past them.
   const int64_t keys = round_up(shape.tile_k, kMostBroadcastRows) + kMostBroadcastRows;
@@ -54,8 +54,8 @@ PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillSh
   k = carver.take<float>(keys * k_columns);
   v = carver.take<float>((is_bf16 ? keys / 2 : keys) * v_columns);
   s = carver.take<float>(keys * shape.lanes);
-  p_low = arithmetic == PrefillArithmetic::kBf16High ? carver.take<float>(keys / 2 * shape.lanes)
-                                                     : nullptr;
+  p_low =
+      arithmetic == Arithmetic::kBf16High ? carver.take<float>(keys / 2 * shape.lanes) : nullptr;
   bias = p.mask == MaskKind::kNone ? nullptr : carver.take<float>(keys * shape.lanes);
   staged = carver.take<float>(4 * staged_columns);
   m = carver.take<float>(panels * shape.lanes);
@@ -65,11 +65,10 @@ PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillSh
   last = carver.take<int32_t>(panels * shape.lanes);
 }
 
-PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config,
-                                   PrefillArithmetic arithmetic, void* base)
+PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config, void* base)
     : shape(p, config, simd_floats()),
       problem_(p),
-      arithmetic_(arithmetic),
+      arithmetic_(config.arithmetic),
       base_(static_cast<std::byte*>(base)) {
   Carver carver(base);
   partials.chunks = shape.chunks;
@@ -80,7 +79,7 @@ PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config,
   }
   partials_bytes_ = carver.used_bytes();
   Carver measure(nullptr);
-  PrefillScratch(measure, p, shape, arithmetic);
+  PrefillScratch(measure, p, shape, arithmetic_);
   worker_bytes_ = measure.used_bytes();
 }
 

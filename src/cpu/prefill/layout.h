@@ -8,13 +8,6 @@
 
 namespace wh::cpu {
 
-// What multiplies. It decides how queries, keys, values and weights lie in the scratch.
-enum class PrefillArithmetic : uint8_t {
-  kF32,       // everything widened
-  kBf16,      // pairs of bf16, weights rounded
-  kBf16High,  // pairs of bf16, weights as the sum of two
-};
-
 constexpr int64_t kPanelVectors = 3;       // SIMD vectors of query rows in a full panel
 constexpr int64_t kMostBroadcastRows = 8;  // register tiles cover 4 or 8 broadcast rows
 
@@ -47,14 +40,16 @@ struct PrefillShape {
 // The keys of an item's chunk that some row of it sees.
 KeyRange keys_of_item(const Problem& problem, KeyRange present, const PrefillItem& item);
 
-// One worker's scratch. A dword is an f32 or a pair of bf16.
+// One worker's scratch. A dword is an f32 or a pair of bf16: in f32 arithmetic everything is
+// widened, else queries, keys, values and weights lie in pairs.
 struct PrefillScratch {
   float* q;        // [panels, q_rows, lanes] dwords: the queries of an item, transposed
   float* o;        // [panels, dim_v rounded up, lanes], unnormalised
   float* k;        // [keys, k_columns] dwords: a tile that cannot be read in place
   float* v;        // [keys or pairs of them, v_columns] dwords
   float* s;        // [keys, lanes]: scores, then weights
-  float* p_low;    // [pairs of keys, lanes]: what rounding took from the weights; kBf16High only
+  float* p_low;    // [pairs of keys, lanes]: what rounding took from the weights;
+                   // Arithmetic::kBf16High only
   float* bias;     // [keys, lanes], only with an array mask
   float* staged;   // [4, staged_columns]: rows on their way into or out of a panel
   float* m;        // [panels, lanes], base 2
@@ -68,14 +63,13 @@ struct PrefillScratch {
   int64_t staged_columns;
 
   PrefillScratch(Carver& carver, const Problem& problem, const PrefillShape& shape,
-                 PrefillArithmetic arithmetic);
+                 Arithmetic arithmetic);
 };
 
 // Where the pieces of a workspace lie: partial rows first, then one scratch for each worker.
 class PrefillWorkspace {
  public:
-  PrefillWorkspace(const Problem& problem, const Config& config, PrefillArithmetic arithmetic,
-                   void* base);
+  PrefillWorkspace(const Problem& problem, const Config& config, void* base);
 
   PrefillScratch scratch(int32_t worker) const;
   size_t bytes(int32_t workers) const {
@@ -89,7 +83,7 @@ class PrefillWorkspace {
 
  private:
   const Problem& problem_;
-  PrefillArithmetic arithmetic_;
+  Arithmetic arithmetic_;
   std::byte* base_;
   size_t partials_bytes_ = 0;
   size_t worker_bytes_ = 0;

@@ -9,9 +9,6 @@
 namespace wh::cpu {
 namespace {
 
-constexpr const char* kNativeVariant = "AVX512-BF16 native";
-constexpr const char* kHighVariant = "AVX512-BF16 high";
-
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (p.dtype_q != Dtype::kBf16 || p.dtype_kv != Dtype::kBf16) {
@@ -24,37 +21,25 @@ std::optional<std::string> refusal(const Query& query) {
 
 Config configure(const Query& query) {
   const bool is_high = query.limits.precision == Precision::kHigh;
-  return configure_prefill(query, is_high ? PrefillArithmetic::kBf16High : PrefillArithmetic::kBf16,
-                           is_high ? kHighVariant : kNativeVariant);
+  return configure_prefill(query, is_high ? Arithmetic::kBf16High : Arithmetic::kBf16);
 }
 
-size_t workspace_bytes(const Problem& p, const Config& config) {
-  return PrefillWorkspace(p, config, bf16_arithmetic(config), nullptr).bytes(config.threads);
-}
-
-double estimate_us(const Query& query, const Config& config) {
-  return prefill_estimate_us(query, config, bf16_arithmetic(config));
-}
-
-double step_us(const Query& query, const Config& config) {
-  return prefill_step_us(query, config, bf16_arithmetic(config));
+std::string variant(const Query&, const Config& config) {
+  return config.arithmetic == Arithmetic::kBf16High ? "AVX512-BF16 high" : "AVX512-BF16 native";
 }
 
 }  // namespace
 
-PrefillArithmetic bf16_arithmetic(const Config& config) {
-  return config.variant == kHighVariant ? PrefillArithmetic::kBf16High : PrefillArithmetic::kBf16;
-}
-
-const Kernel kPrefillBf16{"cpu_prefill_bf16",
-                          Device::kCpu,
-                          true,
-                          "cpu_prefill with both products on AVX512-BF16",
-                          refusal,
-                          configure,
-                          workspace_bytes,
-                          estimate_us,
-                          run_prefill_bf16,
-                          step_us};
+const Kernel kPrefillBf16{.name = "cpu_prefill_bf16",
+                          .device = Device::kCpu,
+                          .role = Role::kFused,
+                          .summary = "cpu_prefill with both products on AVX512-BF16",
+                          .refusal = refusal,
+                          .configure = configure,
+                          .variant = variant,
+                          .workspace_bytes = prefill_workspace_bytes,
+                          .estimate_us = prefill_estimate_us,
+                          .run = run_prefill_bf16,
+                          .step_us = prefill_step_us};
 
 }  // namespace wh::cpu

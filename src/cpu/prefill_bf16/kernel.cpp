@@ -16,7 +16,6 @@
 
 #include "cpu/common/simd.h"
 #include "cpu/prefill/kernel.h"
-#include "cpu/prefill_bf16/config.h"
 #include "cpu/prefill_bf16/products.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -219,7 +218,7 @@ Status run_prefill_bf16(const Launch& launch) {
     return {Code::kInternal,
             fmt::format("cpu_prefill_bf16 has no code for {}", simd_target_name())};
   }
-  return run_prefill_items(launch, bf16_arithmetic(launch.config), worker);
+  return run_prefill_items(launch, worker);
 }
 
 }  // namespace wh::cpu

@@ -17,8 +17,8 @@ size_t worker_bytes(const Problem& p) {
 
 Config configure(const Query& query) {
   Config config;
-  config.variant = "float64";
-  config.threads = query.cpu.threads(query.limits.threads);
+  config.arithmetic = Arithmetic::kF64;
+  config.workers = query.cpu.threads(query.limits.threads);
   return config;
 }
 
@@ -28,7 +28,7 @@ Status run(const Launch& launch) {
   Progress& progress = launch.progress;
   progress.start(rows);
   std::atomic<int64_t> next{0};
-  parallel(launch.executor, launch.config.threads, [&](int32_t i) {
+  parallel(launch.executor, launch.config.workers, [&](int32_t i) {
     auto* scratch = static_cast<std::byte*>(launch.tensors.workspace) + worker_bytes(p) * i;
     for (int64_t row = next++; row < rows && !progress.is_cancelled(); row = next++) {
       progress.writing_out();
@@ -39,28 +39,40 @@ Status run(const Launch& launch) {
   return progress.finish();
 }
 
+size_t workspace_bytes(const Problem& p, const Config& config) {
+  return worker_bytes(p) * static_cast<size_t>(config.workers);
+}
+
+constexpr double kMultiplyAddUs = 1.5e-3;  // on one core: strided loads, conversions one at a time
+
+// With what a call takes in which there is nothing to do: without it an empty problem would go to
+// the slowest kernel.
+double estimate_us(const Query& query, const Config& config) {
+  constexpr double kCallUs = 3;
+  const Problem& p = query.problem;
+  const double out = static_cast<double>(p.batch * p.heads_q * p.len_q * p.dim_v);
+  return (useful_flops(p) / 2 + out) * kMultiplyAddUs / std::min(config.workers, query.cpu.cores) +
+         kCallUs;
+}
+
+double step_us(const Query& query, const Config&) {
+  const Problem& p = query.problem;
+  return static_cast<double>(p.len_k * (p.dim_qk + p.dim_v)) * kMultiplyAddUs;
+}
+
 }  // namespace
 
 const Kernel kReference{
-    "cpu_reference", Device::kCpu, false, "float64, row by row: the oracle",
-    [](const Query&) -> std::optional<std::string> { return std::nullopt; }, configure,
-    [](const Problem& p, const Config& config) {
-      return worker_bytes(p) * static_cast<size_t>(config.threads);
-    },
-    // About 1.5 ns a multiply-add and an output on one core: strided loads and conversions, one at
-    // a time. And what a call takes in which there is nothing to do: without it an empty problem
-    // would go to the slowest kernel.
-    [](const Query& query, const Config& config) {
-      constexpr double kCallUs = 3;
-      const Problem& p = query.problem;
-      const double out = static_cast<double>(p.batch * p.heads_q * p.len_q * p.dim_v);
-      return (useful_flops(p) / 2 + out) * 1.5e-3 / std::min(config.threads, query.cpu.cores) +
-             kCallUs;
-    },
-    run,
-    [](const Query& query, const Config&) {
-      const Problem& p = query.problem;
-      return static_cast<double>(p.len_k * (p.dim_qk + p.dim_v)) * 1.5e-3;
-    }};
+    .name = "cpu_reference",
+    .device = Device::kCpu,
+    .role = Role::kReference,
+    .summary = "float64, row by row: the oracle",
+    .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
+    .configure = configure,
+    .variant = [](const Query&, const Config&) -> std::string { return "float64"; },
+    .workspace_bytes = workspace_bytes,
+    .estimate_us = estimate_us,
+    .run = run,
+    .step_us = step_us};
 
 }  // namespace wh::cpu

@@ -146,7 +146,7 @@ constexpr int64_t kRowsPerItem = 16;
 template <typename Body>
 void for_rows(const Launch& launch, int64_t rows, int64_t row_work, Body&& body) {
   std::atomic<int64_t> next{0};
-  parallel(launch.executor, launch.config.threads, [&](int32_t) {
+  parallel(launch.executor, launch.config.workers, [&](int32_t) {
     Steps steps(launch.progress);
     for (int64_t begin = next.fetch_add(kRowsPerItem);
          begin < rows && !launch.progress.is_cancelled(); begin = next.fetch_add(kRowsPerItem)) {
@@ -190,7 +190,7 @@ void parallel_gemm(const Launch& launch, int64_t m, int64_t n, int64_t k, float 
   const int64_t column_blocks = divide_up(n, piece.columns);
   const int64_t blocks = divide_up(m, piece.rows) * column_blocks;
   std::atomic<int64_t> next{0};
-  parallel(launch.executor, launch.config.threads, [&](int32_t) {
+  parallel(launch.executor, launch.config.workers, [&](int32_t) {
     Steps steps(launch.progress);
     for (int64_t i = next++; i < blocks && !launch.progress.is_cancelled(); i = next++) {
       const int64_t row = i / column_blocks * piece.rows;
@@ -334,9 +334,12 @@ std::optional<std::string> refusal(const Query& query) {
 
 Config configure(const Query& query) {
   Config config;
-  config.variant = unfused_has_cblas() ? "CBLAS sgemm" : "own product, no CBLAS in this build";
-  config.threads = query.cpu.threads(query.limits.threads);
+  config.workers = query.cpu.threads(query.limits.threads);
   return config;
+}
+
+std::string variant(const Query&, const Config&) {
+  return unfused_has_cblas() ? "CBLAS sgemm" : "own product, no CBLAS in this build";
 }
 
 size_t workspace_bytes(const Problem& p, const Config&) {
@@ -358,7 +361,7 @@ double product_gflops(const Query& query) {
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const double threads = std::min(config.threads, query.cpu.cores);
+  const double threads = std::min(config.workers, query.cpu.cores);
   const double pairs = static_cast<double>(p.batch * p.heads_q) * static_cast<double>(p.len_q) *
                        static_cast<double>(p.len_k);
   const double flops = pairs * 2 * static_cast<double>(p.dim_qk + p.dim_v);
@@ -379,7 +382,7 @@ double step_us(const Query& query, const Config& config) {
   };
   const double most_flops = std::max(flops(gemm_piece(rows, p.len_k, Transpose::kYes), p.dim_qk),
                                      flops(gemm_piece(rows, p.dim_v, Transpose::kNo), p.len_k));
-  const double threads = config.threads, cores = query.cpu.cores;
+  const double threads = config.workers, cores = query.cpu.cores;
   const double score_bytes = static_cast<double>(kRowsPerItem * p.len_k) * kScoreBytes;
   const double softmax_us =
       score_bytes * std::min(threads, cores) / (query.cpu.read_gbytes_per_s * 1e3);
@@ -391,16 +394,17 @@ double step_us(const Query& query, const Config& config) {
 
 bool unfused_has_cblas() { return gemm_uses_cblas(); }
 
-const Kernel kUnfused{"cpu_unfused",
-                      Device::kCpu,
-                      false,
-                      "matmul, softmax, matmul, head by head: the baseline",
-                      refusal,
-                      configure,
-                      workspace_bytes,
-                      estimate_us,
-                      run,
-                      step_us};
+const Kernel kUnfused{.name = "cpu_unfused",
+                      .device = Device::kCpu,
+                      .role = Role::kBaseline,
+                      .summary = "matmul, softmax, matmul, head by head: the baseline",
+                      .refusal = refusal,
+                      .configure = configure,
+                      .variant = variant,
+                      .workspace_bytes = workspace_bytes,
+                      .estimate_us = estimate_us,
+                      .run = run,
+                      .step_us = step_us};
 
 }  // namespace wh::cpu
 #endif

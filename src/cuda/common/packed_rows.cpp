@@ -7,7 +7,7 @@ namespace wh::cuda {
 PackedShape::PackedShape(const Problem& p, const Config& config)
     : row_tiles((p.len_q * p.group() + config.tile_q - 1) / config.tile_q),
       items(p.batch * p.heads_kv * row_tiles),
-      splits(items > 0 ? config.threads / items : 1),
+      splits(config.splits),
       blocks(items * splits) {}
 
 }  // namespace wh::cuda

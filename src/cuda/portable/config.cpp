@@ -83,25 +83,28 @@ bool holds(const PortableVariant& variant, const Problem& p) {
          (variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows);
 }
 
-// The first one that holds the problem, fits the card and is accepted; null: there is none.
-template <typename Accepts>
-const PortableVariant* first_variant(const Problem& p, int64_t shared_bytes, Accepts accepts) {
-  const auto is_it = [&](const PortableVariant& variant) {
-    return holds(variant, p) && variant.shared_bytes <= shared_bytes && accepts(variant);
-  };
-  for (const PortableVariant& variant : kFewRowsVariants) {
-    if (is_it(variant)) return &variant;
-  }
-  for (const auto& types : kTensorVariants) {
-    for (const PortableVariant& variant : types) {
-      if (is_it(variant)) return &variant;
-    }
-  }
-  return nullptr;
+constexpr auto kFewRowsCount = static_cast<int32_t>(std::size(kFewRowsVariants));
+constexpr int32_t kTypes = 3;
+constexpr int32_t kVariantCount =
+    kFewRowsCount + kTypes * static_cast<int32_t>(std::size(kTensorVariants));
+
+// Config::instance counts through both lists.
+const PortableVariant& variant_at(int32_t instance) {
+  if (instance < kFewRowsCount) return kFewRowsVariants[instance];
+  const int32_t index = instance - kFewRowsCount;
+  return kTensorVariants[index / kTypes][static_cast<size_t>(index % kTypes)];
 }
 
-const PortableVariant* best_variant(const Problem& p, int64_t shared_bytes) {
-  return first_variant(p, shared_bytes, [](const PortableVariant&) { return true; });
+bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
+  return holds(variant, p) && variant.shared_bytes <= shared_bytes;
+}
+
+// The first one that holds the problem and fits the card; -1: there is none.
+int32_t best_instance(const Problem& p, int64_t shared_bytes) {
+  for (int32_t i = 0; i < kVariantCount; ++i) {
+    if (fits(variant_at(i), p, shared_bytes)) return i;
+  }
+  return -1;
 }
 
 // What a problem costs by the number of shares its keys are cut into. The constants are fits to 110
@@ -227,11 +230,12 @@ std::optional<std::string> refusal(const Query& query) {
   if (!fits_int32(p)) {
     return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
   }
-  if (best_variant(p, query.cuda.shared_bytes) == nullptr) {
+  const int32_t instance = best_instance(p, query.cuda.shared_bytes);
+  if (instance < 0) {
     return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
                        kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, query.cuda.shared_bytes);
   }
-  const PortableVariant& variant = *best_variant(p, query.cuda.shared_bytes);
+  const PortableVariant& variant = variant_at(instance);
   const int64_t pair_rows = p.len_q * p.group();
   // Of this kernel, and of the one that merges.
   const int64_t most_blocks =
@@ -243,15 +247,17 @@ std::optional<std::string> refusal(const Query& query) {
   return std::nullopt;
 }
 
+Arithmetic arithmetic(const PortableVariant& variant) {
+  const bool splits_f32 = variant.cores == Cores::kTensor && variant.dtype == Dtype::kF32;
+  return splits_f32 ? Arithmetic::kTf32x3 : arithmetic_of(variant.dtype);
+}
+
 Config configure(const Query& query) {
   const Problem& p = query.problem;
-  const PortableVariant& variant = *best_variant(p, query.cuda.shared_bytes);
   Config config;
-  const std::string_view products = variant.cores == Cores::kCuda ? "f32 CUDA cores"
-                                    : p.dtype_q == Dtype::kF32    ? "3xTF32 mma.sync"
-                                    : p.dtype_q == Dtype::kF16    ? "f16 mma.sync"
-                                                                  : "bf16 mma.sync";
-  config.variant = fmt::format("{}, {}/{}", products, variant.dims.dim_qk, variant.dims.dim_v);
+  config.instance = best_instance(p, query.cuda.shared_bytes);
+  const PortableVariant& variant = variant_at(config.instance);
+  config.arithmetic = arithmetic(variant);
   config.tile_q = variant.rows;
   config.tile_k = variant.keys;
   // One batch entry alone decides where bits must not depend on the batch.
@@ -259,8 +265,7 @@ Config configure(const Query& query) {
   const PortableCost cost(query, variant, batch);
   const int64_t splits = cost.best_splits();
   if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.keys;
-  const int64_t row_tiles = divide_up(p.len_q * p.group(), variant.rows);
-  config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles * splits);
+  config.splits = static_cast<int32_t>(splits);
   if (query.limits.longest_step_us > 0) {
     const PortableCost all(query, variant, p.batch);
     config.step_tiles = choose_step_tiles(query, all.waves(splits), all.us(splits));
@@ -268,16 +273,25 @@ Config configure(const Query& query) {
   return config;
 }
 
+// "3xTF32 mma.sync, 128/128"
+std::string variant_text(const Query&, const Config& config) {
+  const PortableVariant& variant = variant_at(config.instance);
+  const char* const products = variant.cores == Cores::kCuda              ? "f32 CUDA cores"
+                               : config.arithmetic == Arithmetic::kTf32x3 ? "3xTF32 mma.sync"
+                               : variant.dtype == Dtype::kF16             ? "f16 mma.sync"
+                                                                          : "bf16 mma.sync";
+  return fmt::format("{}, {}/{}", products, variant.dims.dim_qk, variant.dims.dim_v);
+}
+
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  const auto splits = static_cast<int32_t>(PackedShape(p, config).splits);
-  return Partials::at(nullptr, p, splits).bytes();
+  return Partials::at(nullptr, p, config.splits).bytes();
 }
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
-  return PortableCost(query, *variant, p.batch).us(PackedShape(p, config).splits);
+  return PortableCost(query, *variant, p.batch).us(config.splits);
 }
 
 double step_us(const Query& query, const Config& config) {
@@ -285,28 +299,28 @@ double step_us(const Query& query, const Config& config) {
   const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
   const PortableCost cost(query, *variant, p.batch);
-  const int64_t splits = PackedShape(p, config).splits;
-  return step_us_of(cost.waves(splits), config.step_tiles, cost.us(splits));
+  return step_us_of(cost.waves(config.splits), config.step_tiles, cost.us(config.splits));
 }
 
 }  // namespace
 
 const PortableVariant* portable_variant(const Problem& p, const Config& config,
                                         int64_t shared_bytes) {
-  return first_variant(p, shared_bytes, [&](const PortableVariant& variant) {
-    return variant.rows == config.tile_q && variant.keys == config.tile_k;
-  });
+  const PortableVariant& variant = variant_at(config.instance);
+  return fits(variant, p, shared_bytes) ? &variant : nullptr;
 }
 
-const Kernel kPortable{"cuda_portable",
-                       Device::kCuda,
-                       true,
-                       "mma.sync and cp.async on any card from sm_80 on, any dimensions, f32 too",
-                       refusal,
-                       configure,
-                       workspace_bytes,
-                       estimate_us,
-                       run_portable,
-                       step_us};
+const Kernel kPortable{
+    .name = "cuda_portable",
+    .device = Device::kCuda,
+    .role = Role::kFused,
+    .summary = "mma.sync and cp.async on any card from sm_80 on, any dimensions, f32 too",
+    .refusal = refusal,
+    .configure = configure,
+    .variant = variant_text,
+    .workspace_bytes = workspace_bytes,
+    .estimate_us = estimate_us,
+    .run = run_portable,
+    .step_us = step_us};
 
 }  // namespace wh::cuda

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/attention_args.h"
+#include "plan/names.h"
 #include "plan/work.h"
 
 namespace wh::cuda {
@@ -30,6 +31,10 @@ double read_us(const Query& query) {
 }
 
 }  // namespace
+
+std::string wgmma_variant(const Query&, const Config& config) {
+  return fmt::format("wgmma {}", kArithmetics.name(config.arithmetic));
+}
 
 TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
   TileOrder order{};

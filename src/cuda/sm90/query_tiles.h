@@ -13,6 +13,9 @@
 
 namespace wh::cuda {
 
+// "wgmma bf16": Kernel::variant of both of them.
+std::string wgmma_variant(const Query& query, const Config& config);
+
 // How rows are laid over tiles of `tile_q` rows and in which order these run, without the counter.
 // Packs at least `least_packed` heads of a group into a tile, more where that fills tiles better.
 TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packed);

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kScoreBytesAtOnce = int64_t{256} << 20;
 constexpr size_t kAlignment = 256;
-constexpr const char* kF32Variant = "cuBLASLt f32";
-constexpr const char* kTensorCoreVariant = "cuBLASLt tensor cores";
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -66,13 +64,16 @@ Config configure(const Query& query) {
   const Problem& p = query.problem;
   const bool is_f32 = p.dtype_q == Dtype::kF32 || query.limits.precision == Precision::kHigh;
   Config config;
-  config.variant = is_f32 ? kF32Variant : kTensorCoreVariant;
-  config.threads = query.cuda.sms;
+  config.arithmetic = is_f32 ? Arithmetic::kF32 : arithmetic_of(p.dtype_q);
   if (query.limits.longest_step_us > 0) {
     const double call_us = estimate_us(query, config);
     config.step_tiles = choose_step_tiles(query, waves_of(p, call_us), call_us);
   }
   return config;
+}
+
+std::string variant(const Query&, const Config& config) {
+  return config.arithmetic == Arithmetic::kF32 ? "cuBLASLt f32" : "cuBLASLt tensor cores";
 }
 
 double step_us(const Query& query, const Config& config) {
@@ -96,7 +97,7 @@ UnfusedShape::UnfusedShape(const Problem& p) {
 }
 
 UnfusedTypes::UnfusedTypes(const Problem& p, const Config& config)
-    : tensors(p.dtype_q), packed(config.variant == kF32Variant ? Dtype::kF32 : p.dtype_q) {}
+    : tensors(p.dtype_q), packed(config.arithmetic == Arithmetic::kF32 ? Dtype::kF32 : p.dtype_q) {}
 
 UnfusedWorkspace::UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape& shape) : bytes(0) {
   const auto take = [&](int64_t elements, size_t element_bytes) -> void* {
@@ -119,11 +120,16 @@ UnfusedWorkspace::UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape&
   gemm = take(kGemmBytes, 1);
 }
 
-const Kernel kUnfused{
-    "cuda_unfused",  Device::kCuda,
-    false,           "cuBLASLt, softmax, cuBLASLt: the baseline, and the last resort",
-    refusal,         configure,
-    workspace_bytes, estimate_us,
-    run_unfused,     step_us};
+const Kernel kUnfused{.name = "cuda_unfused",
+                      .device = Device::kCuda,
+                      .role = Role::kBaseline,
+                      .summary = "cuBLASLt, softmax, cuBLASLt: the baseline, and the last resort",
+                      .refusal = refusal,
+                      .configure = configure,
+                      .variant = variant,
+                      .workspace_bytes = workspace_bytes,
+                      .estimate_us = estimate_us,
+                      .run = run_unfused,
+                      .step_us = step_us};
 
 }  // namespace wh::cuda

@@ -128,8 +128,7 @@ Config configure(const Query& query) {
   const Problem& p = query.problem;
   const DecodeVariant& variant = *decode_variant(p);
   Config config;
-  config.variant =
-      fmt::format("{} wgmma, {}/{}", kDtypes.name(p.dtype_q), variant.dim_qk, variant.dim_v);
+  config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kDecodeTileQ;
   config.tile_k = variant.tile_k;
   config.fresh_keys = query.limits.fresh_keys;
@@ -137,21 +136,24 @@ Config configure(const Query& query) {
   const DecodeCost cost(query, variant, batch);
   const int64_t splits = cost.best_splits();
   if (splits > 1) config.chunk_keys = divide_up(cost.tiles(), splits) * variant.tile_k;
-  config.threads = static_cast<int32_t>(p.batch * p.heads_kv * row_tiles(p) * splits);
+  config.splits = static_cast<int32_t>(splits);
   return config;
 }
 
+std::string variant_text(const Query& query, const Config&) {
+  const Problem& p = query.problem;
+  const DecodeVariant& variant = *decode_variant(p);
+  return fmt::format("{} wgmma, {}/{}", kDtypes.name(p.dtype_q), variant.dim_qk, variant.dim_v);
+}
+
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  const auto splits = static_cast<int32_t>(PackedShape(p, config).splits);
-  return Partials::at(nullptr, p, splits).bytes();
+  return Partials::at(nullptr, p, config.splits).bytes();
 }
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  return DecodeCost(query, *decode_variant(p), p.batch).us(PackedShape(p, config).splits);
+  return DecodeCost(query, *decode_variant(p), p.batch).us(config.splits);
 }
-
-Status run(const Launch& launch) { return run_decode(launch); }
 
 }  // namespace
 
@@ -162,14 +164,16 @@ const DecodeVariant* decode_variant(const Problem& p) {
   return nullptr;
 }
 
-const Kernel kSm90Decode{"sm90_decode",
-                         Device::kCuda,
-                         true,
-                         "few queries, a group packed on one tile, keys split over the SMs",
-                         refusal,
-                         configure,
-                         workspace_bytes,
-                         estimate_us,
-                         run};
+const Kernel kSm90Decode{
+    .name = "sm90_decode",
+    .device = Device::kCuda,
+    .role = Role::kFused,
+    .summary = "few queries, a group packed on one tile, keys split over the SMs",
+    .refusal = refusal,
+    .configure = configure,
+    .variant = variant_text,
+    .workspace_bytes = workspace_bytes,
+    .estimate_us = estimate_us,
+    .run = run_decode};
 
 }  // namespace wh::cuda

@@ -45,7 +45,7 @@ TileCost cost_of(const Problem& p, const Config& config) {
   return {.dims = dims,
           .tile_q = static_cast<int32_t>(config.tile_q),
           .tile_k = static_cast<int32_t>(config.tile_k),
-          .workers = config.threads,
+          .workers = config.workers,
           .worker_sms = 1,
           .share = share};
 }
@@ -66,10 +66,10 @@ Config configure(const Query& query) {
   const Problem& p = query.problem;
   const PrefillTile tile = tile_of(p);
   Config config;
-  config.variant = p.dtype_q == Dtype::kF16 ? "wgmma f16" : "wgmma bf16";
+  config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = tile.tile_q();
   config.tile_k = tile.tile_k;
-  config.threads = std::max(1, std::min(query.cuda.sms, order_of(p).tiles));
+  config.workers = std::max(1, std::min(query.cuda.sms, order_of(p).tiles));
   if (query.limits.longest_step_us > 0) {
     config.step_tiles =
         choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
@@ -78,7 +78,7 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return claims_tiles(p, order_of(p).tiles, config.threads) ? kTileCounterBytes : 0;
+  return claims_tiles(p, order_of(p).tiles, config.workers) ? kTileCounterBytes : 0;
 }
 
 double step_us(const Query& query, const Config& config) {
@@ -100,15 +100,16 @@ int prefill_dims_index(const Problem& p) {
   return best;
 }
 
-const Kernel kSm90Prefill{"sm90_prefill",
-                          Device::kCuda,
-                          true,
-                          "TMA and wgmma, heads up to 256 wide, 128 or 192 rows a block",
-                          refusal,
-                          configure,
-                          workspace_bytes,
-                          estimate_us,
-                          run_prefill,
-                          step_us};
+const Kernel kSm90Prefill{.name = "sm90_prefill",
+                          .device = Device::kCuda,
+                          .role = Role::kFused,
+                          .summary = "TMA and wgmma, heads up to 256 wide, 128 or 192 rows a block",
+                          .refusal = refusal,
+                          .configure = configure,
+                          .variant = wgmma_variant,
+                          .workspace_bytes = workspace_bytes,
+                          .estimate_us = estimate_us,
+                          .run = run_prefill,
+                          .step_us = step_us};
 
 }  // namespace wh::cuda

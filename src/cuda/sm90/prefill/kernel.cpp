@@ -31,7 +31,7 @@ Status run_prefill(const Launch& launch) {
   const PrefillTile tile = prefill_tile(dims, scores_of(p));
   const TileOrder order = tile_order(p, tile.tile_q(), 1);
   return run_tiles(launch, {.order = order,
-                            .workers = launch.config.threads,
+                            .workers = launch.config.workers,
                             .block_queries = order.tile_queries,
                             .box_keys = tile.tile_k,
                             .box_values = tile.tile_k,

@@ -30,7 +30,7 @@ TileCost cost_of(const Problem& p, const Config& config) {
   return {.dims = kWideDims[wide_dims_index(p)],
           .tile_q = kWideCluster * kWideTileQ,
           .tile_k = static_cast<int32_t>(config.tile_k),
-          .workers = config.threads / kWideCluster,
+          .workers = config.workers,
           .worker_sms = kWideCluster,
           .share = 0.61};  // of the dense tensor rate, measured on an H100
 }
@@ -48,11 +48,11 @@ TileWaves waves_of(const Query& query, const Config& config) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.variant = p.dtype_q == Dtype::kF16 ? "wgmma f16" : "wgmma bf16";
+  config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kWideTileQ;
   config.tile_k = tile_of(p).tile_k;
   const int32_t clusters = std::min(query.cuda.sms / kWideCluster, wide_order(p).tiles);
-  config.threads = kWideCluster * std::max(1, clusters);
+  config.workers = std::max(1, clusters);
   if (query.limits.longest_step_us > 0) {
     config.step_tiles =
         choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
@@ -61,8 +61,7 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  const int32_t clusters = config.threads / kWideCluster;
-  return claims_tiles(p, wide_order(p).tiles, clusters) ? kTileCounterBytes : 0;
+  return claims_tiles(p, wide_order(p).tiles, config.workers) ? kTileCounterBytes : 0;
 }
 
 double step_us(const Query& query, const Config& config) {
@@ -89,15 +88,17 @@ TileOrder wide_order(const Problem& p) {
   return order;
 }
 
-const Kernel kSm90PrefillWide{"sm90_prefill_wide",
-                              Device::kCuda,
-                              true,
-                              "TMA multicast and wgmma, heads up to 576/512, 64 rows a block",
-                              refusal,
-                              configure,
-                              workspace_bytes,
-                              estimate_us,
-                              run_prefill_wide,
-                              step_us};
+const Kernel kSm90PrefillWide{
+    .name = "sm90_prefill_wide",
+    .device = Device::kCuda,
+    .role = Role::kFused,
+    .summary = "TMA multicast and wgmma, heads up to 576/512, 64 rows a block",
+    .refusal = refusal,
+    .configure = configure,
+    .variant = wgmma_variant,
+    .workspace_bytes = workspace_bytes,
+    .estimate_us = estimate_us,
+    .run = run_prefill_wide,
+    .step_us = step_us};
 
 }  // namespace wh::cuda

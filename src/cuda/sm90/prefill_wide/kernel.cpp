@@ -28,7 +28,7 @@ Status run_prefill_wide(const Launch& launch) {
   const WideTile tile = wide_tile(dims, scores_of(p));
   const TileOrder order = wide_order(p);
   return run_tiles(launch, {.order = order,
-                            .workers = launch.config.threads / kWideCluster,
+                            .workers = launch.config.workers,
                             .block_queries = order.tile_queries / kWideCluster,
                             .box_keys = tile.tile_k * wide_panels_of_slot(tile) / kWideCluster,
                             .box_values = kWideValueRows,
