@@ -123,6 +123,8 @@ struct Limits {
   bool batch_invariant = false;
   int64_t fresh_keys = -1;  // a promise for CUDA streams; see wh_limits
 
+  bool operator==(const Limits&) const = default;
+
   wh_limits c_limits() const {
     wh_limits limits;
     check(wh_limits_init(&limits, sizeof(limits)));

@@ -64,19 +64,23 @@ class Limits:
     text: str = field(init=False, repr=False, compare=False)  # for operators, which take no objects
 
     def __post_init__(self) -> None:
-        core = _core.Limits(
-            workspace_bytes=_bytes_of(self.workspace),
-            policy=self.policy,
-            fused_above=self.fused_above,
-            kernel=self.kernel or "",
-            threads=self.threads,
-            precision=self.precision,
-            longest_step_us=self.longest_step_ms * 1e3,
-            batch_invariant=self.batch_invariant,
-            fresh_keys=-1 if self.fresh_keys is None else self.fresh_keys,
-        )
+        core = _core.Limits(**self.core_values())
         object.__setattr__(self, "_core", core)
         object.__setattr__(self, "text", json.dumps(self._values()))
+
+    def core_values(self) -> dict[str, Any]:
+        """As the extension modules take them."""
+        return {
+            "workspace_bytes": _bytes_of(self.workspace),
+            "policy": self.policy,
+            "fused_above": self.fused_above,
+            "kernel": self.kernel or "",
+            "threads": self.threads,
+            "precision": self.precision,
+            "longest_step_us": self.longest_step_ms * 1e3,
+            "batch_invariant": self.batch_invariant,
+            "fresh_keys": -1 if self.fresh_keys is None else self.fresh_keys,
+        }
 
     def _values(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}

@@ -1,0 +1,124 @@
+// Attention as a primitive of MLX: lazy, on MLX's streams, on the arrays' own memory.
+#pragma once
+
+#include <mlx/mlx.h>
+#include <mlx/primitives.h>
+
+#include <optional>
+#include <vector>
+#include <widehead/widehead.hpp>
+
+namespace widehead_mlx {
+
+namespace mx = mlx::core;
+
+// What a call computes beyond softmax(scale * q k^T) v, and what it may take.
+struct Options {
+  float scale = 1;
+  float softcap = 0;
+  bool causal = false;  // aligned bottom-right, as MLX's
+  int64_t window_left = WH_UNLIMITED;
+  widehead::Limits limits{};
+
+  bool operator==(const Options&) const = default;
+};
+
+// The arrays that a call may have beside q, k and v.
+struct Extras {
+  std::optional<mx::array> mask;        // rank 1 to 4, broadcasts to [batch, heads_q, len_q, len_k]
+  std::optional<mx::array> sinks;       // [heads_q]
+  std::optional<mx::array> key_starts;  // int32 [batch]
+};
+
+// Builds the node. Throws std::invalid_argument in the words of its argument, value and range.
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
+                    const Options& options, const Extras& extras, mx::StreamOrDevice stream);
+
+class Attention : public mx::UnaryPrimitive {
+ public:
+  // Which extras follow q, k and v among the inputs, in this order.
+  struct Present {
+    bool mask, sinks, key_starts;
+    bool operator==(const Present&) const = default;
+  };
+
+  Attention(mx::Stream stream, const Options& options, Present present)
+      : mx::UnaryPrimitive(stream), options_(options), present_(present) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+
+  // Gradients and vectorised maps are those of the same formula in MLX's operations, which stores
+  // the scores: there is no backward yet, and a mapped axis is no batch of Widehead's.
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals,
+                             const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums,
+                             const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals,
+                             const std::vector<mx::array>& tangents,
+                             const std::vector<int>& argnums) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+
+  const char* name() const override { return "WideheadAttention"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  std::vector<mx::array> composed(const std::vector<mx::array>& inputs);
+
+  Options options_;
+  Present present_;
+};
+
+// The inputs of an evaluation as Widehead takes them. Memory is where `Pointer` says.
+struct Call {
+  Options options;
+  Attention::Present present;
+  std::vector<mx::array> inputs;
+
+  template <typename Pointer>
+  widehead::TensorView view(const mx::array& a, Pointer pointer) const;
+  template <typename Pointer>
+  widehead::Options widehead_options(Pointer pointer) const;
+};
+
+widehead::Dtype dtype_of(const mx::array& a);
+widehead::Extents extents_of(const mx::array& a);
+widehead::Extents strides_of(const mx::array& a);
+// Of a mask over [batch, heads_q, len_q, len_k]; 0 where it broadcasts.
+widehead::Extents mask_strides_of(const mx::array& mask);
+bool is_reversed(const mx::array& a);  // has a negative stride
+
+// Gives `out` memory in which the heads of a position lie side by side: what models do next, a
+// transposition and a reshape, is then a view.
+void adopt(mx::array& out, const mx::array& memory);
+mx::Strides output_strides(const mx::array& out);
+mx::array::Flags output_flags(const mx::array& out);
+
+template <typename Pointer>
+widehead::TensorView Call::view(const mx::array& a, Pointer pointer) const {
+  return {pointer(a), dtype_of(a), extents_of(a), strides_of(a)};
+}
+
+template <typename Pointer>
+widehead::Options Call::widehead_options(Pointer pointer) const {
+  widehead::Options made;
+  made.scale = options.scale;
+  made.softcap = options.softcap;
+  made.causal = options.causal ? widehead::Causal::kBottomRight : widehead::Causal::kNone;
+  made.window_left = options.window_left;
+  size_t next = 3;
+  if (present.mask) {
+    const mx::array& mask = inputs[next++];
+    made.mask = {
+        pointer(mask),
+        mask.dtype() == mx::bool_ ? widehead::MaskKind::kBoolean : widehead::MaskKind::kAdditive,
+        mask_strides_of(mask)};
+  }
+  if (present.sinks) made.sinks = static_cast<const float*>(pointer(inputs[next++]));
+  if (present.key_starts) made.key_starts = static_cast<const int32_t*>(pointer(inputs[next++]));
+  return made;
+}
+
+}  // namespace widehead_mlx

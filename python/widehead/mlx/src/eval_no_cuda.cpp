@@ -1,0 +1,14 @@
+// The GPU's part of a build without CUDA.
+#include <stdexcept>
+
+#include "attention.h"
+
+namespace widehead_mlx {
+
+void Attention::eval_gpu(const std::vector<mx::array>&, mx::array&) {
+  throw std::runtime_error(
+      "widehead.mlx was built without CUDA, and this array's stream is a GPU's; "
+      "`python -m widehead.mlx` says what building with it takes");
+}
+
+}  // namespace widehead_mlx
