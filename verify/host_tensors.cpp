@@ -65,10 +65,51 @@ Dtype mask_dtype(const Problem& p) {
   return p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
 }
 
+float highest(Dtype dtype) {
+  if (dtype == Dtype::kF16) return 65504.0f;
+  return dtype == Dtype::kF32 ? std::numeric_limits<float>::max() : 0x1.fep127f;
+}
+
 // Finite, so that it hides nothing. Of f16 it would swallow scores by rounding.
-float lowest(Dtype dtype) {
-  if (dtype == Dtype::kF16) return -kInfinity;
-  return dtype == Dtype::kF32 ? std::numeric_limits<float>::lowest() : -0x1.fep127f;
+float lowest(Dtype dtype) { return dtype == Dtype::kF16 ? -kInfinity : -highest(dtype); }
+
+float smallest(Dtype dtype) {
+  if (dtype == Dtype::kF16) return 0x1p-24f;
+  return dtype == Dtype::kF32 ? 0x1p-149f : 0x1p-133f;
+}
+
+// Finite numbers of the type, from its smallest to its largest, of either sign. Two of them are
+// equal or so far apart that the lower one weighs nothing.
+float extreme(RowRandom& random, Dtype dtype) {
+  const float sizes[] = {0, 1e4f, 3e4f, 1e9f, 1e12f, 1e20f, 6e37f, smallest(dtype), highest(dtype)};
+  const float size = std::min(sizes[(random.bits() >> 8) % std::size(sizes)], highest(dtype));
+  return random.bits() % 2 == 0 ? size : -size;
+}
+
+// What f32 rounds away beside a bias of 1e9, float64 does from 1e17 on: in between the answers
+// would differ, and neither is wrong. So queries are 0, and the answer is a mean of V. Every fourth
+// row masks as programs do, by biases that are too low for float64 too.
+bool masks_as_programs_do(int64_t query_idx) { return query_idx % 4 == 0; }
+
+class ExtremeBiases {
+ public:
+  ExtremeBiases(RowRandom& random, Dtype dtype, int64_t query_idx)
+      : one_(extreme(random, dtype)),
+        other_(random.bits() % 3 == 0 ? one_ : extreme(random, dtype)) {
+    if (!masks_as_programs_do(query_idx)) return;
+    one_ = 0;
+    other_ = random.bits() % 2 == 0 || dtype == Dtype::kF16 ? lowest(dtype) : -1e20f;
+  }
+  float of_key(RowRandom& random) const { return random.bits() % 4 != 0 ? one_ : other_; }
+
+ private:
+  float one_, other_;
+};
+
+bool has_extreme_biases(const Input& input) {
+  const MaskKind kind = input.problem.mask;
+  return input.mask_pattern == MaskPattern::kExtremes &&
+         (kind == MaskKind::kAdditiveF32 || kind == MaskKind::kAdditiveQ);
 }
 
 void fill_mask(const Input& input, HostTensors& data) {
@@ -81,6 +122,14 @@ void fill_mask(const Input& input, HostTensors& data) {
                distinct(p.len_q, stride[2]), [&](RowIndex row) {
                  const int64_t first = offset_of(stride, row.batch_idx, row.head, row.idx, 0);
                  RowRandom random(input.seed, kOfMask, first);
+                 if (has_extreme_biases(input)) {
+                   const Dtype dtype = mask_dtype(p);
+                   const ExtremeBiases biases(random, dtype, row.idx);
+                   for (int64_t j = 0; j < p.len_k; ++j) {
+                     put(data.mask.data(), dtype, first + j * stride[3], biases.of_key(random));
+                   }
+                   return;
+                 }
                  for (int64_t j = 0; j < p.len_k; ++j) {
                    bool attend = random.bits() % 4 != 0;
                    float hides = -kInfinity;
@@ -223,7 +272,11 @@ HostTensors::HostTensors(const Input& input)
   if (p.wants_log_sum_exp) log_sum_exp = GuardedTensor(p.batch * p.heads_q * p.len_q * 4);
   if (p.has_sinks) {
     sinks = GuardedTensor(p.heads_q * 4);
-    TensorRow{sinks.data(), Dtype::kF32, 0, 1, p.heads_q}.fill({input.seed, kOfSinks, 0}, 0);
+    RowRandom random(input.seed, kOfSinks, 0);
+    for (int64_t h = 0; h < p.heads_q; ++h) {
+      put(sinks.data(), Dtype::kF32, h,
+          input.has_extreme_sinks ? extreme(random, Dtype::kF32) : random.normal());
+    }
   }
   const auto copy = [](const std::vector<int32_t>& from, GuardedTensor& to) {
     if (from.empty()) return;
@@ -234,8 +287,9 @@ HostTensors::HostTensors(const Input& input)
   copy(input.key_starts, key_starts);
   for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
     const int64_t offset = offset_of(p.stride_q, row.batch_idx, row.head, row.idx, 0);
-    TensorRow{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk}.fill({input.seed, kOfQ, offset},
-                                                                         0);
+    const TensorRow to{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk};
+    if (has_extreme_biases(input) && !masks_as_programs_do(row.idx)) return to.fill(0);
+    to.fill({input.seed, kOfQ, offset}, 0);
   });
   fill_mask(input, *this);
   fill_kv(input, *this);

@@ -8,13 +8,19 @@
 
 namespace wh {
 
-enum class MaskPattern : uint8_t { kRandom, kWholeRows, kAlternatingKeys };
+enum class MaskPattern : uint8_t {
+  kRandom,
+  kWholeRows,
+  kAlternatingKeys,
+  kExtremes,  // additive: finite biases of every size, both ends of the type and denormals
+};
 
 // A problem, and what of its values is not left to chance.
 struct Input {
   Problem problem;
   std::vector<int32_t> key_lengths, key_starts;  // empty: not used
   MaskPattern mask_pattern = MaskPattern::kRandom;
+  bool has_extreme_sinks = false;  // of the sizes of kExtremes
   float mean_v = 0;
   bool has_visible_nan = false;  // some K and V that rows do see hold NaN
   bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so

@@ -100,10 +100,11 @@ class Generator {
                                      MaskKind::kAdditiveQ};
       p.mask = pick(kKinds);
       constexpr MaskPattern kPatterns[] = {MaskPattern::kRandom, MaskPattern::kWholeRows,
-                                           MaskPattern::kAlternatingKeys};
+                                           MaskPattern::kAlternatingKeys, MaskPattern::kExtremes};
       c.mask_pattern = pick(kPatterns);
     }
     p.has_sinks = chance(0.2);
+    c.has_extreme_sinks = p.has_sinks && chance(0.4);
     p.has_key_lengths = chance(0.25);
     p.has_key_starts = chance(0.15);
     p.wants_log_sum_exp = chance(0.5);
@@ -231,6 +232,20 @@ std::vector<Case> corner_cases(Device device) {
     p.causal = Causal::kBottomRight;
     p.values_in_keys = true;
     add("V is in K, latent attention", p);
+    // Tiles, chunks and splits of keys that meet at biases and sinks of every size.
+    for (const MaskKind mask : {MaskKind::kAdditiveF32, MaskKind::kAdditiveQ}) {
+      const char* type = mask == MaskKind::kAdditiveF32 ? "f32" : "q's type";
+      for (const int64_t len_q : {int64_t{2}, int64_t{96}}) {
+        p = dense(device, dtype, 4, 2, len_q, len_q < 64 ? 9000 : 700, 64);
+        p.mask = mask;
+        p.stride_mask = {0, 0, p.len_k, 1};
+        p.has_sinks = p.wants_log_sum_exp = true;
+        Case& extreme =
+            add(fmt::format("biases of every size, {} rows, mask of {}", len_q, type), p);
+        extreme.mask_pattern = MaskPattern::kExtremes;
+        extreme.has_extreme_sinks = true;
+      }
+    }
   }
   // Refused by every CUDA kernel, and taken by the CPU's.
   Problem mixed = dense(device, Dtype::kF32, 4, 2, 40, 200, 64);
