@@ -178,6 +178,8 @@ def _expect_allowed(
 
 def _out_of_reach(q: mx.array, v: mx.array, kind: mx.Dtype) -> str | None:
     """Why MLX's own function must serve; None: it need not."""
+    if _primitive is None and mx.default_device().type != mx.DeviceType.cpu:
+        return "without its primitive Widehead serves MLX on the CPU alone"
     dim = max(q.shape[-1], v.shape[-1])
     if dim > _LARGEST_DIM:
         return f"a head has {dim} dimensions, and Widehead takes at most {_LARGEST_DIM}"

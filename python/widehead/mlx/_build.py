@@ -41,7 +41,7 @@ def load(*, retry: bool = False) -> ModuleType:
     if tuple(int(part) for part in MLX_VERSION.split(".")[:3] if part.isdigit()) < _OLDEST_MLX:
         oldest = ".".join(map(str, _OLDEST_MLX))
         raise CannotBuild(f"MLX is {MLX_VERSION}; the primitive needs {oldest} or later")
-    recipe = _Recipe()
+    recipe = Recipe(Path(mx.__file__).parent)
     file = recipe.file()
     if not file.exists():
         refused = file.with_name("refused")
@@ -58,12 +58,12 @@ def load(*, retry: bool = False) -> ModuleType:
     return _import(recipe.module, file)
 
 
-class _Recipe:
-    """The compiler's command line for this machine."""
+class Recipe:
+    """The compiler's command line for the MLX in a folder."""
 
     module = "_widehead_mlx"
 
-    def __init__(self) -> None:
+    def __init__(self, mlx: Path) -> None:
         named = os.environ.get("CXX")
         self._compiler = shlex.split(named) if named else ["c++"]
         if shutil.which(self._compiler[0]) is None:
@@ -79,10 +79,12 @@ class _Recipe:
         import nanobind
 
         self._nanobind = Path(nanobind.__file__).parent
-        self._mlx = Path(mx.__file__).parent
+        self._mlx = mlx
         library = self._mlx / "lib" / "libmlx.so"
         if not library.exists():
             raise CannotBuild(f"there is no {library}: pip install 'mlx[cpu]' or 'mlx[cuda13]'")
+        # Its CUDA wheel carries what its kernels include when they are compiled at run time.
+        self.has_cuda = (mlx / "include" / "cccl").exists()
         self._version = {
             "widehead": hashlib.sha256(
                 b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
@@ -112,22 +114,45 @@ class _Recipe:
                 lines = done.stderr.splitlines() or ["no message"]
                 first = next((line for line in lines if "error" in line), lines[-1])
                 message = f"{self._compiler[0]} failed: {first}"
+                if "fmt/" in first:
+                    message += " (MLX's headers for CUDA include fmt's: install libfmt-dev)"
                 file.with_name("refused").write_text(message)
                 raise CannotBuild(message)
             os.replace(built, file)
 
+    def _cuda_headers(self) -> list[Path]:
+        """CUDA's, which MLX's headers include: of the wheel that its own needs, or of a toolkit."""
+        if not self.has_cuda:
+            return []
+        found = importlib.util.find_spec("nvidia")
+        folders = [
+            Path(root) / "cu13" / "include"
+            for root in (found.submodule_search_locations or [] if found else [])
+        ]
+        folders += [
+            Path(root) / "include"
+            for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+            if root is not None
+        ]
+        for folder in folders:
+            if (folder / "cuda_runtime.h").exists():
+                return [folder]
+        raise CannotBuild(
+            "there is no cuda_runtime.h: install the package nvidia-cuda-runtime or a CUDA toolkit, "
+            "and name its folder in CUDA_HOME"
+        )
+
     def _command(self) -> list[str]:
-        include = (
+        include = [
             sysconfig.get_path("include"),
             self._nanobind / "include",
             self._nanobind / "ext" / "robin_map" / "include",
             self._mlx / "include",
             _PACKAGE / "include",
-        )
-        sources = [
-            _SOURCES / name
-            for name in ("attention.cpp", "eval_cpu.cpp", "eval_no_cuda.cpp", "module.cpp")
+            *self._cuda_headers(),
         ]
+        gpu = "eval_cuda.cpp" if self.has_cuda else "eval_no_cuda.cpp"
+        sources = [_SOURCES / name for name in ("attention.cpp", "eval_cpu.cpp", gpu, "module.cpp")]
         return [
             *self._compiler,
             *"-std=c++20 -O2 -fPIC -shared -fvisibility=hidden -DNDEBUG".split(),
