@@ -1,0 +1,254 @@
+"""Whole models of mlx-lm with random weights: Widehead in the place of MLX's attention."""
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import tiny_mlx_models  # noqa: E402
+import widehead.mlx  # noqa: E402
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step  # noqa: E402
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache  # noqa: E402
+
+LENGTH = 50  # past the windows of 24
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_compiling():
+    """On the CPU mx.compile runs a C++ compiler for every small product: minutes for these models."""
+    assert widehead.mlx.why_no_primitive is None
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module", params=tiny_mlx_models.NAMES)
+def model(request):
+    return tiny_mlx_models.tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return mx.random.randint(3, tiny_mlx_models.VOCABULARY, (2, LENGTH), key=mx.random.key(1))
+
+
+class Calls(list):
+    """What reached the primitive: (len_q, len_k, causal, window, has a mask, has key starts)."""
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = Calls()
+    original = widehead.mlx._primitive
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(original, name)
+
+        def attention(self, q, k, v, scale, causal, window, softcap, mask, sinks, starts, *rest):
+            seen.append((q.shape[2], k.shape[2], causal, window, mask is not None, starts is not None))
+            return original.attention(
+                q, k, v, scale, causal, window, softcap, mask, sinks, starts, *rest
+            )
+
+    monkeypatch.setattr(widehead.mlx, "_primitive", Spy())
+    return seen
+
+
+def both(function):
+    """(MLX's own answer, Widehead's)."""
+    own = function()
+    with widehead.mlx.override_sdpa():
+        return own, function()
+
+
+def numpy_of(array):
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def error(actual, expected):
+    actual, expected = numpy_of(actual), numpy_of(expected)
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def chunked(model, tokens, cache, step=16):
+    parts = [model(tokens[:, i : i + step], cache=cache) for i in range(0, tokens.shape[1], step)]
+    return mx.concatenate(parts, axis=1)
+
+
+def greedy(model, prompt, **options):
+    options = {"max_tokens": NEW_TOKENS, "prefill_step_size": 16} | options
+    return [int(token) for token, _ in generate_step(prompt, model, **options)]
+
+
+def test_logits(model, tokens, calls):
+    own, ours = both(lambda: model(tokens))
+    assert error(ours, own) <= 1e-5
+    assert calls
+
+
+def test_logits_in_chunks_over_a_cache(model, tokens):
+    """The second step's queries begin within the windows, the last ones' beyond."""
+    own, ours = both(lambda: chunked(model, tokens[:1], make_prompt_cache(model)))
+    assert error(ours, own) <= 1e-5
+    assert error(chunked(model, tokens[:1], make_prompt_cache(model)), own) == 0
+
+
+def test_logits_in_bfloat16(model, tokens, request):
+    name = request.node.callspec.params["model"]
+    rounded = tiny_mlx_models.tiny_model(name, mx.bfloat16)
+    exact = tiny_mlx_models.tiny_model(name)
+    for one, other in zip(flat(rounded), flat(exact), strict=True):
+        other[:] = one.astype(other.dtype)
+    expected = numpy_of(exact(tokens))
+    try:
+        own, ours = (numpy_of(logits) for logits in both(lambda: rounded(tokens)))
+    except RuntimeError as failure:
+        assert "GatherMM" in str(failure)
+        pytest.skip(f"MLX's experts on this CPU: {failure}")
+
+    def median_error(actual):  # rounding may tip one token between two experts that nearly tie
+        rows = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        return np.median(rows)
+
+    assert median_error(ours) <= 1.2 * median_error(own)
+
+
+def flat(model):
+    from mlx.utils import tree_flatten
+
+    return [array for _, array in tree_flatten(model.parameters())]
+
+
+def test_greedy_tokens(model, tokens):
+    own, ours = both(lambda: greedy(model, tokens[0]))
+    assert len(own) == NEW_TOKENS and ours == own
+
+
+def test_a_trimmed_prompt_cache(model, tokens):
+    def continued():
+        cache = make_prompt_cache(model)
+        mx.eval(model(tokens[:1, :20], cache=cache))
+        if not can_trim_prompt_cache(cache):
+            return None
+        trim_prompt_cache(cache, 7)
+        return greedy(model, tokens[0, 13:], prompt_cache=cache)
+
+    own, ours = both(continued)
+    if own is None:
+        pytest.skip("a cache of this model cannot be trimmed")
+    assert ours == own
+
+
+def batch(model, prompts):
+    generator = BatchGenerator(model, max_tokens=NEW_TOKENS, prefill_step_size=16)
+    uids = generator.insert(prompts)
+    found = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+    generator.close()
+    return [found[uid] for uid in uids]
+
+
+def test_batches_of_unlike_prompts(model, tokens, request, calls):
+    name = request.node.callspec.params["model"]
+    prompts = [tokens[0].tolist(), tokens[1, :17].tolist(), tokens[1, :33].tolist()]
+    if name == "llama4":
+        with pytest.raises(ValueError, match="does not yet support batching"):
+            batch(model, prompts)
+        pytest.skip("mlx-lm has no batched cache of chunks")
+    if name == "gemma2":  # whose own attention broadcasts a batch's mask over the wrong axis
+        own = [greedy(model, mx.array(prompt)) for prompt in prompts]
+    else:
+        own = batch(model, prompts)
+    with widehead.mlx.override_sdpa():
+        ours = batch(model, prompts)
+    assert [len(each) for each in own] == [NEW_TOKENS] * 3 and ours == own
+    # Left padding reaches the kernels as numbers in decoding, but for the rotated keys of a window.
+    # DeepSeek adds its own array of rotary scores to every mask.
+    if name not in ("deepseek_v3", "glm4_moe_lite"):
+        assert any(starts for len_q, *_, starts in calls if len_q == 1)
+
+
+def test_speculative_decoding(model, tokens, request):
+    name = request.node.callspec.params["model"]
+    draft = tiny_mlx_models.tiny_model(name, seed=1)
+
+    def drafted():
+        steps = speculative_generate_step(
+            tokens[0], model, draft, max_tokens=NEW_TOKENS, num_draft_tokens=3, prefill_step_size=16
+        )
+        return [int(token) for token, *_ in steps]
+
+    if not can_trim_prompt_cache(make_prompt_cache(model)):
+        with pytest.raises(ValueError, match="trimmable"):
+            drafted()
+        pytest.skip("a cache of this model cannot be trimmed")
+    own, ours = both(drafted)
+    assert len(own) == NEW_TOKENS and ours == own
+
+
+def test_rotating_caches(tokens):
+    model = tiny_mlx_models.tiny_model("llama")
+    own, ours = both(lambda: greedy(model, tokens[0], max_kv_size=32))
+    assert ours == own
+
+
+def test_quantised_caches_stay_with_mlx_lm(tokens, calls):
+    model = tiny_mlx_models.tiny_model("llama")
+    own, ours = both(lambda: greedy(model, tokens[0], kv_bits=8, quantized_kv_start=0))
+    assert ours == own
+    assert max(len_k for _, len_k, *_ in calls) == 16  # the first chunk, before it is quantised
+
+
+def test_windows_arrive_as_structure(tokens, calls):
+    """No array where mlx-lm would make queries x keys booleans, and none is ever computed."""
+    model = tiny_mlx_models.tiny_model("gemma3_text")
+    with widehead.mlx.override_sdpa():
+        mx.eval(chunked(model, tokens[:1], make_prompt_cache(model)))
+    assert not any(has_mask for *_, has_mask, _ in calls)
+    windows = [window for len_q, *_, window, _, _ in calls if len_q > 1]
+    assert tiny_mlx_models.WINDOW - 1 in windows and -1 in windows
+    # Attention that is given another array than the one that was made takes the array.
+    base = pytest.importorskip("mlx_lm.models.base")
+    q = mx.random.normal((1, 2, 8, 16))
+    with widehead.mlx.override_sdpa():
+        mask = base.create_causal_mask(8, window_size=3)
+        calls.clear()
+        whole = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mask)
+        mask &= mx.arange(8) != 2  # the same object, another array
+        less = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mask)
+    assert [call[4] for call in calls] == [False, True]
+    rows = mx.arange(8)[:, None]
+    window = (mx.arange(8) <= rows) & (mx.arange(8) > rows - 3)
+    own = mx.fast.scaled_dot_product_attention
+    assert error(whole, own(q, q, q, scale=1.0, mask=window)) <= 1e-6
+    expected = own(q, q, q, scale=1.0, mask=window & (mx.arange(8) != 2))
+    assert error(less[:, :, 3:], expected[:, :, 3:]) <= 1e-6  # row 2 sees keys 0 and 1 alone
+    assert error(less[:, :, :3], expected[:, :, :3]) <= 1e-6
+
+
+def test_masks_are_forgotten():
+    base = pytest.importorskip("mlx_lm.models.base")
+    with widehead.mlx.override_sdpa():
+        for _ in range(100):
+            base.create_causal_mask(8, window_size=3)
+    assert len(widehead.mlx._masks._known) <= 1
+
+
+def test_everything_is_given_back():
+    from mlx_lm.models import base, cache, gemma2
+
+    def patched():
+        return (
+            base.create_causal_mask, cache.create_causal_mask, gemma2.Attention.__call__,
+            mx.fast.scaled_dot_product_attention,
+        )  # fmt: skip
+
+    before = patched()
+    with widehead.mlx.override_sdpa():
+        assert not set(map(id, patched())) & set(map(id, before))
+    assert patched() == before
