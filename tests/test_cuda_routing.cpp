@@ -14,7 +14,7 @@
 #include "api/machine.h"
 #include "api/shipped_profiles.h"
 #include "cuda/registry.h"
-#include "plan/plan.h"
+#include "plan/planner.h"
 
 namespace wh {
 namespace {

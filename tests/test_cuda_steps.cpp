@@ -13,7 +13,8 @@
 #include "cuda/registry.h"
 #include "cuda/sm90/query_tiles.h"
 #include "cuda/unfused/config.h"
-#include "plan/plan.h"
+#include "plan/plan_json.h"
+#include "plan/planner.h"
 
 namespace wh {
 namespace {

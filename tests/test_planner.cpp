@@ -9,7 +9,9 @@
 #include "core/byte_size.h"
 #include "core/key_range.h"
 #include "core/nearest_name.h"
-#include "plan/plan.h"
+#include "plan/explain.h"
+#include "plan/plan_json.h"
+#include "plan/planner.h"
 #include "plan/work.h"
 
 namespace wh {

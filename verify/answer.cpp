@@ -153,7 +153,7 @@ Difference compare(const HostTensors& data, const Expected& expected) {
 
 std::string disagreement(const HostTensors& data, const std::vector<std::byte>& other_out) {
   const Problem& p = data.problem;
-  // Of one row, where errors do not average out as over all of them: a wrong one is off by 1.
+  // For one row, where errors do not average out as over all of them: a wrong one is off by 1.
   const double most = 10 * tolerance_of(p.dtype_q);
   std::mutex mutex;
   std::string message;

@@ -15,7 +15,7 @@ struct Expected {
   std::vector<float> log_sum_exp;  // [rows]
 };
 
-// Of all rows, or of `most_rows` of them: the first and the last query of a tile of every size, and
+// All rows, or `most_rows` of them: the first and the last query of a tile of every size, and
 // random ones. 0: all.
 Expected expected_answer(const HostTensors& data, int64_t most_rows = 0);
 

@@ -24,7 +24,7 @@ class GuardedTensor {
   // With the guards.
   std::byte* all() { return bytes_.data(); }
   size_t all_bytes() const { return bytes_.size(); }
-  // Of all of it, to see whether somebody wrote there.
+  // All of it, to see whether somebody wrote there.
   uint64_t fingerprint() const;
 
   static constexpr int64_t kGuardBytes = 256;

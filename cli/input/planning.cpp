@@ -5,6 +5,7 @@
 #include "api/environment.h"
 #include "api/machine.h"
 #include "api/plan_log.h"
+#include "plan/planner.h"
 
 namespace wh::cli {
 

@@ -5,6 +5,7 @@
 
 #include "api/machine.h"
 #include "plan/cuda_facts.h"
+#include "plan/planner.h"
 
 namespace wh::cli {
 namespace {

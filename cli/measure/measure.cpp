@@ -21,10 +21,11 @@ constexpr double kProbeUs = 300;
 constexpr double kLeastShare = 0.85;
 // Timer interrupts and daemons take a core for microseconds, some times a second.
 constexpr double kUsAPreemption = 20e3;
-// Of the CPU time that the best sample of the same run had: a neighbour on one of two cores takes
-// a quarter of it.
+// Share of the CPU time that the best sample of the same run had: a neighbour on one of two cores
+// takes a quarter of it.
 constexpr double kLeastCpuShare = 0.97;
-// Of as many single threads. Many cores at once clock lower than one; two on one core reach half.
+// Share of as many single threads. Many cores at once clock lower than one; two on one core reach
+// half.
 constexpr double kLeastScaling = 0.8;
 
 double us_since(Clock::time_point begin) {

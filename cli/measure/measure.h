@@ -38,7 +38,7 @@ class Guard {
   // Probes for a second. threads 0: there is nothing to guard, as the work is another device's.
   explicit Guard(int32_t threads);
 
-  // Of all threads, the highest rate seen so far.
+  // All threads together: the highest rate seen so far.
   double peak_gflops() const { return peak_gflops_; }
   double one_thread_gflops() const { return one_thread_gflops_; }
   // That all threads together never reached what their number promises; empty: they did.

@@ -15,7 +15,7 @@ double bf16_gflops(int32_t threads);
 // GB/s of reading 512 MB once on `threads` threads.
 double read_gbytes_per_s(int32_t threads);
 
-// Of the last level of cache; 0 where the system does not tell.
+// The last level of cache; 0 where the system does not tell.
 int64_t last_level_cache_bytes();
 
 }  // namespace wh::cli

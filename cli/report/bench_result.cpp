@@ -7,6 +7,7 @@
 
 #include "measure/useful_work.h"
 #include "plan/names.h"
+#include "plan/units.h"
 
 namespace wh::cli {
 namespace {

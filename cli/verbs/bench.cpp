@@ -19,6 +19,8 @@
 #include "measure/probe.h"
 #include "measure/sampled_rows.h"
 #include "measure/useful_work.h"
+#include "plan/planner.h"
+#include "plan/units.h"
 #include "report/bench_result.h"
 #include "report/session.h"
 

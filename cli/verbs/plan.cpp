@@ -1,6 +1,4 @@
 // widehead plan: every candidate with its verdict, reason, workspace and estimate.
-#include "plan/plan.h"
-
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -10,6 +8,9 @@
 #include "input/planning.h"
 #include "input/problem_flags.h"
 #include "measure/useful_work.h"
+#include "plan/explain.h"
+#include "plan/plan_json.h"
+#include "plan/units.h"
 #include "report/session.h"
 
 namespace wh::cli {

@@ -19,6 +19,8 @@
 #include "measure/resident.h"
 #include "measure/sampled_rows.h"
 #include "measure/useful_work.h"
+#include "plan/explain.h"
+#include "plan/units.h"
 #include "report/session.h"
 
 namespace wh::cli {

@@ -18,6 +18,7 @@
 #include "input/problem_flags.h"
 #include "measure/execution.h"
 #include "measure/measure.h"
+#include "plan/planner.h"
 #include "report/session.h"
 
 namespace wh::cli {

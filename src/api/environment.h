@@ -6,7 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "plan/plan.h"
+#include "core/problem.h"
+#include "plan/limits.h"
 
 namespace wh {
 
@@ -19,7 +20,7 @@ struct Environment {
   bool logs_plans() const { return log == "plan"; }
 };
 
-// Of this process, as it was at the first call.
+// This process's, as it was at the first call.
 const Environment& environment();
 
 // Overrides what the caller set: the variables exist for programs whose calls cannot be changed.

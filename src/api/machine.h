@@ -1,7 +1,7 @@
 // This machine, as the planner wants it.
 #pragma once
 
-#include "plan/plan.h"
+#include "plan/planner.h"
 
 namespace wh {
 

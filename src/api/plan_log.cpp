@@ -7,6 +7,7 @@
 
 #include "api/environment.h"
 #include "core/byte_size.h"
+#include "plan/units.h"
 
 namespace wh {
 namespace {

@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <string>
 
-#include "plan/plan.h"
+#include "plan/profile.h"
 
 namespace wh {
 

@@ -6,6 +6,7 @@
 #include "api/plan_cache.h"
 #include "api/plan_log.h"
 #include "cuda/device.h"
+#include "plan/planner.h"
 
 namespace wh {
 namespace {

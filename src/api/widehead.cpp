@@ -13,6 +13,8 @@
 #include "api/run.h"
 #include "core/json_writer.h"
 #include "cuda/device.h"
+#include "plan/explain.h"
+#include "plan/plan_json.h"
 
 struct wh_plan {
   explicit wh_plan(wh::Plan p) : plan(std::move(p)) {}

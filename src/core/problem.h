@@ -88,7 +88,7 @@ struct TensorBytes {
   int64_t q = 0, k = 0, v = 0, out = 0, mask = 0, sinks = 0, key_lengths = 0, key_starts = 0,
           log_sum_exp = 0;
 };
-// Of a problem that validate() accepts.
+// The problem must be one that validate() accepts.
 TensorBytes tensor_bytes(const Problem& problem);
 
 // Answers with the first thing wrong, naming the field, its value and what would be valid.

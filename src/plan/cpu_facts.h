@@ -21,7 +21,7 @@ struct CpuFacts {
   int32_t threads(int32_t wanted) const { return wanted > 0 ? wanted : cores; }
 };
 
-// Of this machine; detected once, in src/cpu, which knows what its kernels are compiled for.
+// This machine's; detected once, in src/cpu, which knows what its kernels are compiled for.
 const CpuFacts& cpu_facts();
 
 }  // namespace wh

@@ -19,8 +19,9 @@ struct CudaFacts {
   double read_gbytes_per_s = 0;
 };
 
-// Of device `index` as the driver numbers them; queried once per device, never throws. A build
-// without CUDA, a machine without a driver and an index out of range answer with `unavailable`.
+// Those of device `index` as the driver numbers them; queried once per device, never throws. A
+// build without CUDA, a machine without a driver and an index out of range answer with
+// `unavailable`.
 const CudaFacts& cuda_facts(int32_t index);
 
 }  // namespace wh

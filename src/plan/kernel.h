@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "core/executor.h"
@@ -100,5 +101,8 @@ struct Kernel {
 
   bool is_fused() const { return role == Role::kFused; }
 };
+
+// Null: there is none of that name.
+const Kernel* find_kernel(std::span<const Kernel* const> kernels, const std::string& name);
 
 }  // namespace wh

@@ -1,10 +1,11 @@
-// The plan as JSON and back. docs/planner.md lists the fields.
+#include "plan/plan_json.h"
+
 #include <fmt/format.h>
 
 #include "core/json_reader.h"
 #include "core/json_writer.h"
 #include "plan/names.h"
-#include "plan/plan.h"
+#include "plan/units.h"
 
 namespace wh {
 namespace {

@@ -1,10 +1,11 @@
-// Enumerate, ask, discard what does not fit, take the fastest of the rest.
+#include "plan/planner.h"
+
 #include <fmt/format.h>
 
 #include <algorithm>
 
 #include "core/nearest_name.h"
-#include "plan/plan.h"
+#include "plan/units.h"
 
 namespace wh {
 namespace {
@@ -124,13 +125,6 @@ Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
 
 }  // namespace
 
-const Kernel* find_kernel(std::span<const Kernel* const> kernels, const std::string& name) {
-  for (const Kernel* kernel : kernels) {
-    if (name == kernel->name) return kernel;
-  }
-  return nullptr;
-}
-
 Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machine& machine) {
   if (Status status = validate(problem); !status.ok()) return status;
   if (Status status = validate(limits); !status.ok()) return status;
@@ -179,15 +173,6 @@ Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machi
   plan.workspace_bytes = chosen.workspace_bytes;
   plan.estimated_us = chosen.estimated_us;
   return plan;
-}
-
-Status runnable_status(const Plan& plan) {
-  if (plan.runnable()) return {};
-  std::string message = "no kernel is allowed for " + describe(plan.problem) + ":";
-  for (const Candidate& candidate : plan.candidates) {
-    message += fmt::format("\n  {}: {}", candidate.kernel, candidate.reason);
-  }
-  return {Code::kRefused, message};
 }
 
 }  // namespace wh

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "plan/limits.h"
-#include "plan/plan.h"
 #include "verify/input.h"
 
 namespace wh {

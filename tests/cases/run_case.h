@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cases.h"
+#include "plan/planner.h"
 #include "verify/answer.h"
 
 namespace wh {

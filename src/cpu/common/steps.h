@@ -35,7 +35,7 @@ inline int64_t pieces_between_looks(int64_t piece_work) {
   return divide_up(kWorthALook, std::max<int64_t>(1, piece_work));
 }
 
-// Of a step of so many cycles that reads so many keys of one head, while every thread does the
+// A step of so many cycles that reads so many keys of one head, while every thread does the
 // same: they share the memory, and cores where there are more threads.
 inline double step_us_of(const Query& query, const Config& config, double cycles, double keys) {
   const Problem& p = query.problem;

@@ -138,7 +138,7 @@ struct Heads {
   int64_t head(const Problem& p, int64_t row) const { return first_head + row / p.len_q; }
 };
 
-// Of an element of the score matrix in softmax, beside the multiply-adds of the products.
+// An element of the score matrix in softmax, beside the multiply-adds of the products.
 constexpr int64_t kWeighWork = 16;
 constexpr int64_t kRowsPerItem = 16;
 
@@ -350,7 +350,7 @@ size_t workspace_bytes(const Problem& p, const Config&) {
 
 constexpr double kScoreBytes = 4 * 4;  // written, read, written, read
 
-// Of a core in the products.
+// A core's, in the products.
 double product_gflops(const Query& query) {
   const Problem& p = query.problem;
   // A product of few rows reuses too little of what it packs: half the rate at 16.
@@ -373,7 +373,7 @@ double estimate_us(const Query& query, const Config& config) {
          static_cast<double>(std::max<int64_t>(1, p.batch) * p.heads_q) * 3;
 }
 
-// Of the larger product's piece, or of the rows of softmax that a thread takes at once.
+// The larger product's piece, or the rows of softmax that a thread takes at once.
 double step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const int64_t rows = p.len_q * heads_at_once(p);

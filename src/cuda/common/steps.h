@@ -24,7 +24,7 @@ struct TileWaves {
 // takes `call_us`, is short enough, or there is no limit.
 int64_t choose_step_tiles(const Query& query, const TileWaves& waves, double call_us);
 
-// Of a launch of that many tiles; 0: of the whole call.
+// A launch of that many tiles; 0: the whole call.
 double step_us_of(const TileWaves& waves, int64_t step_tiles, double call_us);
 
 // The ends of launches on a stream. One is in flight while the next is enqueued, so there are two.

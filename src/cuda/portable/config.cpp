@@ -120,7 +120,7 @@ class PortableCost {
     resident_ =
         std::clamp<int64_t>(query.cuda.shared_bytes / variant.shared_bytes, 1, variant.resident);
     most_tiles_ = divide_up(most_visible_keys(p), variant.keys);
-    // Of a block alone; a window does not start at a tile's edge.
+    // A block alone; a window does not start at a tile's edge.
     const int64_t block_queries = divide_up(variant.rows, std::max<int64_t>(1, p.group())) + 1;
     block_tiles_ =
         std::min(most_tiles_, divide_up(most_visible_keys(p, block_queries), variant.keys) + 1);
@@ -174,7 +174,7 @@ class PortableCost {
   }
 
  private:
-  // Of a tile of keys in a block, while so many of those want to run.
+  // A tile of keys in a block, while so many of those want to run.
   double tile_us(int64_t blocks) const {
     const auto active = static_cast<double>(std::min(blocks, sms_ * resident_));
     const double busy_sms = std::min<double>(active, static_cast<double>(sms_));
@@ -182,7 +182,7 @@ class PortableCost {
         {product_us_ * active / busy_sms, lone_tile_us_, active * tile_bytes_ / bytes_per_us_});
   }
 
-  // Of the dense 16-bit rate, on full tiles.
+  // Share of the dense 16-bit rate, on full tiles.
   static double share(const Query& query, const PortableVariant& variant) {
     // An H100 has a fifteenth of it on the CUDA cores; half of that is left beside the shuffles.
     if (variant.cores == Cores::kCuda) return 1.0 / 30;
@@ -204,7 +204,7 @@ class PortableCost {
     return (1 / kept - 1) / share(query, variant);
   }
 
-  // Of a block alone.
+  // What a block alone waits for.
   struct Latency {
     double tile_us, us_per_byte;  // of a tile of keys: the barriers and the way to K and V
     double reached;               // of the memory's rate, once all SMs read
@@ -237,7 +237,7 @@ std::optional<std::string> refusal(const Query& query) {
   }
   const PortableVariant& variant = variant_at(instance);
   const int64_t pair_rows = p.len_q * p.group();
-  // Of this kernel, and of the one that merges.
+  // Blocks of this kernel, and of the one that merges.
   const int64_t most_blocks =
       std::max(p.batch * p.heads_kv * divide_up(pair_rows, variant.rows) * kMostSplits,
                p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
