@@ -112,13 +112,18 @@ TEST(CudaDecode, WorkspaceHoldsTheSharesOfEveryRow) {
 }
 
 TEST(CudaDecode, TakesTheNarrowestVariant) {
-  const auto variant = [](int64_t dim_qk, int64_t dim_v) {
+  const Planned planned;
+  const auto variant = [&](int64_t dim_qk, int64_t dim_v) {
     Problem p = decode_problem(1, 8, 1, 1, 128, 64);
     p.dim_qk = dim_qk;
     p.dim_v = dim_v;
-    const DecodeVariant* found = decode_variant(p);
-    return found == nullptr ? std::pair<int64_t, int64_t>{}
-                            : std::pair{found->dim_qk, found->dim_v};
+    p.stride_q = dense_strides(8, 1, dim_qk);
+    p.stride_k = dense_strides(1, 128, dim_qk);
+    p.stride_v = dense_strides(1, 128, dim_v);
+    p.stride_out = dense_strides(8, 1, dim_v);
+    if (!planned.refusal(p).empty()) return std::pair<int64_t, int64_t>{};
+    const HeadDims found = decode_variant(kSm90Decode.configure(planned.query(p))).instance.dims;
+    return std::pair<int64_t, int64_t>{found.dim_qk, found.dim_v};
   };
   EXPECT_EQ(variant(8, 8), std::pair(int64_t{64}, int64_t{64}));
   EXPECT_EQ(variant(192, 128), std::pair(int64_t{192}, int64_t{128}));

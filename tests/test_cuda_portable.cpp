@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/common/packed_rows.h"
+#include "cuda/instances.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/kernel.h"
 #include "cuda/portable/load.h"
@@ -65,9 +66,9 @@ TEST(CudaPortable, HasATileForEveryDimensionTypeAndCard) {
                 portable_variant(p, config, planned->cuda.shared_bytes);
             ASSERT_NE(variant, nullptr) << dim_qk << "/" << dim_v;
             EXPECT_LE(variant->shared_bytes, planned->cuda.shared_bytes);
-            EXPECT_GE(variant->dims.dim_qk, dim_qk);
-            EXPECT_GE(variant->dims.dim_v, dim_v);
-            EXPECT_NE(variant->instance(), nullptr);
+            EXPECT_GE(variant->instance.dims.dim_qk, dim_qk);
+            EXPECT_GE(variant->instance.dims.dim_v, dim_v);
+            EXPECT_EQ(variant->function != nullptr, variant->instance.is_compiled);
           }
         }
       }
@@ -83,7 +84,7 @@ TEST(CudaPortable, F32OfDims65To128DoesNotRunInAWiderTileOnSmallCards) {
       const Config config = kPortable.configure(planned->query(p));
       const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
       ASSERT_NE(variant, nullptr);
-      EXPECT_EQ(variant->dims.dim_qk, 128);
+      EXPECT_EQ(variant->instance.dims.dim_qk, 128);
       EXPECT_EQ(variant->rows, 64);
       EXPECT_EQ(variant->keys, keys);
     }
@@ -109,7 +110,7 @@ TEST(CudaPortable, FewRowsOfF32RunOnTheCudaCores) {
     const PortableVariant variant = variant_of(problem(len_q, 5000, dim_qk, dim_v, Dtype::kF32));
     EXPECT_EQ(variant.cores, Cores::kCuda);
     EXPECT_EQ(variant.rows, rows);
-    EXPECT_EQ(variant.dims.dim_qk, dim);
+    EXPECT_EQ(variant.instance.dims.dim_qk, dim);
   }
   EXPECT_EQ(variant_of(problem(3, 5000, 64, 64, Dtype::kF32)).cores, Cores::kTensor);
   EXPECT_EQ(variant_of(problem(1, 5000, 64, 257, Dtype::kF32)).cores, Cores::kTensor);
@@ -138,7 +139,8 @@ TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {
 }
 
 TEST(CudaPortable, TilesAreWholeProductsOfAtMostEightWarps) {
-  for (const HeadDims dims : kPortableDims) {
+  for (const Instance& instance : kPortableInstances) {
+    const HeadDims dims = instance.dims;
     for (const int bytes : {2, 4}) {
       for (const SharedMemory memory : {SharedMemory::kSmall, SharedMemory::kLarge}) {
         const PortableTile tile = portable_tile(dims, bytes, memory);

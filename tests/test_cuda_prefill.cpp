@@ -9,6 +9,7 @@
 #include "core/key_range.h"
 #include "cuda/common/key_range.h"
 #include "cuda/common/tile_order.h"
+#include "cuda/instances.h"
 #include "cuda/sm90/prefill/tiles.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
 
@@ -139,14 +140,16 @@ TEST(CudaTileOrder, EveryTileComesOnceAndTheLastQueriesOfASectionFirst) {
 TEST(CudaTiles, FitSharedMemoryAndRegisters) {
   constexpr int kSharedBytes = 232448;
   for (const Scores scores : {Scores::kPlain, Scores::kTransformed, Scores::kMasked}) {
-    for (const HeadDims dims : kPrefillDims) {
+    for (const Instance& instance : kPrefillInstances) {
+      const HeadDims dims = instance.dims;
       const PrefillTile tile = prefill_tile(dims, scores);
       EXPECT_LE(PrefillMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
       EXPECT_EQ(tile.tile_k % 16, 0);
       EXPECT_LE(tile.producer_registers + tile.warpgroups * tile.consumer_registers,
                 tile.warpgroups == 2 ? 3 * 168 : 4 * 128);
     }
-    for (const HeadDims dims : kWideDims) {
+    for (const Instance& instance : kWideInstances) {
+      const HeadDims dims = instance.dims;
       const WideTile tile = wide_tile(dims, scores);
       EXPECT_LE(WideMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
       EXPECT_LE(tile.producer_registers + tile.left_registers + tile.right_registers, 3 * 168);

@@ -34,6 +34,7 @@ std::string version_text(int version) {
 CudaFacts detect(int32_t index) {
   CudaFacts facts;
   facts.index = index;
+  facts.only_compiled = true;
   int driver = 0, runtime = 0, devices = 0;
   cudaRuntimeGetVersion(&runtime);
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {

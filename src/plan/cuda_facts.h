@@ -17,6 +17,9 @@ struct CudaFacts {
   int64_t l2_bytes = 0;
   double tensor_tflops = 0;  // dense bf16
   double read_gbytes_per_s = 0;
+  // Kernels choose only what this build has compiled of src/cuda/instances.json. A plan for a card
+  // that is not there may choose all of it.
+  bool only_compiled = false;
 };
 
 // Those of device `index` as the driver numbers them; queried once per device, never throws. A

@@ -10,6 +10,8 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/steps.h"
+#include "cuda/common/variants.h"
+#include "cuda/instances.h"
 #include "cuda/portable/few_rows.h"
 #include "cuda/portable/kernel.h"
 #include "plan/work.h"
@@ -17,94 +19,70 @@
 namespace wh::cuda {
 namespace {
 
-template <int kDim, int kRows>
+template <Instance kInstance>
 constexpr PortableVariant few_rows_variant() {
-  constexpr FewRowsTile kTile{kDim, kRows};
-  return {{kDim, kDim},          Dtype::kF32,
-          Cores::kCuda,          kRows,
-          FewRowsTile::kKeys,    1,
-          FewRowsTile::kThreads, kTile.shared_bytes(),
-          kTile.resident(),      few_rows_instance<kDim, kRows>};
+  constexpr FewRowsTile kTile{kInstance.dims.dim_v, kInstance.rows};
+  PortableVariant variant{
+      kInstance, Cores::kCuda,          kInstance.rows,       FewRowsTile::kKeys,
+      1,         FewRowsTile::kThreads, kTile.shared_bytes(), kTile.resident(),
+      nullptr};
+  if constexpr (kInstance.is_compiled) variant.function = few_rows_instance<kTile.dim, kTile.rows>;
+  return variant;
 }
-// Narrowest heads first, then fewest rows.
-constexpr PortableVariant kFewRowsVariants[] = {
-    few_rows_variant<64, 1>(),  few_rows_variant<64, 4>(),  few_rows_variant<64, 8>(),
-    few_rows_variant<128, 1>(), few_rows_variant<128, 4>(), few_rows_variant<128, 8>(),
-    few_rows_variant<256, 1>(), few_rows_variant<256, 4>(), few_rows_variant<256, 8>()};
+constexpr auto kFewRowsVariants = variants_of<kFewRowsInstances>(
+    []<Instance kInstance>() { return few_rows_variant<kInstance>(); });
 
 // Where the tile is the same for both classes of cards, so is the code.
-template <int kDimQk, int kDimV, Dtype kDtype, SharedMemory kMemory>
-constexpr PortableVariant variant() {
-  constexpr HeadDims kDims{kDimQk, kDimV};
-  constexpr int kElementBytes = kDtype == Dtype::kF32 ? 4 : 2;
-  constexpr SharedMemory kCompiled =
-      depends_on_memory(kDims, kElementBytes) ? kMemory : SharedMemory::kLarge;
-  constexpr PortableTile kTile = portable_tile(kDims, kElementBytes, kCompiled);
-  return {kDims,
-          kDtype,
-          Cores::kTensor,
-          kTile.rows,
-          kTile.keys,
-          kTile.warp_rows,
-          kTile.threads(),
-          kTile.bytes,
-          kTile.resident(),
-          portable_instance<kDimQk, kDimV, kDtype, kCompiled>};
+constexpr bool has_small_twin(const Instance& instance) {
+  return std::ranges::any_of(kPortableInstances, [&](const Instance& other) {
+    return other.dims == instance.dims && other.dtype == instance.dtype &&
+           other.memory == SharedMemory::kSmall;
+  });
 }
 
-template <int kDimQk, int kDimV, SharedMemory kMemory>
-constexpr std::array<PortableVariant, 3> of_all_types() {
-  return {variant<kDimQk, kDimV, Dtype::kF32, kMemory>(),
-          variant<kDimQk, kDimV, Dtype::kF16, kMemory>(),
-          variant<kDimQk, kDimV, Dtype::kBf16, kMemory>()};
+template <Instance kInstance>
+constexpr PortableVariant tensor_variant() {
+  constexpr HeadDims kDims = kInstance.dims;
+  constexpr int kElementBytes = kInstance.dtype == Dtype::kF32 ? 4 : 2;
+  static_assert(depends_on_memory(kDims, kElementBytes) == has_small_twin(kInstance),
+                "instances.json and portable_tile() disagree about the classes of memory");
+  constexpr PortableTile kTile = portable_tile(kDims, kElementBytes, kInstance.memory);
+  PortableVariant variant{kInstance,   Cores::kTensor,   kTile.rows,
+                          kTile.keys,  kTile.warp_rows,  kTile.threads(),
+                          kTile.bytes, kTile.resident(), nullptr};
+  if constexpr (kInstance.is_compiled) {
+    variant.function =
+        portable_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, kInstance.memory>;
+  }
+  return variant;
 }
-// Narrowest heads first, then widest tiles.
-constexpr std::array<PortableVariant, 3> kTensorVariants[] = {
-    of_all_types<64, 64, SharedMemory::kLarge>(),
-    of_all_types<128, 128, SharedMemory::kLarge>(),
-    of_all_types<128, 128, SharedMemory::kSmall>(),
-    of_all_types<192, 128, SharedMemory::kLarge>(),
-    of_all_types<192, 192, SharedMemory::kLarge>(),
-    of_all_types<192, 192, SharedMemory::kSmall>(),
-    of_all_types<256, 256, SharedMemory::kLarge>(),
-    of_all_types<256, 256, SharedMemory::kSmall>(),
-    of_all_types<512, 512, SharedMemory::kLarge>(),
-    of_all_types<512, 512, SharedMemory::kSmall>(),
-    of_all_types<576, 512, SharedMemory::kLarge>(),
-    of_all_types<576, 512, SharedMemory::kSmall>(),
-    of_all_types<1024, 1024, SharedMemory::kLarge>(),
-    of_all_types<1024, 1024, SharedMemory::kSmall>()};
+constexpr auto kTensorVariants = variants_of<kPortableInstances>(
+    []<Instance kInstance>() { return tensor_variant<kInstance>(); });
+
+// Few rows first, where there are few.
+constexpr auto kVariants = [] {
+  std::array<PortableVariant, kFewRowsVariants.size() + kTensorVariants.size()> all{};
+  std::ranges::copy(kFewRowsVariants, all.begin());
+  std::ranges::copy(kTensorVariants, all.begin() + kFewRowsVariants.size());
+  return all;
+}();
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-bool holds(const PortableVariant& variant, const Problem& p) {
-  return p.dim_qk <= variant.dims.dim_qk && p.dim_v <= variant.dims.dim_v &&
-         p.dtype_q == variant.dtype &&
+bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
+  return variant.shared_bytes <= shared_bytes &&
          (variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows);
 }
 
-constexpr auto kFewRowsCount = static_cast<int32_t>(std::size(kFewRowsVariants));
-constexpr int32_t kTypes = 3;
-constexpr int32_t kVariantCount =
-    kFewRowsCount + kTypes * static_cast<int32_t>(std::size(kTensorVariants));
-
-// Config::instance counts through both lists.
-const PortableVariant& variant_at(int32_t instance) {
-  if (instance < kFewRowsCount) return kFewRowsVariants[instance];
-  const int32_t index = instance - kFewRowsCount;
-  return kTensorVariants[index / kTypes][static_cast<size_t>(index % kTypes)];
-}
-
-bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
-  return holds(variant, p) && variant.shared_bytes <= shared_bytes;
-}
-
 // The first one that holds the problem and fits the card; -1: there is none.
-int32_t best_instance(const Problem& p, int64_t shared_bytes) {
-  for (int32_t i = 0; i < kVariantCount; ++i) {
-    if (fits(variant_at(i), p, shared_bytes)) return i;
-  }
-  return -1;
+int32_t best_instance(const Problem& p, const CudaFacts& cuda) {
+  return first_variant(kVariants, p, cuda, [&](const PortableVariant& variant) {
+    return fits(variant, p, cuda.shared_bytes);
+  });
+}
+
+const PortableVariant& variant_at(int32_t instance) {
+  return kVariants[static_cast<size_t>(instance)];
 }
 
 // What a problem costs by the number of shares its keys are cut into. The constants are fits to 110
@@ -130,8 +108,8 @@ class PortableCost {
     const int64_t rows =
         divide_up(std::min<int64_t>(pair_rows, variant.rows), variant.product_rows) *
         variant.product_rows;
-    const double flops =
-        2.0 * static_cast<double>(rows * variant.keys) * (variant.dims.dim_qk + variant.dims.dim_v);
+    const double flops = 2.0 * static_cast<double>(rows * variant.keys) *
+                         (variant.instance.dims.dim_qk + variant.instance.dims.dim_v);
     product_us_ = flops * static_cast<double>(sms_) / (query.cuda.tensor_tflops * 1e6) *
                   (1 / share(query, variant) + of_scores(query, variant));
     const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
@@ -188,8 +166,8 @@ class PortableCost {
     if (variant.cores == Cores::kCuda) return 1.0 / 30;
     // mma.sync has less than two thirds of Hopper's rate, which needs wgmma.
     const double of_card = query.cuda.compute_capability == 90 ? 0.39 : 0.55;
-    const int dim_v = variant.dims.dim_v;
-    if (variant.dtype != Dtype::kF32) return of_card * (dim_v <= 256 ? 1 : 0.6);
+    const int dim_v = variant.instance.dims.dim_v;
+    if (variant.instance.dtype != Dtype::kF32) return of_card * (dim_v <= 256 ? 1 : 0.6);
     // Three products at half the rate, and the splitting of their factors.
     return of_card * (dim_v <= 128 ? 0.125 : dim_v <= 256 ? 0.09 : 0.04);
   }
@@ -200,7 +178,7 @@ class PortableCost {
     const Scores scores = scores_of(query.problem);
     if (scores == Scores::kPlain || variant.cores == Cores::kCuda) return 0;
     const double kept = scores == Scores::kMasked ? 0.4 : 0.65;
-    variant.dtype = Dtype::kF16;
+    variant.instance.dtype = Dtype::kF16;
     return (1 / kept - 1) / share(query, variant);
   }
 
@@ -230,8 +208,9 @@ std::optional<std::string> refusal(const Query& query) {
   if (!fits_int32(p)) {
     return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
   }
-  const int32_t instance = best_instance(p, query.cuda.shared_bytes);
+  const int32_t instance = best_instance(p, query.cuda);
   if (instance < 0) {
+    if (best_instance(p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
     return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
                        kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, query.cuda.shared_bytes);
   }
@@ -248,14 +227,14 @@ std::optional<std::string> refusal(const Query& query) {
 }
 
 Arithmetic arithmetic(const PortableVariant& variant) {
-  const bool splits_f32 = variant.cores == Cores::kTensor && variant.dtype == Dtype::kF32;
-  return splits_f32 ? Arithmetic::kTf32x3 : arithmetic_of(variant.dtype);
+  const bool splits_f32 = variant.cores == Cores::kTensor && variant.instance.dtype == Dtype::kF32;
+  return splits_f32 ? Arithmetic::kTf32x3 : arithmetic_of(variant.instance.dtype);
 }
 
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = best_instance(p, query.cuda.shared_bytes);
+  config.instance = best_instance(p, query.cuda);
   const PortableVariant& variant = variant_at(config.instance);
   config.arithmetic = arithmetic(variant);
   config.tile_q = variant.rows;
@@ -278,9 +257,10 @@ std::string variant_text(const Query&, const Config& config) {
   const PortableVariant& variant = variant_at(config.instance);
   const char* const products = variant.cores == Cores::kCuda              ? "f32 CUDA cores"
                                : config.arithmetic == Arithmetic::kTf32x3 ? "3xTF32 mma.sync"
-                               : variant.dtype == Dtype::kF16             ? "f16 mma.sync"
+                               : variant.instance.dtype == Dtype::kF16    ? "f16 mma.sync"
                                                                           : "bf16 mma.sync";
-  return fmt::format("{}, {}/{}", products, variant.dims.dim_qk, variant.dims.dim_v);
+  return fmt::format("{}, {}/{}", products, variant.instance.dims.dim_qk,
+                     variant.instance.dims.dim_v);
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
@@ -307,7 +287,7 @@ double step_us(const Query& query, const Config& config) {
 const PortableVariant* portable_variant(const Problem& p, const Config& config,
                                         int64_t shared_bytes) {
   const PortableVariant& variant = variant_at(config.instance);
-  return fits(variant, p, shared_bytes) ? &variant : nullptr;
+  return holds(variant.instance, p) && fits(variant, p, shared_bytes) ? &variant : nullptr;
 }
 
 const Kernel kPortable{

@@ -10,19 +10,18 @@ extern const Kernel kPortable;
 
 enum class Cores : uint8_t { kTensor, kCuda };
 
-// A compiled kernel: one of tiles.h on the tensor cores, or of few_rows.h on the CUDA cores.
+// One of tiles.h on the tensor cores, or of few_rows.h on the CUDA cores.
 struct PortableVariant {
-  HeadDims dims;
-  Dtype dtype;
+  Instance instance;
   Cores cores;
   int rows, keys;    // of a block; of a tile
   int product_rows;  // what rows are worked on in: 16 or 32 by a warp
   int threads, shared_bytes;
   int resident;  // blocks that the registers of an SM hold
-  const void* (*instance)();
+  const void* (*function)();
 };
 
-// The variant that a plan's config names for a card with so much shared memory a block; null: it
+// The variant that a plan's config names, for a card with so much shared memory a block; null: it
 // names none that holds the problem.
 const PortableVariant* portable_variant(const Problem& problem, const Config& config,
                                         int64_t shared_bytes);

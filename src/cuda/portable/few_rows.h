@@ -1,12 +1,7 @@
 // cuda_portable for few query rows in f32: decode, on the CUDA cores. The planner's view.
 #pragma once
 
-#include "cuda/common/head_dims.h"
-
 namespace wh::cuda {
-
-constexpr int kFewRowsDims[] = {64, 128, 256};  // of queries, keys and values: the wider decides
-constexpr int kFewRows[] = {1, 4, 8};           // query rows of a block
 
 // How a block reads: teams of lanes take some keys each and keep a row of K and of V whole.
 struct FewRowsTile {

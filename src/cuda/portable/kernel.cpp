@@ -47,7 +47,7 @@ Status run_portable(const Launch& launch) {
   return run_in_steps(launch, shape.blocks, [&](int64_t first, int64_t end) -> Status {
     args.last_item = static_cast<int32_t>(shape.blocks - 1 - first);
     void* parameters[] = {&args};
-    Status status = launch_kernel({.function = variant->instance(),
+    Status status = launch_kernel({.function = variant->function(),
                                    .blocks = static_cast<int>(end - first),
                                    .threads = variant->threads,
                                    .shared_bytes = variant->shared_bytes,

@@ -4,18 +4,9 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "cuda/common/head_dims.h"
+#include "cuda/common/instance.h"
 
 namespace wh::cuda {
-
-// src/cuda/CMakeLists.txt compiles one file for each of these, each type, and each class of shared
-// memory where they differ.
-constexpr HeadDims kPortableDims[] = {{64, 64},   {128, 128}, {192, 128}, {192, 192},
-                                      {256, 256}, {512, 512}, {576, 512}, {1024, 1024}};
-
-// What one block may have, by card: 99 KB on 8.6, 8.9 and 12.0; 163 KB and more on 8.0, 9.0 and
-// 10.0.
-enum class SharedMemory : int32_t { kSmall = 101376, kLarge = 166912 };
 
 constexpr int kPortableItemBytes = 80;  // of the block's PackedItem
 
@@ -89,7 +80,7 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   return {};
 }
 
-// Whether the two classes of cards need two tiles, and so two kernels: not for 64/64 and 192/128,
+// Whether the two classes of cards need two tiles, and so two instances: not for 64/64 and 192/128,
 // nor for 192/192 in 16 bits (in f32, 64 x 64 of 128/128 take 103,520 bytes, 2,144 more than the
 // small ones have).
 constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {

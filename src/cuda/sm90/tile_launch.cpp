@@ -42,11 +42,6 @@ Result<CUtensorMap> key_map(const Problem& p, const KeyTensor& tensor, int32_t r
 
 }  // namespace
 
-size_t variant(int dims_index, const Problem& p) {
-  return static_cast<size_t>(dims_index) * kVariants + (p.dtype_q == Dtype::kBf16 ? 3 : 0) +
-         static_cast<size_t>(scores_of(p));
-}
-
 Status run_tiles(const Launch& launch, const TileLaunch& tiles) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;

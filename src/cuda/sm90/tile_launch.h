@@ -21,13 +21,6 @@ struct PrefillMaps {
   CUtensorMap v;
 };
 
-// Each pair of head dimensions is compiled for two types and three kinds of scores; instance i of a
-// kernel is dimensions i / kVariants.
-constexpr size_t kVariants = 6;
-constexpr Dtype variant_dtype(size_t i) { return i / 3 % 2 == 0 ? Dtype::kF16 : Dtype::kBf16; }
-constexpr Scores variant_scores(size_t i) { return static_cast<Scores>(i % 3); }
-size_t variant(int dims_index, const Problem& problem);
-
 struct TileLaunch {
   TileOrder order;
   int32_t workers;        // that tiles are dealt to: blocks or clusters

@@ -8,6 +8,8 @@
 #include "core/names.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
+#include "cuda/common/variants.h"
+#include "cuda/instances.h"
 #include "cuda/sm90/decode/kernel.h"
 #include "cuda/sm90/decode/tiles.h"
 #include "cuda/sm90/refusal.h"
@@ -16,22 +18,18 @@
 namespace wh::cuda {
 namespace {
 
-template <int kDimQk, int kDimV>
+template <Instance kInstance>
 constexpr DecodeVariant variant() {
-  using Tile = DecodeTile<kDimQk, kDimV>;
-  return {kDimQk,
-          kDimV,
-          Tile::kTileK,
-          Tile::kThreads,
-          Tile::kSharedBytes,
-          decode_instance<kDimQk, kDimV, Dtype::kF16>,
-          decode_instance<kDimQk, kDimV, Dtype::kBf16>};
+  constexpr HeadDims kDims = kInstance.dims;
+  using Tile = DecodeTile<kDims.dim_qk, kDims.dim_v>;
+  DecodeVariant variant{kInstance, Tile::kTileK, Tile::kThreads, Tile::kSharedBytes, nullptr};
+  if constexpr (kInstance.is_compiled) {
+    variant.function = decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype>;
+  }
+  return variant;
 }
-
-// Narrowest first. src/cuda/CMakeLists.txt compiles one file for each of these and each type.
-constexpr DecodeVariant kVariants[] = {
-    variant<64, 64>(),   variant<128, 128>(), variant<192, 128>(), variant<192, 192>(),
-    variant<256, 256>(), variant<512, 512>(), variant<576, 512>()};
+constexpr auto kVariants =
+    variants_of<kDecodeInstances>([]<Instance kInstance>() { return variant<kInstance>(); });
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -110,7 +108,8 @@ std::optional<std::string> refusal(const Query& query) {
     }
   }
   if (auto reason = sm90_refusal({mapped, query.limits, query.cpu, query.cuda})) return reason;
-  if (decode_variant(p) == nullptr) {
+  if (first_variant(kVariants, p, query.cuda) < 0) {
+    if (first_variant(kVariants, p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
     return fmt::format("takes heads of up to 576/512, these are {}/{}", p.dim_qk, p.dim_v);
   }
   // Of this kernel, and of the one that merges.
@@ -126,8 +125,9 @@ std::optional<std::string> refusal(const Query& query) {
 // must not depend on the batch.
 Config configure(const Query& query) {
   const Problem& p = query.problem;
-  const DecodeVariant& variant = *decode_variant(p);
   Config config;
+  config.instance = first_variant(kVariants, p, query.cuda);
+  const DecodeVariant& variant = decode_variant(config);
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kDecodeTileQ;
   config.tile_k = variant.tile_k;
@@ -140,10 +140,11 @@ Config configure(const Query& query) {
   return config;
 }
 
-std::string variant_text(const Query& query, const Config&) {
-  const Problem& p = query.problem;
-  const DecodeVariant& variant = *decode_variant(p);
-  return fmt::format("{} wgmma, {}/{}", kDtypes.name(p.dtype_q), variant.dim_qk, variant.dim_v);
+// "bf16 wgmma, 256/256"
+std::string variant_text(const Query&, const Config& config) {
+  const Instance& instance = decode_variant(config).instance;
+  return fmt::format("{} wgmma, {}/{}", kDtypes.name(instance.dtype), instance.dims.dim_qk,
+                     instance.dims.dim_v);
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
@@ -152,16 +153,13 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  return DecodeCost(query, *decode_variant(p), p.batch).us(config.splits);
+  return DecodeCost(query, decode_variant(config), p.batch).us(config.splits);
 }
 
 }  // namespace
 
-const DecodeVariant* decode_variant(const Problem& p) {
-  for (const DecodeVariant& variant : kVariants) {
-    if (p.dim_qk <= variant.dim_qk && p.dim_v <= variant.dim_v) return &variant;
-  }
-  return nullptr;
+const DecodeVariant& decode_variant(const Config& config) {
+  return kVariants[static_cast<size_t>(config.instance)];
 }
 
 const Kernel kSm90Decode{

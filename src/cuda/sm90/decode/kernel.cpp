@@ -75,9 +75,10 @@ Status run_decode(const Launch& launch) {
   const PackedShape shape(p, launch.config);
   if (shape.items == 0) return {};
   if (Status status = check_alignment(p, t); !status.ok()) return status;
-  const DecodeVariant& variant = *decode_variant(p);
-  const MappedTensor k{"k", p, p.stride_k, p.dim_qk, variant.dim_qk};
-  const MappedTensor v{"v", p, p.stride_v, p.dim_v, variant.dim_v};
+  const DecodeVariant& variant = decode_variant(launch.config);
+  const HeadDims dims = variant.instance.dims;
+  const MappedTensor k{"k", p, p.stride_k, p.dim_qk, dims.dim_qk};
+  const MappedTensor v{"v", p, p.stride_v, p.dim_v, dims.dim_v};
   DecodeArgs args = decode_args(p, t, launch.config);
   args.use_k = k.use();
   args.use_v = v.use();
@@ -93,14 +94,13 @@ Status run_decode(const Launch& launch) {
   // One launch: its blocks end together, and the merge waits for the kernel right in front of it.
   return run_in_steps(launch, 1, [&](int64_t, int64_t) -> Status {
     void* parameters[] = {&maps, &args};
-    Status status = launch_kernel(
-        {.function = p.dtype_q == Dtype::kBf16 ? variant.instance_bf16() : variant.instance_f16(),
-         .blocks = static_cast<int>(shape.blocks),
-         .threads = variant.threads,
-         .shared_bytes = variant.shared_bytes,
-         .overlaps_front = true,
-         .parameters = parameters,
-         .stream = stream});
+    Status status = launch_kernel({.function = variant.function(),
+                                   .blocks = static_cast<int>(shape.blocks),
+                                   .threads = variant.threads,
+                                   .shared_bytes = variant.shared_bytes,
+                                   .overlaps_front = true,
+                                   .parameters = parameters,
+                                   .stream = stream});
     if (!status.ok() || shape.splits == 1) return status;
     return launch_combine(args.attention, p.dtype_q, args.partials, stream);
   });

@@ -3,8 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <iterator>
 
+#include "cuda/common/variants.h"
+#include "cuda/instances.h"
 #include "cuda/sm90/prefill/kernel.h"
 #include "cuda/sm90/query_tiles.h"
 #include "cuda/sm90/refusal.h"
@@ -12,13 +13,26 @@
 namespace wh::cuda {
 namespace {
 
-HeadDims dims_of(const Problem& p) { return kPrefillDims[prefill_dims_index(p)]; }
-PrefillTile tile_of(const Problem& p) { return prefill_tile(dims_of(p), scores_of(p)); }
+template <Instance kInstance>
+constexpr PrefillVariant variant() {
+  PrefillVariant variant{kInstance, {}};
+  if constexpr (kInstance.is_compiled) {
+    constexpr HeadDims kDims = kInstance.dims;
+    variant.function = {
+        prefill_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kPlain>,
+        prefill_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kTransformed>,
+        prefill_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kMasked>};
+  }
+  return variant;
+}
+constexpr auto kVariants =
+    variants_of<kPrefillInstances>([]<Instance kInstance>() { return variant<kInstance>(); });
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = sm90_refusal(query)) return reason;
-  if (prefill_dims_index(p) < 0) {
+  if (first_variant(kVariants, p, query.cuda) < 0) {
+    if (first_variant(kVariants, p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
     return fmt::format("holds heads up to 256 wide, or 320/256, in registers, not {}/{}", p.dim_qk,
                        p.dim_v);
   }
@@ -36,8 +50,8 @@ constexpr Rate kRates[] = {{{64, 64}, 0.58},   {{80, 80}, 0.53},   {{96, 96}, 0.
                            {{192, 128}, 0.82}, {{192, 192}, 0.86}, {{192, 256}, 0.77},
                            {{256, 256}, 0.85}, {{320, 256}, 0.74}};
 
-TileCost cost_of(const Problem& p, const Config& config) {
-  const HeadDims dims = dims_of(p);
+TileCost cost_of(const Config& config) {
+  const HeadDims dims = prefill_variant(config).instance.dims;
   double share = 0.5;
   for (const Rate& rate : kRates) {
     if (rate.dims == dims) share = rate.share;
@@ -50,26 +64,27 @@ TileCost cost_of(const Problem& p, const Config& config) {
           .share = share};
 }
 
-TileOrder order_of(const Problem& p) { return tile_order(p, tile_of(p).tile_q(), 1); }
+TileOrder order_of(const Problem& p, const Config& config) {
+  return tile_order(p, static_cast<int32_t>(config.tile_q), 1);
+}
 
 double estimate_us(const Query& query, const Config& config) {
-  const Problem& p = query.problem;
-  return estimate_tiles_us(query, order_of(p), cost_of(p, config));
+  return estimate_tiles_us(query, order_of(query.problem, config), cost_of(config));
 }
 
 TileWaves waves_of(const Query& query, const Config& config) {
-  const Problem& p = query.problem;
-  return tile_waves(query, order_of(p), cost_of(p, config));
+  return tile_waves(query, order_of(query.problem, config), cost_of(config));
 }
 
 Config configure(const Query& query) {
   const Problem& p = query.problem;
-  const PrefillTile tile = tile_of(p);
   Config config;
+  config.instance = first_variant(kVariants, p, query.cuda);
+  const PrefillTile tile = prefill_tile(prefill_variant(config).instance.dims, scores_of(p));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = tile.tile_q();
   config.tile_k = tile.tile_k;
-  config.workers = std::max(1, std::min(query.cuda.sms, order_of(p).tiles));
+  config.workers = std::max(1, std::min(query.cuda.sms, order_of(p, config).tiles));
   if (query.limits.longest_step_us > 0) {
     config.step_tiles =
         choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
@@ -78,7 +93,7 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return claims_tiles(p, order_of(p).tiles, config.workers) ? kTileCounterBytes : 0;
+  return claims_tiles(p, order_of(p, config).tiles, config.workers) ? kTileCounterBytes : 0;
 }
 
 double step_us(const Query& query, const Config& config) {
@@ -87,17 +102,8 @@ double step_us(const Query& query, const Config& config) {
 
 }  // namespace
 
-int prefill_dims_index(const Problem& p) {
-  int best = -1;
-  for (int i = 0; i < static_cast<int>(std::size(kPrefillDims)); ++i) {
-    const HeadDims dims = kPrefillDims[i];
-    if (p.dim_qk > dims.dim_qk || p.dim_v > dims.dim_v) continue;
-    if (best < 0 ||
-        dims.dim_qk + dims.dim_v < kPrefillDims[best].dim_qk + kPrefillDims[best].dim_v) {
-      best = i;
-    }
-  }
-  return best;
+const PrefillVariant& prefill_variant(const Config& config) {
+  return kVariants[static_cast<size_t>(config.instance)];
 }
 
 const Kernel kSm90Prefill{.name = "sm90_prefill",

@@ -1,14 +1,21 @@
 // sm90_prefill, the planner's side.
 #pragma once
 
-#include "cuda/sm90/prefill/tiles.h"
+#include <array>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/common/instance.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
 
 extern const Kernel kSm90Prefill;
 
-// The one of kPrefillDims that holds the problem's dimensions with the least padding; -1: none.
-int prefill_dims_index(const Problem& problem);
+struct PrefillVariant {
+  Instance instance;
+  std::array<const void* (*)(), 3> function;  // by Scores
+};
+
+const PrefillVariant& prefill_variant(const Config& config);
 
 }  // namespace wh::cuda

@@ -8,11 +8,6 @@
 
 namespace wh::cuda {
 
-// src/cuda/CMakeLists.txt compiles one file for each of these and each type.
-constexpr HeadDims kPrefillDims[] = {{64, 64},   {80, 80},   {96, 96},   {112, 112},
-                                     {128, 128}, {160, 160}, {192, 128}, {192, 192},
-                                     {192, 256}, {256, 256}, {320, 256}};
-
 struct PrefillTile {
   int warpgroups;  // consumers, 64 query rows each
   int tile_k;

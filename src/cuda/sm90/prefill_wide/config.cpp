@@ -3,8 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <iterator>
 
+#include "cuda/common/variants.h"
+#include "cuda/instances.h"
 #include "cuda/sm90/prefill_wide/kernel.h"
 #include "cuda/sm90/query_tiles.h"
 #include "cuda/sm90/refusal.h"
@@ -12,22 +13,34 @@
 namespace wh::cuda {
 namespace {
 
-WideTile tile_of(const Problem& p) {
-  return wide_tile(kWideDims[wide_dims_index(p)], scores_of(p));
+template <Instance kInstance>
+constexpr WideVariant variant() {
+  WideVariant variant{kInstance, {}};
+  if constexpr (kInstance.is_compiled) {
+    constexpr HeadDims kDims = kInstance.dims;
+    variant.function = {
+        wide_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kPlain>,
+        wide_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kTransformed>,
+        wide_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kMasked>};
+  }
+  return variant;
 }
+constexpr auto kVariants =
+    variants_of<kWideInstances>([]<Instance kInstance>() { return variant<kInstance>(); });
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = sm90_refusal(query)) return reason;
-  if (wide_dims_index(p) < 0) {
+  if (first_variant(kVariants, p, query.cuda) < 0) {
+    if (first_variant(kVariants, p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
     return fmt::format("holds queries up to 576 and values up to 512 wide, not {}/{}", p.dim_qk,
                        p.dim_v);
   }
   return tile_count_refusal(p);
 }
 
-TileCost cost_of(const Problem& p, const Config& config) {
-  return {.dims = kWideDims[wide_dims_index(p)],
+TileCost cost_of(const Config& config) {
+  return {.dims = wide_variant(config).instance.dims,
           .tile_q = kWideCluster * kWideTileQ,
           .tile_k = static_cast<int32_t>(config.tile_k),
           .workers = config.workers,
@@ -36,21 +49,20 @@ TileCost cost_of(const Problem& p, const Config& config) {
 }
 
 double estimate_us(const Query& query, const Config& config) {
-  const Problem& p = query.problem;
-  return estimate_tiles_us(query, wide_order(p), cost_of(p, config));
+  return estimate_tiles_us(query, wide_order(query.problem), cost_of(config));
 }
 
 TileWaves waves_of(const Query& query, const Config& config) {
-  const Problem& p = query.problem;
-  return tile_waves(query, wide_order(p), cost_of(p, config));
+  return tile_waves(query, wide_order(query.problem), cost_of(config));
 }
 
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
+  config.instance = first_variant(kVariants, p, query.cuda);
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kWideTileQ;
-  config.tile_k = tile_of(p).tile_k;
+  config.tile_k = wide_tile(wide_variant(config).instance.dims, scores_of(p)).tile_k;
   const int32_t clusters = std::min(query.cuda.sms / kWideCluster, wide_order(p).tiles);
   config.workers = std::max(1, clusters);
   if (query.limits.longest_step_us > 0) {
@@ -70,11 +82,8 @@ double step_us(const Query& query, const Config& config) {
 
 }  // namespace
 
-int wide_dims_index(const Problem& p) {
-  for (int i = 0; i < static_cast<int>(std::size(kWideDims)); ++i) {
-    if (p.dim_qk <= kWideDims[i].dim_qk && p.dim_v <= kWideDims[i].dim_v) return i;
-  }
-  return -1;
+const WideVariant& wide_variant(const Config& config) {
+  return kVariants[static_cast<size_t>(config.instance)];
 }
 
 // Two heads of a group, at least, where there are two: the cluster's blocks then have the same

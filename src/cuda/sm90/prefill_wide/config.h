@@ -1,17 +1,23 @@
 // sm90_prefill_wide, the planner's side.
 #pragma once
 
+#include <array>
+
 #include "cuda/common/attention_args.h"
+#include "cuda/common/instance.h"
 #include "cuda/common/tile_order.h"
-#include "cuda/sm90/prefill_wide/tiles.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
 
 extern const Kernel kSm90PrefillWide;
 
-// The first of kWideDims that holds the problem's dimensions; -1: none.
-int wide_dims_index(const Problem& problem);
+struct WideVariant {
+  Instance instance;
+  std::array<const void* (*)(), 3> function;  // by Scores
+};
+
+const WideVariant& wide_variant(const Config& config);
 
 // How the rows are laid over the tiles of a cluster and in which order those run, without the
 // counter.

@@ -8,9 +8,6 @@
 
 namespace wh::cuda {
 
-// src/cuda/CMakeLists.txt compiles one file for each of these.
-constexpr HeadDims kWideDims[] = {{512, 512}, {576, 512}};
-
 constexpr int kWideTileQ = 64;   // rows of a block
 constexpr int kWideCluster = 2;  // blocks that share K and V
 constexpr int kWideThreads = 3 * 128;

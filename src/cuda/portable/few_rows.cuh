@@ -10,6 +10,8 @@
 // Roofline: memory. 8 rows take 4 operations a byte, the cores of an H100 have 20 a byte that
 // arrives. The tensor cores' f32 takes three products of 16 rows for what one row needs: twice the
 // time at 4 rows of 128.
+#pragma once
+
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/scores.cuh"
 #include "cuda/portable/few_rows.h"
@@ -391,20 +393,9 @@ __global__ void __launch_bounds__(FewRowsTile::kThreads)
 
 }  // namespace
 
-#define WH_FEW_ROWS(dim, rows)                                  \
-  template <>                                                   \
-  const void* few_rows_instance<dim, rows>() {                  \
-    return reinterpret_cast<const void*>(&few_rows<dim, rows>); \
-  }
-WH_FEW_ROWS(64, 1)
-WH_FEW_ROWS(64, 4)
-WH_FEW_ROWS(64, 8)
-WH_FEW_ROWS(128, 1)
-WH_FEW_ROWS(128, 4)
-WH_FEW_ROWS(128, 8)
-WH_FEW_ROWS(256, 1)
-WH_FEW_ROWS(256, 4)
-WH_FEW_ROWS(256, 8)
-#undef WH_FEW_ROWS
+template <int kDim, int kRows>
+const void* few_rows_instance() {
+  return reinterpret_cast<const void*>(&few_rows<kDim, kRows>);
+}
 
 }  // namespace wh::cuda

@@ -1,0 +1,75 @@
+// Which of a kernel's instances runs a problem: one rule for all kernels. A variant is an instance
+// with what its kernel knows about it, and its functions where this build has them.
+// Config::instance is its place in the kernel's list.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <string>
+#include <utility>
+
+#include "core/names.h"
+#include "core/problem.h"
+#include "cuda/common/instance.h"
+#include "plan/cuda_facts.h"
+
+namespace wh::cuda {
+
+constexpr bool is_narrowest_first(const Instance* instances, size_t count) {
+  for (size_t i = 1; i < count; ++i) {
+    const HeadDims a = instances[i - 1].dims, b = instances[i].dims;
+    if (a.dim_qk + a.dim_v > b.dim_qk + b.dim_v) return false;
+  }
+  return true;
+}
+
+// make.operator()<kInstance>() for each of a table's instances, in its order.
+template <const auto& kInstances, typename Make>
+constexpr auto variants_of(Make make) {
+  static_assert(is_narrowest_first(kInstances, std::size(kInstances)));
+  return [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    return std::array{make.template operator()<kInstances[kIndex]>()...};
+  }
+  (std::make_index_sequence<std::size(kInstances)>());
+}
+
+inline bool holds(const Instance& instance, const Problem& p) {
+  return p.dim_qk <= instance.dims.dim_qk && p.dim_v <= instance.dims.dim_v &&
+         p.dtype_q == instance.dtype;
+}
+
+// The first that holds the problem and is accepted; -1: there is none.
+template <typename Variant, size_t kCount, typename Accepts>
+int32_t first_variant(const std::array<Variant, kCount>& variants, const Problem& p,
+                      const CudaFacts& cuda, Accepts accepts) {
+  for (size_t i = 0; i < kCount; ++i) {
+    const Instance& instance = variants[i].instance;
+    if (holds(instance, p) && (instance.is_compiled || !cuda.only_compiled) &&
+        accepts(variants[i])) {
+      return static_cast<int32_t>(i);
+    }
+  }
+  return -1;
+}
+template <typename Variant, size_t kCount>
+int32_t first_variant(const std::array<Variant, kCount>& variants, const Problem& p,
+                      const CudaFacts& cuda) {
+  return first_variant(variants, p, cuda, [](const Variant&) { return true; });
+}
+
+inline CudaFacts with_all_instances(CudaFacts cuda) {
+  cuda.only_compiled = false;
+  return cuda;
+}
+
+// The reason to refuse what an instance holds that this build lacks.
+inline std::string not_compiled(const Problem& p) {
+  return fmt::format("has no code for {} heads of {}/{} in this build (WIDEHEAD_CUDA_INSTANCES=ci)",
+                     kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v);
+}
+
+}  // namespace wh::cuda

@@ -1,0 +1,196 @@
+// Which instance of a CUDA kernel runs a problem, in a build with all of them and in one with a
+// part (WIDEHEAD_CUDA_INSTANCES=ci), checked without a GPU.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <set>
+#include <span>
+#include <string>
+#include <tuple>
+
+#include "cuda/instances.h"
+#include "cuda/portable/config.h"
+#include "cuda/portable/tiles.h"
+#include "cuda/sm90/decode/config.h"
+#include "cuda/sm90/decode/tiles.h"
+#include "cuda/sm90/prefill/config.h"
+#include "cuda/sm90/prefill/tiles.h"
+#include "cuda/sm90/prefill_wide/config.h"
+#include "cuda/sm90/prefill_wide/tiles.h"
+
+namespace wh::cuda {
+namespace {
+
+CudaFacts hopper(bool only_compiled) {
+  CudaFacts facts;
+  facts.name = "H100";
+  facts.compute_capability = 90;
+  facts.sms = 132;
+  facts.shared_bytes = 232448;
+  facts.tensor_tflops = 989;
+  facts.read_gbytes_per_s = 3000;
+  facts.only_compiled = only_compiled;
+  return facts;
+}
+
+Problem problem(int64_t dim_qk, int64_t dim_v, Dtype dtype) {
+  Problem p;
+  p.device = Device::kCuda;
+  p.dtype_q = p.dtype_kv = dtype;
+  p.batch = 1;
+  p.heads_q = 8;
+  p.heads_kv = 2;
+  p.len_q = p.len_k = 300;
+  p.dim_qk = dim_qk;
+  p.dim_v = dim_v;
+  p.stride_q = dense_strides(8, 300, dim_qk);
+  p.stride_k = dense_strides(2, 300, dim_qk);
+  p.stride_v = dense_strides(2, 300, dim_v);
+  p.stride_out = dense_strides(8, 300, dim_v);
+  p.scale = 1 / std::sqrt(static_cast<float>(dim_qk));
+  return p;
+}
+
+struct Listed {
+  const Kernel& kernel;
+  std::span<const Instance> instances;  // Config::instance counts them
+};
+const Listed kListed[] = {{kSm90Prefill, kPrefillInstances},
+                          {kSm90PrefillWide, kWideInstances},
+                          {kSm90Decode, kDecodeInstances}};
+
+// The one with the least padding, by a look at all of them.
+const Instance* narrowest(const Listed& listed, const Problem& p, bool only_compiled) {
+  const Instance* best = nullptr;
+  for (const Instance& one : listed.instances) {
+    if (one.dtype != p.dtype_q || (only_compiled && !one.is_compiled)) continue;
+    if (one.dims.dim_qk < p.dim_qk || one.dims.dim_v < p.dim_v) continue;
+    if (best == nullptr ||
+        one.dims.dim_qk + one.dims.dim_v < best->dims.dim_qk + best->dims.dim_v) {
+      best = &one;
+    }
+  }
+  return best;
+}
+
+TEST(CudaInstances, TheNarrowestThatIsThereIsTaken) {
+  const Limits limits;
+  const CpuFacts cpu;
+  for (const bool only_compiled : {false, true}) {
+    const CudaFacts cuda = hopper(only_compiled);
+    for (const Listed& listed : kListed) {
+      for (const Dtype dtype : {Dtype::kF16, Dtype::kBf16}) {
+        for (int64_t dim_qk = 8; dim_qk <= 640; dim_qk += 8) {
+          for (const int64_t dim_v : {int64_t{8}, int64_t{128}, dim_qk}) {
+            const Problem p = problem(dim_qk, dim_v, dtype);
+            const Query query{p, limits, cpu, cuda};
+            const Instance* expected = narrowest(listed, p, only_compiled);
+            const auto reason = listed.kernel.refusal(query);
+            ASSERT_EQ(reason.has_value(), expected == nullptr)
+                << listed.kernel.name << " " << dim_qk << "/" << dim_v << ": "
+                << reason.value_or("taken");
+            if (expected == nullptr) {
+              // Whose fault it is.
+              EXPECT_EQ(reason->find("WIDEHEAD_CUDA_INSTANCES=ci") != std::string::npos,
+                        narrowest(listed, p, false) != nullptr)
+                  << *reason;
+              continue;
+            }
+            const int32_t instance = listed.kernel.configure(query).instance;
+            ASSERT_EQ(&listed.instances[static_cast<size_t>(instance)], expected)
+                << listed.kernel.name << " " << dim_qk << "/" << dim_v;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
+  Config config;
+  for (const Instance& instance : kPrefillInstances) {
+    for (const auto function : prefill_variant(config).function) {
+      EXPECT_EQ(function != nullptr, instance.is_compiled);
+    }
+    ++config.instance;
+  }
+  config = {};
+  for (const Instance& instance : kWideInstances) {
+    for (const auto function : wide_variant(config).function) {
+      EXPECT_EQ(function != nullptr, instance.is_compiled);
+    }
+    ++config.instance;
+  }
+  config = {};
+  for (const Instance& instance : kDecodeInstances) {
+    EXPECT_EQ(decode_variant(config).function != nullptr, instance.is_compiled);
+    ++config.instance;
+  }
+}
+
+// What a kernel's code differs in, beyond counts of rows and keys.
+using Family = std::tuple<int, int, int, int>;
+
+template <typename FamilyOf>
+void expect_every_family(std::span<const Instance> instances, FamilyOf family_of) {
+  std::set<Family> listed, compiled;
+  std::set<Dtype> listed_types, compiled_types;
+  for (const Instance& instance : instances) {
+    listed.insert(family_of(instance));
+    listed_types.insert(instance.dtype);
+    if (!instance.is_compiled) continue;
+    compiled.insert(family_of(instance));
+    compiled_types.insert(instance.dtype);
+  }
+  EXPECT_EQ(compiled, listed);
+  EXPECT_EQ(compiled_types, listed_types);
+}
+
+TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
+  expect_every_family(kPrefillInstances, [](const Instance& instance) {
+    const PrefillTile tile = prefill_tile(instance.dims, Scores::kPlain);
+    return Family{tile.warpgroups, tile.tile_k, tile.stages, 0};
+  });
+  expect_every_family(kWideInstances, [](const Instance& instance) {
+    const WideTile tile = wide_tile(instance.dims, Scores::kPlain);
+    return Family{tile.tile_k, tile.left_slots, tile.right_slots, 0};
+  });
+  expect_every_family(kDecodeInstances, [](const Instance& instance) {
+    Config config;
+    config.instance = static_cast<int32_t>(&instance - kDecodeInstances);
+    const DecodeVariant& variant = decode_variant(config);
+    return Family{variant.tile_k, variant.threads, 0, 0};
+  });
+  expect_every_family(kPortableInstances, [](const Instance& instance) {
+    const int bytes = instance.dtype == Dtype::kF32 ? 4 : 2;
+    const PortableTile tile = portable_tile(instance.dims, bytes, instance.memory);
+    return Family{bytes, tile.warp_rows, tile.column_groups, tile.shares_buffer};
+  });
+  expect_every_family(kFewRowsInstances, [](const Instance& instance) {
+    return Family{instance.dims.dim_v, instance.rows, 0, 0};
+  });
+}
+
+// The last resort of every card: no build may refuse what all of them takes.
+TEST(CudaInstances, CudaPortableTakesEverythingInEveryBuild) {
+  const Limits limits;
+  const CpuFacts cpu;
+  for (const int64_t shared_bytes : {101376, 166912, 232448}) {
+    CudaFacts cuda = hopper(true);
+    cuda.shared_bytes = shared_bytes;
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
+      for (int64_t dim = 1; dim <= 1024; dim += 31) {
+        const Problem p = problem(dim, dim, dtype);
+        const Query query{p, limits, cpu, cuda};
+        ASSERT_EQ(kPortable.refusal(query), std::nullopt);
+        const PortableVariant* variant =
+            portable_variant(p, kPortable.configure(query), shared_bytes);
+        ASSERT_NE(variant, nullptr);
+        EXPECT_NE(variant->function, nullptr);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace wh::cuda
