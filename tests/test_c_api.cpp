@@ -1,7 +1,9 @@
 // The C ABI as a caller meets it: defaults, plans, runs. Bad input is in test_bad_calls.cpp.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,58 @@ TEST(CApi, OneCallWorks) {
   ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
   for (const float value : call.out) EXPECT_FLOAT_EQ(value, 2.0f);
   EXPECT_STREQ(wh_version(), "0.1.0");
+}
+
+// What is never stepped over is ignored, negative numbers and what would overflow too, and makes no
+// difference to what is planned.
+TEST(CApi, StridesOfADimensionOfOneMayBeAnything) {
+  constexpr int64_t kAnything[] = {-1, -64, 3, std::numeric_limits<int64_t>::min(),
+                                   std::numeric_limits<int64_t>::max()};
+  Call dense;
+  wh_plan* plan = nullptr;
+  ASSERT_EQ(wh_plan_create(&dense.problem, nullptr, &plan), WH_OK) << wh_last_error();
+  const std::string json = wh_plan_json(plan);
+  wh_plan_destroy(plan);
+  for (const int64_t stride : kAnything) {
+    Call call;
+    wh_problem& p = call.problem;  // batch and heads_kv are 1
+    p.stride_q[0] = p.stride_k[0] = p.stride_k[1] = p.stride_v[0] = p.stride_v[1] = stride;
+    p.stride_out[0] = stride;
+    ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+    for (const float value : call.out) EXPECT_FLOAT_EQ(value, 2.0f);
+    ASSERT_EQ(wh_plan_create(&p, nullptr, &plan), WH_OK) << wh_last_error();
+    EXPECT_EQ(wh_plan_json(plan), json);
+    wh_plan_destroy(plan);
+  }
+}
+
+TEST(CApi, StridesOfOneRowOfOneElementMayBeAnything) {
+  Call call;
+  wh_problem& p = call.problem;
+  p.heads_q = p.len_q = p.len_k = p.dim_qk = p.dim_v = 1;
+  p.mask = WH_MASK_BOOLEAN;
+  for (int64_t* strides : {p.stride_q, p.stride_k, p.stride_v, p.stride_out, p.stride_mask}) {
+    for (int i = 0; i < 4; ++i) strides[i] = -1000 * i - 1;
+  }
+  const uint8_t attend = 1;
+  call.tensors.mask = &attend;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  EXPECT_FLOAT_EQ(call.out[0], 2.0f);
+  EXPECT_TRUE(std::isnan(call.out[1]));
+}
+
+// V in K: v has one column, whose stride nobody takes a step by, and k has eight.
+TEST(CApi, AnUnsteppedStrideOfVInKNeedNotBeThatOfK) {
+  Call call;
+  wh_problem& p = call.problem;
+  p.uses = WH_USES_VALUES_IN_KEYS;
+  p.dim_v = 1;
+  ASSERT_EQ(wh_problem_set_dense(&p), WH_OK);
+  p.stride_v[0] = -8;
+  p.stride_v[3] = 77;
+  call.tensors.v = nullptr;
+  ASSERT_EQ(call.run(), WH_OK) << wh_last_error();
+  for (int i = 0; i < 6; ++i) EXPECT_FLOAT_EQ(call.out[i], 1.0f);
 }
 
 // A stored plan is what its problem was, every field of it.

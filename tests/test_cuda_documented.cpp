@@ -35,7 +35,7 @@ TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
     for (const Case& c : make_cases(GetParam(), Device::kCuda, 7)) {
       for (const Kernel* kernel : cuda::kernels()) {
         if (kernel->name == std::string("cuda_unfused") && !has_cublas_lt) continue;
-        const auto reason = kernel->refusal({c.problem, c.limits, cpu, facts});
+        const auto reason = kernel->refusal({canonical(c.problem), c.limits, cpu, facts});
         const Documented documented{c.problem, c.limits.precision, cpu, facts};
         ASSERT_EQ(!reason.has_value(), documented.takes(kernel->name))
             << kernel->name << " on " << c.name << ": " << reason.value_or("taken");

@@ -242,17 +242,20 @@ void check_loaders(int dim, int begin, int end, bool is_whole) {
 
 TEST(CudaPortable, PiecesNeedAlignedRowsEvenWhereThereIsOneAlone) {
   alignas(16) static const float memory[64] = {};
-  const Strides extent{1, 1, 1, 8};
-  EXPECT_TRUE(portable::is_whole(memory, {0, 0, 8, 1}, extent, Dtype::kF32, 16));
+  EXPECT_TRUE(portable::is_whole(memory, {0, 0, 8, 1}, 8, Dtype::kF32, 16));
   // A cache of one key, whose length stride nobody multiplies with anything but 0, except the
   // loader, which goes on to rows that do not exist.
-  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 67, 1}, extent, Dtype::kF32, 16));
-  EXPECT_FALSE(portable::is_whole(memory + 1, {0, 0, 8, 1}, extent, Dtype::kF32, 16));
-  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 8, 1}, {1, 1, 1, 6}, Dtype::kF32, 16));
-  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 8, 2}, extent, Dtype::kF32, 16));
-  // Strides of heads and batches that are one alone do not matter.
-  EXPECT_TRUE(portable::is_whole(memory, {3, 5, 8, 1}, extent, Dtype::kF32, 16));
-  EXPECT_FALSE(portable::is_whole(memory, {3, 5, 8, 1}, {1, 2, 1, 8}, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 67, 1}, 8, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory + 1, {0, 0, 8, 1}, 8, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 8, 1}, 6, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {0, 0, 8, 2}, 8, Dtype::kF32, 16));
+  EXPECT_FALSE(portable::is_whole(memory, {0, 5, 8, 1}, 8, Dtype::kF32, 16));
+  // Strides of heads, batches and rows that are one alone do not matter.
+  Problem p;
+  p.len_q = p.len_k = 1;
+  p.dim_qk = p.dim_v = 8;
+  p.stride_q = {3, 5, 67, 1};
+  EXPECT_TRUE(portable::is_whole(memory, canonical(p).stride_q, 8, Dtype::kF32, 16));
 }
 
 // The addresses of copies, those of 0 bytes among them.
@@ -268,7 +271,7 @@ TEST(CudaPortable, WholeRowsAreCopiedFromAlignedAddresses) {
   alignas(16) static const float memory[16 * 80] = {};
   for (const int64_t stride : {64, 68, 67, 66}) {
     const Strides strides{0, 0, stride, 1};
-    const bool is_whole = portable::is_whole(memory, strides, {1, 1, 1, 64}, Dtype::kF32, 16);
+    const bool is_whole = portable::is_whole(memory, strides, 64, Dtype::kF32, 16);
     const portable::TileRows<float> rows{memory, stride, 1, 64, 0, 1, is_whole};
     bool all_aligned = true;
     for (int thread = 0; thread < 128; ++thread) {

@@ -333,6 +333,23 @@ TEST_P(Kernels, ARowOfOneHugeBiasIsTheMeanOfV) {
   }
 }
 
+// It is not low enough to swallow scores, which keep 7 bits behind the point (in base 2) beside it.
+TEST_P(Kernels, ARowOfTheLowestNumberOfF16StaysNearWhatItIsWithout) {
+  for (const MaskTypes& types : mask_types_of(GetParam())) {
+    if (types.mask_dtype == WH_BF16) continue;
+    Attention with(1, 1, queries(), 300, 64), without(1, 1, queries(), 300, 64);
+    with.dtype = without.dtype = types.dtype;
+    with.problem.mask = types.kind;
+    with.mask.assign(static_cast<size_t>(queries() * 300), lowest_of(WH_F16));
+    with.run(GetParam());
+    without.run(GetParam());
+    expect_near(with.out, without.out, 0.01f + 2 * rounding_bound(types.dtype));
+    for (size_t row = 0; row < with.lse.size(); ++row) {
+      ASSERT_NEAR(with.lse[row], lowest_of(WH_F16) + without.lse[row], 0.02) << row;
+    }
+  }
+}
+
 // Equal scores: the bias alone is what the largest of them is made of.
 TEST_P(Kernels, EqualBiasesOfAnySizeAreTheMeanOfV) {
   for (const MaskTypes& types : mask_types_of(GetParam())) {

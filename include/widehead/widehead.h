@@ -64,10 +64,10 @@ enum wh_uses {
 #define WH_NO_BYTE_LIMIT ((uint64_t)-1)     /* a workspace of any size */
 #define WH_WORKSPACE_ALIGNMENT ((size_t)64) /* of wh_tensors.workspace, in bytes */
 
-/* q [batch, heads_q, len_q, dim_qk], k [batch, heads_kv, len_k, dim_qk],
- * v [batch, heads_kv, len_k, dim_v], out [batch, heads_q, len_q, dim_v],
- * mask [batch, heads_q, len_q, len_k]. Strides are in elements, in that order, not negative; 0
- * broadcasts. heads_q is a multiple of heads_kv; query head h reads kv head h / (heads_q /
+/* q [batch, heads_q, len_q, dim_qk], k [batch, heads_kv, len_k, dim_qk], v [batch, heads_kv,
+ * len_k, dim_v], out [batch, heads_q, len_q, dim_v], mask [batch, heads_q, len_q, len_k]. Strides
+ * are in elements, in that order, not negative; 0 broadcasts; those of a dimension of 1 may be
+ * anything. heads_q is a multiple of heads_kv; query head h reads kv head h / (heads_q /
  * heads_kv). Dimensions are 1..1024, other sizes 0 (heads: 1)..2^31-1. */
 typedef struct wh_problem {
   size_t size; /* of this struct; set by wh_problem_init() */

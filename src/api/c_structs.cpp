@@ -98,9 +98,9 @@ Status read_problem(const wh_problem* from, Problem& to) {
     return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, known));
   }
   copy_fields(c, to);
-  // Without a mask its strides mean nothing, and must not make two equal problems differ.
-  if (to.mask == MaskKind::kNone) to.stride_mask = Problem{}.stride_mask;
-  return validate(to);
+  WH_RETURN_IF_ERROR(validate(to));
+  to = canonical(to);  // two that are equal must not differ
+  return {};
 }
 
 wh_problem problem_of(const Problem& p) {

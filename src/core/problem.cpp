@@ -29,9 +29,26 @@ Status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
   return invalid(fmt::format("{} is {}; it must be between {} and {}", name, value, low, high));
 }
 
+int64_t saturating_product(int64_t a, int64_t b) {
+  int64_t result = 0;
+  return __builtin_mul_overflow(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
+}
+
+// One element is not stepped over, and neither is none.
+bool is_stepped_over(int64_t extent) { return extent > 1; }
+
+Strides stepped_strides(const Extents& extents, Strides strides) {
+  for (int i = 3; i >= 0; --i) {
+    if (is_stepped_over(extents[i])) continue;
+    strides[i] =
+        i == 3 ? 1 : saturating_product(strides[i + 1], std::max<int64_t>(1, extents[i + 1]));
+  }
+  return strides;
+}
+
 Status check_strides(const char* name, const Extents& extents, const Strides& strides) {
   for (int i = 0; i < 4; ++i) {
-    if (strides[i] < 0) {
+    if (is_stepped_over(extents[i]) && strides[i] < 0) {
       return invalid(fmt::format("{}[{}] is {}; strides are in elements and must not be negative",
                                  name, i, strides[i]));
     }
@@ -50,7 +67,7 @@ Status check_out_distinct(const Extents& extents, const Strides& strides) {
   std::sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] < strides[b]; });
   int64_t reach = 0;
   for (int i : order) {
-    if (extents[i] <= 1) continue;
+    if (!is_stepped_over(extents[i])) continue;
     if (strides[i] <= reach) {
       return invalid(
           fmt::format("stride_out[{}] is {}; elements of out would overlap, it must be at least {}",
@@ -121,12 +138,18 @@ int64_t mask_element_bytes(const Problem& problem) {
 size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim) {
-  const auto product = [](int64_t a, int64_t b) {
-    int64_t result = 0;
-    return __builtin_mul_overflow(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
-  };
-  const int64_t head = product(length, dim);
-  return {product(heads, head), head, dim, 1};
+  const int64_t head = saturating_product(length, dim);
+  return {saturating_product(heads, head), head, dim, 1};
+}
+
+Problem canonical(Problem p) {
+  p.stride_q = stepped_strides(extents_q(p), p.stride_q);
+  p.stride_k = stepped_strides(extents_k(p), p.stride_k);
+  p.stride_v = p.values_in_keys ? p.stride_k : stepped_strides(extents_v(p), p.stride_v);
+  p.stride_out = stepped_strides(extents_out(p), p.stride_out);
+  p.stride_mask =
+      p.mask == MaskKind::kNone ? Strides{} : stepped_strides(extents_mask(p), p.stride_mask);
+  return p;
 }
 
 TensorBytes tensor_bytes(const Problem& p) {
@@ -181,7 +204,7 @@ Status validate(const Problem& p) {
                                p.dim_v, p.dim_qk));
   }
   for (size_t i = 0; p.values_in_keys && i < 4; ++i) {
-    if (p.stride_v[i] == p.stride_k[i]) continue;
+    if (!is_stepped_over(extents_v(p)[i]) || p.stride_v[i] == p.stride_k[i]) continue;
     return invalid(fmt::format("stride_v[{}] is {}; as v lies in k it must be stride_k[{}], {}", i,
                                p.stride_v[i], i, p.stride_k[i]));
   }

@@ -91,6 +91,11 @@ struct TensorBytes {
 // The problem must be one that validate() accepts.
 TensorBytes tensor_bytes(const Problem& problem);
 
+// The same problem with what makes no difference at one value, so that nobody else need know of it:
+// a stride of a dimension of 1, which is never stepped over and may be anything, becomes that of
+// rows side by side; those of a mask that is not there 0.
+Problem canonical(Problem problem);
+
 // Answers with the first thing wrong, naming the field, its value and what would be valid.
 Status validate(const Problem& problem);
 Status validate(const Problem& problem, const Tensors& tensors);

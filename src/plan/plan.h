@@ -22,7 +22,7 @@ struct Candidate {
 };
 
 struct Plan {
-  Problem problem;
+  Problem problem;  // canonical()
   Limits limits;
   std::string device;  // what it was planned for, for people to read
   std::string kernel;  // empty: no kernel is allowed, and the candidates say why

@@ -125,9 +125,10 @@ Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
 
 }  // namespace
 
-Result<Plan> make_plan(const Problem& problem, const Limits& limits, const Machine& machine) {
-  if (Status status = validate(problem); !status.ok()) return status;
+Result<Plan> make_plan(const Problem& asked, const Limits& limits, const Machine& machine) {
+  if (Status status = validate(asked); !status.ok()) return status;
   if (Status status = validate(limits); !status.ok()) return status;
+  const Problem problem = canonical(asked);
   if (!limits.kernel.empty() && find_kernel(machine.kernels, limits.kernel) == nullptr) {
     return unknown_kernel(problem, limits, machine);
   }

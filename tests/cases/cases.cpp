@@ -148,10 +148,25 @@ class Generator {
     p.stride_v = strides(layout, p.heads_kv, p.len_k, p.dim_v);
     p.stride_out = strides(layout, p.heads_q, p.len_q, p.dim_v);
     if (layout == Layout::kSharedHeads) p.stride_k[1] = p.stride_v[1] = 0;
-    if (p.mask == MaskKind::kNone) return;
-    p.stride_mask = dense_strides(p.heads_q, p.len_q, p.len_k);
-    for (int i = 0; i < 3; ++i) {
-      if (chance(0.4)) p.stride_mask[i] = 0;
+    if (p.mask != MaskKind::kNone) {
+      p.stride_mask = dense_strides(p.heads_q, p.len_q, p.len_k);
+      for (int i = 0; i < 3; ++i) {
+        if (chance(0.4)) p.stride_mask[i] = 0;
+      }
+    }
+    if (!chance(0.3)) return;
+    spoil_unstepped(p.stride_q, {p.batch, p.heads_q, p.len_q, p.dim_qk});
+    spoil_unstepped(p.stride_k, {p.batch, p.heads_kv, p.len_k, p.dim_qk});
+    spoil_unstepped(p.stride_v, {p.batch, p.heads_kv, p.len_k, p.dim_v});
+    spoil_unstepped(p.stride_out, {p.batch, p.heads_q, p.len_q, p.dim_v});
+    spoil_unstepped(p.stride_mask, {p.batch, p.heads_q, p.len_q, p.len_k});
+  }
+
+  // A dimension of 1 is never stepped over, so its stride may be anything.
+  void spoil_unstepped(Strides& strides, const std::array<int64_t, 4>& extents) {
+    constexpr int64_t kAnything[] = {0, 3, -1, -64, int64_t{1} << 62};
+    for (size_t i = 0; i < 4; ++i) {
+      if (extents[i] == 1) strides[i] = pick(kAnything);
     }
   }
 

@@ -6,17 +6,16 @@
 
 namespace wh::cuda {
 std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
-                                              const std::array<int64_t, 4>& shape) {
+                                              int64_t dim) {
   static constexpr const char* kNames[] = {"batch", "head", "length", "dim"};
   constexpr int64_t kElementBytes = 2;
-  if (strides[3] != 1 && shape[3] > 1) {
+  if (strides[3] != 1) {
     return fmt::format("{} has a {} stride of {}; TMA needs 1", name, kNames[3], strides[3]);
   }
-  if (shape[3] % 8 != 0) {
-    return fmt::format("{} has a dim of {}; TMA needs a multiple of 8", name, shape[3]);
+  if (dim % 8 != 0) {
+    return fmt::format("{} has a dim of {}; TMA needs a multiple of 8", name, dim);
   }
   for (int i = 0; i < 3; ++i) {
-    if (shape[i] <= 1) continue;
     const int64_t bytes = strides[i] * kElementBytes;
     if (bytes % 16 != 0 || bytes >= int64_t{1} << 40) {
       return fmt::format("{} has a {} stride of {} elements; TMA needs a multiple of 8 below 2^39",

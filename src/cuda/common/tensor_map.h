@@ -16,10 +16,11 @@ namespace wh::cuda {
 // Columns of one swizzled panel: 128 bytes of a 16-bit type.
 constexpr int kPanelColumns = 64;
 
-// Why TMA cannot describe a [batch, heads, length, dim] tensor of a 16-bit type with these strides;
-// nullopt: it can. A stride of 0 is one of the multiples of 16 bytes that it takes.
+// Why TMA cannot describe a [batch, heads, length, dim] tensor of a 16-bit type with these strides,
+// of a canonical() problem; nullopt: it can. A stride of 0 is one of the multiples of 16 bytes that
+// it takes.
 std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
-                                              const std::array<int64_t, 4>& shape);
+                                              int64_t dim);
 
 // Dimensions innermost first, the first one dense; strides in elements from the second one on.
 struct TensorMapShape {

@@ -20,14 +20,11 @@ PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape
   std::copy_n(p.stride_k.begin(), 4, args.stride_k);
   args.scores = scores_of(p);
   const Dtype dtype = p.dtype_q;
-  args.q_is_whole =
-      portable::is_whole(t.q, p.stride_q, {p.batch, p.heads_q, p.len_q, p.dim_qk}, dtype, 16);
-  args.k_is_whole =
-      portable::is_whole(t.k, p.stride_k, {p.batch, p.heads_kv, p.len_k, p.dim_qk}, dtype, 16);
-  args.v_is_whole =
-      portable::is_whole(t.v, p.stride_v, {p.batch, p.heads_kv, p.len_k, p.dim_v}, dtype, 16);
-  args.out_is_whole = portable::is_whole(
-      t.out, p.stride_out, {p.batch, p.heads_q, p.len_q, p.dim_v}, dtype, 2 * dtype_bytes(dtype));
+  args.q_is_whole = portable::is_whole(t.q, p.stride_q, p.dim_qk, dtype, 16);
+  args.k_is_whole = portable::is_whole(t.k, p.stride_k, p.dim_qk, dtype, 16);
+  args.v_is_whole = portable::is_whole(t.v, p.stride_v, p.dim_v, dtype, 16);
+  args.out_is_whole =
+      portable::is_whole(t.out, p.stride_out, p.dim_v, dtype, 2 * dtype_bytes(dtype));
   args.rows = PackedRows(p, shape);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;

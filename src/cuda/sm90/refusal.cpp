@@ -12,9 +12,8 @@ std::optional<std::string> out_refusal(const Problem& p) {
   if (p.stride_out[3] != 1) {
     return fmt::format("out has a dim stride of {}; vector stores need 1", p.stride_out[3]);
   }
-  const int64_t extents[] = {p.batch, p.heads_q, p.len_q};
   for (int i = 0; i < 3; ++i) {
-    if (extents[i] > 1 && p.stride_out[i] % 4 != 0) {
+    if (p.stride_out[i] % 4 != 0) {
       return fmt::format("out has a stride of {} elements; vector stores need a multiple of 4",
                          p.stride_out[i]);
     }
@@ -39,15 +38,9 @@ std::optional<std::string> sm90_refusal(const Query& query) {
   if (!fits_int32(p)) {
     return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
   }
-  if (auto reason = tensor_map_refusal("q", p.stride_q, {p.batch, p.heads_q, p.len_q, p.dim_qk})) {
-    return reason;
-  }
-  if (auto reason = tensor_map_refusal("k", p.stride_k, {p.batch, p.heads_kv, p.len_k, p.dim_qk})) {
-    return reason;
-  }
-  if (auto reason = tensor_map_refusal("v", p.stride_v, {p.batch, p.heads_kv, p.len_k, p.dim_v})) {
-    return reason;
-  }
+  if (auto reason = tensor_map_refusal("q", p.stride_q, p.dim_qk)) return reason;
+  if (auto reason = tensor_map_refusal("k", p.stride_k, p.dim_qk)) return reason;
+  if (auto reason = tensor_map_refusal("v", p.stride_v, p.dim_v)) return reason;
   return out_refusal(p);
 }
 
