@@ -1,8 +1,11 @@
 """Times widehead.mlx.sdpa beside MLX's own attention at the shapes of real models, in one run.
 
-    python3 bench/mlx_gpu.py RESULT.json [--lengths 8192 32768 131072] [--seconds 300]
+    python3 bench/mlx_attention.py RESULT.json [--models qwen3.5-27b gemma-4-31b]
+        [--lengths 8192 32768 131072] [--dtype bfloat16] [--seconds 300]
 
-For each shape a chunk of 2048 queries at the end of a prompt, and one query (decode), in bf16. Calls
+On MLX's default device. In float32 on a CPU, preload OpenBLAS (docs/mlx.md), or MLX's side says nothing.
+
+For each shape a chunk of 2048 queries at the end of a prompt, and one query (decode). Calls
 are chained, each one's answer the next one's query, so that none runs beside another; a sample is the
 wall time of a chain over its calls, and the median of five is kept. Rows of both answers, chosen at
 random, are compared with float64, and an answer that is off makes the script fail. What MLX cannot
@@ -28,20 +31,22 @@ import widehead.mlx
 
 CHUNK = 2048
 SAMPLES = 5
-# Relative RMS that the contract allows in bf16.
-BOUND = 7e-3
-# Name: query heads, kv heads, dimension, window; as data/models.json has them.
+# Relative RMS that the contract allows.
+BOUNDS = {"float32": 4e-6, "bfloat16": 7e-3}
+# Model, kind of layer: query heads, kv heads, dimension, window; as data/models.json has them.
 SHAPES = {
-    "Qwen3.5-27B": (24, 4, 256, None),
-    "Gemma 4 31B, global": (32, 4, 512, None),
-    "Gemma 4 31B, sliding": (32, 16, 256, 1024),
+    ("qwen3.5-27b", "full"): (24, 4, 256, None),
+    ("gemma-4-31b", "global"): (32, 4, 512, None),
+    ("gemma-4-31b", "sliding"): (32, 16, 256, 1024),
+    ("gemma-3-270m", "global"): (4, 1, 256, None),
+    ("gemma-3-270m", "sliding"): (4, 1, 256, 512),
 }
 
 
-def tensors(heads_q, heads_kv, dim, len_q, len_k):
+def tensors(heads_q, heads_kv, dim, len_q, len_k, dtype):
     """As caches hold them: slices of buffers with room for 256 more."""
-    keys = [mx.random.normal((1, heads_kv, len_k + 256, dim)).astype(mx.bfloat16) for _ in "kv"]
-    q = mx.random.normal((1, heads_q, len_q, dim)).astype(mx.bfloat16)
+    keys = [mx.random.normal((1, heads_kv, len_k + 256, dim)).astype(dtype) for _ in "kv"]
+    q = mx.random.normal((1, heads_q, len_q, dim)).astype(dtype)
     mx.eval(q, keys)
     return [q, *(each[:, :, :len_k] for each in keys)]
 
@@ -121,16 +126,16 @@ def visible_pairs(len_q, len_k, window):
     return int((diagonals if window is None else np.minimum(diagonals, window)).sum())
 
 
-def row_of(name, shape, len_q, context, seconds):
-    heads_q, heads_kv, dim, window = shape
+def row_of(kind, len_q, context, dtype, seconds):
+    heads_q, heads_kv, dim, window = SHAPES[kind]
     # A rotating cache keeps the window less one of what is old.
     len_k = context if window is None else min(context, window - 1 + len_q)
     if window is not None and len_q == 1:
         len_k = min(context, window)
-    q, k, v = tensors(heads_q, heads_kv, dim, len_q, len_k)
+    q, k, v = tensors(heads_q, heads_kv, dim, len_q, len_k, dtype)
     scale = dim**-0.5
     rows = exact_rows(q, k, v, scale, window)
-    row = {"model": name, "heads": f"{heads_q}/{heads_kv}", "dim": dim, "window": window,
+    row = {"model": ", ".join(kind), "heads": f"{heads_q}/{heads_kv}", "dim": dim, "window": window,
            "len_q": len_q, "len_k": len_k, "context": context,
            "flop": 4 * dim * heads_q * visible_pairs(len_q, len_k, window)}  # fmt: skip
     options = {"mask": "causal"} if len_q > 1 else {}
@@ -168,6 +173,9 @@ def driver():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path)
+    models = sorted({model for model, _ in SHAPES})
+    parser.add_argument("--models", nargs="+", choices=models, default=["qwen3.5-27b", "gemma-4-31b"])
+    parser.add_argument("--dtype", choices=BOUNDS, default="bfloat16")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--chunk", type=int, default=CHUNK)
     parser.add_argument("--seconds", type=float, default=300, help="no row begins after so many")
@@ -180,26 +188,29 @@ def main():
             "driver": driver(),
             "python": platform.python_version(),
             "mlx": mx.__version__,
+            "preloaded": os.environ.get("LD_PRELOAD", ""),
             "mlx_use_cuda_graphs": os.environ.get("MLX_USE_CUDA_GRAPHS", "default"),
             "widehead": widehead.__version__,
         },
-        "command": "python bench/mlx_gpu.py " + " ".join(sys.argv[1:]),
+        "command": "python bench/mlx_attention.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
         "rows": [],
         "not_run": [],
     }
     off = []
-    for name, shape in SHAPES.items():
+    dtype = getattr(mx, options.dtype)
+    for kind in (each for each in SHAPES if each[0] in options.models):
+        window = SHAPES[kind][3]
         for len_q in (options.chunk, 1):
             # A window's work is the same at every length.
-            for context in options.lengths if shape[3] is None else options.lengths[:1]:
+            for context in options.lengths if window is None else options.lengths[:1]:
                 if time.monotonic() - began > options.seconds:
-                    document["not_run"].append([name, len_q, context])
+                    document["not_run"].append([*kind, len_q, context])
                     continue
-                row = row_of(name, shape, len_q, context, 1.0)
+                row = row_of(kind, len_q, context, dtype, 1.0)
                 document["rows"].append(row)
-                if row["widehead"].get("error", 1.0) > BOUND:
+                if row["widehead"].get("error", 1.0) > BOUNDS[options.dtype]:
                     off.append(row)
                 print(json.dumps(row), flush=True)
                 options.result.write_text(json.dumps(document, indent=1) + "\n")
