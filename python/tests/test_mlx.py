@@ -69,6 +69,26 @@ def test_masks_of_every_rank(shape, full):
     assert error(out, oracle(*exact, scale=0.1, mask=mask)[0]) <= BOUNDS["float32"]
 
 
+@pytest.mark.parametrize("kind", [mx.float16, mx.bfloat16, mx.int32, mx.uint8])
+def test_masks_of_types_that_promote_are_added(kind):
+    tensors, exact = arrays()
+    mask = mx.array(RANDOM.integers(0, 4, (33, 77))).astype(kind)
+    own = mx.fast.scaled_dot_product_attention(*tensors, scale=0.1, mask=mask)
+    out = widehead.mlx.sdpa(*tensors, scale=0.1, mask=mask)
+    assert error(out, numpy_of(own)) <= 2e-6
+
+
+def test_minus_infinity_hides_keys_and_what_they_hold():
+    (q, k, v), exact = arrays()
+    mask = np.where(BOOLEAN, ADDITIVE, -np.inf)
+    mask[..., 5] = -np.inf
+    poisoned = mx.array(np.where(np.arange(77)[:, None] == 5, np.nan, exact[2]).astype(np.float32))
+    for given in (mx.array(mask.astype(np.float32)), mx.array(np.isfinite(mask))):
+        expected = mask if given.dtype != mx.bool_ else np.isfinite(mask)
+        out = widehead.mlx.sdpa(q, k, poisoned, scale=0.1, mask=given)
+        assert error(out, oracle(*exact, scale=0.1, mask=expected)[0]) <= BOUNDS["float32"]
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (6, 3)])
 @pytest.mark.parametrize("length", [(1, 300), (5, 300), (200, 300), (33, 33)])
 @pytest.mark.parametrize("dim", [(64, 64), (256, 256), (512, 512), (192, 128)])
