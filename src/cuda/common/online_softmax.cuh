@@ -1,6 +1,14 @@
 // Softmax over tiles of scores that arrive one after another, in the layout of wgmma's and mma's
 // accumulators: a thread holds columns 8 i + 2 (lane % 4) + {0, 1} of rows lane / 4 and lane / 4
 // + 8.
+//
+// A weight is 2^(score * scale - shift) with shift = largest * scale, one fused instruction a
+// score. The shift is rounded and the product in the instruction is not: the largest score's weight
+// is 2^rest instead of 1, with |rest| up to half a unit in the last place of the shift. All weights
+// of a row and their sum share that factor, so it cancels; but from a shift of some 2^30 on it is
+// no number of f32 any more (masks that hold -1e12 answered 0, those with -1e20 NaN). So where a
+// shift is larger than any that scores of a model reach, a warp subtracts the largest score first,
+// which takes an instruction more a score.
 #pragma once
 
 #include <cmath>
@@ -24,6 +32,12 @@ struct OnlineSoftmax {
   float sum[2] = {0, 0};                      // of this thread's columns alone, until finish()
   float correction[2] = {1, 1};               // of what was summed before the last tile
 
+  // Beyond it a warp subtracts first.
+  static constexpr float kLargestFusedShift = 0x1p20f;
+  // Up to it the largest score's weight is 2^rest, beyond it exactly 1. Not the same bound: where
+  // the two ways meet, from one tile to the next, both leave the same factor.
+  static constexpr float kLargestShiftWithRest = 0x1p22f;
+
   // The largest score of row r so far, and in `s`.
   template <int kCount>
   __device__ __forceinline__ float top(const float (&s)[kCount], int r) const {
@@ -35,43 +49,69 @@ struct OnlineSoftmax {
     return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   }
 
-  // A row that has seen nothing yet must not compute inf - inf.
-  static __device__ __forceinline__ float shift_of(float top, float scale_log2) {
-    return top == -INFINITY ? 0.0f : __fmul_rn(top, scale_log2);
-  }
-
-  // Makes `top` the largest score of row r. The products are rounded before they are subtracted:
-  // the correction is exactly 1 where the largest score stays, and fits weights of either shift.
-  __device__ __forceinline__ void raise(int r, float top, float scale_log2) {
-    const float shift = shift_of(top, scale_log2);
-    correction[r] = ptx::exp2_approx(__fmul_rn(largest[r], scale_log2) - shift);
-    largest[r] = top;
-    sum[r] *= correction[r];
-  }
-
-  // Turns scores of row r into unnormalised weights 2^((s - largest) * scale_log2).
+  // Makes `tops` the largest scores. May subtract them from `s`, which weigh() knows.
   template <int kCount>
-  __device__ __forceinline__ void weigh(float (&s)[kCount], int r, float scale_log2) {
-    const float shift = shift_of(largest[r], scale_log2);
-    float added = 0;
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      float& a = s[4 * i + 2 * r];
-      float& b = s[4 * i + 2 * r + 1];
-      a = ptx::exp2_approx(fmaf(a, scale_log2, -shift));
-      b = ptx::exp2_approx(fmaf(b, scale_log2, -shift));
-      added += a + b;
-    }
-    sum[r] += added;
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2) {
+  __device__ __forceinline__ void raise(float (&s)[kCount], const float (&tops)[2],
+                                        float scale_log2) {
+    float old[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      raise(r, top(s, r), scale_log2);
-      weigh(s, r, scale_log2);
+      old[r] = largest[r];
+      largest[r] = tops[r];
+      // A row that has seen nothing yet must not compute inf - inf.
+      shift_[r] = tops[r] == -INFINITY ? 0.0f : __fmul_rn(tops[r], scale_log2);
+      // Both products are rounded before they are subtracted: the correction is exactly 1 where the
+      // largest score stays.
+      correction[r] = ptx::exp2_approx(__fmul_rn(old[r], scale_log2) - shift_[r]);
     }
+    const float farthest = fmaxf(fabsf(shift_[0]), fabsf(shift_[1]));
+    if (__any_sync(~0u, farthest > kLargestFusedShift)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float base = tops[r] == -INFINITY ? 0.0f : tops[r];
+#pragma unroll
+        for (int i = 0; i < kCount / 4; ++i) {
+          s[4 * i + 2 * r] -= base;
+          s[4 * i + 2 * r + 1] -= base;
+        }
+        shift_[r] = -rest(base, scale_log2);
+        correction[r] = ptx::exp2_approx(
+            fmaf(old[r] - base, scale_log2, -shift_[r] - rest(old[r], scale_log2)));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] *= correction[r];
+  }
+  // Both rows' largest scores before either's exponentials: one after the other, a warp would wait
+  // twice for the shuffles.
+  template <int kCount>
+  __device__ __forceinline__ void raise(float (&s)[kCount], float scale_log2) {
+    const float tops[2] = {top(s, 0), top(s, 1)};
+    raise(s, tops, scale_log2);
+  }
+
+  // Turns the scores that were raised into unnormalised weights.
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float added = 0;
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        float& a = s[4 * i + 2 * r];
+        float& b = s[4 * i + 2 * r + 1];
+        a = ptx::exp2_approx(fmaf(a, scale_log2, -shift_[r]));
+        b = ptx::exp2_approx(fmaf(b, scale_log2, -shift_[r]));
+        added += a + b;
+      }
+      sum[r] += added;
+    }
+  }
+
+  // The weight of a score of row r, as in the sums: for what is added again one by one.
+  __device__ __forceinline__ float weight(float score, int r, float scale_log2) const {
+    const float base = largest[r] == -INFINITY ? 0.0f : largest[r];
+    return ptx::exp2_approx(fmaf(score - base, scale_log2, rest(base, scale_log2)));
   }
 
   // Adds row r's sink (minus infinity: none) and leaves in correction[r] what normalises the sums
@@ -80,17 +120,38 @@ struct OnlineSoftmax {
     float total = sum[r];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    const float old_shift = __fmul_rn(largest[r], scale_log2);
-    const float shift = fmaxf(old_shift, sink * kLog2E);
+    const float largest_log2 = __fmul_rn(largest[r], scale_log2);
+    const float sink_log2 = __fmul_rn(sink, kLog2E);
+    const float shift = fmaxf(largest_log2, sink_log2);
     if (shift == -INFINITY && total == 0) {  // and not NaN
       correction[r] = 0;
       return {-INFINITY, 0};
     }
-    const float rescale = ptx::exp2_approx(old_shift - shift);
-    total = fmaf(total, rescale, ptx::exp2_approx(fmaf(sink, kLog2E, -shift)));
+    // Where the product overflows both are infinite.
+    const float below = largest_log2 == shift ? 0.0f : largest_log2 - shift;
+    const float rescale = ptx::exp2_approx(below + unit(r, scale_log2));
+    total = fmaf(total, rescale, ptx::exp2_approx(sink_log2 - shift));
     correction[r] = total == 0 ? 0 : rescale / total;
     return {shift, total};
   }
+
+ private:
+  // The exponent of the weight of the largest score.
+  static __device__ __forceinline__ float rest(float largest, float scale_log2) {
+    const float shift = __fmul_rn(largest, scale_log2);
+    return fabsf(shift) <= kLargestShiftWithRest ? fmaf(largest, scale_log2, -shift) : 0.0f;
+  }
+
+  // In which power of 2 the sums of row r are counted, seen from 2^(rounded shift): not 0 where the
+  // largest weight is 1. Two parts of a row whose largest scores differ by less than 2^64 merge as
+  // they should; beyond it, f32 has no such scores.
+  __device__ __forceinline__ float unit(int r, float scale_log2) const {
+    const float shift = __fmul_rn(largest[r], scale_log2);
+    const float beside = fmaf(largest[r], scale_log2, -shift);
+    return fabsf(shift) > kLargestShiftWithRest && fabsf(beside) <= 64 ? beside : 0.0f;
+  }
+
+  float shift_[2];  // of exponents, from raise() to weigh()
 };
 
 }  // namespace wh::cuda

@@ -273,15 +273,9 @@ class Block {
       for (int r = 0; r < 2; ++r) tops[m][r] = softmax_[m].top(s[m], r);
     }
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = 0; m < kRowTiles; ++m) softmax_[m].raise(s[m], tops[m], scale_log2_);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) softmax_[m].raise(r, tops[m][r], scale_log2_);
-    }
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) softmax_[m].weigh(s[m], r, scale_log2_);
-    }
+    for (int m = 0; m < kRowTiles; ++m) softmax_[m].weigh(s[m], scale_log2_);
   }
 
   // Of this warp's keys, for the other warps of its rows.
@@ -297,15 +291,18 @@ class Block {
   __device__ __forceinline__ void share_weights(float (&s)[kRowTiles][4 * kTiles],
                                                 bool has_scores) {
     if (!warp_has_rows()) return;
+    float tops[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = softmax_[0].largest[r];
+      tops[r] = softmax_[0].largest[r];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) top = fmaxf(top, s_tops_[thread_row(0, r) * kGroups + g]);
-      softmax_[0].raise(r, top, scale_log2_);
-      if (has_scores) softmax_[0].weigh(s[0], r, scale_log2_);
+      for (int g = 0; g < kGroups; ++g) {
+        tops[r] = fmaxf(tops[r], s_tops_[thread_row(0, r) * kGroups + g]);
+      }
     }
+    softmax_[0].raise(s[0], tops, scale_log2_);  // a warp without scores corrects its sums alone
     if (has_scores) {
+      softmax_[0].weigh(s[0], scale_log2_);
       Products<T>::template share<kTiles>(s[0],
                                           {s_p_.at(warp_row_, group_ * kSliceKeys), kTile.pitch_p});
     }

@@ -83,8 +83,7 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
       const float bias = mask_bias<T>(a, rows[r], key);
       if (bias == -INFINITY) continue;
       if (args.scores != Scores::kPlain) transform_scores(dot, a);
-      const float shift = softmax.largest[r] == -INFINITY ? 0 : softmax.largest[r] * scale_log2;
-      const float p = ptx::exp2_approx(fmaf(dot[0] + bias, scale_log2, -shift));
+      const float p = softmax.weight(dot[0] + bias, r, scale_log2);
 #pragma unroll
       for (int i = 0; i < Tile::kColumns / 8; ++i) {
         const int d = first_column + 8 * i + column;
@@ -188,7 +187,8 @@ class Consumer {
         hide_keys(s, rows_, tile_key);
       }
     }
-    softmax_.update(s, scale_log2_);
+    softmax_.raise(s, scale_log2_);
+    softmax_.weigh(s, scale_log2_);
 #pragma unroll
     for (int i = 0; i < kTileK / 4; ++i) p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
     if (__any_sync(~0u, softmax_.correction[0] != 1 || softmax_.correction[1] != 1)) {

@@ -3,11 +3,12 @@
 // Schedule. A block is persistent and takes one tile of 128 or 192 query rows after another, the
 // longest first, from a counter (or in turn where all are equally long). One thread of the producer
 // warpgroup loads Q and then K and V tiles by TMA, two stages each, from the last visible key to
-// the first. Each consumer warpgroup owns 64 rows: it issues S = Q K(n)^T, then O += P V(n+1), and
-// works on softmax of S(n) while the second product runs; P stays in registers. Up to dim 192
-// consumers issue in turn, so that one's softmax falls into another's products. The output goes
-// from registers to memory, so that the next Q is on its way as soon as the last S is done. The
-// other warps of the producer warpgroup clean V tiles in which some key is hidden from some row.
+// the first. Each consumer warpgroup owns 64 rows: it issues S = Q K(n)^T, then O += P V(n+1),
+// finds the largest scores of S(n) while the second product runs, and weighs them while the other
+// warpgroups' products do; P stays in registers. Up to dim 192 consumers issue in turn, so that
+// one's softmax falls into another's products. The output goes from registers to memory, so that
+// the next Q is on its way as soon as the last S is done. The other warps of the producer warpgroup
+// clean V tiles in which some key is hidden from some row.
 //
 // Causal, windows, key lengths and starts and ragged ends are key ranges computed per tile: tiles
 // outside are not loaded, tiles inside are not masked.
@@ -293,15 +294,16 @@ struct PrefillBlock {
       if (is_first_lane()) ptx::mbarrier_arrive(block.barrier(which));
     }
 
+    // The first half of softmax: masks, and the largest scores.
     template <bool kHides>
-    __device__ __forceinline__ void weigh(float (&s)[kTileK / 2], int32_t tile) {
+    __device__ __forceinline__ void raise(float (&s)[kTileK / 2], int32_t tile) {
       if constexpr (kScores != Scores::kPlain) transform_scores(s, block.args);
       if constexpr (kScores == Scores::kMasked) {
         mask_scores<T>(s, block.args, rows, tile * kTileK);
       } else if constexpr (kHides) {
         hide_keys(s, rows, tile * kTileK);
       }
-      softmax.update(s, scale_log2);
+      softmax.raise(s, scale_log2);
     }
 
     __device__ __forceinline__ void pack(const float (&s)[kTileK / 2]) {
@@ -320,7 +322,8 @@ struct PrefillBlock {
       ptx::wgmma_wait<0>();
       ptx::keep(s);
       release(kKFree + ring.stage);
-      weigh<true>(s, tile);
+      raise<true>(s, tile);
+      softmax.weigh(s, scale_log2);
       pack(s);
     }
 
@@ -339,13 +342,14 @@ struct PrefillBlock {
       ptx::wgmma_wait<1>();
       ptx::keep(s);
       release(kKFree + ring.stage);
-      // ptxas moves the wait for the values in front of the exponentials; forcing it back behind
-      // them cost 5 to 9 % at dims 192 and 256 and gave nothing at 64 and 128: the other
-      // warpgroup's products fill the gap.
-      weigh<kHides>(s, tile);
+      raise<kHides>(s, tile);
+      // Here, and not behind the exponentials: the other warpgroup's products fill the gap, and
+      // the sums are rescaled in the shadow of the exponentials, whose unit is slow. One row's
+      // exponentials in front of the wait gave nothing at dim 128 and cost 2 to 5 % elsewhere.
       ptx::wgmma_wait<0>();
       ptx::keep(r_o);
       release(kVFree + v_stage);
+      softmax.weigh(s, scale_log2);
       pack(s);
       if constexpr (!kRescaleEarly) rescale();
     }

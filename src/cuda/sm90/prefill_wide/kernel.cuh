@@ -431,7 +431,8 @@ struct WideBlock {
       } else if constexpr (kHides) {
         hide_keys(s, rows, tile * kTileK);
       }
-      softmax.update(s, scale_log2);
+      softmax.raise(s, scale_log2);
+      softmax.weigh(s, scale_log2);
     }
 
     // Packs P, and hands it and the corrections to the right warpgroup.
