@@ -6,7 +6,7 @@
 #include <fstream>
 
 #include "input/safetensors.h"
-#include "input/tensors.h"
+#include "input/stored_problem.h"
 
 namespace wh::cli {
 namespace {

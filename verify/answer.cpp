@@ -16,46 +16,89 @@
 namespace wh {
 namespace {
 
-// Queries around the edges of tiles of 64, 128 and 192 rows, the last ones, and random ones.
+constexpr int64_t kAffordableRows = 64;
+constexpr double kBudgetUs = 3e5;
+constexpr double kReferenceUs = 1.5e-3;  // a key and dimension, as cpu_reference estimates itself
+
+// The last row and the first, queries around the edges of tiles of 64, 128 and 192 rows, and random
+// ones.
 std::vector<int64_t> sample_rows(const Problem& p, int64_t most_rows) {
   std::mt19937_64 random(static_cast<uint64_t>(p.len_q + p.len_k));
   const auto pairs = static_cast<uint64_t>(p.batch * p.heads_q);
   const auto rows = pairs * static_cast<uint64_t>(p.len_q);
-  std::set<int64_t> chosen{0, static_cast<int64_t>(rows) - 1};
+  const auto wanted = std::min(rows, static_cast<uint64_t>(most_rows));
+  std::set<int64_t> chosen;
+  const auto choose = [&](uint64_t row) {
+    if (chosen.size() < wanted) chosen.insert(static_cast<int64_t>(row));
+  };
+  choose(rows - 1);
+  choose(0);
   for (const int64_t query : {int64_t{63}, int64_t{64}, int64_t{127}, int64_t{128}, int64_t{191},
                               int64_t{192}, p.len_q - 65, p.len_q - 64, p.len_q - 1}) {
     if (query < 0 || query >= p.len_q) continue;
-    chosen.insert(static_cast<int64_t>(random() % pairs) * p.len_q + query);
+    choose(random() % pairs * static_cast<uint64_t>(p.len_q) + static_cast<uint64_t>(query));
   }
-  const auto wanted = std::min(rows, static_cast<uint64_t>(most_rows));
-  while (chosen.size() < wanted) chosen.insert(static_cast<int64_t>(random() % rows));
+  while (chosen.size() < wanted) choose(random() % rows);
   return {chosen.begin(), chosen.end()};
 }
 
-double tolerance_of(Dtype dtype) {
-  return dtype == Dtype::kF32 ? 4e-6 : (dtype == Dtype::kF16 ? 9e-4 : 7e-3);
-}
+// The reference on one row at a time, in f32: rounded to 16 bits, its answer would hide the error
+// that is looked for.
+class ReferenceRow {
+ public:
+  ReferenceRow(const Problem& p, const Tensors& tensors)
+      : p_(p), given_(tensors), one_(p), tensors_(tensors) {
+    one_.dtype_q = Dtype::kF32;
+    one_.wants_log_sum_exp = true;
+    // Its query and its answer lie where every row's would.
+    one_.stride_q = one_.stride_out = {0, 0, 0, 1};
+    tensors_.q = q_.data();
+    if (p.values_in_keys) tensors_.v = tensors_.k;
+    if (p.mask != MaskKind::kAdditiveQ) return;
+    // Of q's type, it widens with q.
+    mask_.resize(static_cast<size_t>(p.len_k));
+    one_.mask = MaskKind::kAdditiveF32;
+    one_.stride_mask = {0, 0, 0, 1};
+    tensors_.mask = mask_.data();
+  }
+
+  // Writes its dim_v values; `log_sum_exp` has room for that of every row.
+  void run(int64_t row, float* out, float* log_sum_exp) {
+    const int64_t i = row % p_.len_q, pair = row / p_.len_q;
+    const int64_t b = pair / p_.heads_q, head = pair % p_.heads_q;
+    for (int64_t d = 0; d < p_.dim_qk; ++d) {
+      q_[static_cast<size_t>(d)] =
+          load_element(given_.q, p_.dtype_q, offset_of(p_.stride_q, b, head, i, d));
+    }
+    for (size_t j = 0; j < mask_.size(); ++j) {
+      mask_[j] = load_element(given_.mask, p_.dtype_q,
+                              offset_of(p_.stride_mask, b, head, i, static_cast<int64_t>(j)));
+    }
+    tensors_.out = out;
+    tensors_.log_sum_exp = log_sum_exp;
+    cpu::reference_rows(one_, tensors_, row, row + 1, scratch_.data());
+  }
+
+ private:
+  const Problem& p_;
+  const Tensors& given_;
+  Problem one_;
+  Tensors tensors_;
+  std::vector<float> q_ = std::vector<float>(static_cast<size_t>(p_.dim_qk));
+  std::vector<float> mask_;
+  std::vector<double> scratch_ =
+      std::vector<double>(cpu::reference_workspace_bytes(p_) / sizeof(double));
+};
 
 }  // namespace
 
-Expected expected_answer(const HostTensors& data, int64_t most_rows) {
-  // The same problem with everything of q's type widened, so that out is rounded to f32 alone.
-  Problem p = data.problem;
-  Tensors tensors = const_cast<HostTensors&>(data).tensors();
-  std::vector<float> mask;
-  if (p.mask == MaskKind::kAdditiveQ) {
-    mask.resize(static_cast<size_t>(data.mask.size() / bytes_of(p.dtype_q)));
-    for (size_t i = 0; i < mask.size(); ++i) {
-      mask[i] = get(data.mask.data(), p.dtype_q, static_cast<int64_t>(i));
-    }
-    tensors.mask = mask.data();
-    p.mask = MaskKind::kAdditiveF32;
-  }
-  p.dtype_q = Dtype::kF32;
-  p.wants_log_sum_exp = true;
-  // One row at a time: its query and its answer lie where every row's would.
-  p.stride_q = p.stride_out = {0, 0, 0, 1};
+int64_t affordable_rows(const Problem& p) {
+  const double row_us = kReferenceUs * static_cast<double>(p.len_k * (p.dim_qk + p.dim_v));
+  return static_cast<int64_t>(
+      std::clamp(kBudgetUs / std::max(1.0, row_us), 1.0, static_cast<double>(kAffordableRows)));
+}
 
+Expected expected_answer(const Problem& p, const Tensors& tensors, int64_t most_rows) {
   Expected expected;
   const int64_t all_rows = p.batch * p.heads_q * p.len_q;
   if (most_rows > 0 && most_rows < all_rows) {
@@ -72,26 +115,42 @@ Expected expected_answer(const HostTensors& data, int64_t most_rows) {
   const int64_t at_once = std::clamp<int64_t>(20000 / (1 + p.len_k * (p.dim_qk + p.dim_v)), 1, 64);
   parallel(default_executor(), static_cast<int32_t>((rows + at_once - 1) / at_once),
            [&](int32_t block) {
-             std::vector<float> query(static_cast<size_t>(p.dim_qk));
-             std::vector<double> scratch(cpu::reference_workspace_bytes(p) / sizeof(double));
-             Tensors t = tensors;
-             t.q = query.data();
-             t.log_sum_exp = log_sum_exp.data();
+             ReferenceRow reference(p, tensors);
              for (int64_t i = block * at_once; i < std::min(rows, (block + 1) * at_once); ++i) {
                const int64_t row = expected.rows[static_cast<size_t>(i)];
-               const int64_t pair = row / p.len_q;
-               const Strides& stride = data.problem.stride_q;
-               for (int64_t d = 0; d < p.dim_qk; ++d) {
-                 query[static_cast<size_t>(d)] =
-                     get(data.q.data(), data.problem.dtype_q,
-                         offset_of(stride, pair / p.heads_q, pair % p.heads_q, row % p.len_q, d));
-               }
-               t.out = expected.out.data() + i * p.dim_v;
-               cpu::reference_rows(p, t, row, row + 1, scratch.data());
+               reference.run(row, expected.out.data() + i * p.dim_v, log_sum_exp.data());
                expected.log_sum_exp[static_cast<size_t>(i)] = log_sum_exp[static_cast<size_t>(row)];
              }
            });
   return expected;
+}
+
+std::vector<float> rows_of_out(const Problem& p, const Tensors& tensors,
+                               const std::vector<int64_t>& rows) {
+  std::vector<float> out;
+  out.reserve(rows.size() * static_cast<size_t>(p.dim_v));
+  for (const int64_t row : rows) {
+    const int64_t pair = row / p.len_q;
+    const int64_t first =
+        offset_of(p.stride_out, pair / p.heads_q, pair % p.heads_q, row % p.len_q, 0);
+    for (int64_t d = 0; d < p.dim_v; ++d) {
+      out.push_back(load_element(tensors.out, p.dtype_q, first + d * p.stride_out[3]));
+    }
+  }
+  return out;
+}
+
+std::vector<float> all_of_out(const Problem& p, const Tensors& tensors) {
+  std::vector<int64_t> rows(static_cast<size_t>(p.batch * p.heads_q * p.len_q));
+  std::iota(rows.begin(), rows.end(), 0);
+  return rows_of_out(p, tensors, rows);
+}
+
+Errors errors_of(const Problem& p, const Tensors& tensors, const Expected& expected) {
+  const std::vector<float> have = rows_of_out(p, tensors, expected.rows);
+  Errors errors;
+  for (size_t i = 0; i < have.size(); ++i) errors.add(have[i], expected.out[i]);
+  return errors;
 }
 
 Difference compare(const HostTensors& data, const Expected& expected) {
@@ -100,34 +159,29 @@ Difference compare(const HostTensors& data, const Expected& expected) {
   difference.tolerance = tolerance_of(p.dtype_q);
   const double element_bound =
       6 * difference.tolerance * std::max(1e-3, static_cast<double>(data.largest_value));
-  double error_squares = 0, squares = 0;
   const auto report = [&](std::string message) {
     if (difference.message.empty()) difference.message = std::move(message);
   };
-  const auto compare_element = [&](int64_t b, int64_t h, int64_t i, int64_t d, float want) {
-    const float have = get(data.out.data(), p.dtype_q, offset_of(p.stride_out, b, h, i, d));
-    if (std::isfinite(want) != std::isfinite(have)) {
-      return report(fmt::format("out[{}, {}, {}, {}] is {}, expected {}", b, h, i, d, have, want));
-    }
-    if (!std::isfinite(want)) return;
+  const std::vector<float> out = rows_of_out(p, data.tensors(), expected.rows);
+  Errors errors;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const float have = out[i], want = expected.out[i];
+    const auto at = [&] {
+      const int64_t row = expected.rows[i / static_cast<size_t>(p.dim_v)], pair = row / p.len_q;
+      return fmt::format("out[{}, {}, {}, {}] is {}, expected {}", pair / p.heads_q,
+                         pair % p.heads_q, row % p.len_q, i % static_cast<size_t>(p.dim_v), have,
+                         want);
+    };
+    if (std::isfinite(want) != std::isfinite(have)) report(at());
+    if (!std::isfinite(want) || !std::isfinite(have)) continue;
+    errors.add(have, want);
     const double error = std::fabs(static_cast<double>(have) - want);
-    error_squares += error * error;
-    squares += static_cast<double>(want) * want;
     difference.worst = std::max(difference.worst, error / element_bound);
     if (error > element_bound) {
-      report(fmt::format("out[{}, {}, {}, {}] is {}, expected {}: off by {:.3g}, bound {:.3g}", b,
-                         h, i, d, have, want, error, element_bound));
-    }
-  };
-  for (size_t i = 0; i < expected.rows.size(); ++i) {
-    const int64_t row = expected.rows[i], pair = row / p.len_q;
-    for (int64_t d = 0; d < p.dim_v; ++d) {
-      compare_element(pair / p.heads_q, pair % p.heads_q, row % p.len_q, d,
-                      expected.out[i * static_cast<size_t>(p.dim_v) + static_cast<size_t>(d)]);
+      report(fmt::format("{}: off by {:.3g}, bound {:.3g}", at(), error, element_bound));
     }
   }
-  difference.relative_rms =
-      squares > 0 ? std::sqrt(error_squares / squares) : (error_squares > 0 ? INFINITY : 0);
+  difference.relative_rms = errors.relative_rms();
   // A mean over a handful of elements, all near 0 by chance, says nothing: the bound on each of
   // them does. So it is with a handful of columns of V, whose sums cancel alike in every row.
   constexpr size_t kFewestElements = 32;
@@ -158,19 +212,17 @@ std::string disagreement(const HostTensors& data, const std::vector<std::byte>& 
   std::mutex mutex;
   std::string message;
   for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
-    double error_squares = 0, squares = 0;
+    Errors errors;
     const int64_t first = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, 0);
     for (int64_t d = 0; d < p.dim_v; ++d) {
       const int64_t offset = first + d * p.stride_out[3];
-      const double have = get(data.out.data(), p.dtype_q, offset);
-      const double other = get(other_out.data(), p.dtype_q, offset);
-      error_squares += (have - other) * (have - other);
-      squares += other * other;
+      errors.add(load_element(data.out.data(), p.dtype_q, offset),
+                 load_element(other_out.data(), p.dtype_q, offset));
     }
-    if (error_squares <= most * most * squares) return;
+    if (errors.relative_rms() <= most) return;
     const std::lock_guard lock(mutex);
     message = fmt::format("out[{}, {}, {}] is off by {:.3g} of its length from another kernel's",
-                          row.batch_idx, row.head, row.idx, std::sqrt(error_squares / squares));
+                          row.batch_idx, row.head, row.idx, errors.relative_rms());
   });
   return message;
 }

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "verify/errors.h"
 #include "verify/host_tensors.h"
 
 namespace wh {
@@ -15,9 +16,20 @@ struct Expected {
   std::vector<float> log_sum_exp;  // [rows]
 };
 
-// All rows, or `most_rows` of them: the first and the last query of a tile of every size, and
-// random ones. 0: all.
-Expected expected_answer(const HostTensors& data, int64_t most_rows = 0);
+// All rows, or `most_rows` of them: the last and the first, the first and the last query of a
+// tile of every size, and random ones. 0: all.
+Expected expected_answer(const Problem& problem, const Tensors& tensors, int64_t most_rows = 0);
+
+// As many rows as the reference takes about 0.3 s for on one core, but at least 1 and at most 64.
+int64_t affordable_rows(const Problem& problem);
+
+// Some rows of the tensors' out as floats, or all of them, in order.
+std::vector<float> rows_of_out(const Problem& problem, const Tensors& tensors,
+                               const std::vector<int64_t>& rows);
+std::vector<float> all_of_out(const Problem& problem, const Tensors& tensors);
+
+// How far the tensors' out is from what was expected.
+Errors errors_of(const Problem& problem, const Tensors& tensors, const Expected& expected);
 
 struct Difference {
   double relative_rms = 0;

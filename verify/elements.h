@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "core/float16.h"
+#include "core/element.h"
 #include "core/problem.h"
 
 namespace wh {
@@ -24,12 +24,6 @@ inline void put(std::byte* data, Dtype dtype, int64_t offset, float value) {
   if (dtype == Dtype::kF32) put<float>(data, offset, value);
   if (dtype == Dtype::kF16) put<Half>(data, offset, value);
   if (dtype == Dtype::kBf16) put<Bfloat16>(data, offset, value);
-}
-
-inline float get(const std::byte* data, Dtype dtype, int64_t offset) {
-  if (dtype == Dtype::kF32) return reinterpret_cast<const float*>(data)[offset];
-  if (dtype == Dtype::kF16) return to_float(reinterpret_cast<const Half*>(data)[offset]);
-  return to_float(reinterpret_cast<const Bfloat16*>(data)[offset]);
 }
 
 }  // namespace wh

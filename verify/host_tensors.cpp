@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
@@ -21,17 +22,7 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // NaN as f32, f16 and bf16 alike, and odd as a mask byte.
 constexpr std::byte kPoison{0xff};
-
-using Extents = std::array<int64_t, 4>;
-
-int64_t span(const Extents& extents, const Strides& stride) {
-  int64_t last = 0;
-  for (int i = 0; i < 4; ++i) {
-    if (extents[i] == 0) return 0;
-    last += (extents[i] - 1) * stride[i];
-  }
-  return last + 1;
-}
+constexpr std::align_val_t kAlignment{64};
 
 // Streams of random numbers.
 enum Stream : uint64_t { kOfQ, kOfK, kOfV, kOfMask, kOfSinks, kOfPoison };
@@ -112,12 +103,13 @@ bool has_extreme_biases(const Input& input) {
          (kind == MaskKind::kAdditiveF32 || kind == MaskKind::kAdditiveQ);
 }
 
+int64_t misalignment(const Input& input) { return input.is_hostile ? 16 : 0; }
+
 void fill_mask(const Input& input, HostTensors& data) {
   const Problem& p = input.problem;
   if (p.mask == MaskKind::kNone) return;
   const Strides& stride = p.stride_mask;
-  data.mask =
-      GuardedTensor(span({p.batch, p.heads_q, p.len_q, p.len_k}, stride) * mask_element_bytes(p));
+  data.mask = GuardedTensor(tensor_bytes(p).mask, misalignment(input));
   for_each_row(distinct(p.batch, stride[0]), distinct(p.heads_q, stride[1]),
                distinct(p.len_q, stride[2]), [&](RowIndex row) {
                  const int64_t first = offset_of(stride, row.batch_idx, row.head, row.idx, 0);
@@ -208,7 +200,8 @@ void raise_to(std::atomic<float>& largest, float value) {
 
 void fill_kv(const Input& input, HostTensors& data) {
   const Problem& p = input.problem;
-  const std::vector<std::vector<bool>> seen = all_seen_keys(p, data.tensors());
+  std::vector<std::vector<bool>> seen;
+  if (input.is_hostile) seen = all_seen_keys(p, data.tensors());
   std::atomic<float> largest{0};
   const auto fill = [&](GuardedTensor& tensor, const Strides& stride, int64_t dim, Stream stream,
                         float mean) {
@@ -216,7 +209,8 @@ void fill_kv(const Input& input, HostTensors& data) {
       const int64_t pair = row.batch_idx * p.heads_kv + row.head;
       const int64_t key = pair * p.len_k + row.idx;
       RowRandom poison(input.seed, kOfPoison, key);
-      const bool is_seen = seen[static_cast<size_t>(pair)][static_cast<size_t>(row.idx)];
+      const bool is_seen =
+          seen.empty() || seen[static_cast<size_t>(pair)][static_cast<size_t>(row.idx)];
       const bool is_nan = !is_seen || (input.has_visible_nan && poison.bits() % 16 == 0);
       const TensorRow to{tensor.data(), p.dtype_kv,
                          offset_of(stride, row.batch_idx, row.head, row.idx, 0), stride[3], dim};
@@ -232,27 +226,42 @@ void fill_kv(const Input& input, HostTensors& data) {
 
 }  // namespace
 
-GuardedTensor::GuardedTensor(int64_t bytes)
-    : bytes_(static_cast<size_t>(bytes + 2 * kGuardBytes), kPoison), size_(bytes) {}
+void GuardedTensor::Release::operator()(std::byte* memory) const {
+  ::operator delete(memory, kAlignment);
+}
+
+GuardedTensor::GuardedTensor(int64_t bytes, int64_t misaligned_by)
+    : size_(bytes), misaligned_by_(misaligned_by) {
+  const auto all = static_cast<size_t>(bytes + 2 * kGuardBytes + misaligned_by);
+  memory_.reset(static_cast<std::byte*>(::operator new(all, kAlignment)));
+  // On all cores: the first touch of a GB takes longer than many a run.
+  constexpr size_t kPiece = size_t{4} << 20;
+  parallel(default_executor(), static_cast<int32_t>((all + kPiece - 1) / kPiece), [&](int32_t i) {
+    const size_t begin = static_cast<size_t>(i) * kPiece;
+    std::fill_n(memory_.get() + begin, std::min(kPiece, all - begin), kPoison);
+  });
+}
 
 bool GuardedTensor::guards_intact() const {
+  if (memory_ == nullptr) return true;
   const auto is_poison = [](std::byte byte) { return byte == kPoison; };
-  return bytes_.empty() || (std::all_of(bytes_.begin(), bytes_.begin() + kGuardBytes, is_poison) &&
-                            std::all_of(bytes_.end() - kGuardBytes, bytes_.end(), is_poison));
+  return std::all_of(all(), data(), is_poison) &&
+         std::all_of(data() + size_, data() + size_ + kGuardBytes, is_poison);
 }
 
 uint64_t GuardedTensor::fingerprint() const {
   // Four lanes, so that one multiplication need not wait for the one before.
   uint64_t lanes[4] = {1, 2, 3, 4};
-  const size_t words = bytes_.size() / 8;
+  const auto bytes = static_cast<size_t>(all_bytes());
+  const size_t words = bytes / 8;
   for (size_t i = 0; i < words; ++i) {
     uint64_t word = 0;
-    std::memcpy(&word, bytes_.data() + 8 * i, 8);
+    std::memcpy(&word, all() + 8 * i, 8);
     lanes[i % 4] = (lanes[i % 4] ^ word) * 0x9e3779b97f4a7c15u;
   }
   uint64_t result = 0;
-  for (size_t i = 8 * words; i < bytes_.size(); ++i) {
-    result = (result ^ static_cast<uint64_t>(bytes_[i])) * 0x100000001b3u;
+  for (size_t i = 8 * words; i < bytes; ++i) {
+    result = (result ^ static_cast<uint64_t>(all()[i])) * 0x100000001b3u;
   }
   for (const uint64_t lane : lanes) result = mix(result ^ lane);
   return result;
@@ -261,26 +270,24 @@ uint64_t GuardedTensor::fingerprint() const {
 HostTensors::HostTensors(const Input& input)
     : problem(input.problem), v_is_k(input.v_is_k || input.problem.values_in_keys) {
   const Problem& p = problem;
-  const int64_t bytes_q = bytes_of(p.dtype_q), bytes_kv = bytes_of(p.dtype_kv);
-  const Extents extents_out{p.batch, p.heads_q, p.len_q, p.dim_v};
-  q = GuardedTensor(span({p.batch, p.heads_q, p.len_q, p.dim_qk}, p.stride_q) * bytes_q);
-  k = GuardedTensor(span({p.batch, p.heads_kv, p.len_k, p.dim_qk}, p.stride_k) * bytes_kv);
-  if (!v_is_k) {
-    v = GuardedTensor(span({p.batch, p.heads_kv, p.len_k, p.dim_v}, p.stride_v) * bytes_kv);
-  }
-  out = GuardedTensor(span(extents_out, p.stride_out) * bytes_q);
-  if (p.wants_log_sum_exp) log_sum_exp = GuardedTensor(p.batch * p.heads_q * p.len_q * 4);
+  const TensorBytes bytes = tensor_bytes(p);
+  const int64_t misaligned_by = misalignment(input);
+  q = GuardedTensor(bytes.q, misaligned_by);
+  k = GuardedTensor(bytes.k, misaligned_by);
+  if (!v_is_k) v = GuardedTensor(bytes.v, misaligned_by);
+  out = GuardedTensor(bytes.out, misaligned_by);
+  if (p.wants_log_sum_exp) log_sum_exp = GuardedTensor(bytes.log_sum_exp, misaligned_by);
   if (p.has_sinks) {
-    sinks = GuardedTensor(p.heads_q * 4);
+    sinks = GuardedTensor(bytes.sinks, misaligned_by);
     RowRandom random(input.seed, kOfSinks, 0);
     for (int64_t h = 0; h < p.heads_q; ++h) {
       put(sinks.data(), Dtype::kF32, h,
           input.has_extreme_sinks ? extreme(random, Dtype::kF32) : random.normal());
     }
   }
-  const auto copy = [](const std::vector<int32_t>& from, GuardedTensor& to) {
+  const auto copy = [&](const std::vector<int32_t>& from, GuardedTensor& to) {
     if (from.empty()) return;
-    to = GuardedTensor(static_cast<int64_t>(from.size() * 4));
+    to = GuardedTensor(static_cast<int64_t>(from.size() * 4), misaligned_by);
     std::memcpy(to.data(), from.data(), from.size() * 4);
   };
   copy(input.key_lengths, key_lengths);
@@ -293,6 +300,8 @@ HostTensors::HostTensors(const Input& input)
   });
   fill_mask(input, *this);
   fill_kv(input, *this);
+  if (!input.is_hostile) return;
+  const int64_t bytes_q = bytes_of(p.dtype_q);
   if (p.batch * p.heads_q * p.len_q * p.dim_v * bytes_q < out.size()) {
     out_owned_.assign(static_cast<size_t>(out.size()), 0);
     for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
@@ -302,22 +311,32 @@ HostTensors::HostTensors(const Input& input)
       }
     });
   }
-  for (size_t i = 0; i < kInputs; ++i) fingerprints_[i] = inputs()[i].tensor->fingerprint();
+  for (const Named& input : inputs()) fingerprints_.push_back(input.tensor->fingerprint());
 }
 
-std::array<HostTensors::Named, HostTensors::kInputs> HostTensors::inputs() const {
-  return {{{"q", &q},
-           {"k", &k},
-           {"v", &v},
-           {"mask", &mask},
-           {"sinks", &sinks},
-           {"key_lengths", &key_lengths},
-           {"key_starts", &key_starts}}};
+std::vector<HostTensors::Named> HostTensors::inputs() const {
+  return {{"q", &q},
+          {"k", &k},
+          {"v", &v},
+          {"mask", &mask},
+          {"sinks", &sinks},
+          {"key_lengths", &key_lengths},
+          {"key_starts", &key_starts}};
 }
 
-Tensors HostTensors::tensors() {
-  const auto floats = [](GuardedTensor& tensor) { return reinterpret_cast<float*>(tensor.data()); };
-  const auto ints = [](GuardedTensor& tensor) { return reinterpret_cast<int32_t*>(tensor.data()); };
+int64_t HostTensors::bytes() const {
+  int64_t sum = out.size() + log_sum_exp.size();
+  for (const Named& input : inputs()) sum += input.tensor->size();
+  return sum;
+}
+
+Tensors HostTensors::tensors() const {
+  const auto floats = [](const GuardedTensor& tensor) {
+    return reinterpret_cast<float*>(tensor.data());
+  };
+  const auto ints = [](const GuardedTensor& tensor) {
+    return reinterpret_cast<int32_t*>(tensor.data());
+  };
   Tensors t;
   t.q = q.data();
   t.k = k.data();
@@ -346,10 +365,10 @@ std::string HostTensors::damage() const {
       return fmt::format("byte {} between the elements of out was written", i);
     }
   }
-  for (size_t i = 0; i < kInputs; ++i) {
-    const Named input = inputs()[i];
-    if (input.tensor->fingerprint() != fingerprints_[i]) {
-      return fmt::format("{}, or memory around it, was written: an input", input.name);
+  const std::vector<Named> all = inputs();
+  for (size_t i = 0; i < fingerprints_.size(); ++i) {
+    if (all[i].tensor->fingerprint() != fingerprints_[i]) {
+      return fmt::format("{}, or memory around it, was written: an input", all[i].name);
     }
   }
   return "";

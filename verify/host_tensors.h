@@ -1,8 +1,9 @@
-// Tensors on the host: random data where something may be read, poison everywhere else.
+// Tensors on the host: random data where something may be read and, where the input is hostile,
+// poison everywhere else.
 #pragma once
 
-#include <array>
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "verify/input.h"
@@ -14,30 +15,35 @@ namespace wh {
 class GuardedTensor {
  public:
   GuardedTensor() = default;
-  explicit GuardedTensor(int64_t bytes);
+  // `misaligned_by` so many bytes from a boundary of 64.
+  explicit GuardedTensor(int64_t bytes, int64_t misaligned_by = 0);
 
   // Null for a tensor that is not there at all.
-  std::byte* data() { return bytes_.empty() ? nullptr : bytes_.data() + kGuardBytes; }
-  const std::byte* data() const { return bytes_.empty() ? nullptr : bytes_.data() + kGuardBytes; }
+  std::byte* data() const { return memory_ == nullptr ? nullptr : all() + kGuardBytes; }
   int64_t size() const { return size_; }
   bool guards_intact() const;
-  // With the guards.
-  std::byte* all() { return bytes_.data(); }
-  size_t all_bytes() const { return bytes_.size(); }
   // All of it, to see whether somebody wrote there.
   uint64_t fingerprint() const;
 
   static constexpr int64_t kGuardBytes = 256;
 
  private:
-  std::vector<std::byte> bytes_;  // aligned by being offset: see the constructor
-  int64_t size_ = 0;
+  struct Release {
+    void operator()(std::byte* memory) const;
+  };
+  std::byte* all() const { return memory_.get() + misaligned_by_; }
+  int64_t all_bytes() const { return memory_ == nullptr ? 0 : size_ + 2 * kGuardBytes; }
+
+  std::unique_ptr<std::byte[], Release> memory_;
+  int64_t size_ = 0, misaligned_by_ = 0;
 };
 
 struct HostTensors {
+  HostTensors() = default;
   explicit HostTensors(const Input& input);
 
-  Tensors tensors();           // of this data, without a workspace
+  Tensors tensors() const;     // of this data, without a workspace
+  int64_t bytes() const;       // of all of them
   void poison_outputs();       // before every run
   std::string damage() const;  // which tensor was written where it must not be; empty: none
 
@@ -47,14 +53,13 @@ struct HostTensors {
   float largest_value = 0;  // of |v|, poison aside
 
  private:
-  static constexpr int kInputs = 7;
   struct Named {
     const char* name;
     const GuardedTensor* tensor;
   };
-  std::array<Named, kInputs> inputs() const;
+  std::vector<Named> inputs() const;
 
-  std::array<uint64_t, kInputs> fingerprints_{};
+  std::vector<uint64_t> fingerprints_;  // of the inputs; empty: nobody looks
   std::vector<uint8_t> out_owned_;  // whether each byte of `out` is an element's; empty: all are
 };
 

@@ -24,6 +24,9 @@ struct Input {
   float mean_v = 0;
   bool has_visible_nan = false;  // some K and V that rows do see hold NaN
   bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so
+  // NaN wherever nothing may be read, on boundaries of 16 bytes, and a look at what was written
+  // where. Otherwise tensors are as a program for speed would have them: on boundaries of 64 bytes.
+  bool is_hostile = true;
   uint64_t seed = 0;
 };
 

@@ -4,23 +4,23 @@
 
 #include "api/environment.h"
 #include "api/machine.h"
-#include "api/plan_log.h"
-#include "plan/planner.h"
+#include "api/run.h"
+#include "core/names.h"
 
 namespace wh::cli {
 
 Result<Plan> plan_as_library(const Problem& p, const Limits& flags) {
-  if (p.device == Device::kCuda && flags.threads != 0) {
-    return invalid("--threads has no effect with --device cuda; leave it out");
+  const bool is_host = backend(p.device).is_host();
+  if (!is_host && flags.threads != 0) {
+    return invalid(fmt::format("--threads has no effect with --device {}; leave it out",
+                               kDevices.name(p.device)));
   }
-  if (p.device == Device::kCpu && flags.fresh_keys != kAnyKeys) {
+  if (is_host && flags.fresh_keys != kAnyKeys) {
     return invalid("--fresh-keys has no effect on the CPU; leave it out, or add --device cuda");
   }
   Limits limits = flags;
   if (Status status = apply(environment(), p.device, limits); !status.ok()) return status;
-  Result<Plan> plan = make_plan(p, limits, this_machine(p.device, p.device_index));
-  if (plan.ok()) log_plan(*plan);
-  return plan;
+  return plan_here(p, limits);
 }
 
 Json environment_json(Device device) {

@@ -315,6 +315,16 @@ std::vector<ProblemFlags> expand(const Json& row) {
 
 }  // namespace
 
+Input Request::input(uint64_t seed) const {
+  Input input;
+  input.problem = problem;
+  input.key_lengths = per_batch(key_lengths, problem.batch);
+  input.key_starts = per_batch(key_starts, problem.batch);
+  input.is_hostile = false;
+  input.seed = seed;
+  return input;
+}
+
 std::vector<int32_t> per_batch(const std::vector<int32_t>& values, int64_t batch) {
   if (values.size() != 1) return values;
   return std::vector<int32_t>(static_cast<size_t>(batch), values.front());

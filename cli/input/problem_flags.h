@@ -7,6 +7,7 @@
 #include "core/problem.h"
 #include "core/status.h"
 #include "input/embedded.h"
+#include "verify/input.h"
 
 namespace CLI {
 class App;
@@ -28,6 +29,8 @@ struct Request {
   Problem problem;
   std::vector<int32_t> key_lengths, key_starts;  // one a batch entry, or one for all
 
+  // N(0, 1) data, and a mask that hides a quarter of the keys: what timing wants.
+  Input input(uint64_t seed) const;
   std::string name() const { return label.empty() ? describe(problem) + details : label; }
 };
 

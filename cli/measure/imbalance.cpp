@@ -55,7 +55,7 @@ Result<double> imbalance(Execution& execution) {
   double least = 0;
   for (int i = 0; i < kRuns; ++i) {
     TimedExecutor timed;
-    if (Status status = execution.run(nullptr, nullptr, timed.executor()); !status.ok()) {
+    if (Status status = execution.run({.executor = timed.executor()}); !status.ok()) {
       return status;
     }
     least = i == 0 ? timed.imbalance() : std::min(least, timed.imbalance());

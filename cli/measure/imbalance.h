@@ -1,7 +1,7 @@
 // How evenly a kernel's workers share its work.
 #pragma once
 
-#include "measure/execution.h"
+#include "verify/execution.h"
 
 namespace wh::cli {
 

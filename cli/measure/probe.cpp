@@ -9,7 +9,7 @@
 #include <fstream>
 
 #include "core/executor.h"
-#include "input/tensors.h"
+#include "verify/host_tensors.h"
 #include "measure/probe_bf16.h"
 #include "plan/cpu_facts.h"
 
@@ -129,7 +129,7 @@ int64_t last_level_cache_bytes() {
 
 double read_gbytes_per_s(int32_t threads) {
   constexpr int64_t kBytes = 512 << 20;
-  const HostBuffer buffer(kBytes);
+  const GuardedTensor buffer(kBytes);
   std::memset(buffer.data(), 1, kBytes);
   double best = 0;
   for (int round = 0; round < 5; ++round) {

@@ -14,15 +14,15 @@
 #include "api/machine.h"
 #include "core/nearest_name.h"
 #include "input/limits_flags.h"
-#include "measure/execution.h"
 #include "measure/imbalance.h"
 #include "measure/probe.h"
-#include "measure/sampled_rows.h"
 #include "measure/useful_work.h"
 #include "plan/planner.h"
 #include "plan/units.h"
 #include "report/bench_result.h"
 #include "report/session.h"
+#include "verify/answer.h"
+#include "verify/execution.h"
 
 namespace wh::cli {
 namespace {
@@ -106,16 +106,6 @@ struct Contestant {
   double relative_rms;
 };
 
-double relative_rms(const SampledRows& rows) {
-  double errors = 0, squares = 0;
-  for (size_t i = 0; i < rows.want.size(); ++i) {
-    const double error = static_cast<double>(rows.have[i]) - rows.want[i];
-    errors += error * error;
-    squares += static_cast<double>(rows.want[i]) * rows.want[i];
-  }
-  return std::sqrt(squares > 0 ? errors / squares : errors);
-}
-
 class Bench {
  public:
   Bench(const BenchFlags& flags, const Limits& limits, std::vector<Request> requests,
@@ -124,8 +114,8 @@ class Bench {
         limits_(limits),
         requests_(std::move(requests)),
         against_(std::move(against)),
-        is_cpu_(requests_.front().problem.device == Device::kCpu),
-        guard_(is_cpu_ ? cpu_facts().threads(limits.threads) : 0),
+        is_host_(backend(requests_.front().problem.device).is_host()),
+        guard_(is_host_ ? cpu_facts().threads(limits.threads) : 0),
         device_(describe_device(requests_.front().problem, cpu_facts().threads(limits.threads),
                                 guard_)) {}
 
@@ -153,7 +143,7 @@ class Bench {
           if (row.ran()) row.refusal = failed.message();
         }
       }
-      if (is_cpu_) {  // later probes may have found a higher rate
+      if (is_host_) {  // later probes may have found a higher rate
         device_.peak_gflops = guard_.peak_gflops();
         device_.warning = guard_.warning();
       }
@@ -161,7 +151,7 @@ class Bench {
       std::fflush(stdout);
       results_.push_back(std::move(result));
     }
-    if (is_cpu_) {  // a slow moment at the start would make shares of more than all
+    if (is_host_) {  // a slow moment at the start would make shares of more than all
       device_.read_gbytes_per_s =
           std::max(device_.read_gbytes_per_s, read_gbytes_per_s(device_.threads));
     }
@@ -189,7 +179,7 @@ class Bench {
     const auto ran = [](const BenchRow& row) { return row.ran(); };
     if (std::none_of(result.rows.begin(), result.rows.end(), ran)) return runnable_status(*plan);
     // Only now: what no kernel takes may have tensors of 100 GB.
-    HostTensors tensors = random_tensors(result.request, 1);
+    const HostTensors tensors(result.request.input(1));
     std::vector<Contestant> contestants;
     for (size_t i = 0; i < result.rows.size(); ++i) {
       BenchRow& row = result.rows[i];
@@ -197,14 +187,14 @@ class Bench {
       Limits forced = limits_;
       forced.kernel = row.kernel;
       forced.policy = Policy::kAutomatic;
-      Result<Execution> execution = Execution::prepare(p, forced, tensors);
+      Result<Execution> execution = Execution::prepare(p, forced, tensors.tensors());
       if (execution.ok()) {
         contestants.push_back({std::move(*execution), i, 0});
       } else {
         row.refusal = execution.status().message();
       }
     }
-    return sample(contestants, tensors, result);
+    return sample(contestants, tensors.tensors(), result);
   } catch (const std::bad_alloc&) {
     return {Code::kOutOfMemory, "not enough memory for its tensors"};
   }
@@ -271,15 +261,16 @@ class Bench {
     return row;
   }
 
-  Status sample(std::vector<Contestant>& contestants, const HostTensors& tensors,
-                BenchResult& result) {
+  Status sample(std::vector<Contestant>& contestants, const Tensors& tensors, BenchResult& result) {
+    const Problem& p = result.request.problem;
+    const Expected expected = expected_answer(p, tensors, affordable_rows(p));
     std::vector<Run> runs;
     for (Contestant& one : contestants) {
-      one.execution.paint_workspace();
+      one.execution.watch_workspace();
       // They share `out`: each answer is looked at before the next one overwrites it.
       const auto look = [&]() -> Status {
-        if (Status status = one.execution.fetch(); !status.ok()) return status;
-        one.relative_rms = relative_rms(sample_rows(result.request.problem, tensors));
+        if (Status status = one.execution.fetch_outputs(); !status.ok()) return status;
+        one.relative_rms = errors_of(p, tensors, expected).relative_rms();
         return {};
       };
       runs.push_back({[&one] { return run(one.execution); }, look, device_clock(one.execution)});
@@ -304,7 +295,7 @@ class Bench {
       row.samples = std::move((*samples)[i]);
       row.relative_rms = contestants[i].relative_rms;
       row.peak_workspace_bytes = contestants[i].execution.peak_workspace_bytes();
-      if (!is_cpu_ || row.kernel != result.chosen || row.samples.best() > kLongestImbalanceUs) {
+      if (!is_host_ || row.kernel != result.chosen || row.samples.best() > kLongestImbalanceUs) {
         continue;
       }
       const Result<double> share = imbalance(contestants[i].execution);
@@ -317,23 +308,22 @@ class Bench {
   // A long one can be interrupted. The question would show in the time of a short one.
   static Status run(Execution& execution) {
     if (execution.plan().estimated_us < kInterruptibleUs) return execution.run();
-    return execution.run([](void*, double) { return int32_t{is_interrupted()}; });
+    return execution.run({.progress = [](void*, double) { return int32_t{is_interrupted()}; }});
   }
 
   // On a GPU a launch from the host takes longer than a short call, and hides which is the faster.
   static std::function<Result<double>()> device_clock(Execution& execution) {
-    if (execution.plan().problem.device == Device::kCpu) return nullptr;
     if (execution.plan().estimated_us >= kInterruptibleUs) return nullptr;
-    return [&execution] { return execution.device_us(); };
+    return execution.device_clock();
   }
 
   // The suite's first row, where the suite compares with it.
   Status prepare_plain() {
     const auto suite = suites().find(flags_.suite);
     if (plain_ || suite == suites().end() || !suite->value("beside_first_row", false)) return {};
-    plain_tensors_ = random_tensors(requests_.front(), 1);
+    plain_tensors_ = HostTensors(requests_.front().input(1));
     Result<Execution> plain =
-        Execution::prepare(requests_.front().problem, limits_, plain_tensors_);
+        Execution::prepare(requests_.front().problem, limits_, plain_tensors_.tensors());
     if (!plain.ok()) return plain.status();
     plain_.emplace(std::move(*plain));
     return {};
@@ -358,7 +348,7 @@ class Bench {
   const Limits limits_;
   const std::vector<Request> requests_;
   const std::vector<std::string> against_;
-  const bool is_cpu_;
+  const bool is_host_;
   Guard guard_;
   BenchDevice device_;
   std::vector<BenchResult> results_;
@@ -377,9 +367,8 @@ int run_bench(const BenchFlags& flags) {
   if (!requests.ok()) return report(requests.status());
   const Problem& p = requests->front().problem;
   if (Status status = apply(environment(), p.device, *limits); !status.ok()) return report(status);
-  if (p.device == Device::kCuda && !cuda_facts(p.device_index).unavailable.empty()) {
-    return report({Code::kRefused, cuda_facts(p.device_index).unavailable});
-  }
+  const DeviceFacts& facts = backend(p.device).facts(p.device_index);
+  if (!facts.unavailable.empty()) return report({Code::kRefused, facts.unavailable});
   const auto suite = suites().find(flags.suite);
   std::string list = flags.against;
   if (list.empty() && suite != suites().end()) list = suite->value("against", "");

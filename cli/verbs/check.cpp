@@ -10,7 +10,6 @@
 #include "api/machine.h"
 #include "core/names.h"
 #include "core/nearest_name.h"
-#include "cuda/allocate.h"
 #include "report/session.h"
 #include "run_case.h"
 
@@ -92,10 +91,8 @@ class Check {
     if (result.outcome != Outcome::kWrong) return;
     wrong_.push_back({{"case", c.name}, {"kernel", kernel}, {"message", result.message}});
     // After a fault on the device every further call fails: those are no kernel's mistakes.
-    if (device_ == Device::kCuda) {
-      if (Status status = cuda::synchronize({0, nullptr}); !status.ok()) {
-        device_failure_ = status.message();
-      }
+    if (Status status = backend(device_).synchronize({}); !status.ok()) {
+      device_failure_ = status.message();
     }
   }
 
@@ -110,16 +107,11 @@ class Check {
                       {"wrong", tally.wrong},
                       {"worst_share_of_tolerance", tally.worst_share}});
     }
-    Json document{{"cases", flags_.cases},
-                  {"device", device_ == Device::kCuda ? cuda_facts(0).name : cpu_facts().name},
-                  {"seed", flags_.seed},
-                  {"runs", flags_.options.runs},
-                  {"case_count", case_count_},
-                  {"cases_run", cases_run_},
-                  {"seconds", seconds_},
-                  {"checked", checked},
-                  {"kernels", rows},
-                  {"wrong", wrong_}};
+    Json document{{"cases", flags_.cases},     {"device", backend(device_).facts(0).name},
+                  {"seed", flags_.seed},       {"runs", flags_.options.runs},
+                  {"case_count", case_count_}, {"cases_run", cases_run_},
+                  {"seconds", seconds_},       {"checked", checked},
+                  {"kernels", rows},           {"wrong", wrong_}};
     if (!device_failure_.empty()) document["device_failed"] = device_failure_;
     return document;
   }
@@ -171,9 +163,8 @@ int run_check(CheckFlags flags) {
     return report(invalid(
         fmt::format("--shared-bytes is {}; it must be positive", flags.options.shared_bytes)));
   }
-  if (*device == Device::kCuda && !cuda_facts(0).unavailable.empty()) {
-    return report({Code::kRefused, cuda_facts(0).unavailable});
-  }
+  const DeviceFacts& facts = backend(*device).facts(0);
+  if (!facts.unavailable.empty()) return report({Code::kRefused, facts.unavailable});
   const auto kernels = kernels_of_flags(flags, *device, *set);
   if (!kernels.ok()) return report(kernels.status());
   flags.options.paints_workspace = !flags.leaves_workspace;

@@ -10,18 +10,19 @@
 #include <optional>
 #include <utility>
 
+#include "api/machine.h"
 #include "input/limits_flags.h"
 #include "input/planning.h"
 #include "input/problem_flags.h"
-#include "input/safetensors.h"
-#include "measure/execution.h"
+#include "input/stored_problem.h"
 #include "measure/measure.h"
 #include "measure/resident.h"
-#include "measure/sampled_rows.h"
 #include "measure/useful_work.h"
 #include "plan/explain.h"
 #include "plan/units.h"
 #include "report/session.h"
+#include "verify/answer.h"
+#include "verify/execution.h"
 
 namespace wh::cli {
 namespace {
@@ -34,32 +35,16 @@ struct RunFlags {
   bool json = false;
 };
 
-struct Agreement {
-  double relative_rms = 0;
-  double largest_error = 0;
-  bool is_right = true;
-};
-
 std::vector<float> floats_of(const StoredTensor& tensor) {
   std::vector<float> floats(tensor.bytes.size() / sizeof(float));
   std::memcpy(floats.data(), tensor.bytes.data(), tensor.bytes.size());  // aligned or not
   return floats;
 }
 
-Agreement compare(const std::vector<float>& have, const std::vector<float>& wanted,
-                  double tolerance) {
-  double errors = 0, squares = 0;
-  Agreement agreement;
-  for (size_t i = 0; i < have.size(); ++i) {
-    if (std::isinf(wanted[i]) && have[i] == wanted[i]) continue;  // a row that sees no key
-    const double error = std::fabs(static_cast<double>(have[i]) - wanted[i]);
-    errors += error * error;
-    squares += static_cast<double>(wanted[i]) * wanted[i];
-    if (!(error <= agreement.largest_error)) agreement.largest_error = error;
-  }
-  agreement.relative_rms = squares > 0 ? std::sqrt(errors / squares) : std::sqrt(errors);
-  agreement.is_right = agreement.relative_rms <= tolerance;  // NaN is not
-  return agreement;
+Errors errors_of(const std::vector<float>& have, const std::vector<float>& wanted) {
+  Errors errors;
+  for (size_t i = 0; i < have.size(); ++i) errors.add(have[i], wanted[i]);
+  return errors;
 }
 
 // The first run: shown on a terminal, and measured for what the later ones do not tell.
@@ -87,13 +72,12 @@ Result<FirstRun> run_watched(Execution& execution) {
   };
   restart_peak();
   Watch watch;
-  const Status status = execution.run(
-      [](void* context, double fraction) {
-        auto& self = *static_cast<Watch*>(context);
-        self.look();
-        return RunProgress::report(&self.progress, fraction);
-      },
-      &watch);
+  const auto look = [](void* context, double fraction) {
+    auto& self = *static_cast<Watch*>(context);
+    self.look();
+    return RunProgress::report(&self.progress, fraction);
+  };
+  const Status status = execution.run({.progress = look, .progress_context = &watch});
   watch.look();
   if (!status.ok()) return status;
   return FirstRun{Watch::us(watch.last - watch.begin), watch.longest_us, peak_resident_bytes()};
@@ -102,7 +86,7 @@ Result<FirstRun> run_watched(Execution& execution) {
 // Runs something small on the kernel that the problem will take: threads start with their first
 // call, and libraries allocate what they keep.
 Status warm_up(const Plan& plan) {
-  if (plan.problem.device != Device::kCpu) return {};
+  if (!backend(plan.problem.device).is_host()) return {};
   Request small;
   Problem& p = small.problem;
   p.dtype_q = plan.problem.dtype_q;
@@ -111,11 +95,11 @@ Status warm_up(const Plan& plan) {
   p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
   p.scale = 1.0f / 8;
   p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(16, 64, 64);
-  HostTensors tensors = random_tensors(small, 1);
+  const HostTensors tensors(small.input(1));
   Limits forced;
   forced.kernel = plan.kernel;
   forced.threads = plan.limits.threads;
-  Result<Execution> execution = Execution::prepare(p, forced, tensors);
+  Result<Execution> execution = Execution::prepare(p, forced, tensors.tensors());
   if (!execution.ok()) return execution.status();
   for (int i = 0; i < 20; ++i) {
     if (Status status = execution->run(); !status.ok()) return status;
@@ -123,17 +107,11 @@ Status warm_up(const Plan& plan) {
   return {};
 }
 
-// The contract's bounds, docs/semantics.md.
-double out_tolerance(Dtype dtype) {
-  return dtype == Dtype::kF32 ? 4e-6 : (dtype == Dtype::kF16 ? 9e-4 : 7e-3);
-}
-constexpr double kLogSumExpTolerance = 1e-6;
-
 // The bound holds for scores of about N(0, 1). An error of a score is one of its weight, and grows
 // with the score: a --scale that makes them wider makes the bound wider.
 double random_tolerance(const Problem& p) {
   const double score = std::fabs(p.scale) * std::sqrt(static_cast<double>(p.dim_qk));
-  return out_tolerance(p.dtype_q) * std::max(1.0, score);
+  return tolerance_of(p.dtype_q) * std::max(1.0, score);
 }
 
 class Runner {
@@ -192,21 +170,22 @@ class Runner {
     const uint64_t resident_before = resident_bytes();
     // Only now: what the limits refuse may have tensors of 100 GB.
     HostTensors random;
-    if (stored == nullptr) random = random_tensors(request, flags_.seed.value_or(1));
-    HostTensors& tensors = stored == nullptr ? random : stored->tensors;
+    if (stored == nullptr) random = HostTensors(request.input(flags_.seed.value_or(1)));
+    const Tensors tensors = stored == nullptr ? random.tensors() : stored->tensors;
     Result<Execution> execution = Execution::prepare(std::move(*plan), tensors);
     if (!execution.ok()) return fail(request, execution.status());
-    execution->paint_workspace();
+    execution->watch_workspace();
     const auto first = run_watched(*execution);
     if (!first.ok()) return fail(request, first.status());
     const auto samples = time(*execution, *first);
     if (!samples.ok()) return fail(request, samples.status());
-    if (Status status = execution->fetch(); !status.ok()) return fail(request, status);
+    if (Status status = execution->fetch_outputs(); !status.ok()) return fail(request, status);
     Json document =
         describe_run(request, execution->plan(), *samples, execution->peak_workspace_bytes());
     document["longest_step_us"] = first->longest_step_us;
-    if (p.device == Device::kCpu && stored == nullptr) {
-      document["tensor_bytes"] = tensors.bytes();
+    const bool is_host = backend(p.device).is_host();
+    if (is_host && stored == nullptr) {
+      document["tensor_bytes"] = random.bytes();
       document["peak_resident_bytes"] = first->peak_resident_bytes - resident_before;
     }
     if (!flags_.json) print_run(document);
@@ -224,9 +203,8 @@ class Runner {
   Result<Samples> time(Execution& execution, const FirstRun& first) {
     const double estimate_us = execution.plan().estimated_us;
     if (estimate_us < 1e6) {
-      Guard guard(execution.plan().problem.device == Device::kCpu
-                      ? cpu_facts().threads(flags_.limits.threads)
-                      : 0);
+      const bool is_host = backend(execution.plan().problem.device).is_host();
+      Guard guard(is_host ? cpu_facts().threads(flags_.limits.threads) : 0);
       const auto call = [&] {
         return is_interrupted() ? Status(Code::kCancelled, "interrupted between two runs")
                                 : execution.run();
@@ -267,59 +245,59 @@ class Runner {
                format_bytes(run["peak_workspace_bytes"]));
   }
 
-  int compare_stored(const StoredProblem& stored, const HostTensors& tensors, Json& document) {
+  int compare_stored(const StoredProblem& stored, const Tensors& tensors, Json& document) {
     const Problem& p = stored.request.problem;
-    bool is_right = true;
+    int code = kFine;
     if (stored.out) {
-      const double tolerance = out_tolerance(p.dtype_q);
-      const Agreement agreement = compare(read_out(p, tensors), floats_of(*stored.out), tolerance);
-      document["relative_rms"] = agreement.relative_rms;
+      const Errors errors = errors_of(all_of_out(p, tensors), floats_of(*stored.out));
+      document["relative_rms"] = errors.relative_rms();
       document["compared_rows"] = p.batch * p.heads_q * p.len_q;
-      print_agreement("out", "the stored answer", agreement, tolerance);
-      is_right = agreement.is_right;
+      code = judge("out", "the stored answer", errors, tolerance_of(p.dtype_q));
     }
     if (stored.log_sum_exp && p.wants_log_sum_exp) {
-      const float* lse = tensors.tensors.log_sum_exp;
+      const float* lse = tensors.log_sum_exp;
       const std::vector<float> have(lse, lse + p.batch * p.heads_q * p.len_q);
-      const Agreement agreement =
-          compare(have, floats_of(*stored.log_sum_exp), kLogSumExpTolerance);
-      document["log_sum_exp_relative_rms"] = agreement.relative_rms;
-      print_agreement("LSE", "the stored answer", agreement, kLogSumExpTolerance);
-      is_right = is_right && agreement.is_right;
+      const Errors errors = errors_of(have, floats_of(*stored.log_sum_exp));
+      document["log_sum_exp_relative_rms"] = errors.relative_rms();
+      code = std::max(code, judge("LSE", "the stored answer", errors, kLogSumExpTolerance));
+    }
+    return code;
+  }
+
+  int compare_sampled(const Problem& p, const Tensors& tensors, Json& document) {
+    const Expected expected = expected_answer(p, tensors, affordable_rows(p));
+    const Errors errors = wh::errors_of(p, tensors, expected);
+    const size_t rows = expected.rows.size();
+    document["relative_rms"] = errors.relative_rms();
+    document["compared_rows"] = rows;
+    const auto reference =
+        fmt::format("float64 on {} of {} rows", rows, p.batch * p.heads_q * p.len_q);
+    return judge("out", reference, errors, random_tolerance(p));
+  }
+
+  int judge(const char* name, const std::string& reference, const Errors& errors,
+            double tolerance) const {
+    const bool is_right = errors.relative_rms() <= tolerance;  // NaN is not
+    if (!flags_.json) {
+      fmt::print(
+          "{:<10} {} {}: relative RMS error {:.2e}, at most {:.2g} is right; largest error "
+          "{:.2e}\n",
+          name, is_right ? "agrees with" : "DIFFERS from", reference, errors.relative_rms(),
+          tolerance, errors.largest());
     }
     return is_right ? kFine : kWrongNumbers;
   }
 
-  int compare_sampled(const Problem& p, const HostTensors& tensors, Json& document) {
-    const SampledRows rows = sample_rows(p, tensors);
-    const double tolerance = random_tolerance(p);
-    const Agreement agreement = compare(rows.have, rows.want, tolerance);
-    document["relative_rms"] = agreement.relative_rms;
-    document["compared_rows"] = rows.count;
-    print_agreement(
-        "out", fmt::format("float64 on {} of {} rows", rows.count, p.batch * p.heads_q * p.len_q),
-        agreement, tolerance);
-    return agreement.is_right ? kFine : kWrongNumbers;
-  }
-
-  void print_agreement(const char* name, const std::string& reference, const Agreement& agreement,
-                       double tolerance) const {
-    if (flags_.json) return;
-    fmt::print(
-        "{:<10} {} {}: relative RMS error {:.2e}, at most {:.2g} is right; largest error {:.2e}\n",
-        name, agreement.is_right ? "agrees with" : "DIFFERS from", reference,
-        agreement.relative_rms, tolerance, agreement.largest_error);
-  }
-
-  Status write_out(const Problem& p, const HostTensors& tensors) {
-    const std::vector<float> out = read_out(p, tensors);
+  Status write_out(const Problem& p, const Tensors& tensors) {
+    const std::vector<float> out = all_of_out(p, tensors);
     std::vector<TensorToStore> stored{
         {"out", "F32", {p.batch, p.heads_q, p.len_q, p.dim_v}, std::as_bytes(std::span(out))}};
     if (p.wants_log_sum_exp) {
       stored.push_back({"log_sum_exp",
                         "F32",
                         {p.batch, p.heads_q, p.len_q},
-                        {tensors.log_sum_exp.data(), tensors.log_sum_exp.size()}});
+                        {reinterpret_cast<const std::byte*>(tensors.log_sum_exp),
+                         static_cast<size_t>(tensor_bytes(p).log_sum_exp)}});
     }
     return write_safetensors(flags_.out, stored);
   }

@@ -15,11 +15,12 @@
 
 #include "api/machine.h"
 #include "api/profile_store.h"
+#include "core/names.h"
 #include "input/problem_flags.h"
-#include "measure/execution.h"
 #include "measure/measure.h"
 #include "plan/planner.h"
 #include "report/session.h"
+#include "verify/execution.h"
 
 namespace wh::cli {
 namespace {
@@ -78,7 +79,8 @@ std::vector<Request> tuning_grid(Device device, int32_t device_index) {
     flags.keys = std::to_string(keys);
     flags.dtype = dtype;
     if (queries > 1) flags.causal = "bottom-right";
-    if (device == Device::kCuda) flags.device = fmt::format("cuda:{}", device_index);
+    flags.device = kDevices.name(device);
+    if (!backend(device).is_host()) flags.device += fmt::format(":{}", device_index);
     auto requests = read_requests(flags);
     if (requests.ok()) grid.push_back(std::move(requests->front()));
   };
@@ -114,7 +116,7 @@ class Tuner {
       : device_(device),
         device_index_(device_index),
         seconds_(seconds),
-        guard_(device == Device::kCpu ? cpu_facts().cores : 0),
+        guard_(backend(device).is_host() ? cpu_facts().cores : 0),
         profile_(this_identity(device, device_index), today()) {}
 
   // Fills the profile until done, out of time or interrupted.
@@ -159,7 +161,7 @@ class Tuner {
     machine.profile = nullptr;
     const Result<Plan> plan = make_plan(p, {}, machine);
     if (!plan.ok()) return plan.status();
-    HostTensors tensors = random_tensors(request, 1);
+    const HostTensors tensors(request.input(1));
     for (const Candidate& candidate : plan->candidates) {
       // What takes long here takes a known multiple of what was measured on smaller shapes. The
       // oracle can be the fastest on the smallest alone.
@@ -168,10 +170,9 @@ class Tuner {
       if (candidate.verdict == Verdict::kRefused || candidate.estimated_us > longest_us) continue;
       Limits forced;
       forced.kernel = candidate.kernel;
-      Result<Execution> execution = Execution::prepare(p, forced, tensors);
+      Result<Execution> execution = Execution::prepare(p, forced, tensors.tensors());
       if (!execution.ok()) continue;
-      Run run{[&] { return execution->run(); }};
-      if (device_ == Device::kCuda) run.timed = [&] { return execution->device_us(); };
+      const Run run{.call = [&] { return execution->run(); }, .timed = execution->device_clock()};
       auto samples = measure({run}, guard_, {5, 0.1});
       if (!samples.ok()) return samples.status();
       if (!(*samples)[0].is_guarded) ++disturbed_;
@@ -223,9 +224,8 @@ int run_tune(const TuneFlags& flags) {
     return report(invalid("neither XDG_CACHE_HOME nor HOME says where profiles belong"));
   }
   if (flags.show) return show(path, device, index);
-  if (device == Device::kCuda && !cuda_facts(index).unavailable.empty()) {
-    return report({Code::kRefused, cuda_facts(index).unavailable});
-  }
+  const DeviceFacts& facts = backend(device).facts(index);
+  if (!facts.unavailable.empty()) return report({Code::kRefused, facts.unavailable});
   const TuneLock lock(path);
   if (Status status = lock.status(path); !status.ok()) return report(status);
   note_interrupts();

@@ -1,12 +1,14 @@
 // The C API's structs and what the core makes of them.
 #pragma once
 
+#include <span>
+
 #include "api/sized_struct.h"
 #include "core/executor.h"
 #include "core/problem.h"
 #include "core/progress.h"
 #include "core/status.h"
-#include "plan/limits.h"
+#include "plan/kernel.h"
 #include "widehead/widehead.h"
 
 namespace wh {
@@ -27,6 +29,8 @@ struct RunOptions {
   void* stream = nullptr;
   Progress::Callback progress = nullptr;
   void* progress_context = nullptr;
+  std::span<const Kernel* const> kernels =
+      {};  // that the plan chose among; empty: the device's own
 };
 
 Status read_run_options(const wh_run_options* from, RunOptions& to);

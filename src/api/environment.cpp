@@ -7,6 +7,7 @@
 
 #include "api/machine.h"
 #include "core/byte_size.h"
+#include "core/names.h"
 #include "core/nearest_name.h"
 
 namespace wh {
@@ -24,7 +25,7 @@ Status apply_kernel(const std::string& name, Device device, Limits& limits) {
   }
   // A program may use both devices: a kernel of the other one does not concern this problem.
   std::vector<std::string> names;
-  for (const Device each : {Device::kCpu, Device::kCuda}) {
+  for (const Device each : kDevices.values()) {
     for (const Kernel* kernel : kernels_of(each)) {
       if (name == kernel->name) return {};
       names.push_back(kernel->name);

@@ -1,15 +1,22 @@
 #include "api/machine.h"
 
 #include "api/profile_store.h"
-#include "cpu/registry.h"
-#include "cuda/device.h"
-#include "cuda/registry.h"
+#include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace wh {
 
-std::span<const Kernel* const> kernels_of(Device device) {
-  return device == Device::kCpu ? cpu::kernels() : cuda::kernels();
+const Backend& backend(Device device) {
+  switch (device) {
+    case Device::kCpu:
+      return cpu::backend();
+    case Device::kCuda:
+      break;
+  }
+  return cuda::backend();
 }
+
+std::span<const Kernel* const> kernels_of(Device device) { return backend(device).kernels(); }
 
 Machine this_machine(Device device, int32_t device_index) {
   // Asking for a CUDA device starts the driver: a CPU problem must not pay for that.
@@ -19,18 +26,6 @@ Machine this_machine(Device device, int32_t device_index) {
   const LoadedProfile& loaded = loaded_profile(device, device_index);
   return {cpu_facts(), cuda, kernels_of(device), loaded.is_valid ? &loaded.profile : nullptr,
           loaded.description};
-}
-
-Status run_kernel(const std::string& name, const Launch& launch) {
-  const Problem& p = launch.problem;
-  const Kernel* kernel = find_kernel(kernels_of(p.device), name);
-  Tensors tensors = launch.tensors;
-  if (p.values_in_keys) tensors.v = tensors.k;
-  const Launch whole{p, launch.config, tensors, launch.executor, launch.progress, launch.stream};
-  if (p.device == Device::kCpu) return kernel->run(whole);
-  const cuda::DeviceScope scope(p.device_index);
-  if (Status status = scope.status(); !status.ok()) return status;
-  return kernel->run(whole);
 }
 
 }  // namespace wh

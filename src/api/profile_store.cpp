@@ -11,7 +11,9 @@
 #include <mutex>
 #include <sstream>
 
+#include "api/machine.h"
 #include "api/shipped_profiles.h"
+#include "core/names.h"
 
 namespace wh {
 namespace {
@@ -92,19 +94,16 @@ std::filesystem::path profile_path(Device device, int32_t device_index) {
   } else {
     return {};
   }
-  const std::string name =
-      device == Device::kCpu ? "cpu.json" : fmt::format("cuda{}.json", device_index);
+  // The host is one device; others have numbers.
+  const std::string number = backend(device).is_host() ? "" : std::to_string(device_index);
+  const std::string name = kDevices.name(device) + number + ".json";
   return folder / "widehead" / name;
 }
 
 ProfileIdentity this_identity(Device device, int32_t device_index) {
-  if (device == Device::kCpu) {
-    const CpuFacts& cpu = cpu_facts();
-    return {cpu.name, cpu.isa, "", cpu.cores, WIDEHEAD_VERSION};
-  }
-  const CudaFacts& cuda = cuda_facts(device_index);
-  return {cuda.name, fmt::format("sm_{}", cuda.compute_capability), cuda.driver, cuda.sms,
-          WIDEHEAD_VERSION};
+  ProfileIdentity identity = backend(device).identity(device_index);
+  identity.library_version = WIDEHEAD_VERSION;
+  return identity;
 }
 
 Result<Profile> read_profile(const std::filesystem::path& path) {

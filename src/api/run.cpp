@@ -5,7 +5,6 @@
 #include "api/machine.h"
 #include "api/plan_cache.h"
 #include "api/plan_log.h"
-#include "cuda/device.h"
 #include "plan/planner.h"
 
 namespace wh {
@@ -72,19 +71,20 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
   used.workspace_bytes = plan.workspace_bytes;  // more may be there, and hold something else
   if (plan.workspace_bytes == 0) used.workspace = nullptr;  // wherever it points
-  WH_RETURN_IF_ERROR(validate(plan.problem, used));
   const Problem& p = plan.problem;
+  const Backend& device = backend(p.device);
+  WH_RETURN_IF_ERROR(validate(p, used));
+  if (device.is_host()) WH_RETURN_IF_ERROR(validate_key_ranges(p, used));
   if (p.batch == 0 || p.len_q == 0) return {};
-  if (p.device == Device::kCuda) {
-    WH_RETURN_IF_ERROR(cuda::check_stream(p, options.stream));
-    Tensors callers = used;
-    // While a stream is captured, what is allocated on it is no memory yet, and looks like the
-    // host's.
-    if (own != nullptr) callers.workspace = nullptr;
-    WH_RETURN_IF_ERROR(cuda::check_pointers(p, callers));
-  }
+  Tensors callers = used;
+  // While a stream is captured, what is allocated on it is no memory yet, and looks like the
+  // host's.
+  if (own != nullptr) callers.workspace = nullptr;
+  WH_RETURN_IF_ERROR(device.check(p, callers, options.stream));
+  if (p.values_in_keys) used.v = used.k;  // it need not be set
   Progress progress(options.progress, options.progress_context);
-  return run_kernel(plan.kernel,
+  const auto kernels = options.kernels.empty() ? device.kernels() : options.kernels;
+  return device.run(*find_kernel(kernels, plan.kernel),
                     {p, plan.config, used, options.executor, progress, options.stream});
 }
 

@@ -12,7 +12,7 @@
 #include "api/plan_log.h"
 #include "api/run.h"
 #include "core/json_writer.h"
-#include "cuda/device.h"
+#include "core/names.h"
 #include "plan/explain.h"
 #include "plan/plan_json.h"
 
@@ -27,6 +27,14 @@ struct wh_plan {
 
 namespace wh {
 namespace {
+
+// Null past the last one, and for a number that is no device.
+const Kernel* kernel_at(int32_t device, size_t index) {
+  const auto kind = kDevices.value(int64_t{device});
+  if (!kind) return nullptr;
+  const auto kernels = kernels_of(*kind);
+  return index < kernels.size() ? kernels[index] : nullptr;
+}
 
 // Set by failures only, so that a hot loop of good calls never touches it. The fallback needs no
 // memory.
@@ -243,56 +251,37 @@ wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
     if (!plan.ok()) return plan.status();
     if (t.workspace != nullptr) return wh::run_plan(**plan, t, o);
     wh::Result<wh::Workspace> workspace =
-        wh::Workspace::allocate({p.device, p.device_index, o.stream}, (*plan)->workspace_bytes);
+        wh::Workspace::allocate({p.device, {p.device_index, o.stream}}, (*plan)->workspace_bytes);
     if (!workspace.ok()) return workspace.status();
     return wh::run_plan(**plan, t, o, &*workspace);
   });
 }
 
 const char* wh_kernel_name(int32_t device, size_t index) {
-  if (device != WH_CPU && device != WH_CUDA) return nullptr;
-  const auto kernels = wh::kernels_of(static_cast<wh::Device>(device));
-  return index < kernels.size() ? kernels[index]->name : nullptr;
+  const wh::Kernel* kernel = wh::kernel_at(device, index);
+  return kernel == nullptr ? nullptr : kernel->name;
 }
 
 const char* wh_kernel_summary(int32_t device, size_t index) {
-  if (device != WH_CPU && device != WH_CUDA) return nullptr;
-  const auto kernels = wh::kernels_of(static_cast<wh::Device>(device));
-  return index < kernels.size() ? kernels[index]->summary : nullptr;
+  const wh::Kernel* kernel = wh::kernel_at(device, index);
+  return kernel == nullptr ? nullptr : kernel->summary;
 }
 
 const char* wh_device_json(int32_t device, int32_t device_index) {
   static thread_local std::string text;
   const wh_status status = guarded([&]() -> Status {
+    const auto kind = wh::kDevices.value(int64_t{device});
+    if (!kind) {
+      return wh::invalid(fmt::format("device is {}; it must be between 0 and {}: {}", device,
+                                     std::size(wh::kDevices.names) - 1, wh::kDevices.list()));
+    }
+    const wh::Backend& backend = wh::backend(*kind);
+    if (const std::string& reason = backend.facts(device_index).unavailable; !reason.empty()) {
+      return {wh::Code::kRefused, reason};
+    }
     wh::JsonWriter json(wh::JsonWriter::Layout::kLine);
-    if (device == WH_CPU) {
-      const wh::CpuFacts& cpu = wh::cpu_facts();
-      json.begin_object();
-      json.write("name", cpu.name);
-      json.write("isa", cpu.isa);
-      json.write("avx512_bf16", cpu.has_avx512_bf16);
-      json.write("cores", cpu.cores);
-      json.write("l2_bytes", cpu.l2_bytes);
-      json.write("gflops_per_core", cpu.gflops_per_core);
-      json.write("read_gbytes_per_s", cpu.read_gbytes_per_s);
-      json.end_object();
-      text = json.take();
-      return {};
-    }
-    if (device != WH_CUDA) {
-      return wh::invalid(fmt::format("device is {}; it must be 0 (CPU) or 1 (CUDA)", device));
-    }
-    const wh::CudaFacts& cuda = wh::cuda_facts(device_index);
-    if (!cuda.unavailable.empty()) return {wh::Code::kRefused, cuda.unavailable};
     json.begin_object();
-    json.write("name", cuda.name);
-    json.write("index", cuda.index);
-    json.write("compute_capability", cuda.compute_capability);
-    json.write("sms", cuda.sms);
-    json.write("shared_bytes", cuda.shared_bytes);
-    json.write("l2_bytes", cuda.l2_bytes);
-    json.write("tensor_tflops", cuda.tensor_tflops);
-    json.write("read_gbytes_per_s", cuda.read_gbytes_per_s);
+    backend.write_facts(device_index, json);
     json.end_object();
     text = json.take();
     return {};

@@ -1,21 +1,18 @@
 // Workspace of one call, where the caller brought none.
 #pragma once
 
-#include <cstddef>
 #include <utility>
 
-#include "core/problem.h"
-#include "core/status.h"
+#include "plan/backend.h"
 
 namespace wh {
 
 class Workspace {
  public:
-  // Where memory is: on the host, or on a device, in the order of `stream` there.
+  // Where memory is, and in the order of which stream it comes and goes.
   struct Place {
     Device device;
-    int32_t device_index;
-    void* stream;
+    DeviceStream stream;
   };
 
   // Without bytes, null.

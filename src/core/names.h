@@ -1,6 +1,7 @@
 // The names of a problem's enum values: one table for printing and for parsing.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <optional>
 #include <string>
@@ -21,6 +22,16 @@ struct Names {
       if (name == names[i]) return static_cast<Enum>(i);
     }
     return std::nullopt;
+  }
+  // Of a number that a caller wrote.
+  std::optional<Enum> value(int64_t number) const {
+    if (number < 0 || number >= static_cast<int64_t>(kCount)) return std::nullopt;
+    return static_cast<Enum>(number);
+  }
+  std::array<Enum, kCount> values() const {
+    std::array<Enum, kCount> all{};
+    for (size_t i = 0; i < kCount; ++i) all[i] = static_cast<Enum>(i);
+    return all;
   }
   // "f32, f16, bf16": for messages.
   std::string list() const {

@@ -99,6 +99,8 @@ Problem canonical(Problem problem);
 // Answers with the first thing wrong, naming the field, its value and what would be valid.
 Status validate(const Problem& problem);
 Status validate(const Problem& problem, const Tensors& tensors);
+// Key lengths and starts, which lie where the device has them: of a problem of the host.
+Status validate_key_ranges(const Problem& problem, const Tensors& tensors);
 
 // "8/2 heads, dim 256, 512 x 4096, f16, causal": for messages and plans.
 std::string describe(const Problem& problem);

@@ -1,8 +1,6 @@
 // The CUDA backend of a build without CUDA: it has no kernels and says why.
-#include "cuda/allocate.h"
-#include "cuda/device.h"
-#include "cuda/registry.h"
-#include "cuda/replay.h"
+#include "cuda/backend.h"
+
 #include "plan/cuda_facts.h"
 
 namespace wh {
@@ -18,33 +16,39 @@ const CudaFacts& cuda_facts(int32_t) {
 }
 
 namespace cuda {
+namespace {
 
-std::span<const Kernel* const> kernels() { return {}; }
+Status refused() { return {Code::kRefused, cuda_facts(0).unavailable}; }
 
-DeviceScope::DeviceScope(int32_t) noexcept {}
-DeviceScope::~DeviceScope() = default;
-Status DeviceScope::status() const { return {Code::kRefused, cuda_facts(0).unavailable}; }
-Status check_pointers(const Problem&, const Tensors&) {
-  return {Code::kRefused, cuda_facts(0).unavailable};
-}
+class NoBackend final : public Backend {
+ public:
+  std::span<const Kernel* const> kernels() const override { return {}; }
 
-Status check_stream(const Problem&, void*) { return {Code::kRefused, cuda_facts(0).unavailable}; }
+  const DeviceFacts& facts(int32_t device_index) const override { return cuda_facts(device_index); }
+  void write_facts(int32_t, JsonWriter&) const override {}
+  ProfileIdentity identity(int32_t) const override { return {}; }
 
-Result<void*> allocate(DeviceStream, size_t) {
-  return Status(Code::kRefused, cuda_facts(0).unavailable);
+  bool is_host() const override { return false; }
+
+  Result<void*> allocate(DeviceStream, size_t) const override { return refused(); }
+  void release(DeviceStream, void*) const noexcept override {}
+  Status copy(DeviceStream, void*, const void*, size_t) const override { return refused(); }
+  Status synchronize(DeviceStream) const override { return refused(); }
+
+  Status check(const Problem&, const Tensors&, void*) const override { return refused(); }
+  Status run(const Kernel&, const Launch&) const override { return refused(); }
+  Result<std::unique_ptr<Replay>> capture(
+      int32_t, const std::function<Status(void* stream)>&) const override {
+    return refused();
+  }
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const NoBackend the;
+  return the;
 }
-void release(DeviceStream, void*) noexcept {}
-Status copy(DeviceStream, void*, const void*, size_t) {
-  return {Code::kRefused, cuda_facts(0).unavailable};
-}
-struct Replay::Graph {};
-void Replay::Destroy::operator()(Graph* graph) const { delete graph; }
-Result<Replay> Replay::capture(int32_t, const std::function<Status(void*)>&) {
-  return Status(Code::kRefused, cuda_facts(0).unavailable);
-}
-Result<double> Replay::us() { return Status(Code::kRefused, cuda_facts(0).unavailable); }
-Status synchronize(DeviceStream) { return {Code::kRefused, cuda_facts(0).unavailable}; }
 
 }  // namespace cuda
-
 }  // namespace wh

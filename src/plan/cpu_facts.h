@@ -1,23 +1,23 @@
-// What the planner knows of the CPU. Injectable, so that tests can plan for any machine.
+// What the planner knows of the CPU.
 #pragma once
 
-#include <cstdint>
-#include <string>
+#include "plan/device_facts.h"
 
 namespace wh {
 
-struct CpuFacts {
-  std::string name;         // the model name, for messages and profiles
+struct CpuFacts : DeviceFacts {
   std::string isa;          // the Highway target the kernels dispatch to: "AVX2", "AVX3", ...
   int32_t simd_floats = 4;  // f32 lanes of that target
   bool has_avx512_bf16 = false;
   int32_t cores = 1;
-  int64_t l2_bytes = 1 << 20;       // of one core
   double gflops_per_core = 30;      // f32 multiply-adds counted twice
   double bf16_gflops_per_core = 0;  // of VDPBF16PS; 0 without AVX512-BF16
-  double read_gbytes_per_s = 15;
   bool has_cblas = false;
 
+  CpuFacts() {
+    l2_bytes = 1 << 20;
+    read_gbytes_per_s = 15;
+  }
   int32_t threads(int32_t wanted) const { return wanted > 0 ? wanted : cores; }
 };
 

@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "input/safetensors.h"
-#include "input/tensors.h"
+#include "input/stored_problem.h"
 
 namespace {
 
@@ -23,7 +23,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto stored = wh::cli::read_problem(*view, {});
   if (!stored.ok()) return 0;
   const wh::Problem& p = stored->request.problem;
-  const wh::Tensors& t = stored->tensors.tensors;
+  const wh::Tensors& t = stored->tensors;
   if (!wh::validate(p, t).ok()) return 0;
   // What is valid lies inside its tensors.
   const wh::TensorBytes bytes = wh::tensor_bytes(p);

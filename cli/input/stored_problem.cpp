@@ -1,88 +1,15 @@
-#include "input/tensors.h"
+#include "input/stored_problem.h"
 
 #include <fmt/format.h>
 
 #include <charconv>
 #include <cmath>
 #include <cstring>
-#include <new>
-#include <random>
 
-#include "core/float16.h"
 #include "core/names.h"
 
 namespace wh::cli {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-void store(std::byte* data, Dtype dtype, int64_t i, float value) {
-  switch (dtype) {
-    case Dtype::kF32:
-      reinterpret_cast<float*>(data)[i] = value;
-      break;
-    case Dtype::kF16:
-      reinterpret_cast<Half*>(data)[i] = from_float<Half>(value);
-      break;
-    case Dtype::kBf16:
-      reinterpret_cast<Bfloat16*>(data)[i] = from_float<Bfloat16>(value);
-      break;
-  }
-}
-
-// Draws from a table of normals at random positions: a true generator takes a second a GB.
-class FastNormals {
- public:
-  explicit FastNormals(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {
-    std::mt19937_64 random(seed);
-    std::normal_distribution<float> normal;
-    for (float& value : table_) value = normal(random);
-  }
-  float next() {
-    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-    return table_[state_ >> 48];
-  }
-  uint32_t next_bits() {
-    (void)next();
-    return static_cast<uint32_t>(state_ >> 32);
-  }
-
- private:
-  std::vector<float> table_ = std::vector<float>(65536);
-  uint64_t state_;
-};
-
-HostBuffer random_buffer(int64_t bytes, Dtype dtype, FastNormals& normals) {
-  HostBuffer buffer(static_cast<size_t>(bytes));
-  const int64_t elements = bytes / static_cast<int64_t>(dtype_bytes(dtype));
-  for (int64_t i = 0; i < elements; ++i) store(buffer.data(), dtype, i, normals.next());
-  return buffer;
-}
-
-HostBuffer random_mask(const Problem& p, FastNormals& normals) {
-  const int64_t bytes = tensor_bytes(p).mask;
-  HostBuffer buffer(static_cast<size_t>(bytes));
-  const Dtype dtype = p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
-  for (int64_t i = 0; i < bytes / mask_element_bytes(p); ++i) {
-    const bool attend = normals.next_bits() % 4 != 0;
-    if (p.mask == MaskKind::kBoolean) {
-      buffer.data()[i] = std::byte{attend};
-    } else {
-      store(buffer.data(), dtype, i, attend ? normals.next() : -INFINITY);
-    }
-  }
-  return buffer;
-}
-
-void allocate_outputs(const Problem& p, HostTensors& h) {
-  const TensorBytes bytes = tensor_bytes(p);
-  h.out = HostBuffer(static_cast<size_t>(bytes.out));
-  h.tensors.out = h.out.data();
-  if (p.wants_log_sum_exp) {
-    h.log_sum_exp = HostBuffer(static_cast<size_t>(bytes.log_sum_exp));
-    h.tensors.log_sum_exp = reinterpret_cast<float*>(h.log_sum_exp.data());
-  }
-}
 
 std::optional<Dtype> dtype_of(const std::string& stored) {
   if (stored == "F32") return Dtype::kF32;
@@ -123,7 +50,7 @@ class ProblemFileReader {
     p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
     p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
     p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
-    Tensors& t = stored.tensors.tensors;
+    Tensors& t = stored.tensors;
     t.q = q->bytes.data();
     t.k = k->bytes.data();
     t.v = v->bytes.data();
@@ -268,74 +195,34 @@ class ProblemFileReader {
 // Kernels read elements where they lie, but a file may place them anywhere.
 template <typename T>
 void copy_if_misaligned(const SafetensorsView& view, const char* name, const T*& data,
-                        HostBuffer& copy) {
-  const auto stored = view.tensors.find(name);
-  if (stored == view.tensors.end() || reinterpret_cast<uintptr_t>(data) % 8 == 0) return;
-  copy = HostBuffer(stored->second.bytes.size());
-  std::memcpy(copy.data(), stored->second.bytes.data(), copy.size());
-  data = static_cast<const T*>(static_cast<const void*>(copy.data()));
-}
-
-void point_to_ints(HostTensors& h) {
-  if (!h.key_lengths.empty()) h.tensors.key_lengths = h.key_lengths.data();
-  if (!h.key_starts.empty()) h.tensors.key_starts = h.key_starts.data();
+                        StoredProblem& stored) {
+  const auto found = view.tensors.find(name);
+  if (found == view.tensors.end() || reinterpret_cast<uintptr_t>(data) % 8 == 0) return;
+  const auto bytes = found->second.bytes;
+  const GuardedTensor& copy = stored.buffers.emplace_back(static_cast<int64_t>(bytes.size()));
+  std::memcpy(copy.data(), bytes.data(), bytes.size());
+  data = reinterpret_cast<const T*>(copy.data());
 }
 
 }  // namespace
 
-void HostBuffer::Release::operator()(std::byte* data) const { ::operator delete(data, kAlignment); }
-
-HostBuffer::HostBuffer(size_t bytes)
-    : data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))), size_(bytes) {}
-
-size_t HostTensors::bytes() const {
-  size_t sum = (key_lengths.size() + key_starts.size()) * sizeof(int32_t);
-  for (const HostBuffer* buffer : {&q, &k, &v, &out, &mask, &sinks, &log_sum_exp}) {
-    sum += buffer->size();
-  }
-  return sum;
-}
-
-HostTensors random_tensors(const Request& request, uint64_t seed) {
-  const Problem& p = request.problem;
-  const TensorBytes bytes = tensor_bytes(p);
-  FastNormals normals(seed);
-  HostTensors h;
-  h.q = random_buffer(bytes.q, p.dtype_q, normals);
-  h.k = random_buffer(bytes.k, p.dtype_kv, normals);
-  if (!p.values_in_keys) h.v = random_buffer(bytes.v, p.dtype_kv, normals);
-  h.tensors.q = h.q.data();
-  h.tensors.k = h.k.data();
-  h.tensors.v = h.v.data();
-  if (p.mask != MaskKind::kNone) {
-    h.mask = random_mask(p, normals);
-    h.tensors.mask = h.mask.data();
-  }
-  if (p.has_sinks) {
-    h.sinks = random_buffer(bytes.sinks, Dtype::kF32, normals);
-    h.tensors.sinks = reinterpret_cast<const float*>(h.sinks.data());
-  }
-  h.key_lengths = per_batch(request.key_lengths, p.batch);
-  h.key_starts = per_batch(request.key_starts, p.batch);
-  point_to_ints(h);
-  allocate_outputs(p, h);
-  return h;
-}
-
 Result<StoredProblem> read_problem(const SafetensorsView& view, const ProblemFlags& options) {
   StoredProblem stored;
-  Status status = ProblemFileReader(view, options).read(stored);
-  if (!status.ok()) return status;
-  HostTensors& h = stored.tensors;
-  copy_if_misaligned(view, "q", h.tensors.q, h.q);
-  copy_if_misaligned(view, "k", h.tensors.k, h.k);
-  copy_if_misaligned(view, "v", h.tensors.v, h.v);
-  copy_if_misaligned(view, "mask", h.tensors.mask, h.mask);
-  copy_if_misaligned(view, "sinks", h.tensors.sinks, h.sinks);
-  h.key_lengths = stored.request.key_lengths;
-  h.key_starts = stored.request.key_starts;
-  point_to_ints(h);
-  allocate_outputs(stored.request.problem, h);
+  WH_RETURN_IF_ERROR(ProblemFileReader(view, options).read(stored));
+  Tensors& t = stored.tensors;
+  copy_if_misaligned(view, "q", t.q, stored);
+  copy_if_misaligned(view, "k", t.k, stored);
+  copy_if_misaligned(view, "v", t.v, stored);
+  copy_if_misaligned(view, "mask", t.mask, stored);
+  copy_if_misaligned(view, "sinks", t.sinks, stored);
+  const Request& request = stored.request;
+  if (!request.key_lengths.empty()) t.key_lengths = request.key_lengths.data();
+  if (!request.key_starts.empty()) t.key_starts = request.key_starts.data();
+  const TensorBytes bytes = tensor_bytes(request.problem);
+  t.out = stored.buffers.emplace_back(bytes.out).data();
+  if (request.problem.wants_log_sum_exp) {
+    t.log_sum_exp = reinterpret_cast<float*>(stored.buffers.emplace_back(bytes.log_sum_exp).data());
+  }
   return stored;
 }
 
@@ -348,35 +235,6 @@ Result<StoredProblem> read_problem_file(const std::string& path, const ProblemFl
   if (!stored.ok()) return invalid(path + ": " + stored.status().message());
   stored->file = std::move(*file);
   return stored;
-}
-
-float load_float(const void* data, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return static_cast<const float*>(data)[i];
-    case Dtype::kF16:
-      return to_float(static_cast<const Half*>(data)[i]);
-    case Dtype::kBf16:
-      break;
-  }
-  return to_float(static_cast<const Bfloat16*>(data)[i]);
-}
-
-std::vector<float> read_out(const Problem& p, const HostTensors& h) {
-  std::vector<float> out;
-  out.reserve(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v));
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t head = 0; head < p.heads_q; ++head) {
-      for (int64_t i = 0; i < p.len_q; ++i) {
-        for (int64_t d = 0; d < p.dim_v; ++d) {
-          out.push_back(load_float(h.out.data(), p.dtype_q,
-                                   b * p.stride_out[0] + head * p.stride_out[1] +
-                                       i * p.stride_out[2] + d * p.stride_out[3]));
-        }
-      }
-    }
-  }
-  return out;
 }
 
 }  // namespace wh::cli

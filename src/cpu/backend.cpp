@@ -1,0 +1,69 @@
+#include "cpu/backend.h"
+
+#include <fmt/format.h>
+
+#include <cstring>
+#include <new>
+
+#include "cpu/registry.h"
+#include "plan/cpu_facts.h"
+
+namespace wh::cpu {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};  // a cache line, and what a workspace is aligned to
+
+class CpuBackend final : public Backend {
+ public:
+  std::span<const Kernel* const> kernels() const override { return cpu::kernels(); }
+
+  const DeviceFacts& facts(int32_t) const override { return cpu_facts(); }
+  void write_facts(int32_t, JsonWriter& json) const override {
+    const CpuFacts& cpu = cpu_facts();
+    json.write("name", cpu.name);
+    json.write("isa", cpu.isa);
+    json.write("avx512_bf16", cpu.has_avx512_bf16);
+    json.write("cores", cpu.cores);
+    json.write("l2_bytes", cpu.l2_bytes);
+    json.write("gflops_per_core", cpu.gflops_per_core);
+    json.write("read_gbytes_per_s", cpu.read_gbytes_per_s);
+  }
+  ProfileIdentity identity(int32_t) const override {
+    const CpuFacts& cpu = cpu_facts();
+    return {cpu.name, cpu.isa, "", cpu.cores, ""};
+  }
+
+  bool is_host() const override { return true; }
+
+  Result<void*> allocate(DeviceStream, size_t bytes) const override {
+    void* data = ::operator new(bytes, kAlignment, std::nothrow);
+    if (data != nullptr) return data;
+    return Status(Code::kOutOfMemory, fmt::format("no memory for {} bytes of workspace", bytes));
+  }
+  void release(DeviceStream, void* data) const noexcept override {
+    ::operator delete(data, kAlignment);
+  }
+  Status copy(DeviceStream, void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+    return {};
+  }
+  Status synchronize(DeviceStream) const override { return {}; }
+
+  Status check(const Problem&, const Tensors&, void*) const override { return {}; }
+  Status run(const Kernel& kernel, const Launch& launch) const override {
+    return kernel.run(launch);
+  }
+  Result<std::unique_ptr<Replay>> capture(
+      int32_t, const std::function<Status(void* stream)>&) const override {
+    return Status(Code::kRefused, "the CPU has no streams to capture");
+  }
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const CpuBackend the;
+  return the;
+}
+
+}  // namespace wh::cpu

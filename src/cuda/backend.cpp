@@ -1,0 +1,68 @@
+#include "cuda/backend.h"
+
+#include <fmt/format.h>
+
+#include "cuda/allocate.h"
+#include "cuda/device.h"
+#include "cuda/registry.h"
+#include "cuda/replay.h"
+#include "plan/cuda_facts.h"
+
+namespace wh::cuda {
+namespace {
+
+class CudaBackend final : public Backend {
+ public:
+  std::span<const Kernel* const> kernels() const override { return cuda::kernels(); }
+
+  const DeviceFacts& facts(int32_t device_index) const override { return cuda_facts(device_index); }
+  void write_facts(int32_t device_index, JsonWriter& json) const override {
+    const CudaFacts& cuda = cuda_facts(device_index);
+    json.write("name", cuda.name);
+    json.write("index", cuda.index);
+    json.write("compute_capability", cuda.compute_capability);
+    json.write("sms", cuda.sms);
+    json.write("shared_bytes", cuda.shared_bytes);
+    json.write("l2_bytes", cuda.l2_bytes);
+    json.write("tensor_tflops", cuda.tensor_tflops);
+    json.write("read_gbytes_per_s", cuda.read_gbytes_per_s);
+  }
+  ProfileIdentity identity(int32_t device_index) const override {
+    const CudaFacts& cuda = cuda_facts(device_index);
+    return {cuda.name, fmt::format("sm_{}", cuda.compute_capability), cuda.driver, cuda.sms, ""};
+  }
+
+  bool is_host() const override { return false; }
+
+  Result<void*> allocate(DeviceStream on, size_t bytes) const override {
+    return cuda::allocate(on, bytes);
+  }
+  void release(DeviceStream on, void* data) const noexcept override { cuda::release(on, data); }
+  Status copy(DeviceStream on, void* to, const void* from, size_t bytes) const override {
+    return cuda::copy(on, to, from, bytes);
+  }
+  Status synchronize(DeviceStream on) const override { return cuda::synchronize(on); }
+
+  Status check(const Problem& problem, const Tensors& tensors, void* stream) const override {
+    WH_RETURN_IF_ERROR(check_stream(problem, stream));
+    return check_pointers(problem, tensors);
+  }
+  Status run(const Kernel& kernel, const Launch& launch) const override {
+    const DeviceScope scope(launch.problem.device_index);
+    WH_RETURN_IF_ERROR(scope.status());
+    return kernel.run(launch);
+  }
+  Result<std::unique_ptr<Replay>> capture(
+      int32_t device_index, const std::function<Status(void* stream)>& call) const override {
+    return cuda::capture(device_index, call);
+  }
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const CudaBackend the;
+  return the;
+}
+
+}  // namespace wh::cuda

@@ -1,0 +1,17 @@
+// What every device says of itself; a backend's own facts derive from it. Injectable, so that tests
+// can plan for any machine.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace wh {
+
+struct DeviceFacts {
+  std::string unavailable;  // why no kernel can run there; empty: it can
+  std::string name;         // the model, for messages and profiles
+  int64_t l2_bytes = 0;     // of one core, where each has its own
+  double read_gbytes_per_s = 0;
+};
+
+}  // namespace wh
