@@ -6,9 +6,16 @@
 #include <iterator>
 
 #include "api/environment.h"
+#include "core/problem_fields.h"
 
 namespace wh {
 namespace {
+
+// The enums count alike on both sides.
+static_assert(WH_CUDA == static_cast<int>(Device::kCuda) &&
+              WH_BF16 == static_cast<int>(Dtype::kBf16) &&
+              WH_CAUSAL_TOP_LEFT == static_cast<int>(Causal::kTopLeft) &&
+              WH_MASK_ADDITIVE == static_cast<int>(MaskKind::kAdditiveQ));
 
 template <typename Enum>
 Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
@@ -19,49 +26,46 @@ Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
   return {};
 }
 
-struct Use {
-  uint32_t bit;
-  bool Problem::*field;
-};
-constexpr Use kUses[] = {{WH_USES_SINKS, &Problem::has_sinks},
-                         {WH_USES_KEY_LENGTHS, &Problem::has_key_lengths},
-                         {WH_USES_KEY_STARTS, &Problem::has_key_starts},
-                         {WH_USES_LOG_SUM_EXP, &Problem::wants_log_sum_exp},
-                         {WH_USES_VALUES_IN_KEYS, &Problem::values_in_keys}};
-
-// What wh_problem and Problem both hold under one name, whichever way it goes.
+// Integers of the C struct become enums only once they are known to be one's.
+template <typename Enum, size_t kCount>
+Status copy_field(const Choice<Enum, kCount>& field, int32_t from, Enum& to) {
+  WH_RETURN_IF_ERROR(field.check(from));
+  to = static_cast<Enum>(from);
+  return {};
+}
+template <typename Enum, size_t kCount>
+Status copy_field(const Choice<Enum, kCount>&, Enum from, int32_t& to) {
+  to = static_cast<int32_t>(from);
+  return {};
+}
 template <typename From, typename To>
-void copy_fields(const From& from, To& to) {
-  to.device_index = from.device_index;
-  to.batch = from.batch;
-  to.heads_q = from.heads_q;
-  to.heads_kv = from.heads_kv;
-  to.len_q = from.len_q;
-  to.len_k = from.len_k;
-  to.dim_qk = from.dim_qk;
-  to.dim_v = from.dim_v;
-  std::copy_n(std::begin(from.stride_q), 4, std::begin(to.stride_q));
-  std::copy_n(std::begin(from.stride_k), 4, std::begin(to.stride_k));
-  std::copy_n(std::begin(from.stride_v), 4, std::begin(to.stride_v));
-  std::copy_n(std::begin(from.stride_out), 4, std::begin(to.stride_out));
-  std::copy_n(std::begin(from.stride_mask), 4, std::begin(to.stride_mask));
-  to.scale = from.scale;
-  to.softcap = from.softcap;
-  to.window_left = from.window_left;
-  to.window_right = from.window_right;
+Status copy_field(const StridesOf&, const From& from, To& to) {
+  std::copy(std::begin(from), std::end(from), std::begin(to));
+  return {};
+}
+template <typename Field, typename Value>
+Status copy_field(const Field&, Value from, Value& to) {
+  to = from;
+  return {};
+}
+
+// From the C struct to the core's, or the other way, which cannot fail.
+template <typename From, typename To>
+Status copy_fields(const From& from, To& to) {
+  Status status;
+  visit_fields(
+      [&](const auto& field, const auto& value, auto& target) {
+        if (status.ok()) status = copy_field(field, value, target);
+      },
+      from, to);
+  return status;
 }
 
 }  // namespace
 
 // Sizes are those of 0.1.0 on a 64-bit system.
 const SizedStruct<wh_problem>& problem_struct() {
-  static const SizedStruct<wh_problem> sized = [] {
-    wh_problem defaults{};
-    defaults.batch = 1;
-    defaults.heads_q = defaults.heads_kv = 1;
-    defaults.window_left = defaults.window_right = WH_UNLIMITED;
-    return SizedStruct<wh_problem>{"problem", 280, defaults};
-  }();
+  static const SizedStruct<wh_problem> sized{"problem", 280, problem_of(Problem{})};
   return sized;
 }
 
@@ -84,11 +88,7 @@ static_assert(sizeof(wh_problem) >= 280 && sizeof(wh_limits) >= 72 &&
 Status read_problem(const wh_problem* from, Problem& to) {
   wh_problem c{};
   WH_RETURN_IF_ERROR(read_sized(problem_struct(), from, c));
-  WH_RETURN_IF_ERROR(read_enum("device", c.device, WH_CUDA, to.device));
-  WH_RETURN_IF_ERROR(read_enum("dtype_q", c.dtype_q, WH_BF16, to.dtype_q));
-  WH_RETURN_IF_ERROR(read_enum("dtype_kv", c.dtype_kv, WH_BF16, to.dtype_kv));
-  WH_RETURN_IF_ERROR(read_enum("causal", c.causal, WH_CAUSAL_TOP_LEFT, to.causal));
-  WH_RETURN_IF_ERROR(read_enum("mask", c.mask, WH_MASK_ADDITIVE, to.mask));
+  WH_RETURN_IF_ERROR(copy_fields(c, to));
   uint32_t known = 0;
   for (const Use& use : kUses) {
     known |= use.bit;
@@ -97,7 +97,6 @@ Status read_problem(const wh_problem* from, Problem& to) {
   if ((c.uses & ~known) != 0) {
     return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, known));
   }
-  copy_fields(c, to);
   WH_RETURN_IF_ERROR(validate(to));
   to = canonical(to);  // two that are equal must not differ
   return {};
@@ -105,15 +104,10 @@ Status read_problem(const wh_problem* from, Problem& to) {
 
 wh_problem problem_of(const Problem& p) {
   wh_problem c{};
-  c.device = static_cast<int32_t>(p.device);
-  c.dtype_q = static_cast<int32_t>(p.dtype_q);
-  c.dtype_kv = static_cast<int32_t>(p.dtype_kv);
-  c.causal = static_cast<int32_t>(p.causal);
-  c.mask = static_cast<int32_t>(p.mask);
+  (void)copy_fields(p, c);
   for (const Use& use : kUses) {
     if (p.*use.field) c.uses |= use.bit;
   }
-  copy_fields(p, c);
   return c;
 }
 

@@ -13,6 +13,7 @@
 #include "api/run.h"
 #include "core/json_writer.h"
 #include "core/names.h"
+#include "core/problem_fields.h"
 #include "plan/explain.h"
 #include "plan/plan_json.h"
 
@@ -126,18 +127,7 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
   return guarded([&]() -> Status {
     wh_problem p{};
     WH_RETURN_IF_ERROR(wh::read_sized(wh::problem_struct(), problem, p));
-    for (const int64_t size : {p.batch, p.heads_q, p.heads_kv, p.len_q, p.len_k}) {
-      if (size < 0 || size > wh::kMaxLength) {
-        return wh::invalid(fmt::format("a size of the problem is {}; it must be between 0 and {}",
-                                       size, wh::kMaxLength));
-      }
-    }
-    for (const int64_t dim : {p.dim_qk, p.dim_v}) {
-      if (dim < 1 || dim > wh::kMaxDim) {
-        return wh::invalid(
-            fmt::format("a head dimension is {}; it must be between 1 and {}", dim, wh::kMaxDim));
-      }
-    }
+    WH_RETURN_IF_ERROR(wh::check_extents(p));
     const auto set = [](int64_t(&stride)[4], int64_t heads, int64_t length, int64_t dim) {
       const wh::Strides dense = wh::dense_strides(heads, length, dim);
       std::copy(dense.begin(), dense.end(), stride);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/names.h"
+#include "core/problem_fields.h"
 
 namespace wh {
 namespace {
@@ -22,11 +22,6 @@ int64_t span_elements(const Extents& extents, const Strides& strides) {
   }
   constexpr __int128 kLimit = std::numeric_limits<int64_t>::max() / 16;
   return span > kLimit ? -1 : static_cast<int64_t>(span);
-}
-
-Status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  if (value >= low && value <= high) return {};
-  return invalid(fmt::format("{} is {}; it must be between {} and {}", name, value, low, high));
 }
 
 int64_t saturating_product(int64_t a, int64_t b) {
@@ -171,30 +166,10 @@ TensorBytes tensor_bytes(const Problem& p) {
 }
 
 Status validate(const Problem& p) {
-  WH_RETURN_IF_ERROR(check_range("dtype_q", static_cast<int64_t>(p.dtype_q), 0, 2));
-  WH_RETURN_IF_ERROR(check_range("dtype_kv", static_cast<int64_t>(p.dtype_kv), 0, 2));
-  WH_RETURN_IF_ERROR(check_range("causal", static_cast<int64_t>(p.causal), 0, 2));
-  WH_RETURN_IF_ERROR(check_range("mask", static_cast<int64_t>(p.mask), 0, 3));
-  WH_RETURN_IF_ERROR(check_range("device", static_cast<int64_t>(p.device), 0, 1));
-  WH_RETURN_IF_ERROR(check_range("device_index", p.device_index, 0, 1023));
-  WH_RETURN_IF_ERROR(check_range("batch", p.batch, 0, kMaxLength));
-  WH_RETURN_IF_ERROR(check_range("heads_q", p.heads_q, 1, kMaxLength));
-  WH_RETURN_IF_ERROR(check_range("heads_kv", p.heads_kv, 1, kMaxLength));
-  WH_RETURN_IF_ERROR(check_range("len_q", p.len_q, 0, kMaxLength));
-  WH_RETURN_IF_ERROR(check_range("len_k", p.len_k, 0, kMaxLength));
-  WH_RETURN_IF_ERROR(check_range("dim_qk", p.dim_qk, 1, kMaxDim));
-  WH_RETURN_IF_ERROR(check_range("dim_v", p.dim_v, 1, kMaxDim));
+  WH_RETURN_IF_ERROR(check_fields(p));
   if (p.heads_q % p.heads_kv != 0) {
     return invalid(fmt::format("heads_q is {}; it must be a multiple of heads_kv, which is {}",
                                p.heads_q, p.heads_kv));
-  }
-  WH_RETURN_IF_ERROR(check_range("window_left", p.window_left, kUnlimited, kMaxLength));
-  WH_RETURN_IF_ERROR(check_range("window_right", p.window_right, kUnlimited, kMaxLength));
-  if (!std::isfinite(p.scale)) {
-    return invalid(fmt::format("scale is {}; it must be finite", p.scale));
-  }
-  if (!std::isfinite(p.softcap) || p.softcap < 0) {
-    return invalid(fmt::format("softcap is {}; it must be positive, or 0 for none", p.softcap));
   }
   WH_RETURN_IF_ERROR(check_strides("stride_q", extents_q(p), p.stride_q));
   WH_RETURN_IF_ERROR(check_strides("stride_k", extents_k(p), p.stride_k));

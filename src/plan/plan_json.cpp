@@ -4,6 +4,7 @@
 
 #include "core/json_reader.h"
 #include "core/json_writer.h"
+#include "core/problem_fields.h"
 #include "plan/names.h"
 #include "plan/units.h"
 
@@ -12,68 +13,39 @@ namespace {
 
 using Json = nlohmann::json;
 
+template <typename Enum, size_t kCount>
+void write_field(const Choice<Enum, kCount>& field, Enum value, JsonWriter& json) {
+  json.write(field.json, field.values.name(value));
+}
+void write_field(const StridesOf& field, const Strides& value, JsonWriter& json) {
+  json.write_array(field.name, value);
+}
+template <typename Field, typename Value>
+void write_field(const Field& field, Value value, JsonWriter& json) {
+  json.write(field.name, value);
+}
+
 void write_problem(const Problem& p, JsonWriter& json) {
   json.begin_object("problem");
-  json.write("device", kDevices.name(p.device));
-  json.write("device_index", p.device_index);
-  json.write("dtype", kDtypes.name(p.dtype_q));
-  json.write("kv_dtype", kDtypes.name(p.dtype_kv));
-  json.write("batch", p.batch);
-  json.write("heads_q", p.heads_q);
-  json.write("heads_kv", p.heads_kv);
-  json.write("len_q", p.len_q);
-  json.write("len_k", p.len_k);
-  json.write("dim_qk", p.dim_qk);
-  json.write("dim_v", p.dim_v);
-  json.write_array("stride_q", p.stride_q);
-  json.write_array("stride_k", p.stride_k);
-  json.write_array("stride_v", p.stride_v);
-  json.write_array("stride_out", p.stride_out);
-  json.write_array("stride_mask", p.stride_mask);
-  json.write("scale", p.scale);
-  json.write("softcap", p.softcap);
-  json.write("causal", kCausals.name(p.causal));
-  json.write("window_left", p.window_left);
-  json.write("window_right", p.window_right);
-  json.write("mask", kMasks.name(p.mask));
-  json.write("sinks", p.has_sinks);
-  json.write("key_lengths", p.has_key_lengths);
-  json.write("key_starts", p.has_key_starts);
-  json.write("log_sum_exp", p.wants_log_sum_exp);
-  json.write("values_in_keys", p.values_in_keys);
+  visit_fields([&](const auto& field, const auto& value) { write_field(field, value, json); }, p);
+  for (const Use& use : kUses) json.write(use.name, p.*use.field);
   json.end_object();
+}
+
+template <typename Enum, size_t kCount>
+void read_field(const Choice<Enum, kCount>& field, Enum& value, const JsonReader& reader) {
+  reader.read(field.json, field.values, value);
+}
+template <typename Field, typename Value>
+void read_field(const Field& field, Value& value, const JsonReader& reader) {
+  reader.read(field.name, value);
 }
 
 Problem read_problem(const Json& json) {
   const JsonReader reader(json, "problem");
   Problem p;
-  reader.read("device", kDevices, p.device);
-  reader.read("device_index", p.device_index);
-  reader.read("dtype", kDtypes, p.dtype_q);
-  reader.read("kv_dtype", kDtypes, p.dtype_kv);
-  reader.read("batch", p.batch);
-  reader.read("heads_q", p.heads_q);
-  reader.read("heads_kv", p.heads_kv);
-  reader.read("len_q", p.len_q);
-  reader.read("len_k", p.len_k);
-  reader.read("dim_qk", p.dim_qk);
-  reader.read("dim_v", p.dim_v);
-  reader.read("stride_q", p.stride_q);
-  reader.read("stride_k", p.stride_k);
-  reader.read("stride_v", p.stride_v);
-  reader.read("stride_out", p.stride_out);
-  reader.read("stride_mask", p.stride_mask);
-  reader.read("scale", p.scale);
-  reader.read("softcap", p.softcap);
-  reader.read("causal", kCausals, p.causal);
-  reader.read("window_left", p.window_left);
-  reader.read("window_right", p.window_right);
-  reader.read("mask", kMasks, p.mask);
-  reader.read("sinks", p.has_sinks);
-  reader.read("key_lengths", p.has_key_lengths);
-  reader.read("key_starts", p.has_key_starts);
-  reader.read("log_sum_exp", p.wants_log_sum_exp);
-  reader.read("values_in_keys", p.values_in_keys);
+  visit_fields([&](const auto& field, auto& value) { read_field(field, value, reader); }, p);
+  for (const Use& use : kUses) reader.read(use.name, p.*use.field);
   return p;
 }
 
