@@ -8,8 +8,8 @@
 #include <limits>
 #include <utility>
 
-#include "core/names.h"
 #include "core/nearest_name.h"
+#include "core/problem_fields.h"
 #include "report/session.h"
 
 namespace wh::cli {
@@ -20,7 +20,8 @@ enum class Part {
   kOption,  // what a file's metadata may say, and a flag then says better
 };
 
-struct Field {
+// One that is called as a field of the problem in JSON, with - for _, holds that field.
+struct Flag {
   const char* name;
   std::string ProblemFlags::*value;
   Part part;
@@ -28,7 +29,7 @@ struct Field {
   const char* help;
 };
 
-constexpr Field kFields[] = {
+constexpr Flag kFlags[] = {
     {"batch", &ProblemFlags::batch, Part::kShape, nullptr, "batch entries (1)"},
     {"heads", &ProblemFlags::heads, Part::kShape, nullptr, "query heads, or query/kv heads: 64/2"},
     {"dim", &ProblemFlags::dim, Part::kShape, nullptr, "head dimension, or qk/v: 192/128"},
@@ -60,6 +61,13 @@ constexpr Field kFields[] = {
     {"context", &ProblemFlags::context, Part::kShape, nullptr, "keys, with --model"},
 };
 
+const Flag* find_flag(const std::string& name) {
+  for (const Flag& flag : kFlags) {
+    if (name == flag.name) return &flag;
+  }
+  return nullptr;
+}
+
 // Reads values and remembers the first thing that was wrong.
 class ValueReader {
  public:
@@ -82,15 +90,13 @@ class ValueReader {
   int64_t optional(const char* name, const std::string& text, int64_t missing) {
     return text.empty() ? missing : integer(name, text);
   }
-  float number(const char* name, const std::string& text, float missing) {
-    if (text.empty()) return missing;
+  float number(const char* name, const std::string& text) {
     char* end = nullptr;
     const float value = std::strtof(text.c_str(), &end);
     if (*end != '\0') fail(fmt::format("--{} is \"{}\"; it must be a number", name, text));
     return value;
   }
-  bool yes(const char* name, const std::string& text, bool missing) {
-    if (text.empty()) return missing;
+  bool yes(const char* name, const std::string& text) {
     if (text != "true" && text != "false") {
       fail(fmt::format("--{} is \"{}\"; it must be true or false", name, text));
     }
@@ -126,6 +132,22 @@ class ValueReader {
     if (!value) fail(fmt::format("--{} is \"{}\"; valid: {}", name, text, table.list()));
     return value.value_or(missing);
   }
+
+  // A field of the problem, by what it may hold.
+  template <typename Enum, size_t kCount>
+  void field(const char* name, const std::string& text, const Choice<Enum, kCount>& field,
+             Enum& value) {
+    value = choice(name, text, field.values, value);
+  }
+  template <typename Integer>
+  void field(const char* name, const std::string& text, const Whole& field, Integer& value) {
+    value = static_cast<Integer>(integer(name, text, field.least, field.most));
+  }
+  void field(const char* name, const std::string& text, const Real&, float& value) {
+    value = number(name, text);
+  }
+  void field(const char*, const std::string&, const StridesOf&, Strides&) {}  // --layout's
+
   void fail(const std::string& message) {
     if (status_.ok()) status_ = invalid(message);
   }
@@ -144,19 +166,47 @@ Strides strides_of(LayoutFlag layout, int64_t heads, int64_t length, int64_t dim
   return strides;
 }
 
+std::string flag_name(std::string json_name) {
+  std::replace(json_name.begin(), json_name.end(), '_', '-');
+  return json_name;
+}
+
+// The flags of one part that are a field of the problem each. What is not given keeps the problem's
+// value. The device comes with an index: read_device().
+void read_fields(const ProblemFlags& flags, Part part, Problem& p, ValueReader& read) {
+  const auto given = [&](const char* json_name) -> const Flag* {
+    const Flag* flag = find_flag(flag_name(json_name));
+    const bool is_given = flag != nullptr && flag->part == part && !(flags.*flag->value).empty();
+    return is_given && flag->value != &ProblemFlags::device ? flag : nullptr;
+  };
+  visit_fields(
+      [&](const auto& field, auto& value) {
+        if (const Flag* flag = given(json_name(field))) {
+          read.field(flag->name, flags.*flag->value, field, value);
+        }
+      },
+      p);
+  for (const Use& use : kUses) {
+    // Those that are no switch hold the tensor's values: what is given is used.
+    if (const Flag* flag = given(use.name)) {
+      p.*use.field = flag->implied == nullptr || read.yes(flag->name, flags.*flag->value);
+    }
+  }
+}
+
 void read_device(const std::string& text, Problem& p, ValueReader& read) {
   if (text.empty()) return;
   p.device = text == "cpu" ? Device::kCpu : Device::kCuda;
   p.device_index = 0;
   if (text == "cpu" || text == "cuda") return;
-  constexpr int64_t kMostIndex = 1023;  // validate()'s
   if (text.starts_with("cuda:")) {
     ValueReader index;
-    p.device_index = static_cast<int32_t>(index.integer("device", text.substr(5), 0, kMostIndex));
+    p.device_index = static_cast<int32_t>(
+        index.integer("device", text.substr(5), kDeviceIndex.least, kDeviceIndex.most));
     if (index.status().ok()) return;
   }
-  read.fail(
-      fmt::format("--device is \"{}\"; valid: cpu, cuda, or cuda:0 to cuda:{}", text, kMostIndex));
+  read.fail(fmt::format("--device is \"{}\"; valid: cpu, cuda, or cuda:0 to cuda:{}", text,
+                        kDeviceIndex.most));
 }
 
 std::vector<int32_t> read_per_batch(const char* name, const std::string& text, int64_t most,
@@ -172,13 +222,10 @@ std::vector<int32_t> read_per_batch(const char* name, const std::string& text, i
 
 // What is not given keeps the problem's value.
 void read_options(const ProblemFlags& flags, Problem& p, ValueReader& read) {
-  p.causal = read.choice("causal", flags.causal, kCausals, p.causal);
-  p.softcap = read.number("softcap", flags.softcap, p.softcap);
-  p.scale = read.number("scale", flags.scale, p.scale);
-  p.wants_log_sum_exp = read.yes("log-sum-exp", flags.log_sum_exp, p.wants_log_sum_exp);
+  read_fields(flags, Part::kOption, p, read);
   read_device(flags.device, p, read);
   if (flags.window.empty()) return;
-  const auto window = read.integers("window", flags.window, kUnlimited, kMaxLength);
+  const auto window = read.integers("window", flags.window, kWindowLeft.least, kWindowLeft.most);
   if (window.size() != 2) {
     read.fail(fmt::format("--window is \"{}\"; it must be LEFT,RIGHT", flags.window));
     return;
@@ -201,18 +248,13 @@ Result<Request> read_request(const ProblemFlags& flags) {
        {std::pair{"heads", &flags.heads}, {"dim", &flags.dim}, {"queries", &flags.queries}}) {
     if (text->empty()) read.fail(fmt::format("--{} is missing", name));
   }
-  p.batch = read.optional("batch", flags.batch, 1);
   std::tie(p.heads_q, p.heads_kv) = read.pair("heads", flags.heads);
   std::tie(p.dim_qk, p.dim_v) = read.pair("dim", flags.dim);
   p.len_q = read.optional("queries", flags.queries, 0);
   p.len_k = read.optional("keys", flags.keys, p.len_q);
-  p.dtype_q = read.choice("dtype", flags.dtype, kDtypes, Dtype::kF16);
-  p.dtype_kv = read.choice("kv-dtype", flags.kv_dtype, kDtypes, p.dtype_q);
-  p.mask = read.choice("mask", flags.mask, kMasks, MaskKind::kNone);
-  p.has_sinks = read.yes("sinks", flags.sinks, false);
-  p.has_key_lengths = !flags.key_lengths.empty();
-  p.has_key_starts = !flags.key_starts.empty();
-  p.values_in_keys = read.yes("values-in-keys", flags.values_in_keys, false);
+  p.dtype_q = Dtype::kF16;
+  read_fields(flags, Part::kShape, p, read);
+  if (flags.kv_dtype.empty()) p.dtype_kv = p.dtype_q;
   p.scale = 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, p.dim_qk)));
   read_options(flags, p, read);
   const LayoutFlag layout = read.choice("layout", flags.layout, kLayouts, LayoutFlag::kHeadsFirst);
@@ -234,21 +276,14 @@ Result<Request> read_request(const ProblemFlags& flags) {
 
 // Values given on the command line replace those of a table's row.
 ProblemFlags merged(ProblemFlags row, const ProblemFlags& overrides) {
-  for (const Field& field : kFields) {
-    if (!(overrides.*field.value).empty()) row.*field.value = overrides.*field.value;
+  for (const Flag& flag : kFlags) {
+    if (!(overrides.*flag.value).empty()) row.*flag.value = overrides.*flag.value;
   }
   return row;
 }
 
 std::string text_of(const Json& value) {
   return value.is_string() ? value.get<std::string>() : value.dump();
-}
-
-const Field* find_field(const std::string& name) {
-  for (const Field& field : kFields) {
-    if (name == field.name) return &field;
-  }
-  return nullptr;
 }
 
 std::vector<std::string> keys_of(const Json& object) {
@@ -275,7 +310,7 @@ Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
   for (const Json& layer : (*model)["layers"]) {
     ProblemFlags row;
     for (const auto& [name, value] : layer.items()) {
-      if (const Field* field = find_field(name)) row.*field->value = text_of(value);
+      if (const Flag* flag = find_flag(name)) row.*flag->value = text_of(value);
     }
     row.causal = "bottom-right";
     row.queries = "1";
@@ -293,13 +328,13 @@ Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
 std::vector<ProblemFlags> expand(const Json& row) {
   std::vector<ProblemFlags> expanded{{}};
   for (const auto& [name, value] : row.items()) {
-    const Field* field = find_field(name);
-    if (field == nullptr || value.is_object()) continue;
+    const Flag* flag = find_flag(name);
+    if (flag == nullptr || value.is_object()) continue;
     std::vector<ProblemFlags> next;
     for (const ProblemFlags& flags : expanded) {
       for (const Json& one : value.is_array() ? value : Json::array({value})) {
         next.push_back(flags);
-        next.back().*field->value = text_of(one);
+        next.back().*flag->value = text_of(one);
       }
     }
     expanded = std::move(next);
@@ -331,12 +366,12 @@ std::vector<int32_t> per_batch(const std::vector<int32_t>& values, int64_t batch
 }
 
 void add_problem_flags(CLI::App& app, ProblemFlags& flags) {
-  for (const Field& field : kFields) {
-    const std::string name = std::string("--") + field.name;
+  for (const Flag& flag : kFlags) {
+    const std::string name = std::string("--") + flag.name;
     CLI::Option* option =
-        field.implied == nullptr
-            ? app.add_option(name, flags.*field.value, field.help)
-            : app.add_flag(name + "{" + field.implied + "}", flags.*field.value, field.help);
+        flag.implied == nullptr
+            ? app.add_option(name, flags.*flag.value, flag.help)
+            : app.add_flag(name + "{" + flag.implied + "}", flags.*flag.value, flag.help);
     option->group("PROBLEM")->check(refuse_empty);
   }
 }
@@ -352,11 +387,11 @@ Result<std::vector<Request>> read_requests(const ProblemFlags& flags) {
 }
 
 Status override_options(const ProblemFlags& flags, Problem& p) {
-  for (const Field& field : kFields) {
-    if (field.part == Part::kOption || (flags.*field.value).empty()) continue;
+  for (const Flag& flag : kFlags) {
+    if (flag.part == Part::kOption || (flags.*flag.value).empty()) continue;
     return invalid(fmt::format(
         "--{} has no effect with a file, whose tensors say what it would; leave one of the two out",
-        field.name));
+        flag.name));
   }
   ValueReader read;
   read_options(flags, p, read);

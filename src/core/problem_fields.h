@@ -58,6 +58,16 @@ struct StridesOf {
   Status check(const auto&) const { return {}; }
 };
 
+// Its name in JSON.
+template <typename Field>
+constexpr const char* json_name(const Field& field) {
+  return field.name;
+}
+template <typename Enum, size_t kCount>
+constexpr const char* json_name(const Choice<Enum, kCount>& field) {
+  return field.json;
+}
+
 constexpr Whole kDeviceIndex{"device_index", 0, 1023};
 constexpr Whole kWindowLeft{"window_left", kUnlimited, kMaxLength};
 constexpr Whole kWindowRight{"window_right", kUnlimited, kMaxLength};
