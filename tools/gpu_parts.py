@@ -1,6 +1,7 @@
 """The parts of tools/gpu_check, each in processes of its own."""
 
 import concurrent.futures
+import copy
 import datetime
 import json
 import os
@@ -15,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from racecheck import unknown_races
 
 ROOT = Path(__file__).resolve().parent.parent
 Json = dict[str, Any]
@@ -44,6 +47,11 @@ class Outcome:
         return "failed" if self.failures else "skipped" if self.skipped else "passed"
 
 
+def missing(what: str) -> Outcome:
+    """What a part needs: nobody asked to do without it."""
+    return Outcome(failures=[f"{what}; --skip leaves the part out"])
+
+
 @dataclass
 class Finished:
     code: int | None  # None: ended because its time was over
@@ -56,19 +64,23 @@ class Finished:
 
 
 class GpuCheck:
-    def __init__(self, build: Path, results: Path, device: str, seconds: float) -> None:
-        self.build, self.device = build, device
-        self.cli = build / "cli" / "widehead"
+    def __init__(self, build: Path, translated: Path, results: Path, device: str,
+                 seconds: float) -> None:
+        self.device, self.translated_build = device, translated
         self.end = time.monotonic() + seconds
         self.scratch = Path(tempfile.mkdtemp(prefix="gpu_check_"))
+        self.take(build)
+        name = re.sub(r"[^a-z0-9]+", "-", self.facts["name"].lower()).strip("-")
+        self.stem = results / f"{name}-{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+        results.mkdir(parents=True, exist_ok=True)
+
+    def take(self, build: Path) -> None:
+        self.build, self.cli = build, build / "cli" / "widehead"
         libraries = f"{build / 'lib'}:{build}:{os.environ.get('LD_LIBRARY_PATH', '')}"
         python = f"{build / 'python-site'}:{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"
         self.environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": python,
                             "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(self.scratch / "cache")}
         self.facts = self.device_facts()
-        name = re.sub(r"[^a-z0-9]+", "-", self.facts["name"].lower()).strip("-")
-        self.stem = results / f"{name}-{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
-        results.mkdir(parents=True, exist_ok=True)
 
     def device_facts(self) -> Json:
         rows = json.loads(self.run([self.cli, "list", "devices", "--json"], 60).out)
@@ -158,12 +170,12 @@ class GpuCheck:
 
     # The parts.
 
-    def tests(self, seconds: float) -> Outcome:
+    def tests(self, seconds: float, kernels: list[str] | None = None) -> Outcome:
         program = self.build / "tests" / "widehead_gpu_tests"
         if not program.exists():
             return Outcome(failures=[f"{program} is missing"])
         outcome, begin = Outcome(data={"passed": 0, "skipped": []}), time.monotonic()
-        for suffix in (*self.kernels, "ADeviceThatDoesNotExistIsRefused"):
+        for suffix in kernels or (*self.kernels, "ADeviceThatDoesNotExistIsRefused"):
             report = self.scratch / f"{suffix}.json"
             done = self.run([program, f"--gtest_filter=*{'.' if suffix[0] == 'A' else '/'}{suffix}",
                              f"--gtest_output=json:{report}"], seconds - time.monotonic() + begin)
@@ -184,11 +196,28 @@ class GpuCheck:
             outcome.failures.append("no test ran")
         return outcome
 
+    def translated(self, seconds: float) -> Outcome:
+        """Kernels that others follow on the stream, in the build that tools/test makes: for sm_80 and
+        sm_86, so that cards of another kind run what the driver translates."""
+        if not (self.translated_build / "cli" / "widehead").exists():
+            return missing(f"no build in {self.translated_build}")
+        other, begin = copy.copy(self), time.monotonic()
+        other.take(self.translated_build)
+        kernels = [name for name in other.kernels if name in ("sm90_decode", "cuda_portable")]
+        tests = other.tests(seconds / 2, kernels)
+        smoke = other.check(seconds - (time.monotonic() - begin), "--cases", "smoke", "--seed", 7,
+                            kernels=kernels)
+        failures = tests.failures + smoke.failures
+        if self.is_hopper() and not other.facts["code"].startswith("translated"):
+            failures.append(f"{self.translated_build} is {other.facts['code']}")
+        return Outcome(failures, data={"code": other.facts["code"], "tests": tests.data,
+                                       "smoke": smoke.data})
+
     def python(self, seconds: float) -> Outcome:
         tests = ROOT / "python" / "tests" / "test_cuda.py"
         found = self.run([sys.executable, "-c", "import widehead, torch, pytest"], 60)
         if not tests.exists() or found.code != 0:
-            return Outcome(skipped=f"no {tests.name}" if not tests.exists() else found.why())
+            return missing(f"no {tests.name}" if not tests.exists() else found.why())
         done = self.run([sys.executable, "-m", "pytest", "--disable-warnings", tests], seconds)
         last = done.out.strip().splitlines()[-1:]
         failures = [] if done.code == 0 else [done.why() + " " + done.out[-1500:]]
@@ -199,7 +228,7 @@ class GpuCheck:
     def sanitizers(self, seconds: float) -> Outcome:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(tool).exists():
-            return Outcome(skipped="compute-sanitizer is not on the PATH")
+            return missing("compute-sanitizer is not on the PATH")
         hopper = [name for name in self.kernels if name.startswith("sm90")]
         others = [name for name in self.kernels if name not in hopper]
         # initcheck does not see what TMA writes: sm90_decode's shares and cuBLASLt's products. That
@@ -220,8 +249,9 @@ class GpuCheck:
     def sanitize(self, program: str, tool: str, kernels: list[str], seconds: float) -> Outcome:
         log = self.scratch / f"{tool}-{kernels[0]}.log"
         options = ["--cases", "smoke", *(["--leave-workspace"] if tool == "initcheck" else [])]
+        limit = 10_000 if tool == "racecheck" else 20  # every hazard is looked up
         outcome = self.check(seconds, *options, kernels=kernels, in_front=[
-            program, "--tool", tool, "--print-limit", 20, "--log-file", log])
+            program, "--tool", tool, "--print-limit", limit, "--log-file", log])
         text = log.read_text(errors="replace") if log.exists() else ""
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
         runs = sum(row["checked"] for one in outcome.data for row in one["kernels"])
@@ -229,10 +259,8 @@ class GpuCheck:
         outcome.failures = [one for one in outcome.failures if "cases ran in time" not in one]
         if not found:
             outcome.failures.append("no summary: " + text[-300:])
-        elif tool == "racecheck" and "sm90_prefill" in kernels:
-            # It follows neither mbarriers nor one warpgroup's bar.arrive that another waits for, so
-            # every tile that is handed over is a hazard to it: counted, and no failure.
-            pass
+        elif tool == "racecheck":
+            outcome.failures += unknown_races(text, ROOT)[:12]
         elif any(int(count) for count in found):
             lines = [line.lstrip("= ") for line in text.splitlines() if line.strip("= ")]
             outcome.failures += [f"{found[-1]} errors", *lines[:12]]
@@ -291,7 +319,7 @@ class GpuCheck:
 
     def script(self, seconds: float, name: str, paths: list[str], *options: Any) -> Outcome:
         if self.run([sys.executable, "-c", "import torch"], 60).code != 0:
-            return Outcome(skipped="no PyTorch here")
+            return missing("no PyTorch here")
         done = self.run([sys.executable, ROOT / "bench" / name, self.build / "libwidehead.so.0",
                          *paths, *options], seconds)
         failures = [] if done.code == 0 else [done.why()]

@@ -8,6 +8,7 @@
 #include "api/profile_store.h"
 #include "core/names.h"
 #include "core/nearest_name.h"
+#include "cuda/backend.h"
 #include "plan/names.h"
 #include "report/session.h"
 
@@ -68,11 +69,14 @@ Json list_devices() {
     return rows;
   }
   for (int32_t i = 0; cuda_facts(i).unavailable.empty(); ++i) {
+    const Result<cuda::BuildFacts> build = cuda::build_facts(i);
     rows.push_back({{"device", fmt::format("cuda:{}", i)},
                     {"name", cuda_facts(i).name},
                     {"kernels_use", fmt::format("sm_{}", cuda_facts(i).compute_capability)},
                     {"cores", cuda_facts(i).sms},
-                    {"estimates", loaded_profile(Device::kCuda, i).description}});
+                    {"estimates", loaded_profile(Device::kCuda, i).description},
+                    {"code", build.ok() ? build->code : build.status().message()},
+                    {"instances", build.ok() ? build->instances : ""}});
   }
   return rows;
 }

@@ -3,7 +3,10 @@
 #include <fmt/format.h>
 
 #include "cuda/allocate.h"
+#include "cuda/common/launch.h"
 #include "cuda/device.h"
+#include "cuda/instances.h"
+#include "cuda/portable/few_rows.h"
 #include "cuda/registry.h"
 #include "cuda/replay.h"
 #include "plan/cuda_facts.h"
@@ -63,6 +66,18 @@ class CudaBackend final : public Backend {
 const Backend& backend() {
   static const CudaBackend the;
   return the;
+}
+
+Result<BuildFacts> build_facts(int32_t device_index) {
+  const DeviceScope scope(device_index);
+  WH_RETURN_IF_ERROR(scope.status());
+  // One of cuda_portable's for all cards, which every build has.
+  const Result<LoadedCode> code = loaded_code(few_rows_instance<64, 1>());
+  if (!code.ok()) return code.status();
+  return BuildFacts{kBuiltInstances,
+                    code->is_translated()
+                        ? fmt::format("translated from PTX of sm_{}", code->ptx_version)
+                        : fmt::format("machine code of sm_{}", code->binary_version)};
 }
 
 }  // namespace wh::cuda

@@ -50,5 +50,7 @@ const Backend& backend() {
   return the;
 }
 
+Result<BuildFacts> build_facts(int32_t) { return refused(); }
+
 }  // namespace cuda
 }  // namespace wh

@@ -2,22 +2,21 @@
 
 #include <fmt/format.h>
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <shared_mutex>
 #include <utility>
-
-#include "plan/cuda_facts.h"
 
 namespace wh::cuda {
 namespace {
 
 constexpr int kSharedBytesOfAll = 48 << 10;
 
-// Kernels that may use more than 48 KB, by device: the attribute costs 1 us a call.
-class SharedMemoryOptIns {
+// What the runtime knows of a kernel on a device, asked for once: each question takes 1 us.
+class LoadedKernels {
  public:
-  Status allow(const KernelLaunch& launch) {
+  // Allows the kernel its shared memory, once.
+  Result<LoadedCode> code_of(const KernelLaunch& launch) {
     int device = 0;
     if (Status status = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
       return status;
@@ -25,27 +24,24 @@ class SharedMemoryOptIns {
     const std::pair key{launch.function, device};
     {
       const std::shared_lock lock(mutex_);
-      if (done_.contains(key)) return {};
+      if (const auto found = known_.find(key); found != known_.end()) return found->second;
     }
     const std::unique_lock lock(mutex_);
-    Status status = cuda_status(
-        cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             launch.shared_bytes),
-        "cudaFuncSetAttribute");
-    if (status.ok()) done_.insert(key);
-    return status;
+    if (launch.shared_bytes > kSharedBytesOfAll) {
+      WH_RETURN_IF_ERROR(cuda_status(
+          cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               launch.shared_bytes),
+          "cudaFuncSetAttribute"));
+    }
+    const Result<LoadedCode> code = loaded_code(launch.function);
+    if (code.ok()) known_.insert({key, *code});
+    return code;
   }
 
  private:
   std::shared_mutex mutex_;
-  std::set<std::pair<const void*, int>> done_;
+  std::map<std::pair<const void*, int>, LoadedCode> known_;
 };
-
-// Programmatic dependent launch came with sm_90.
-bool can_overlap() {
-  int device = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cuda_facts(device).compute_capability >= 90;
-}
 
 }  // namespace
 
@@ -55,10 +51,20 @@ Status cuda_status(cudaError_t error, const char* call) {
           fmt::format("{}: {} ({})", call, cudaGetErrorString(error), cudaGetErrorName(error))};
 }
 
+Result<LoadedCode> loaded_code(const void* function) {
+  cudaFuncAttributes attributes{};
+  WH_RETURN_IF_ERROR(
+      cuda_status(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes"));
+  return LoadedCode{attributes.binaryVersion, attributes.ptxVersion};
+}
+
 Status launch_kernel(const KernelLaunch& launch) {
-  static SharedMemoryOptIns opt_ins;
-  if (launch.shared_bytes > kSharedBytesOfAll) {
-    if (Status status = opt_ins.allow(launch); !status.ok()) return status;
+  static LoadedKernels kernels;
+  bool overlaps_front = false;
+  if (launch.shared_bytes > kSharedBytesOfAll || launch.overlaps_front) {
+    const Result<LoadedCode> code = kernels.code_of(launch);
+    if (!code.ok()) return code.status();
+    overlaps_front = launch.overlaps_front && code->waits_for_front();
   }
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;
@@ -68,7 +74,7 @@ Status launch_kernel(const KernelLaunch& launch) {
     attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (launch.overlaps_front && can_overlap()) {
+  if (overlaps_front) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

@@ -38,8 +38,9 @@ __device__ __forceinline__ void registers_take() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Programmatic dependent launch: lets the next kernel start early; waits for the one before. Cards
-// before sm_90 run one kernel of a stream after the other anyway.
+// Programmatic dependent launch: lets the next kernel start early; waits for the one before. Code
+// compiled for earlier cards has neither, whatever card translates it; launch_kernel() then runs it
+// behind the one before.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,0 +1,59 @@
+"""That tools/racecheck.py knows the kernels' statements as they stand, and lets nothing else pass."""
+
+import sys
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import racecheck  # noqa: E402
+
+
+def line_of(kernel: str, statement: str) -> tuple[str, int]:
+    path = ROOT / "src/cuda" / kernel.replace("sm90_", "sm90/") / "kernel.cuh"
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if statement in line:
+            return path.name, number
+    raise AssertionError(f"{path} has no {statement}")
+
+
+def report(kernel: str, first: tuple[str, str, int], second: tuple[str, str, int]) -> str:
+    """As compute-sanitizer writes it."""
+    where = f"void wh::cuda::{kernel}<(int)64, (int)64>(wh::cuda::PrefillMaps)"
+    return (f"========= Error: Race reported between {first[0]} access at {where}+0x1c30 in "
+            f"{first[1]}:{first[2]}\n"
+            f"=========     and {second[0]} access at {where}+0x2f40 in {second[1]}:{second[2]} "
+            f"[4 hazards]\n========= \n"
+            f"========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n")
+
+
+class Racecheck(unittest.TestCase):
+    def test_known_statements_are_in_the_kernels_and_pass(self) -> None:
+        for one in racecheck.KNOWN:
+            write, other = line_of(one.kernel, one.write), line_of(one.kernel, one.other)
+            log = report(one.kernel, ("Write", *write), ("Read", *other))
+            self.assertEqual(racecheck.unknown_races(log, ROOT), [], one)
+            log = report(one.kernel, ("Read", *other), ("Write", *write))
+            self.assertEqual(racecheck.unknown_races(log, ROOT), [], one)
+
+    def test_other_statements_and_kernels_fail(self) -> None:
+        one = racecheck.KNOWN[0]
+        write, other = line_of(one.kernel, one.write), line_of(one.kernel, one.other)
+        for log in (report(one.kernel, ("Write", *write), ("Read", "kernel.cuh", 1)),
+                    report(one.kernel, ("Read", *write), ("Read", *other)),
+                    report("sm90_decode", ("Write", *write), ("Read", *other))):
+            self.assertEqual(len(racecheck.unknown_races(log, ROOT)), 1)
+
+    def test_reports_without_lines_fail(self) -> None:
+        log = ("========= Error: Race reported between Write access at sm90_prefill()+0x10\n"
+               "=========     and Read access at sm90_prefill()+0x20 [4 hazards]\n"
+               "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n")
+        self.assertTrue(any("-lineinfo" in one for one in racecheck.unknown_races(log, ROOT)))
+        log = "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"
+        self.assertEqual(len(racecheck.unknown_races(log, ROOT)), 1)
+        log = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+        self.assertEqual(racecheck.unknown_races(log, ROOT), [])
+
+
+if __name__ == "__main__":
+    unittest.main()

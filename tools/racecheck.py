@@ -1,0 +1,132 @@
+"""What racecheck reports of the Hopper kernels, less what is known to be in order.
+
+racecheck follows neither mbarriers nor one warpgroup's bar.arrive that another waits for, so it takes
+words that are handed over in shared memory behind one of those for a race. KNOWN names each by its
+kernel and by the statements on both sides; whatever else it reports is a failure. Statements are
+looked up in the sources, by the lines that a build with -lineinfo knows."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Known:
+    kernel: str
+    write: str  # part of the source line
+    other: str
+    why: str
+
+
+KNOWN = (
+    Known("sm90_prefill", "mailbox()->tile = is_last", "mailbox()->tile;",
+          "the number of the next tile: readers wait for mbarrier kQFull behind the write, the next "
+          "write for kQFree behind all reads"),
+    Known("sm90_prefill", "mailbox()->dropped[number % 2] = number + 1",
+          "mailbox()->dropped[number % 2] == number + 1",
+          "what cleaning lost: a consumer has waited for mbarrier kVFull of every tile that was "
+          "cleaned; the word of the tile after next is another tile's"),
+    Known("sm90_prefill", "mailbox()->dropped[number % 2] = number + 1",
+          "mailbox()->dropped[number % 2] = number + 1", "cleaners write the same number"),
+    Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
+          "mailbox()->dropped[number % 2][half] != number + 1",
+          "what cleaning lost: a consumer has waited for mbarrier kSlotFull of every slot that was "
+          "cleaned"),
+    Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
+          "mailbox()->dropped[number % 2][half] = number + 1", "cleaners write the same number"),
+    Known("sm90_prefill_wide", "block.s_factors()[accumulator_row(r)] = softmax.correction[r]",
+          "block.s_factors()[accumulator_row(0)]",
+          "corrections: the left warpgroup arrives at kWeightsFull behind the write, where the right "
+          "one waits, which arrives at kWeightsFree behind the read"),
+    Known("sm90_prefill_wide",
+          "block.s_factors()[kNorms + accumulator_row(r)] = softmax.correction[r]",
+          "block.s_factors()[kNorms + accumulator_row(",
+          "norms: the same with kNormFull and kNormFree"),
+)
+
+ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
+PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
+
+
+@dataclass(frozen=True)
+class Access:
+    kind: str
+    kernel: str
+    place: str      # "file:line"; empty: the build has no -lineinfo
+    statement: str  # that line
+
+    @staticmethod
+    def of(match: re.Match[str], statement: "Statement") -> "Access":
+        where = match["where"]
+        found = re.search(r"\b(sm90_\w+|cuda_\w+|few_rows|combine)\b", where)
+        kernel = found[1] if found else where
+        place = PLACE.search(where)
+        return Access(match["kind"], kernel,
+                      f"{place['file']}:{place['line']}" if place else "",
+                      statement(kernel, place["file"], int(place["line"])) if place else "")
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.place or 'an unknown line'} ({self.statement.strip()})"
+
+
+Statement = Callable[[str, str, int], str]  # of a kernel, in a file, on a line
+
+
+def source_line(root: Path) -> Statement:
+    """The file as racecheck names it, with or without its folder."""
+    files: dict[str, list[Path]] = {}
+    for path in (root / "src").rglob("*.cu*"):
+        files.setdefault(path.name, []).append(path)
+
+    def line(kernel: str, name: str, number: int) -> str:
+        paths = files.get(Path(name).name, [])
+        if len(paths) > 1:  # kernel.cuh: the kernel's own folder
+            folder = "/" + kernel.replace("sm90_", "sm90/").replace("cuda_", "") + "/"
+            paths = [path for path in paths if folder in str(path)]
+        if len(paths) != 1:
+            return ""
+        lines = paths[0].read_text().splitlines()
+        return lines[number - 1] if number <= len(lines) else ""
+
+    return line
+
+
+def races(log: str, statement: Statement) -> list[tuple[Access, Access]]:
+    """Each first access of a report with each of the others."""
+    found: list[tuple[Access, Access]] = []
+    first: Access | None = None
+    for text in log.splitlines():
+        line = text.lstrip("= ")
+        match = ACCESS.search(line)
+        if match is None:
+            continue
+        access = Access.of(match, statement)
+        if "Race reported between" in line or first is None:
+            first = access
+        elif line.startswith("and "):
+            found.append((first, access))
+    return found
+
+
+def known(a: Access, b: Access) -> Known | None:
+    for one in KNOWN:
+        if a.kernel != one.kernel or b.kernel != one.kernel:
+            continue
+        for write, other in ((a, b), (b, a)):
+            if (write.kind == "Write" and one.write in write.statement
+                    and one.other in other.statement):
+                return one
+    return None
+
+
+def unknown_races(log: str, root: Path) -> list[str]:
+    """What has to fail, in words. Nothing is known of a build without line numbers."""
+    pairs = races(log, source_line(root))
+    failures = sorted({f"{a.kernel}: {a} and {b}" for a, b in pairs if known(a, b) is None})
+    counted = re.findall(r"RACECHECK SUMMARY: (\d+) hazard", log)
+    if not pairs and any(int(count) for count in counted):
+        failures.append(f"{counted[-1]} hazards that could not be read")
+    if any(not a.place or not b.place for a, b in pairs):
+        failures.append("lines are unknown: configure with -DCMAKE_CUDA_FLAGS=-lineinfo")
+    return failures
