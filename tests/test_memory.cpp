@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <string>
 #include <vector>
@@ -144,6 +145,92 @@ TEST_P(Memory, APlannedRunAllocatesNothing) {
   ASSERT_EQ(wh_plan_run(plan, &call.tensors, nullptr), WH_OK);
   EXPECT_EQ(allocations, 0);
   std::free(workspace);
+  wh_plan_destroy(plan);
+}
+
+// The last worker, which is asked first, takes all items, so that the last byte belongs to what it
+// uses. Painted twice, as a byte may have the value of one paint.
+TEST_P(Memory, EveryPlannedByteUpToTheLastIsUsedAndNoneBehindIt) {
+  const wh_executor last_first{
+      [](void*, int32_t count, void (*task)(void*, int32_t), void* argument) {
+        for (int32_t i = count - 1; i >= 0; --i) task(argument, i);
+      },
+      nullptr};
+  wh_run_options options;
+  ASSERT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
+  options.executor = &last_first;
+  constexpr size_t kGuardBytes = 64;
+  struct Shape {
+    int64_t heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+  };
+  constexpr Shape kShapes[] = {{16, 2, 1, 4096, 256, 256}, {4, 2, 16, 6000, 64, 64},
+                               {3, 1, 2, 700, 40, 24},     {1, 1, 1, 1, 1, 1},
+                               {5, 5, 1, 3000, 100, 7},    {2, 1, 50, 33, 13, 130},
+                               {7, 1, 3, 9000, 72, 72},    {1, 1, 128, 2500, 24, 40}};
+  for (const Shape& shape : kShapes) {
+    for (const int32_t threads : {1, 2, 5, 64}) {
+      for (const int32_t mask : {WH_MASK_NONE, WH_MASK_BOOLEAN}) {
+        SCOPED_TRACE(testing::Message()
+                     << shape.heads_q << "/" << shape.heads_kv << " heads, " << shape.len_q << " x "
+                     << shape.len_k << ", " << threads << " threads, mask " << mask);
+        Call call(1, 1, GetParam());
+        wh_problem& p = call.problem;
+        p.heads_q = shape.heads_q;
+        p.heads_kv = shape.heads_kv;
+        p.len_q = shape.len_q;
+        p.len_k = shape.len_k;
+        p.dim_qk = shape.dim_qk;
+        p.dim_v = shape.dim_v;
+        p.mask = mask;
+        ASSERT_EQ(wh_problem_set_dense(&p), WH_OK);
+        const std::vector<float> q(static_cast<size_t>(p.heads_q * p.len_q * p.dim_qk), 0.5f);
+        const std::vector<float> k(static_cast<size_t>(p.heads_kv * p.len_k * p.dim_qk), 0.5f);
+        const std::vector<float> v(static_cast<size_t>(p.heads_kv * p.len_k * p.dim_v), 0.5f);
+        std::vector<float> out(static_cast<size_t>(p.heads_q * p.len_q * p.dim_v));
+        const std::vector<uint8_t> attend(static_cast<size_t>(p.heads_q * p.len_q * p.len_k), 1);
+        call.limits.kernel = GetParam();
+        call.limits.threads = threads;
+        wh_plan* plan = nullptr;
+        ASSERT_EQ(wh_plan_create(&p, &call.limits, &plan), WH_OK) << wh_last_error();
+        const size_t bytes = wh_plan_workspace_bytes(plan);
+        ASSERT_GT(bytes, 0u);
+        auto* workspace = static_cast<unsigned char*>(
+            std::aligned_alloc(64, (bytes + kGuardBytes + 63) / 64 * 64));
+        call.tensors.q = q.data();
+        call.tensors.k = k.data();
+        call.tensors.v = v.data();
+        call.tensors.out = out.data();
+        call.tensors.mask = mask == WH_MASK_NONE ? nullptr : attend.data();
+        call.tensors.workspace = workspace;
+        call.tensors.workspace_bytes = bytes;
+        bool is_last_used = false;
+        for (const int paint : {0x5a, 0xa5}) {
+          std::memset(workspace, paint, bytes + kGuardBytes);
+          EXPECT_EQ(wh_plan_run(plan, &call.tensors, &options), WH_OK) << wh_last_error();
+          is_last_used = is_last_used || workspace[bytes - 1] != paint;
+          for (size_t i = bytes; i < bytes + kGuardBytes; ++i) ASSERT_EQ(workspace[i], paint) << i;
+        }
+        EXPECT_TRUE(is_last_used) << bytes << " bytes are planned";
+        std::free(workspace);
+        wh_plan_destroy(plan);
+      }
+    }
+  }
+}
+
+// On two threads, where pieces of 64 bytes had the last 32 of them to spare.
+TEST(Workspace, ALongDecodeInF32TakesWhatItUses) {
+  Call call(1, 1);
+  wh_problem& p = call.problem;
+  p.heads_q = 16;
+  p.len_k = 32768;
+  p.dim_qk = p.dim_v = 256;
+  ASSERT_EQ(wh_problem_set_dense(&p), WH_OK);
+  call.limits.kernel = "cpu_decode";
+  call.limits.threads = 2;
+  wh_plan* plan = nullptr;
+  ASSERT_EQ(wh_plan_create(&p, &call.limits, &plan), WH_OK) << wh_last_error();
+  EXPECT_EQ(wh_plan_workspace_bytes(plan) % 64, 32u);  // 8 rows' last keys come last
   wh_plan_destroy(plan);
 }
 

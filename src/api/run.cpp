@@ -5,6 +5,7 @@
 #include "api/machine.h"
 #include "api/plan_cache.h"
 #include "api/plan_log.h"
+#include "core/carver.h"
 #include "plan/planner.h"
 
 namespace wh {
@@ -19,6 +20,8 @@ Tensors used_tensors(const Problem& p, Tensors t) {
   if (!p.wants_log_sum_exp) t.log_sum_exp = nullptr;
   return t;
 }
+
+static_assert(WH_WORKSPACE_ALIGNMENT == kWorkspaceAlignment);
 
 Status check_workspace(const Plan& plan, const Tensors& t) {
   if (plan.workspace_bytes == 0) return {};

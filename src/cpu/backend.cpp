@@ -5,13 +5,14 @@
 #include <cstring>
 #include <new>
 
+#include "core/carver.h"
 #include "cpu/registry.h"
 #include "plan/cpu_facts.h"
 
 namespace wh::cpu {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};  // a cache line, and what a workspace is aligned to
+constexpr std::align_val_t kAlignment{kWorkspaceAlignment};
 
 class CpuBackend final : public Backend {
  public:

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
+#include "core/carver.h"
 #include "core/problem.h"
-#include "cpu/common/scratch.h"
 
 namespace wh::cpu {
 

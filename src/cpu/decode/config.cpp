@@ -43,7 +43,7 @@ Config configure(const Query& query) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return DecodeWorkspace(p, config, nullptr).bytes(config.workers);
+  return DecodeWorkspace(p, config, nullptr).bytes();
 }
 
 // Cycles, fitted to 190 problems of 16 to 16384 keys, dims 64 to 512 and 1 to 128 rows on AVX-512:
@@ -115,7 +115,8 @@ DecodeShape::DecodeShape(const Problem& p, const Config& config)
       chunk_keys(chunks > 1 ? config.chunk_keys : p.len_k),
       items(p.batch * p.heads_kv * chunks),
       columns_qk(round_up(p.dim_qk, kColumnRounding)),
-      columns_v(round_up(p.dim_v, kColumnRounding)) {}
+      columns_v(round_up(p.dim_v, kColumnRounding)),
+      has_mask(p.mask != MaskKind::kNone) {}
 
 // A window's chunks start where its first query's keys do: counting from key 0 would leave most of
 // them empty.
@@ -141,7 +142,7 @@ DecodeScratch::DecodeScratch(Carver& carver, const DecodeShape& shape) {
   k = carver.take<float>(shape.tile_k * shape.columns_qk);
   v = carver.take<float>(shape.tile_k * shape.columns_v);
   s = carver.take<float>(shape.rows * shape.tile_k);
-  bias = carver.take<float>(shape.tile_k);
+  bias = shape.has_mask ? carver.take<float>(shape.tile_k) : nullptr;
   m = carver.take<float>(shape.rows * kLaneStride);
   l = carver.take<float>(shape.rows * kLaneStride);
   alpha = carver.take<float>(shape.rows * kLaneStride);
@@ -150,7 +151,10 @@ DecodeScratch::DecodeScratch(Carver& carver, const DecodeShape& shape) {
 }
 
 DecodeWorkspace::DecodeWorkspace(const Problem& p, const Config& config, void* base)
-    : shape(p, config), chunks_left(nullptr), base_(static_cast<std::byte*>(base)) {
+    : shape(p, config),
+      workers(static_cast<int32_t>(std::min<int64_t>(config.workers, shape.items))),
+      chunks_left(nullptr),
+      base_(static_cast<std::byte*>(base)) {
   Carver carver(base);
   partials.chunks = shape.chunks;
   if (shape.chunks > 1) {
@@ -159,19 +163,14 @@ DecodeWorkspace::DecodeWorkspace(const Problem& p, const Config& config, void* b
     partials.carve(carver);
     chunks_left = carver.take<std::atomic<int32_t>>(p.batch * p.heads_kv);
   }
-  shared_bytes_ = carver.used_bytes();
   Carver measure(nullptr);
   DecodeScratch(measure, shape);
-  worker_bytes_ = measure.used_bytes();
+  scratches_ = {carver, measure};
 }
 
 DecodeScratch DecodeWorkspace::scratch(int32_t worker) const {
-  Carver carver(base_ + shared_bytes_ + worker_bytes_ * static_cast<size_t>(worker));
+  Carver carver(scratches_.at(base_, worker));
   return DecodeScratch(carver, shape);
-}
-
-size_t DecodeWorkspace::bytes(int32_t workers) const {
-  return shared_bytes_ + worker_bytes_ * static_cast<size_t>(workers);
 }
 
 int64_t DecodeWorkspace::work(const Problem& p, const Tensors& t) const {

@@ -23,6 +23,7 @@ struct DecodeShape {
   int64_t items;       // batch * heads_kv * chunks
   int64_t columns_qk;  // dim_qk rounded up to whole vectors
   int64_t columns_v;
+  bool has_mask;  // an array
 
   DecodeShape(const Problem& problem, const Config& config);
 };
@@ -40,7 +41,7 @@ struct DecodeScratch {
   float* k;        // [tile_k, columns_qk]: a tile that cannot be read in place, widened
   float* v;        // [tile_k, columns_v]
   float* s;        // [rows, tile_k]: scores, then weights, of each block as [key, row]
-  float* bias;     // [tile_k]: a row of the array mask
+  float* bias;     // [tile_k]: a row of the array mask, only where there is one
   float* m;        // [rows, kLaneStride], base 2; a block of rows uses its first vector
   float* l;        // [rows, kLaneStride]
   float* alpha;    // [rows, kLaneStride]
@@ -56,17 +57,17 @@ class DecodeWorkspace {
   DecodeWorkspace(const Problem& problem, const Config& config, void* base);
 
   DecodeScratch scratch(int32_t worker) const;
-  size_t bytes(int32_t workers) const;
+  size_t bytes() const { return scratches_.bytes(workers); }
   int64_t work(const Problem& problem, const Tensors& tensors) const;  // see cpu/common/steps.h
 
   DecodeShape shape;
   Partials partials;
+  int32_t workers;                    // that an item is left for
   std::atomic<int32_t>* chunks_left;  // [batch * heads_kv]; only with several chunks
 
  private:
   std::byte* base_;
-  size_t shared_bytes_ = 0;
-  size_t worker_bytes_ = 0;
+  WorkerScratches scratches_;
 };
 
 }  // namespace wh::cpu

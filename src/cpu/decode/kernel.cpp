@@ -341,8 +341,7 @@ Status run_decode(const Launch& launch) {
   progress.start(workspace.work(p, t));
   std::atomic<int64_t> next{0};
   const auto run_item_here = HWY_DYNAMIC_DISPATCH(run_item);
-  const auto workers = static_cast<int32_t>(std::min<int64_t>(launch.config.workers, shape.items));
-  parallel(launch.executor, workers, [&](int32_t worker) {
+  parallel(launch.executor, workspace.workers, [&](int32_t worker) {
     const DecodeScratch scratch = workspace.scratch(worker);
     Steps steps(progress);
     for (int64_t item = next++; item < shape.items && !progress.is_cancelled(); item = next++) {

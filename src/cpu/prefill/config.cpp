@@ -107,7 +107,7 @@ Config configure_prefill(const Query& query, Arithmetic arithmetic) {
 }
 
 size_t prefill_workspace_bytes(const Problem& p, const Config& config) {
-  return PrefillWorkspace(p, config, nullptr).bytes(config.workers);
+  return PrefillWorkspace(p, config, nullptr).bytes();
 }
 
 double prefill_estimate_us(const Query& query, const Config& config) {

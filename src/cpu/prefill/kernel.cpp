@@ -113,11 +113,11 @@ Status run_prefill_items(const Launch& launch, RunPrefillWorker run_worker) {
   Progress& progress = launch.progress;
   progress.start(workspace.work(t));
   std::atomic<int64_t> next{0};
-  parallel(launch.executor, launch.config.workers,
+  parallel(launch.executor, workspace.workers,
            [&](int32_t i) { run_worker(p, t, workspace, i, next, progress); });
   if (workspace.partials.chunks == 1 || progress.is_cancelled()) return progress.finish();
   std::atomic<int64_t> next_row{0};
-  parallel(launch.executor, launch.config.workers, [&](int32_t i) {
+  parallel(launch.executor, workspace.workers, [&](int32_t i) {
     Steps steps(progress);
     float* row_scratch = workspace.scratch(i).staged;
     for (int64_t row = next_row.fetch_add(kRowsPerMerge);

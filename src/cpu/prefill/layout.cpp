@@ -67,6 +67,7 @@ PrefillScratch::PrefillScratch(Carver& carver, const Problem& p, const PrefillSh
 
 PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config, void* base)
     : shape(p, config, simd_floats()),
+      workers(static_cast<int32_t>(std::min<int64_t>(config.workers, shape.items))),
       problem_(p),
       arithmetic_(config.arithmetic),
       base_(static_cast<std::byte*>(base)) {
@@ -77,10 +78,9 @@ PrefillWorkspace::PrefillWorkspace(const Problem& p, const Config& config, void*
     partials.dim_v = p.dim_v;
     partials.carve(carver);
   }
-  partials_bytes_ = carver.used_bytes();
   Carver measure(nullptr);
   PrefillScratch(measure, p, shape, arithmetic_);
-  worker_bytes_ = measure.used_bytes();
+  scratches_ = {carver, measure};
 }
 
 int64_t PrefillWorkspace::work(const Tensors& t) const {
@@ -100,7 +100,7 @@ int64_t PrefillWorkspace::work(const Tensors& t) const {
 }
 
 PrefillScratch PrefillWorkspace::scratch(int32_t worker) const {
-  Carver carver(base_ + partials_bytes_ + worker_bytes_ * static_cast<size_t>(worker));
+  Carver carver(scratches_.at(base_, worker));
   return PrefillScratch(carver, problem_, shape, arithmetic_);
 }
 

@@ -72,12 +72,11 @@ class PrefillWorkspace {
   PrefillWorkspace(const Problem& problem, const Config& config, void* base);
 
   PrefillScratch scratch(int32_t worker) const;
-  size_t bytes(int32_t workers) const {
-    return partials_bytes_ + worker_bytes_ * static_cast<size_t>(workers);
-  }
+  size_t bytes() const { return scratches_.bytes(workers); }
 
   PrefillShape shape;
   Partials partials;
+  int32_t workers;  // that an item is left for
 
   int64_t work(const Tensors& tensors) const;  // of the whole run: see cpu/common/steps.h
 
@@ -85,8 +84,7 @@ class PrefillWorkspace {
   const Problem& problem_;
   Arithmetic arithmetic_;
   std::byte* base_;
-  size_t partials_bytes_ = 0;
-  size_t worker_bytes_ = 0;
+  WorkerScratches scratches_;
 };
 
 }  // namespace wh::cpu

@@ -1,7 +1,8 @@
 // cpu_reference as an entry of the registry.
+#include <algorithm>
 #include <atomic>
 
-#include "cpu/common/scratch.h"
+#include "core/carver.h"
 #include "cpu/reference/reference.h"
 #include "cpu/registry.h"
 #include "plan/work.h"
@@ -9,10 +10,17 @@
 namespace wh::cpu {
 namespace {
 
-size_t worker_bytes(const Problem& p) {
-  Carver carver(nullptr);
-  carver.take<std::byte>(static_cast<int64_t>(reference_workspace_bytes(p)));
-  return carver.used_bytes();
+int64_t rows_of(const Problem& p) { return p.batch * p.heads_q * p.len_q; }
+
+// That a row is left for.
+int32_t workers_of(const Problem& p, const Config& config) {
+  return static_cast<int32_t>(std::min<int64_t>(config.workers, rows_of(p)));
+}
+
+WorkerScratches scratches_of(const Problem& p) {
+  Carver one(nullptr);
+  one.take<std::byte>(static_cast<int64_t>(reference_workspace_bytes(p)));
+  return {Carver(nullptr), one};
 }
 
 Config configure(const Query& query) {
@@ -24,12 +32,13 @@ Config configure(const Query& query) {
 
 Status run(const Launch& launch) {
   const Problem& p = launch.problem;
-  const int64_t rows = p.batch * p.heads_q * p.len_q;
+  const int64_t rows = rows_of(p);
+  const WorkerScratches scratches = scratches_of(p);
   Progress& progress = launch.progress;
   progress.start(rows);
   std::atomic<int64_t> next{0};
-  parallel(launch.executor, launch.config.workers, [&](int32_t i) {
-    auto* scratch = static_cast<std::byte*>(launch.tensors.workspace) + worker_bytes(p) * i;
+  parallel(launch.executor, workers_of(p, launch.config), [&](int32_t i) {
+    std::byte* scratch = scratches.at(launch.tensors.workspace, i);
     for (int64_t row = next++; row < rows && !progress.is_cancelled(); row = next++) {
       progress.writing_out();
       reference_rows(p, launch.tensors, row, row + 1, reinterpret_cast<double*>(scratch));
@@ -40,7 +49,7 @@ Status run(const Launch& launch) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return worker_bytes(p) * static_cast<size_t>(config.workers);
+  return scratches_of(p).bytes(workers_of(p, config));
 }
 
 constexpr double kMultiplyAddUs = 1.5e-3;  // on one core: strided loads, conversions one at a time

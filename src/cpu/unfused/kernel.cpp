@@ -345,7 +345,7 @@ std::string variant(const Query&, const Config&) {
 size_t workspace_bytes(const Problem& p, const Config&) {
   Carver carver(nullptr);
   Workspace(carver, p);
-  return carver.used_bytes();
+  return carver.bytes();
 }
 
 constexpr double kScoreBytes = 4 * 4;  // written, read, written, read

@@ -25,9 +25,9 @@ struct Partials {
   int32_t splits = 1;
   int32_t columns = 0;  // dim_v in whole float4
 
-  // Lays the arrays out from `base` on, which is aligned to 16 bytes. One split leaves nothing.
+  // Lays the arrays out from `base` on. One split leaves nothing.
   static Partials at(void* base, const Problem& problem, int32_t splits);
-  size_t bytes() const;
+  static size_t bytes(const Problem& problem, int32_t splits);
 };
 
 // Merges in the order of the splits, so that the same splits give the same bits, adds the sinks,

@@ -264,7 +264,7 @@ std::string variant_text(const Query&, const Config& config) {
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
-  return Partials::at(nullptr, p, config.splits).bytes();
+  return Partials::bytes(p, config.splits);
 }
 
 double estimate_us(const Query& query, const Config& config) {

@@ -23,7 +23,7 @@ TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packe
 // Whether so many tiles differ in length and are more than the workers, so that claiming them from
 // a counter beats dealing them in turn.
 bool claims_tiles(const Problem& problem, int64_t tiles, int32_t workers);
-constexpr size_t kTileCounterBytes = 16;
+constexpr size_t kTileCounterBytes = sizeof(int32_t);
 
 // Too many tiles to count by int32.
 std::optional<std::string> tile_count_refusal(const Problem& problem);

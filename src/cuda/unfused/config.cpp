@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/carver.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/steps.h"
 #include "cuda/unfused/cublas_lt.h"
@@ -14,7 +15,6 @@ namespace wh::cuda {
 namespace {
 
 constexpr int64_t kScoreBytesAtOnce = int64_t{256} << 20;
-constexpr size_t kAlignment = 256;
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -99,25 +99,24 @@ UnfusedShape::UnfusedShape(const Problem& p) {
 UnfusedTypes::UnfusedTypes(const Problem& p, const Config& config)
     : tensors(p.dtype_q), packed(config.arithmetic == Arithmetic::kF32 ? Dtype::kF32 : p.dtype_q) {}
 
-UnfusedWorkspace::UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape& shape) : bytes(0) {
-  const auto take = [&](int64_t elements, size_t element_bytes) -> void* {
-    void* piece = base == nullptr ? nullptr : static_cast<std::byte*>(base) + bytes;
-    bytes +=
-        (static_cast<size_t>(elements) * element_bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return piece;
+UnfusedWorkspace::UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape& shape) {
+  constexpr size_t kAlignment = 256;  // what cuBLASLt likes
+  Carver carver(base, kAlignment);
+  const auto take_packed = [&](int64_t elements) -> void* {
+    return carver.take<std::byte>(elements * static_cast<int64_t>(dtype_bytes(packed)));
   };
-  const size_t element = dtype_bytes(packed);
   const int64_t n = shape.items_at_once;
-  q = take(n * shape.rows * shape.columns_qk, element);
-  k = take(n * shape.keys * shape.columns_qk, element);
-  v = take(n * shape.keys * shape.columns_v, element);
-  s = static_cast<float*>(take(n * shape.rows * shape.keys, sizeof(float)));
-  p = packed == Dtype::kF32 ? s : take(n * shape.rows * shape.keys, element);
-  o = static_cast<float*>(take(n * shape.rows * shape.columns_v, sizeof(float)));
-  m = static_cast<float*>(take(n * shape.rows, sizeof(float)));
-  l = static_cast<float*>(take(n * shape.rows, sizeof(float)));
-  has_special = static_cast<int32_t*>(take(1, sizeof(int32_t)));
-  gemm = take(kGemmBytes, 1);
+  q = take_packed(n * shape.rows * shape.columns_qk);
+  k = take_packed(n * shape.keys * shape.columns_qk);
+  v = take_packed(n * shape.keys * shape.columns_v);
+  s = carver.take<float>(n * shape.rows * shape.keys);
+  p = packed == Dtype::kF32 ? s : take_packed(n * shape.rows * shape.keys);
+  o = carver.take<float>(n * shape.rows * shape.columns_v);
+  m = carver.take<float>(n * shape.rows);
+  l = carver.take<float>(n * shape.rows);
+  has_special = carver.take<int32_t>(1);
+  gemm = carver.take<std::byte>(kGemmBytes);
+  bytes = carver.bytes();
 }
 
 const Kernel kUnfused{.name = "cuda_unfused",
