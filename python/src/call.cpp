@@ -69,10 +69,11 @@ int32_t causal_of(nb::handle causal) {
 
 int64_t window_side(nb::handle window, nb::handle side) {
   if (side.is_none()) return WH_UNLIMITED;
+  constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();
   int64_t keys = 0;
-  if (!nb::try_cast(side, keys) || keys < 0) {
-    fail_value("window is " + text_of(window) +
-               "; each side must be a number of keys from 0 on, or None for no limit");
+  if (!nb::try_cast(side, keys) || keys < 0 || keys > kLongest) {
+    fail_value("window is " + text_of(window) + "; each side must be a number of keys from 0 to " +
+               std::to_string(kLongest) + ", or None for no limit");
   }
   return keys;
 }
@@ -124,9 +125,10 @@ void check(wh_status status) {
 Call::Call(const Arguments& a)
     : q_object_(a.q),
       stream_(a.stream),
-      q_(a.q, "q", a.stream),
-      k_(a.k, "k", a.stream),
-      v_(a.v, "v", a.stream) {
+      access_(a.access),
+      q_(a.q, "q", a.stream, a.access),
+      k_(a.k, "k", a.stream, a.access),
+      v_(a.v, "v", a.stream, a.access) {
   wh_problem_init(&problem_, sizeof(problem_));
   wh_tensors_init(&tensors_, sizeof(tensors_));
   expect_4d(q_, "[batch, heads_q, len_q, dim_qk]");
@@ -203,7 +205,7 @@ void Call::read_options(const Arguments& a) {
 }
 
 void Call::read_mask(nb::handle object) {
-  mask_.emplace(object, "mask", stream_);
+  mask_.emplace(object, "mask", stream_, access_);
   const Tensor& mask = *mask_;
   expect_same_device(mask);
   if (mask.element == Element::kBool) {
@@ -232,7 +234,7 @@ void Call::read_mask(nb::handle object) {
 }
 
 void Call::read_sinks(nb::handle object) {
-  sinks_.emplace(object, "sinks", stream_);
+  sinks_.emplace(object, "sinks", stream_, access_);
   expect_same_device(*sinks_);
   expect_shape(*sinks_, {problem_.heads_q}, "[heads_q]");
   if (sinks_->element != Element::kFloat32) {
@@ -266,7 +268,7 @@ const int32_t* Call::read_keys(const char* name, nb::handle object, Keys& keys) 
     }
     return copy.data();
   }
-  keys.tensor.emplace(object, name, stream_);
+  keys.tensor.emplace(object, name, stream_, access_);
   const Tensor& tensor = *keys.tensor;
   expect_same_device(tensor);
   expect_shape(tensor, {problem_.batch}, "[batch]");
@@ -289,7 +291,7 @@ const int32_t* Call::read_keys(const char* name, nb::handle object, Keys& keys) 
 
 void Call::read_out(nb::handle object) {
   out = nb::borrow(object);
-  out_.emplace(object, "out", stream_);
+  out_.emplace(object, "out", stream_, Access::kWrite);
   expect_same_device(*out_);
   expect_shape(*out_, {problem_.batch, problem_.heads_q, problem_.len_q, problem_.dim_v},
                "[batch, heads_q, len_q, dim_v]");
@@ -304,7 +306,7 @@ void Call::read_out(nb::handle object) {
 
 void Call::read_log_sum_exp(nb::handle object) {
   log_sum_exp = nb::borrow(object);
-  log_sum_exp_.emplace(object, "log_sum_exp", stream_);
+  log_sum_exp_.emplace(object, "log_sum_exp", stream_, Access::kWrite);
   expect_same_device(*log_sum_exp_);
   expect_shape(*log_sum_exp_, {problem_.batch, problem_.heads_q, problem_.len_q},
                "[batch, heads_q, len_q]");

@@ -19,6 +19,7 @@ struct Arguments {
   bool return_log_sum_exp;
   nb::handle out, log_sum_exp;
   nb::handle stream;
+  Access access;  // of everything but what is written
 };
 
 struct Limits {
@@ -58,6 +59,7 @@ class Call {
   void expect_same_device(const Tensor& tensor) const;
 
   nb::handle q_object_, stream_;
+  Access access_;
   Tensor q_, k_, v_;
   std::optional<Tensor> out_, log_sum_exp_, mask_, sinks_;
   Keys key_lengths_, key_starts_;

@@ -97,9 +97,9 @@ nb::object sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::
                 nb::handle key_lengths, nb::handle key_starts, bool return_log_sum_exp,
                 nb::handle out, const Limits& limits, int32_t threads, nb::handle stream,
                 nb::handle empty) {
-  Arguments arguments{q,       k,          v,     scale,       causal,     window,
-                      softcap, mask,       sinks, key_lengths, key_starts, return_log_sum_exp,
-                      out,     nb::none(), stream};
+  Arguments arguments{q,       k,          v,      scale,        causal,     window,
+                      softcap, mask,       sinks,  key_lengths,  key_starts, return_log_sum_exp,
+                      out,     nb::none(), stream, Access::kRead};
   Call call(arguments);
   call.allocate(empty);
   call.run(limits.with_threads(threads));
@@ -113,7 +113,7 @@ nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::h
                nb::handle key_lengths, nb::handle key_starts, bool return_log_sum_exp,
                nb::handle out, const Limits& limits, int32_t threads, nb::handle stream) {
   const Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
-                   return_log_sum_exp, out, nb::none(), stream});
+                   return_log_sum_exp, out, nb::none(), stream, Access::kPlan});
   const wh_limits c_limits = limits.with_threads(threads);
   wh_plan* made = nullptr;
   const wh_status status = wh_plan_create(&call.problem(), &c_limits, &made);

@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace widehead_python {
@@ -90,6 +91,49 @@ bool is_numpy_bfloat16(nb::handle object) {
   return true;
 }
 
+nb::module_ errors() { return nb::module_::import_("widehead._errors"); }
+
+[[noreturn]] void fail(const nb::object& error) {
+  PyErr_SetObject(error.type().ptr(), error.ptr());
+  throw nb::python_error();
+}
+
+// Throws what says of the argument why its library does not export it. A Python error is set.
+[[noreturn]] void fail_export(nb::handle object, const char* name) {
+  const nb::python_error cause;
+  if (!cause.matches(PyExc_Exception)) throw cause;  // as an interrupt
+  fail(errors().attr("unreadable")(name, object, cause.value()));
+}
+
+// What the object's method of no arguments answers, False where it has none.
+bool is_true(nb::handle object, PyObject* method) {
+  PyObject* const answer = PyObject_CallMethodObjArgs(object.ptr(), method, nullptr);
+  if (answer == nullptr) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw nb::python_error();
+    PyErr_Clear();
+    return false;
+  }
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
+// PyTorch negates a view, as of a conjugate's imaginary part, by a bit beside its memory, and makes
+// zeros without any; DLPack knows neither.
+bool is_lazy(nb::handle object, const dltensor& tensor) {
+  static PyObject* const is_negated = PyUnicode_InternFromString("is_neg");
+  static PyObject* const is_zero = PyUnicode_InternFromString("_is_zerotensor");
+  if (tensor.data != nullptr) return is_true(object, is_negated);
+  const int64_t* const begin = tensor.shape;
+  const int64_t* const end = begin + tensor.ndim;
+  return std::find(begin, end, 0) == end && is_true(object, is_zero);
+}
+
+nb::object made_real(nb::handle object, const dltensor& tensor, Access access) {
+  // The same layout without the values, of which a plan needs none.
+  if (access == Access::kPlan) return nb::module_::import_("torch").attr("empty_like")(object);
+  return object.attr(tensor.data == nullptr ? "clone" : "resolve_neg")();
+}
+
 }  // namespace
 
 const char* name_of(Element element) {
@@ -99,11 +143,12 @@ const char* name_of(Element element) {
   return "other";
 }
 
-Tensor::Tensor(nb::handle object, const char* name_, nb::handle stream) : name(name_) {
+Tensor::Tensor(nb::handle object, const char* name_, nb::handle stream, Access access)
+    : name(name_) {
   Spec* spec = nullptr;
   if (nb::try_cast(object, spec, false) && spec != nullptr) {
     read_spec(*spec);
-  } else if (!read_by_exchange(object)) {
+  } else if (!read_by_exchange(object, access)) {
     read_by_method(object, stream);
   }
 }
@@ -142,11 +187,16 @@ void Tensor::read_spec(const Spec& spec) {
   element = spec.element;
 }
 
-bool Tensor::read_by_exchange(nb::handle object) {
+bool Tensor::read_by_exchange(nb::handle object, Access access) {
   const DlExchange* exchange = exchange_of(object);
   if (exchange == nullptr || exchange->borrow == nullptr) return false;
   dltensor tensor;
-  if (exchange->borrow(object.ptr(), &tensor) != 0) throw nb::python_error();
+  if (exchange->borrow(object.ptr(), &tensor) != 0) fail_export(object, name);
+  if (is_lazy(object, tensor)) {
+    if (access == Access::kWrite) fail(errors().attr("unwritable")(name));
+    owner_ = made_real(object, tensor, access);
+    if (exchange->borrow(owner_.ptr(), &tensor) != 0) fail_export(object, name);
+  }
   read(tensor);
   if (on_cuda() && exchange->current_stream(kDlCuda, device_id, &stream) != 0) {
     throw nb::python_error();
@@ -166,14 +216,19 @@ void Tensor::read_by_method(nb::handle object, nb::handle stream) {
          "; it must be an array that supports DLPack (NumPy, PyTorch, JAX, MLX, CuPy and others)")
             .c_str());
   }
-  capsule_ = call_dlpack(method, stream);
-  if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned")) {
+  try {
+    owner_ = call_dlpack(method, stream);
+  } catch (nb::python_error& error) {
+    error.restore();
+    fail_export(object, name);
+  }
+  if (PyCapsule_IsValid(owner_.ptr(), "dltensor_versioned")) {
     const auto* managed = static_cast<DlManagedTensorVersioned*>(
-        PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned"));
+        PyCapsule_GetPointer(owner_.ptr(), "dltensor_versioned"));
     read(managed->tensor);
     is_read_only = (managed->flags & kDlReadOnly) != 0;
-  } else if (PyCapsule_IsValid(capsule_.ptr(), "dltensor")) {
-    read(static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"))->tensor);
+  } else if (PyCapsule_IsValid(owner_.ptr(), "dltensor")) {
+    read(static_cast<DlManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"))->tensor);
   } else {
     throw nb::type_error((std::string(name) + ".__dlpack__() answered with no tensor").c_str());
   }
@@ -190,6 +245,9 @@ std::string Tensor::dtype_text() const {
   if (element != Element::kOther) return name_of(element);
   const char* names[] = {"int", "uint", "float"};
   if (dtype_.code < std::size(names)) return names[dtype_.code] + std::to_string(dtype_.bits);
+  if (dtype_.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Complex)) {
+    return "complex" + std::to_string(dtype_.bits);
+  }
   return "of DLPack type " + std::to_string(dtype_.code);
 }
 

@@ -28,14 +28,19 @@ struct Spec {
   int32_t device_id;
 };
 
+// What a call does with the memory of an array: a plan looks at the layout alone.
+enum class Access { kPlan, kRead, kWrite };
+
 class Tensor {
  public:
   static constexpr int kMaxDims = 4;
 
   // Borrows `object`, which must outlive this. `stream`: where the work will run, a Python int, or
-  // None when the array's library names its own or needs none. Throws TypeError for what is no
-  // array, BufferError as its library says.
-  Tensor(nb::handle object, const char* name, nb::handle stream);
+  // None when the array's library names its own or needs none. PyTorch's lazy tensors, whose memory
+  // is not their value (negated views, zeros), are made real first; they cannot be written. Throws
+  // TypeError for what is no array, and what widehead._errors.unreadable says where its library
+  // does not hand out the memory.
+  Tensor(nb::handle object, const char* name, nb::handle stream, Access access);
 
   const char* name = nullptr;
   Element element = Element::kOther;
@@ -56,11 +61,11 @@ class Tensor {
  private:
   void read(const dltensor& tensor);
   void read_spec(const Spec& spec);
-  bool read_by_exchange(nb::handle object);
+  bool read_by_exchange(nb::handle object, Access access);
   void read_by_method(nb::handle object, nb::handle stream);
 
   nb::dlpack::dtype dtype_;
-  nb::object capsule_;  // owns what __dlpack__ handed out
+  nb::object owner_;  // what __dlpack__ handed out, or the real tensor of a lazy one
 };
 
 // A new array of q's library, on q's device. Null when the library does not offer it to C.

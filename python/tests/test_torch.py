@@ -215,6 +215,8 @@ WRONG = {
     "window": ({"window": 7}, ValueError),
     "window list": ({"window": [7, 0]}, ValueError),
     "window side": ({"window": (-2, 0)}, ValueError),
+    "window side past every length": ({"window": (0, 2**31)}, ValueError),
+    "window side past 64 bits": ({"window": (2**64, None)}, ValueError),
     "three sides": ({"window": (1, 2, 3)}, ValueError),
     "scale": ({"scale": float("nan")}, ValueError),
     "lengths": ({"key_lengths": [1, 78]}, ValueError),
@@ -230,6 +232,204 @@ def test_the_operator_says_what_the_direct_call_says(case):
     with pytest.raises(error) as through_operator:
         widehead.sdpa(q.requires_grad_(), k, v, **options)
     assert str(through_operator.value) == str(direct.value)
+    assert "-1" not in str(direct.value) and "window_" not in str(direct.value)
+
+
+def negated(tensor):
+    """The same numbers as a lazily negated view: its memory holds the others."""
+    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert view.is_neg() and torch.equal(view, tensor)
+    return view
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sinks"])
+@pytest.mark.parametrize("route", ["direct", "operator", "from NumPy"])
+def test_negated_views_are_read_by_their_value(name, route):
+    arguments = dict(zip("qkv", tensors()), mask=torch.randn(33, 77), sinks=torch.randn(4))
+    expected = widehead.sdpa(**arguments)
+    arguments[name] = negated(arguments[name])
+    if route == "operator":
+        arguments["q"].requires_grad_()
+    if route == "from NumPy" and name != "q":
+        arguments["q"] = arguments["q"].numpy()
+    actual = widehead.sdpa(**arguments)
+    assert torch.equal(torch.as_tensor(actual), expected)
+    assert widehead.plan(**arguments).kernel is not None
+
+
+def test_negated_views_are_read_by_their_value_in_pytorchs_signature():
+    q, k, v = tensors(heads=(4, 4), dim=(64, 64))
+    mask = torch.randn(33, 77)
+    expected = widehead.torch.sdpa(q, k, v, mask)
+    actual = widehead.torch.sdpa(negated(q), negated(k), negated(v), negated(mask))
+    assert torch.equal(actual, expected)
+    fewer = widehead.torch.attention_rows(negated(q), negated(k), negated(v), mask=negated(mask))
+    assert torch.equal(fewer.transpose(1, 2), expected)
+
+
+def test_a_plan_makes_no_values_real():
+    q, k, v = tensors()
+    huge = torch.zeros(1).expand(2, 2, 77, 64)
+    view = torch.complex(huge, huge)[:, :, ::7].conj().imag
+    assert widehead.plan(q, view, view).to_dict() == widehead.plan(
+        q, torch.empty_like(view), torch.empty_like(view)
+    ).to_dict()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sinks"])
+@pytest.mark.parametrize("route", ["direct", "operator"])
+def test_zero_tensors_are_zeros(name, route):
+    arguments = dict(zip("qkv", tensors()), mask=torch.randn(33, 77), sinks=torch.randn(4))
+    shape = arguments[name].shape
+    expected = widehead.sdpa(**{**arguments, name: torch.zeros(shape)})
+    arguments[name] = torch._efficientzerotensor(shape)
+    if route == "operator":
+        arguments["k" if name == "q" else "q"].requires_grad_()
+    assert torch.equal(widehead.sdpa(**arguments), expected)
+    assert widehead.plan(**arguments).kernel is not None
+
+
+@pytest.mark.parametrize("route", ["direct", "operator"])
+@pytest.mark.parametrize("kind", ["negated", "zero"])
+def test_a_lazy_out_is_refused(kind, route):
+    q, k, v = tensors()
+    shape = (2, 4, 33, 48)
+    out = negated(torch.zeros(shape)) if kind == "negated" else torch._efficientzerotensor(shape)
+    if route == "operator":
+        q.requires_grad_()
+    with pytest.raises(TypeError, match="out is a lazily negated view or a lazy zero tensor"):
+        widehead.sdpa(q, k, v, out=out)
+    if route == "direct":
+        with pytest.raises(TypeError, match="out is a lazily negated view or a lazy zero tensor"):
+            widehead.plan(q, k, v, out=out)
+
+
+UNREADABLE = {
+    "sparse": (lambda x: x.to_sparse(), "is a torch.sparse_coo tensor; it must be dense: pass"),
+    "compressed": (lambda x: x.reshape(-1, x.shape[-1]).to_sparse_csr(), "is a torch.sparse_csr tensor"),
+    "nested": (
+        lambda x: torch.nested.as_nested_tensor(list(x.unsqueeze(0))), "is a nested tensor; it must be dense: pass",
+    ),
+    "jagged": (
+        lambda x: torch.nested.as_nested_tensor(list(x.unsqueeze(0)), layout=torch.jagged),
+        "is a nested tensor; it must be dense: pass",
+    ),
+    "conjugate": (lambda x: torch.complex(x, x).conj(), "is complex64; it must be"),
+    "complex": (lambda x: torch.complex(x, x), "is complex64; it must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sinks", "out"])
+def test_what_has_no_plain_memory_is_refused_by_name(name, kind):
+    make, message = UNREADABLE[kind]
+    arguments = dict(zip("qkv", tensors()), mask=torch.randn(33, 77), sinks=torch.randn(4))
+    arguments["out"] = torch.empty(2, 4, 33, 48)
+    arguments[name] = make(arguments[name])
+    with pytest.raises(TypeError, match=f"^{name} {message}"):
+        widehead.plan(**arguments)
+    with pytest.raises(TypeError, match=f"^{name} {message}"):
+        widehead.sdpa(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "jagged"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_pytorchs_signature_refuses_by_its_own_names(name, kind):
+    make, message = UNREADABLE[kind]
+    q, k, v = tensors(heads=(4, 4))
+    arguments = {"query": q, "key": k, "value": v, "attn_mask": torch.randn(33, 77)}
+    arguments[name] = make(arguments[name])
+    with pytest.raises(TypeError, match=f"^{name} {message}"):
+        widehead.torch.sdpa(**arguments)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sinks"])
+def test_tangents_are_refused_by_name(name):
+    arguments = dict(zip("qkv", tensors()), mask=torch.randn(33, 77), sinks=torch.randn(4))
+    expected = widehead.sdpa(**arguments)
+    value, tangent = arguments[name], torch.ones_like(arguments[name])
+    message = f"^{name} carries a tangent of forward-mode differentiation"
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(widehead.sdpa(**arguments), expected)  # none of them carries one
+        dual = {**arguments, name: torch.autograd.forward_ad.make_dual(value, tangent)}
+        with pytest.raises(NotImplementedError, match=message):
+            widehead.sdpa(**dual)
+        if name in "qkv":
+            with pytest.raises(NotImplementedError, match=message):
+                widehead.torch.sdpa(dual["q"], dual["k"], dual["v"], enable_gqa=True)
+
+    def of(x):
+        return widehead.sdpa(**{**arguments, name: x})
+
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(of, (value,), (tangent,))
+    two = torch.stack([value, value])
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(torch.func.vmap(of), (two,), (torch.ones_like(two),))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.vmap(lambda x: torch.func.jvp(of, (x,), (tangent,))[1])(two)
+
+
+BROADCAST = {
+    "batch of keys": ((3, 4, 33, 64), (1, 4, 77, 64), (1, 4, 77, 64)),
+    "batch of queries": ((1, 4, 33, 64), (3, 4, 77, 64), (3, 4, 77, 64)),
+    "batch of values": ((3, 4, 33, 64), (3, 4, 77, 64), (1, 4, 77, 64)),
+    "heads of keys": ((3, 4, 33, 64), (3, 1, 77, 64), (3, 4, 77, 64)),
+    "heads of values": ((3, 4, 33, 64), (3, 4, 77, 64), (3, 1, 77, 64)),
+    "heads of both": ((3, 4, 33, 64), (3, 1, 77, 64), (3, 1, 77, 64)),
+    "heads of queries": ((3, 1, 33, 64), (3, 4, 77, 64), (3, 4, 77, 64)),
+    "no batch of keys": ((3, 4, 33, 64), (4, 77, 64), (4, 77, 64)),
+    "no batch of queries": ((4, 33, 64), (3, 4, 77, 64), (3, 4, 77, 64)),
+    "no heads": ((33, 64), (3, 4, 77, 64), (77, 64)),
+    "two leading": ((3, 2, 4, 33, 64), (3, 1, 4, 77, 64), (1, 2, 4, 77, 64)),
+    "one and two leading": ((3, 2, 4, 33, 64), (2, 4, 77, 64), (1, 4, 77, 64)),
+    "grouped": ((3, 4, 33, 64), (1, 2, 77, 64), (3, 2, 77, 64), True),
+    "grouped values": ((3, 4, 33, 64), (3, 2, 77, 64), (3, 1, 77, 64), True),
+}
+
+
+@pytest.mark.parametrize("case", BROADCAST)
+@pytest.mark.parametrize("mask", [None, (33, 77), (4, 1, 77), (1, 1, 33, 77)])
+def test_sdpa_broadcasts_as_pytorchs_does(case, mask):
+    q_shape, k_shape, v_shape, *grouped = BROADCAST[case]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(q_shape), torch.randn(k_shape), torch.randn(v_shape)
+    options = {"enable_gqa": bool(grouped), "attn_mask": None if mask is None else torch.randn(mask)}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(q, k, v, **options)
+    actual = widehead.torch.sdpa(q, k, v, **options)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    if mask is None:
+        torch._dynamo.reset()
+        compiled = torch.compile(widehead.torch.sdpa, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(q, k, v, **options), actual)
+
+
+def test_sdpa_says_what_does_not_broadcast():
+    q = torch.randn(3, 4, 33, 64)
+    for k_shape, v_shape, message in (
+        ((3, 2, 77, 64), (3, 2, 77, 64), "query has 4 heads and key 2; they must be equal, or 1, or"),
+        ((3, 4, 77, 64), (3, 2, 77, 64), "key has 4 heads and value 2; they must be equal, or 1"),
+        ((2, 4, 77, 64), (2, 4, 77, 64), r"leading dimensions \[3\], \[2\] and \[2\]; they must"),
+    ):
+        k, v = torch.randn(k_shape), torch.randn(v_shape)
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v)
+        with pytest.raises(ValueError, match=message):
+            widehead.torch.sdpa(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_masks_of_another_type_run_under_autocast(dtype, mask_dtype):
+    q, k, v = tensors(heads=(4, 4), dim=(64, 64))
+    mask = torch.randn(33, 77).to(mask_dtype)
+    with torch.autocast("cpu", dtype):
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        actual = widehead.torch.sdpa(q, k, v, mask)
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
 
 
 FIRST_CALL = """

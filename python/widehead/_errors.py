@@ -24,3 +24,32 @@ class Refused(RuntimeError):
 
     def __reduce__(self) -> tuple[type[Refused], tuple[str, str]]:
         return (Refused, (str(self), self._plan_json))
+
+
+def unreadable(name: str, array: Any, cause: BaseException | None = None) -> Exception:
+    """The error for an array that has no plain memory to be read or written: by its name, with what
+    it is and what would be valid. ``cause``: what its library said."""
+    layout = str(getattr(array, "layout", "torch.strided"))  # only PyTorch's tensors have one
+    device = getattr(array, "device", None)
+    error: Exception
+    if getattr(array, "is_nested", False):
+        error = TypeError(
+            f"{name} is a nested tensor; it must be dense: pass {name}.to_padded_tensor(0.0) and key "
+            "lengths"
+        )
+    elif layout != "torch.strided":
+        error = TypeError(f"{name} is a {layout} tensor; it must be dense: pass {name}.to_dense()")
+    elif getattr(device, "type", None) == "meta":
+        error = ValueError(f"{name} is on meta, without memory; it must be on the CPU or on a CUDA device")
+    else:
+        error = BufferError(f"{name} cannot be read: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def unwritable(name: str) -> Exception:
+    """The error for a lazy tensor of PyTorch as an output."""
+    return TypeError(
+        f"{name} is a lazily negated view or a lazy zero tensor, whose memory is not its value; it "
+        "must be a tensor with memory of its own"
+    )

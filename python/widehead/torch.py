@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from widehead import _core
 from widehead._arrays import Arguments, library_of_type
+from widehead._errors import unreadable, unwritable
 from widehead._limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["attention_rows", "override_sdpa", "sdpa"]
@@ -30,6 +32,12 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
     )
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Where they are among the arguments.
+_TENSORS = {
+    "q": 0, "k": 1, "v": 2, "mask": 7, "sinks": 8, "key_lengths": 9, "key_starts": 10, "out": 12,
+}  # fmt: skip
+_STRIDED = torch.strided
+_LONGEST = 2**31 - 1  # lengths are int32
 # By names of their own: looked up through three modules they would cost as much as they take.
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -132,6 +140,27 @@ def _needs_operator(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> bool:
     return False
 
 
+def _refuse_tangents(arguments: Arguments) -> None:
+    """Inside ``dual_level`` and ``torch.func.jvp``: a tangent would be dropped without a word."""
+    for name, index in _TENSORS.items():
+        value = arguments[index]
+        if not isinstance(value, Tensor):
+            continue
+        while torch._C._functorch.is_batchedtensor(value):  # vmap has no rule for the question
+            value = torch._C._functorch.get_unwrapped(value)
+        if torch._VF._unpack_dual(value, level=forward_ad._current_level)[1] is not None:
+            raise NotImplementedError(
+                f"{name} carries a tangent of forward-mode differentiation, which widehead does not "
+                "have; use F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+            )
+
+
+def _expect_dense(name: str, tensor: Any) -> None:
+    """The operator's part of what the direct call says itself."""
+    if isinstance(tensor, Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
+        raise unreadable(name, tensor)
+
+
 def _causal_of(causal: Any) -> str:
     """As the operator takes it. The messages are those of the direct call, which compiled code and
     fake tensors never reach."""
@@ -154,10 +183,10 @@ def _sides_of(window: Any) -> tuple[int, int]:
     if not isinstance(window, tuple) or len(window) != 2:
         raise ValueError(f"window is {window!r}; it must be a tuple (left, right) of keys")
     for side in window:
-        if side is not None and side < 0:
+        if side is not None and not 0 <= side <= _LONGEST:
             raise ValueError(
-                f"window is {window!r}; each side must be a number of keys from 0 on, or None for "
-                "no limit"
+                f"window is {window!r}; each side must be a number of keys from 0 to {_LONGEST}, or "
+                "None for no limit"
             )
     left, right = window
     return -1 if left is None else left, -1 if right is None else right
@@ -175,8 +204,16 @@ def attention(arguments: Arguments, limits: Limits) -> Any:
         q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
         return_log_sum_exp, out,
     ) = arguments  # fmt: skip
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
     if not _needs_operator(q, k, v, mask, sinks, key_lengths, key_starts, out):
         return _core.sdpa(*arguments, limits._core, torch.get_num_threads(), None, None)
+    for name, index in _TENSORS.items():
+        _expect_dense(name, arguments[index])
+    if out is not None and (out.is_neg() or out._is_zerotensor()):
+        raise unwritable("out")
+    if sinks is not None and not _is_compiling() and sinks._is_zerotensor():
+        sinks = sinks.clone()  # the dispatcher makes it real with a stride of 0, which is refused
     left, right = _sides_of(window)
     result, log_sum_exp = torch.ops.widehead.attention(
         q, k, v, mask, sinks, _keys_tensor(key_lengths, q), _keys_tensor(key_starts, q), scale,
@@ -216,14 +253,61 @@ def attention_rows(
     return result.transpose(1, 2)
 
 
+def _has_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast hands to PyTorch's attention. A mask stays as precise as it is."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not _has_autocast(tensor):
         return tensor
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _batched(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+    """The three with 4 dimensions and one batch, and the leading dimensions that it stands for.
+
+    Leading dimensions and heads of 1 stand for any number, as in PyTorch. One kv head is not
+    repeated: it serves every query head as it is.
+    """
+    if query.dim() == key.dim() == value.dim() == 4 and key.shape[:3] == value.shape[:3]:
+        if query.shape[:2] == key.shape[:2]:
+            return query, key, value, query.shape[:1]
+    tensors = tuple(
+        tensor if tensor.dim() > 2 else tensor.unsqueeze(-3) for tensor in (query, key, value)
+    )
+    heads_q, heads_k, heads_v = (tensor.shape[-3] for tensor in tensors)
+    heads_kv = max(heads_k, heads_v)
+    if min(heads_k, heads_v) not in (1, heads_kv):
+        raise ValueError(f"key has {heads_k} heads and value {heads_v}; they must be equal, or 1")
+    if heads_q != heads_kv and heads_kv != 1 and not enable_gqa:
+        if heads_q != 1:
+            raise ValueError(
+                f"query has {heads_q} heads and key {heads_kv}; they must be equal, or 1, or "
+                "enable_gqa True"
+            )
+        heads_q = heads_kv
+    try:
+        leading = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        shapes = [list(tensor.shape[:-3]) for tensor in tensors]
+        raise ValueError(
+            f"query, key and value have leading dimensions {shapes[0]}, {shapes[1]} and {shapes[2]}; "
+            "they must be equal, or 1"
+        ) from error
+    batch = math.prod(leading)  # -1 would be ambiguous for tensors of no elements
+    q, k, v = (
+        tensor.expand((*leading, heads, *tensor.shape[-2:])).reshape(
+            (batch, heads, *tensor.shape[-2:])
+        )
+        for tensor, heads in zip(tensors, (heads_q, heads_kv, heads_kv))
+    )
+    return q, k, v, leading
 
 
 def sdpa(
@@ -240,38 +324,36 @@ def sdpa(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` by Widehead.
 
-    The same arguments and meaning: leading dimensions as in PyTorch, ``is_causal`` aligned
-    top-left, boolean masks attend where True, query, key and value cast to autocast's type where it
-    is on. Beyond it: ``is_causal`` may be combined with a mask, rows without a visible key are 0
-    instead of NaN, and ``limits``.
+    The same arguments and meaning: leading dimensions as in PyTorch, broadcast where they or the
+    heads are 1, ``is_causal`` aligned top-left, boolean masks attend where True, query, key and
+    value cast to autocast's type where it is on. Beyond it: ``is_causal`` may be combined with a
+    mask, rows without a visible key are 0 instead of NaN, and ``limits``.
 
     query: [..., heads_q, len_q, dim_qk]; key, value: [..., heads_kv, len_k, dim]; without
-    ``enable_gqa`` the numbers of heads must be equal. Raises ValueError for dropout.
+    ``enable_gqa`` the numbers of heads must be equal, or 1. Raises ValueError for dropout.
     """
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be 0: widehead is for inference")
-    heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key)]
-    if heads[0] != heads[1] and not enable_gqa:
-        raise ValueError(
-            f"query has {heads[0]} heads and key {heads[1]}; they must be equal, or enable_gqa True"
-        )
-    leading = query.shape[:-3]
-    batch = math.prod(leading)  # -1 would be ambiguous for tensors of no elements
-    q, k, v = (
-        tensor if tensor.dim() == 4 else tensor.reshape((batch, count, *tensor.shape[-2:]))
-        for tensor, count in (
-            (_autocast(query), heads[0]), (_autocast(key), heads[1]), (_autocast(value), heads[1]),
-        )
-    )  # fmt: skip
+    is_strided = query.layout is key.layout is value.layout is _STRIDED
+    if not is_strided or query.is_nested or key.is_nested or value.is_nested:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            _expect_dense(name, tensor)
+    q, k, v, leading = _batched(_autocast(query), _autocast(key), _autocast(value), enable_gqa)
     mask = attn_mask
-    if mask is not None and query.dim() > 4 and mask.dim() > 3:
-        mask = mask.expand((*leading, *mask.shape[-3:])).reshape((batch, *mask.shape[-3:]))
+    if mask is not None:
+        _expect_dense("attn_mask", mask)
+        is_short = mask.dtype in (torch.float16, torch.bfloat16)
+        if is_short and mask.dtype != q.dtype and _has_autocast(mask):
+            mask = mask.float()  # PyTorch rounds it to q's type
+        if len(leading) > 1 and mask.dim() > 3:
+            mask = mask.expand((*leading, *mask.shape[-3:])).reshape((-1, *mask.shape[-3:]))
     out: Tensor = attention(
         (q, k, v, scale, "top_left" if is_causal else False, None, None, mask, None, None, None,
          False, None),
         DEFAULT_LIMITS if limits is None else limits,
     )  # fmt: skip
-    shape = (*query.shape[:-1], value.shape[-1])
+    heads = out.shape[1:2] if max(query.dim(), key.dim(), value.dim()) > 2 else ()
+    shape = (*leading, *heads, *out.shape[2:])
     return out if out.shape == shape else out.reshape(shape)
 
 
