@@ -2,13 +2,17 @@
 // accumulators: a thread holds columns 8 i + 2 (lane % 4) + {0, 1} of rows lane / 4 and lane / 4
 // + 8.
 //
-// A weight is 2^(score * scale - shift) with shift = largest * scale, one fused instruction a
-// score. The shift is rounded and the product in the instruction is not: the largest score's weight
-// is 2^rest instead of 1, with |rest| up to half a unit in the last place of the shift. All weights
-// of a row and their sum share that factor, so it cancels; but from a shift of some 2^30 on it is
-// no number of f32 any more (masks that hold -1e12 answered 0, those with -1e20 NaN). So where a
-// shift is larger than any that scores of a model reach, a warp subtracts the largest score first,
-// which takes an instruction more a score.
+// A weight is 2^(score * scale - shift), one fused instruction a score, with shift = largest *
+// scale. `largest` need not be the largest score: it follows only once that is 2^8 times heavier.
+// Sums of f32 do not mind, 16-bit weights keep their precision, and almost no tile has anything to
+// rescale: that was a tenth to a quarter of the instructions of a tile.
+//
+// The shift is rounded and the product in the instruction is not: the weight of `largest` is 2^rest
+// instead of 1, with |rest| up to half a unit in the last place of the shift. All weights of a row
+// and their sum share that factor, so it cancels; but from a shift of some 2^30 on it is no number
+// of f32 any more (masks that hold -1e12 answered 0, those with -1e20 NaN). So where a shift is
+// larger than any that scores of a model reach, a warp subtracts the largest score first, which
+// takes an instruction more a score.
 #pragma once
 
 #include <cmath>
@@ -28,59 +32,60 @@ __device__ __forceinline__ float log_sum_exp(RowWeight weight) {
 }
 
 struct OnlineSoftmax {
-  float largest[2] = {-INFINITY, -INFINITY};  // over the quad, in units of the scores
+  float largest[2] = {-INFINITY, -INFINITY};  // about, over the quad, in units of the scores
   float sum[2] = {0, 0};                      // of this thread's columns alone, until finish()
   float correction[2] = {1, 1};               // of what was summed before the last tile
+  bool corrects = false;                      // whether it is not 1 in some row of the warp
 
+  // How much heavier than `largest` a score may be, in base 2.
+  static constexpr float kHeadroom = 8;
   // Beyond it a warp subtracts first.
   static constexpr float kLargestFusedShift = 0x1p20f;
-  // Up to it the largest score's weight is 2^rest, beyond it exactly 1. Not the same bound: where
-  // the two ways meet, from one tile to the next, both leave the same factor.
+  // Up to it the weight of `largest` is 2^rest, beyond it exactly 1. Not the same bound: where the
+  // two ways meet, from one tile to the next, both leave the same factor.
   static constexpr float kLargestShiftWithRest = 0x1p22f;
 
-  // The largest score of row r so far, and in `s`.
+  // The largest score of row r in `s`.
   template <int kCount>
-  __device__ __forceinline__ float top(const float (&s)[kCount], int r) const {
-    float top = largest[r];
+  static __device__ __forceinline__ float top(const float (&s)[kCount], int r) {
+    float top = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i)
+    for (int i = 1; i < kCount / 4; ++i)
       top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   }
 
-  // Makes `tops` the largest scores. May subtract them from `s`, which weigh() knows.
+  // Takes in the largest scores of a tile. May subtract from `s`, which weigh() knows.
   template <int kCount>
   __device__ __forceinline__ void raise(float (&s)[kCount], const float (&tops)[2],
                                         float scale_log2) {
-    float old[2];
+    correction[0] = correction[1] = 1;
+    corrects = __any_sync(~0u, tops[0] > limit_[0] || tops[1] > limit_[1]);
+    if (!corrects) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      old[r] = largest[r];
-      largest[r] = tops[r];
+      const float old = largest[r];
+      largest[r] = fmaxf(old, tops[r]);
       // A row that has seen nothing yet must not compute inf - inf.
-      shift_[r] = tops[r] == -INFINITY ? 0.0f : __fmul_rn(tops[r], scale_log2);
-      // Both products are rounded before they are subtracted: the correction is exactly 1 where the
-      // largest score stays.
-      correction[r] = ptx::exp2_approx(__fmul_rn(old[r], scale_log2) - shift_[r]);
-    }
-    const float farthest = fmaxf(fabsf(shift_[0]), fabsf(shift_[1]));
-    if (__any_sync(~0u, farthest > kLargestFusedShift)) {
+      const float base = largest[r] == -INFINITY ? 0.0f : largest[r];
+      const float shift = __fmul_rn(base, scale_log2), beside = rest(base, scale_log2);
+      const bool is_far = fabsf(shift) > kLargestFusedShift;
+      limit_[r] = is_far ? -INFINITY : largest[r] + __fdividef(kHeadroom, scale_log2);
+      shift_[r] = is_far ? -beside : shift;
+      const float less = is_far ? base : 0.0f;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float base = tops[r] == -INFINITY ? 0.0f : tops[r];
-#pragma unroll
-        for (int i = 0; i < kCount / 4; ++i) {
-          s[4 * i + 2 * r] -= base;
-          s[4 * i + 2 * r + 1] -= base;
-        }
-        shift_[r] = -rest(base, scale_log2);
-        correction[r] = ptx::exp2_approx(
-            fmaf(old[r] - base, scale_log2, -shift_[r] - rest(old[r], scale_log2)));
+      for (int i = 0; i < kCount / 4; ++i) {
+        s[4 * i + 2 * r] -= less;
+        s[4 * i + 2 * r + 1] -= less;
+      }
+      // Exactly 1 where nothing rises.
+      if (old < largest[r]) {
+        correction[r] =
+            ptx::exp2_approx(fmaf(old - base, scale_log2, beside - rest(old, scale_log2)));
+        sum[r] *= correction[r];
       }
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] *= correction[r];
   }
   // Both rows' largest scores before either's exponentials: one after the other, a warp would wait
   // twice for the shuffles.
@@ -151,7 +156,8 @@ struct OnlineSoftmax {
     return fabsf(shift) > kLargestShiftWithRest && fabsf(beside) <= 64 ? beside : 0.0f;
   }
 
-  float shift_[2];  // of exponents, from raise() to weigh()
+  float shift_[2] = {0, 0};                  // of exponents
+  float limit_[2] = {-INFINITY, -INFINITY};  // the largest score that changes nothing
 };
 
 }  // namespace wh::cuda

@@ -40,15 +40,18 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
                : "memory");
 }
 
-// Returns once the phase with this parity is complete.
+// Returns once the phase with this parity is complete. The warp sleeps until then: without a time
+// it asks again and again, which was a sixth of all instructions of sm90_prefill, cleaners' and
+// producer's.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  constexpr uint32_t kLongestSleepNs = 10'000'000;
   asm volatile(
       "{\n.reg .pred done;\n"
-      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n}" ::"r"(barrier),
-      "r"(parity)
+      "r"(parity), "r"(kLongestSleepNs)
       : "memory");
 }
 

@@ -191,7 +191,7 @@ class Consumer {
     softmax_.weigh(s, scale_log2_);
 #pragma unroll
     for (int i = 0; i < kTileK / 4; ++i) p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
-    if (__any_sync(~0u, softmax_.correction[0] != 1 || softmax_.correction[1] != 1)) {
+    if (softmax_.corrects) {
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) o_[i] *= softmax_.correction[i / 2 % 2];
     }

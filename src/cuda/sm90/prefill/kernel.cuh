@@ -5,10 +5,10 @@
 // warpgroup loads Q and then K and V tiles by TMA, two stages each, from the last visible key to
 // the first. Each consumer warpgroup owns 64 rows: it issues S = Q K(n)^T, then O += P V(n+1),
 // finds the largest scores of S(n) while the second product runs, and weighs them while the other
-// warpgroups' products do; P stays in registers. Up to dim 192 consumers issue in turn, so that
-// one's softmax falls into another's products. The output goes from registers to memory, so that
-// the next Q is on its way as soon as the last S is done. The other warps of the producer warpgroup
-// clean V tiles in which some key is hidden from some row.
+// warpgroups' products do; P stays in registers. Three consumers (dim 64) issue in turn, so that
+// one's softmax falls into another's products; two fall into that by themselves. The output goes
+// from registers to memory, so that the next Q is on its way as soon as the last S is done. The
+// other warps of the producer warpgroup clean V tiles in which some key is hidden from some row.
 //
 // Causal, windows, key lengths and starts and ragged ends are key ranges computed per tile: tiles
 // outside are not loaded, tiles inside are not masked.
@@ -63,13 +63,10 @@ struct PrefillBlock {
   static constexpr int kStages = kTile.stages;
   static constexpr int kWarpgroups = kTile.warpgroups;
   static constexpr int kCleaners = 96;  // threads
-  // Where O is wide, its rescaling hides behind S = Q K^T; where it is narrow, behind P V.
-  static constexpr bool kRescaleEarly = kDimV > 128;
   // Whether the consumers issue their products in turn, so that one is at softmax while another has
-  // the tensor cores; left to themselves they fall into step. Gains 5 % at dim 64 and 0 to 3 % up
-  // to 192; wider ones lose up to 1.4 %. Waiting for K and V before a turn, not within it, loses 1
-  // to 3 %.
-  static constexpr bool kTakesTurns = kDimV <= 192;
+  // the tensor cores. Gains 3 % with three of them; two do so by themselves, and turns cost them up
+  // to 1.5 % (dims 128 to 256).
+  static constexpr bool kTakesTurns = kWarpgroups > 2;
   static_assert(kMemory.bytes <= 232448);
 
   // Barriers, 8 bytes each.
@@ -252,8 +249,17 @@ struct PrefillBlock {
 
     __device__ __forceinline__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
 
-    __device__ __forceinline__ void issue_scores(float (&s)[kTileK / 2]) {
+    // Who has the first turn waits for K and V for all: whoever is given the turn after it knows
+    // that they are there.
+    __device__ __forceinline__ bool waits() const { return !kTakesTurns || warpgroup == 0; }
+    __device__ __forceinline__ void wait_keys() const {
       ptx::mbarrier_wait(block.barrier(kKFull + ring.stage), ring.parity);
+    }
+    __device__ __forceinline__ void wait_values(int stage, uint32_t parity) const {
+      ptx::mbarrier_wait(block.barrier(kVFull + stage), parity);
+    }
+
+    __device__ __forceinline__ void issue_scores(float (&s)[kTileK / 2]) {
       const uint64_t q = ptx::panel_descriptor(block.s_q + warpgroup * 64 * 128);
       const uint64_t k = ptx::panel_descriptor(block.s_k(ring.stage));
       ptx::keep(s);
@@ -268,8 +274,7 @@ struct PrefillBlock {
       ptx::wgmma_commit();
     }
 
-    __device__ __forceinline__ void issue_values(int stage, uint32_t parity) {
-      ptx::mbarrier_wait(block.barrier(kVFull + stage), parity);
+    __device__ __forceinline__ void issue_values(int stage) {
       const uint64_t v = ptx::panel_descriptor(block.s_v(stage), kTileK * 128);
       ptx::keep(r_o);
       ptx::keep(r_p);
@@ -312,12 +317,14 @@ struct PrefillBlock {
     }
 
     __device__ __forceinline__ void rescale() {
+      if (!softmax.corrects) return;
 #pragma unroll
       for (int i = 0; i < kDimV / 2; ++i) r_o[i] *= softmax.correction[i / 2 % 2];
     }
 
     __device__ __forceinline__ void first_tile(int32_t tile) {
       float s[kTileK / 2];
+      wait_keys();
       issue_scores(s);
       ptx::wgmma_wait<0>();
       ptx::keep(s);
@@ -334,29 +341,31 @@ struct PrefillBlock {
       const uint32_t v_parity = ring.parity;
       ring.next();
       float s[kTileK / 2];
+      if (waits()) wait_keys();
       take_turn();
       issue_scores(s);
-      if constexpr (kRescaleEarly) rescale();
-      issue_values(v_stage, v_parity);
+      rescale();
+      if (waits()) wait_values(v_stage, v_parity);
+      issue_values(v_stage);
       pass_turn_to((warpgroup + 1) % kWarpgroups);
       ptx::wgmma_wait<1>();
       ptx::keep(s);
       release(kKFree + ring.stage);
       raise<kHides>(s, tile);
-      // Here, and not behind the exponentials: the other warpgroup's products fill the gap, and
-      // the sums are rescaled in the shadow of the exponentials, whose unit is slow. One row's
-      // exponentials in front of the wait gave nothing at dim 128 and cost 2 to 5 % elsewhere.
+      // Here, and not behind the exponentials: the other warpgroup's products fill the gap. One
+      // row's exponentials in front of the wait gave nothing at dim 128 and cost 2 to 5 %
+      // elsewhere.
       ptx::wgmma_wait<0>();
       ptx::keep(r_o);
       release(kVFree + v_stage);
       softmax.weigh(s, scale_log2);
       pack(s);
-      if constexpr (!kRescaleEarly) rescale();
     }
 
     __device__ __forceinline__ void last_values() {
-      if constexpr (kRescaleEarly) rescale();
-      issue_values(ring.stage, ring.parity);
+      rescale();
+      wait_values(ring.stage, ring.parity);
+      issue_values(ring.stage);
       ptx::wgmma_wait<0>();
       ptx::keep(r_o);
       release(kVFree + ring.stage);
@@ -443,7 +452,9 @@ __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads
     ptx::tma_prefetch(&maps.v);
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
+  // Shuffled, so that the compiler knows it to be the same for the warp: descriptors that depend on
+  // it then stay in uniform registers (16 moves a tile less).
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::registers_give<kTile.producer_registers>();
     if (threadIdx.x == 0) {

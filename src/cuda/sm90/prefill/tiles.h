@@ -32,7 +32,8 @@ constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
   if (dims.dim_qk > 256) {
     tile_k = 64;
   } else if (dims.dim_v <= 128) {
-    tile_k = dims.dim_qk <= 128 && is_plain ? 176 : 128;
+    // 176 at dim 128: as fast without a mask, 2 to 3 % slower where causal cuts tiles.
+    tile_k = dims.dim_qk <= 112 && is_plain ? 176 : 128;
   } else if (dims.dim_v <= 192) {
     tile_k = 112;
   }

@@ -338,10 +338,9 @@ struct WideBlock {
 #pragma unroll
       for (int i = 0; i < kHalf / 2; ++i) r_o[i] = 0;
     }
-    __device__ __forceinline__ void rescale(float first, float second) {
-      if (!__any_sync(~0u, first != 1.0f || second != 1.0f)) return;
+    __device__ __forceinline__ void rescale(const float (&correction)[2]) {
 #pragma unroll
-      for (int i = 0; i < kHalf / 2; ++i) r_o[i] *= i / 2 % 2 == 0 ? first : second;
+      for (int i = 0; i < kHalf / 2; ++i) r_o[i] *= correction[i / 2 % 2];
     }
 
     __device__ __forceinline__ QueryRows<T> query_rows(const Work& w) const {
@@ -473,7 +472,7 @@ struct WideBlock {
     __device__ __forceinline__ void next_tile(int32_t tile) {
       float s[kTileK / 2];
       issue_scores(s);
-      this->rescale(softmax.correction[0], softmax.correction[1]);
+      if (softmax.corrects) this->rescale(softmax.correction);
       issue_values();
       ptx::wgmma_wait<kVSlots>();
       ptx::keep(s);
@@ -484,7 +483,7 @@ struct WideBlock {
     }
 
     __device__ __forceinline__ void last_values() {
-      this->rescale(softmax.correction[0], softmax.correction[1]);
+      if (softmax.corrects) this->rescale(softmax.correction);
       issue_values();
       finish_values();
     }
@@ -556,7 +555,9 @@ struct WideBlock {
 
     __device__ __forceinline__ void values() {
       ptx::named_sync(kWeightsFull, 256);
-      this->rescale(block.s_factors()[accumulator_row(0)], block.s_factors()[accumulator_row(1)]);
+      const float correction[2] = {block.s_factors()[accumulator_row(0)],
+                                   block.s_factors()[accumulator_row(1)]};
+      if (__any_sync(~0u, correction[0] != 1 || correction[1] != 1)) this->rescale(correction);
       ptx::keep(r_o);
       int last_slot = 0;
       const uint64_t p = ptx::panel_descriptor(block.s_weights());
