@@ -87,7 +87,8 @@ TEST(CudaDecode, NeverSplitsFinerThanTiles) {
 }
 
 TEST(CudaDecode, DoesNotSplitWhatABatchAlreadySpreads) {
-  EXPECT_EQ(Planned().splits(decode_problem(16, 32, 8, 1, 8192, 128)), 1);
+  EXPECT_EQ(Planned().splits(decode_problem(32, 32, 8, 1, 8192, 128)), 1);
+  EXPECT_EQ(Planned().splits(decode_problem(16, 32, 8, 1, 8192, 256)), 1);  // one block an SM
 }
 
 TEST(CudaDecode, BatchInvariantSharesDoNotDependOnTheBatch) {
@@ -107,7 +108,7 @@ TEST(CudaDecode, WorkspaceHoldsTheSharesOfEveryRow) {
   const auto splits = static_cast<size_t>(PackedShape(p, config).splits);
   ASSERT_GT(splits, 1u);
   EXPECT_EQ(kSm90Decode.workspace_bytes(p, config), splits * 64 * 3 * (256 + 2) * sizeof(float));
-  const Problem spread = decode_problem(16, 32, 8, 1, 8192, 128);
+  const Problem spread = decode_problem(32, 32, 8, 1, 8192, 128);
   EXPECT_EQ(kSm90Decode.workspace_bytes(spread, kSm90Decode.configure(planned.query(spread))), 0u);
 }
 

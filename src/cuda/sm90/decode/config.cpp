@@ -22,7 +22,8 @@ template <Instance kInstance>
 constexpr DecodeVariant variant() {
   constexpr HeadDims kDims = kInstance.dims;
   using Tile = DecodeTile<kDims.dim_qk, kDims.dim_v>;
-  DecodeVariant variant{kInstance, Tile::kTileK, Tile::kThreads, Tile::kSharedBytes, nullptr};
+  DecodeVariant variant{kInstance,          Tile::kTileK,       Tile::kThreads,
+                        Tile::kSharedBytes, Tile::kBlocksPerSm, nullptr};
   if constexpr (kInstance.is_compiled) {
     variant.function = decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype>;
   }
@@ -40,7 +41,8 @@ int64_t row_tiles(const Problem& p) { return divide_up(p.len_q * p.group(), kDec
 class DecodeCost {
  public:
   DecodeCost(const Query& query, const DecodeVariant& variant, int64_t batch)
-      : sms_(std::max(1, query.cuda.sms)), gbytes_per_s_(query.cuda.read_gbytes_per_s) {
+      : slots_(int64_t{std::max(1, query.cuda.sms)} * variant.blocks_per_sm),
+        gbytes_per_s_(query.cuda.read_gbytes_per_s) {
     const Problem& p = query.problem;
     row_tiles_ = std::max<int64_t>(1, row_tiles(p));
     items_ = batch * p.heads_kv * row_tiles_;
@@ -58,9 +60,9 @@ class DecodeCost {
   double us(int64_t splits) const {
     const int64_t blocks = items_ * splits;
     const auto share = static_cast<double>(divide_up(tiles_, splits));
-    const auto waves = static_cast<double>(blocks / sms_);
-    double us = kStartUs + waves * (kBlockUs + share * tile_us(sms_));
-    if (blocks % sms_ > 0) us += share * tile_us(blocks % sms_);
+    const auto waves = static_cast<double>(blocks / slots_);
+    double us = kStartUs + waves * (kBlockUs + share * tile_us(slots_));
+    if (blocks % slots_ > 0) us += share * tile_us(blocks % slots_);
     // Written and read again.
     if (splits > 1) us += kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate;
     return us;
@@ -81,18 +83,18 @@ class DecodeCost {
   // one alone waits for its own products. Row tiles of a pair share what they read.
   double tile_us(int64_t blocks) const {
     const auto busy = static_cast<double>(blocks);
-    const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(sms_));
+    const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(slots_));
     return std::max(tile_work_ / kBlockRate,
                     tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached);
   }
 
   static constexpr double kStartUs = 3;           // launch, and the way to the first keys
-  static constexpr double kBlockUs = 0.5;         // between two blocks of a multiprocessor
+  static constexpr double kBlockUs = 0.5;         // between two blocks in one place
   static constexpr double kCombineUs = 1.3;       // launched behind the main kernel
   static constexpr double kCombineRate = 1.25e6;  // bytes a microsecond
   static constexpr double kBlockRate = 34e3;      // of work, counted as if V were read too
 
-  int64_t sms_;
+  int64_t slots_;  // blocks that the card runs at once
   double gbytes_per_s_;
   int64_t row_tiles_, items_, tiles_;
   double tile_work_, tile_bytes_, share_bytes_;

@@ -13,6 +13,7 @@ struct DecodeVariant {
   int32_t tile_k;
   int32_t threads;
   int32_t shared_bytes;
+  int32_t blocks_per_sm;
   const void* (*function)();
 };
 

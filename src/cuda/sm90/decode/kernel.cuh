@@ -1,11 +1,12 @@
 // sm90_decode: few queries against many keys, on Hopper.
 //
-// Schedule: a block an SM. A block owns up to 64 query rows that share a kv head (queries x heads
-// of the group, query-major) and one share of the key tiles that any of them sees. One producer
-// thread streams K and V tiles by TMA through one ring of slots (K0 V0 K1 V1 ..., up to 192 KB in
-// flight); the consumer warpgroup does S = Q K^T from shared memory, masks, online softmax, and O
-// += P V with P in registers, one after the other. V wider than 256 is split over two warpgroups,
-// which both compute S. Several shares of keys leave normalised partial rows, merged by combine.cu.
+// Schedule: a block an SM, two where heads are narrow. A block owns up to 64 query rows that share
+// a kv head (queries x heads of the group, query-major) and one share of the key tiles that any of
+// them sees. One producer thread streams K and V tiles by TMA through one ring of slots (K0 V0 K1
+// V1 ..., up to 192 KB of an SM in flight); the consumer warpgroup does S = Q K^T from shared
+// memory, masks, online softmax, and O += P V with P in registers, one after the other. V wider than
+// 256 is split over two warpgroups, which both compute S. Several shares of keys leave normalised
+// partial rows, merged by combine.cu.
 //
 // Roofline: (dim_qk + dim_v) * 2 bytes a key out of memory. At dim 256 a tile of 64 keys is 64 KB
 // or 5,000 clocks of one SM's share of 2.9 TB/s, and its products are 1,024 clocks at M = 64
@@ -372,7 +373,7 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const PackedItem
 }  // namespace decode
 
 template <typename Tile, typename T>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     sm90_decode(const __grid_constant__ DecodeMaps maps, const __grid_constant__ DecodeArgs args) {
   using namespace decode;
   extern __shared__ __align__(1024) unsigned char smem[];
