@@ -41,7 +41,8 @@ int64_t row_tiles(const Problem& p) { return divide_up(p.len_q * p.group(), kDec
 class DecodeCost {
  public:
   DecodeCost(const Query& query, const DecodeVariant& variant, int64_t batch)
-      : slots_(int64_t{std::max(1, query.cuda.sms)} * variant.blocks_per_sm),
+      : sms_(std::max(1, query.cuda.sms)),
+        slots_(sms_ * variant.blocks_per_sm),
         gbytes_per_s_(query.cuda.read_gbytes_per_s) {
     const Problem& p = query.problem;
     row_tiles_ = std::max<int64_t>(1, row_tiles(p));
@@ -84,7 +85,8 @@ class DecodeCost {
   double tile_us(int64_t blocks) const {
     const auto busy = static_cast<double>(blocks);
     const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(slots_));
-    return std::max(tile_work_ / kBlockRate,
+    const double rate = blocks > sms_ ? kBlockRate * kTwoBlocksGain / 2 : kBlockRate;
+    return std::max(tile_work_ / rate,
                     tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached);
   }
 
@@ -94,7 +96,11 @@ class DecodeCost {
   static constexpr double kCombineRate = 1.25e6;  // bytes a microsecond
   static constexpr double kBlockRate = 34e3;      // of work, counted as if V were read too
 
-  int64_t slots_;  // blocks that the card runs at once
+  // What two blocks of a multiprocessor do at once, to what one does. An assumption: where it
+  // counts, many rows against few keys, the kernels for prefill are the faster ones anyway.
+  static constexpr double kTwoBlocksGain = 1.25;
+
+  int64_t sms_, slots_;  // slots_: blocks that the card runs at once
   double gbytes_per_s_;
   int64_t row_tiles_, items_, tiles_;
   double tile_work_, tile_bytes_, share_bytes_;

@@ -1,0 +1,106 @@
+// The query rows of a block, 64 a consumer warpgroup: where they are in the problem, which keys
+// they see, and how they are stored.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/common/clean_values.cuh"
+#include "cuda/common/key_range.h"
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/scores.cuh"
+#include "cuda/common/tile_order.h"
+#include "cuda/ptx/math.cuh"
+
+namespace wh::cuda {
+
+// The row of a warpgroup's accumulator that this thread holds as number `r` of two.
+__device__ __forceinline__ int32_t accumulator_row(int r) {
+  return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+}
+
+template <typename T>
+struct QueryRows {
+  const AttentionArgs& args;
+  QueryTile at;          // the block's first query
+  int32_t packed_heads;  // row r is query r / packed_heads, head r % packed_heads
+  int32_t queries;       // the block holds so many; rows beyond them are empty
+
+  struct Place {
+    int32_t head, query;
+    bool exists;
+  };
+  __device__ __forceinline__ Place place(int32_t row) const {
+    const int32_t query = row / packed_heads;
+    return {at.first_head + row - query * packed_heads, at.first_query + query,
+            query < queries && at.first_query + query < args.len_q};
+  }
+
+  // What the row may see; rows that do not exist see what the last one does.
+  __device__ __forceinline__ ScoreRow scores(Keys present, int32_t row) const {
+    const Place p = place(row);
+    return score_row(args, present, at.batch_idx, min(p.head, args.heads_q - 1),
+                     min(p.query, args.len_q - 1));
+  }
+
+  __device__ __forceinline__ float sink(const Place& p) const {
+    return p.exists ? sink_of(args, p.head) : -INFINITY;
+  }
+
+  __device__ __forceinline__ void store_log_sum_exp(const Place& p, RowWeight weight) const {
+    if (args.log_sum_exp == nullptr || !p.exists || threadIdx.x % 4 != 0) return;
+    args.log_sum_exp[(static_cast<int64_t>(at.batch_idx) * args.heads_q + p.head) * args.len_q +
+                     p.query] = log_sum_exp(weight);
+  }
+
+  __device__ __forceinline__ T* out(const Place& p) const {
+    return static_cast<T*>(args.out) + at.batch_idx * args.stride_out[0] +
+           p.head * args.stride_out[1] + p.query * args.stride_out[2];
+  }
+
+  // Columns [first_column, first_column + kColumns) of accumulator row `r` times `norm`. Lane pairs
+  // swap halves, so that a quad fills the 32 bytes of a sector.
+  template <int kCount>
+  __device__ __forceinline__ void store(const float (&o)[kCount], int r, const Place& p, float norm,
+                                        int32_t first_column) const {
+    const int lane = threadIdx.x % 32;
+    const int32_t column = first_column + lane % 2 * 8 + lane % 4 / 2 * 4;
+    T* to = out(p) + column;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; i += 2) {
+      const float* sums = o + 4 * i + 2 * r;
+      const uint32_t low = ptx::pack<T>(sums[0] * norm, sums[1] * norm);
+      const uint32_t high = ptx::pack<T>(sums[4] * norm, sums[5] * norm);
+      const uint32_t other = __shfl_xor_sync(~0u, lane % 2 != 0 ? low : high, 1);
+      const uint2 four = lane % 2 != 0 ? make_uint2(other, high) : make_uint2(low, other);
+      if (p.exists && 8 * i + column < args.dim_v) *reinterpret_cast<uint2*>(to + 8 * i) = four;
+    }
+  }
+
+  // Adds what cleaning dropped from V to stored rows [first_row, first_row + 64) that see it, in
+  // columns [first_column, end_column). Rare: speed does not matter.
+  __device__ __forceinline__ void restore(Keys present, const KeyTiles& tiles, int32_t tile_k,
+                                          int32_t first_row, int32_t first_column,
+                                          int32_t end_column) const {
+    const T* v = static_cast<const T*>(args.v) + at.batch_idx * args.stride_v[0] +
+                 at.first_head / args.group * args.stride_v[1];
+    const Keys left{max(present.begin, tiles.begin * tile_k),
+                    min(present.end, tiles.full_begin * tile_k)};
+    const Keys right{max(present.begin, max(tiles.full_begin, tiles.clean_end) * tile_k),
+                     min(present.end, tiles.end * tile_k)};
+#pragma unroll 1
+    for (int32_t i = 0; i < 64; ++i) {
+      const Place p = place(first_row + i);
+      if (!p.exists) continue;
+      const ScoreRow row = scores(present, first_row + i);
+#pragma unroll 1
+      for (int32_t column = first_column + threadIdx.x % 128; column < min(end_column, args.dim_v);
+           column += 128) {
+        restore_values<T>(args, row, left, v, out(p), column);
+        restore_values<T>(args, row, right, v, out(p), column);
+      }
+    }
+  }
+};
+
+}  // namespace wh::cuda
