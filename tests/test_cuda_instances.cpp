@@ -162,7 +162,7 @@ TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
     return Family{variant.tile_k, variant.threads, 0, 0};
   });
   expect_every_family(kPortableInstances, [](const Instance& instance) {
-    const int bytes = instance.dtype == Dtype::kF32 ? 4 : 2;
+    const auto bytes = static_cast<int>(dtype_bytes(instance.dtype));
     const PortableTile tile = portable_tile(instance.dims, bytes, instance.memory);
     return Family{bytes, tile.warp_rows, tile.column_groups, tile.shares_buffer};
   });

@@ -313,7 +313,7 @@ TEST(PlanJson, RefusesWhatWasEdited) {
       {"\"tile_k\": ", "\"tile_k\": 1", "plan again"},
       {"\"kernel\": \"cpu_prefill\"", "\"kernel\": \"cpu_unfused\"", "plan again"},
       {"\"arithmetic\": \"f32\"", "\"arithmetic\": \"bf16\"", "plan again"},
-      {"\"arithmetic\": \"f32\"", "\"arithmetic\": \"f8\"", "valid: f64, f32, 3xtf32, f16"},
+      {"\"arithmetic\": \"f32\"", "\"arithmetic\": \"f8\"", "valid: f64, f32, 3xTF32, f16"},
       {"\"variant\": \"", "\"variant\": \"no ", "plan again"},
       {"\"threads\": 2,\n    \"workers\"", "\"threads\": 3,\n    \"workers\"",
        "config.threads is 3; 2 workers make it 2"},

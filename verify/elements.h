@@ -14,16 +14,12 @@ inline int64_t offset_of(const Strides& stride, int64_t b, int64_t h, int64_t i,
 
 inline int64_t bytes_of(Dtype dtype) { return static_cast<int64_t>(dtype_bytes(dtype)); }
 
-template <typename T>
-void put(std::byte* data, int64_t offset, float value) {
-  const T element = from_float<T>(value);
-  std::memcpy(data + offset * static_cast<int64_t>(sizeof(T)), &element, sizeof(T));
-}
-
+// Wherever it lies: a tensor's first byte may be odd.
 inline void put(std::byte* data, Dtype dtype, int64_t offset, float value) {
-  if (dtype == Dtype::kF32) put<float>(data, offset, value);
-  if (dtype == Dtype::kF16) put<Half>(data, offset, value);
-  if (dtype == Dtype::kBf16) put<Bfloat16>(data, offset, value);
+  with_element_type(dtype, [&]<typename T>(T) {
+    const T element = from_float<T>(value);
+    std::memcpy(data + offset * static_cast<int64_t>(sizeof(T)), &element, sizeof(T));
+  });
 }
 
 }  // namespace wh

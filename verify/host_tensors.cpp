@@ -56,24 +56,31 @@ Dtype mask_dtype(const Problem& p) {
   return p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
 }
 
-float highest(Dtype dtype) {
-  if (dtype == Dtype::kF16) return 65504.0f;
-  return dtype == Dtype::kF32 ? std::numeric_limits<float>::max() : 0x1.fep127f;
-}
-
-// Finite, so that it hides nothing. Of f16 it would swallow scores by rounding.
-float lowest(Dtype dtype) { return dtype == Dtype::kF16 ? -kInfinity : -highest(dtype); }
-
-float smallest(Dtype dtype) {
-  if (dtype == Dtype::kF16) return 0x1p-24f;
-  return dtype == Dtype::kF32 ? 0x1p-149f : 0x1p-133f;
+// The smallest number above 0, the largest, and the lowest that a bias hides nothing by: finite
+// where that does not swallow scores by rounding, as it would in f16.
+struct Extremes {
+  float smallest, highest, lowest_bias;
+};
+Extremes extremes_of(Dtype dtype) {
+  constexpr float kHighestF32 = std::numeric_limits<float>::max();
+  constexpr float kHighestBf16 = 0x1.fep127f;
+  switch (dtype) {
+    case Dtype::kF32:
+      return {0x1p-149f, kHighestF32, -kHighestF32};
+    case Dtype::kF16:
+      return {0x1p-24f, 65504.0f, -kInfinity};
+    case Dtype::kBf16:
+      return {0x1p-133f, kHighestBf16, -kHighestBf16};
+  }
+  return {};
 }
 
 // Finite numbers of the type, from its smallest to its largest, of either sign. Two of them are
 // equal or so far apart that the lower one weighs nothing.
 float extreme(RowRandom& random, Dtype dtype) {
-  const float sizes[] = {0, 1e4f, 3e4f, 1e9f, 1e12f, 1e20f, 6e37f, smallest(dtype), highest(dtype)};
-  const float size = std::min(sizes[(random.bits() >> 8) % std::size(sizes)], highest(dtype));
+  const auto [smallest, highest, lowest_bias] = extremes_of(dtype);
+  const float sizes[] = {0, 1e4f, 3e4f, 1e9f, 1e12f, 1e20f, 6e37f, smallest, highest};
+  const float size = std::min(sizes[(random.bits() >> 8) % std::size(sizes)], highest);
   return random.bits() % 2 == 0 ? size : -size;
 }
 
@@ -89,7 +96,8 @@ class ExtremeBiases {
         other_(random.bits() % 3 == 0 ? one_ : extreme(random, dtype)) {
     if (!masks_as_programs_do(query_idx)) return;
     one_ = 0;
-    other_ = random.bits() % 2 == 0 || dtype == Dtype::kF16 ? lowest(dtype) : -1e20f;
+    other_ =
+        random.bits() % 2 == 0 || dtype == Dtype::kF16 ? extremes_of(dtype).lowest_bias : -1e20f;
   }
   float of_key(RowRandom& random) const { return random.bits() % 4 != 0 ? one_ : other_; }
 
@@ -127,7 +135,7 @@ void fill_mask(const Input& input, HostTensors& data) {
                    float hides = -kInfinity;
                    if (input.mask_pattern == MaskPattern::kWholeRows) {
                      attend = row.idx % 3 != 0;
-                     if (row.idx % 6 == 3) hides = lowest(mask_dtype(p));
+                     if (row.idx % 6 == 3) hides = extremes_of(mask_dtype(p)).lowest_bias;
                    }
                    if (input.mask_pattern == MaskPattern::kAlternatingKeys) attend = j % 2 == 0;
                    const int64_t offset = first + j * stride[3];

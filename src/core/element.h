@@ -1,4 +1,4 @@
-// Reads one element of a tensor as f32, whatever its type. For code that is not hot.
+// Elements of tensors, whose type is known when the program runs.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,31 @@
 
 namespace wh {
 
-inline float load_element(const void* data, Dtype dtype, int64_t offset) {
+// Calls f with an element of the type, for what is written once as a template. A type more is an
+// error here and in every other switch over types (-Werror=switch), never read as one of these.
+template <typename F>
+__attribute__((always_inline)) inline auto with_element_type(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::kF32:
-      return static_cast<const float*>(data)[offset];
+      return f(float{});
     case Dtype::kF16:
-      return to_float(static_cast<const Half*>(data)[offset]);
+      return f(Half{});
     case Dtype::kBf16:
-      break;
+      return f(Bfloat16{});
   }
-  return to_float(static_cast<const Bfloat16*>(data)[offset]);
+  __builtin_unreachable();  // validate() knows no other
+}
+
+// One element as f32. For code that is not hot.
+inline float load_element(const void* data, Dtype dtype, int64_t offset) {
+  return with_element_type(
+      dtype, [&]<typename T>(T) { return to_float(static_cast<const T*>(data)[offset]); });
+}
+
+// Rounds to nearest even.
+inline void store_element(void* data, Dtype dtype, int64_t offset, float value) {
+  with_element_type(dtype,
+                    [&]<typename T>(T) { static_cast<T*>(data)[offset] = from_float<T>(value); });
 }
 
 }  // namespace wh

@@ -130,8 +130,6 @@ int64_t mask_element_bytes(const Problem& problem) {
   return 0;
 }
 
-size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim) {
   const int64_t head = saturating_product(length, dim);
   return {saturating_product(heads, head), head, dim, 1};

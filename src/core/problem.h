@@ -23,7 +23,16 @@ constexpr int64_t kMaxDim = 1024;
 constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // key lengths are int32
 constexpr int64_t kUnlimited = -1;                      // a window side that hides nothing
 
-size_t dtype_bytes(Dtype dtype);
+constexpr size_t dtype_bytes(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return 4;
+    case Dtype::kF16:
+    case Dtype::kBf16:
+      return 2;
+  }
+  return 0;  // validate() knows no other
+}
 
 // In elements, ordered batch, heads, length, dim.
 using Strides = std::array<int64_t, 4>;

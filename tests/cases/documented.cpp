@@ -23,7 +23,8 @@ bool Documented::is_for_tma() const {
 }
 
 bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
-  return cuda.compute_capability == 90 && is_one_type() && problem.dtype_q != Dtype::kF32 &&
+  const bool is_16_bit = problem.dtype_q == Dtype::kF16 || problem.dtype_q == Dtype::kBf16;
+  return cuda.compute_capability == 90 && is_one_type() && is_16_bit &&
          precision == Precision::kNative && problem.dim_qk <= most_dim_qk &&
          problem.dim_v <= most_dim_v && is_for_tma();
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/problem.h"
 #include "widehead/widehead.h"
 
 namespace {
@@ -27,7 +28,7 @@ bool holds(const std::vector<char>& data, const int64_t (&extents)[4]) {
   return !data.empty();
 }
 
-size_t element_bytes(int32_t dtype) { return dtype == WH_F32 ? 4 : 2; }
+size_t element_bytes(int32_t dtype) { return wh::dtype_bytes(static_cast<wh::Dtype>(dtype)); }
 
 size_t mask_element_bytes(const wh_problem& problem) {
   if (problem.mask == WH_MASK_BOOLEAN) return 1;

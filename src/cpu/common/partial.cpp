@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/array_mask.h"
+#include "core/element.h"
 #include "core/empty_row.h"
 #include "cpu/common/base2.h"
 
@@ -33,14 +34,9 @@ void store_scaled_as(const float* o, float factor, int64_t dim, T* out, int64_t 
 // out[offset + d * stride] = o[d] * factor.
 void store_scaled(const float* o, float factor, int64_t dim, void* out, Dtype dtype, int64_t offset,
                   int64_t stride) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return store_scaled_as(o, factor, dim, static_cast<float*>(out) + offset, stride);
-    case Dtype::kF16:
-      return store_scaled_as(o, factor, dim, static_cast<Half*>(out) + offset, stride);
-    case Dtype::kBf16:
-      return store_scaled_as(o, factor, dim, static_cast<Bfloat16*>(out) + offset, stride);
-  }
+  with_element_type(dtype, [&]<typename T>(T) {
+    store_scaled_as(o, factor, dim, static_cast<T*>(out) + offset, stride);
+  });
 }
 
 // sum[d] += o[d] * weight.

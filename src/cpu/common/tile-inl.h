@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "core/array_mask.h"
+#include "core/element.h"
 #include "cpu/common/base2.h"
 #include "cpu/common/vector_math-inl.h"
 
@@ -217,15 +218,9 @@ HWY_INLINE bool widen_row(const T* HWY_RESTRICT from, int64_t stride, int64_t di
 }
 
 inline bool widen_row(const void* from, Dtype dtype, int64_t stride, int64_t dim, float* to) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return widen_row(static_cast<const float*>(from), stride, dim, to);
-    case Dtype::kF16:
-      return widen_row(static_cast<const Half*>(from), stride, dim, to);
-    case Dtype::kBf16:
-      break;
-  }
-  return widen_row(static_cast<const Bfloat16*>(from), stride, dim, to);
+  return with_element_type(dtype, [&]<typename T>(T) {
+    return widen_row(static_cast<const T*>(from), stride, dim, to);
+  });
 }
 
 // Widens rows of K or V from element `first` on into rows of `columns`, zero-filled. Answers
@@ -243,15 +238,9 @@ bool widen_rows(const T* HWY_RESTRICT from, const Strides& stride, int64_t rows,
 
 inline bool widen_rows(const void* from, Dtype dtype, int64_t first, const Strides& stride,
                        int64_t rows, int64_t dim, int64_t columns, float* to) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return widen_rows(static_cast<const float*>(from) + first, stride, rows, dim, columns, to);
-    case Dtype::kF16:
-      return widen_rows(static_cast<const Half*>(from) + first, stride, rows, dim, columns, to);
-    case Dtype::kBf16:
-      break;
-  }
-  return widen_rows(static_cast<const Bfloat16*>(from) + first, stride, rows, dim, columns, to);
+  return with_element_type(dtype, [&]<typename T>(T) {
+    return widen_rows(static_cast<const T*>(from) + first, stride, rows, dim, columns, to);
+  });
 }
 
 }  // namespace wh::cpu::HWY_NAMESPACE

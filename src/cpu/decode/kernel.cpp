@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "core/array_mask.h"
+#include "core/element.h"
 #include "core/empty_row.h"
 #include "core/key_range.h"
 #include "cpu/common/base2.h"
@@ -116,15 +117,7 @@ class DecodeWorker {
   }
 
   bool run_tiles(KeyRange keys) {
-    switch (p_.dtype_kv) {
-      case Dtype::kF32:
-        return run_tiles_of<float>(keys);
-      case Dtype::kF16:
-        return run_tiles_of<Half>(keys);
-      case Dtype::kBf16:
-        return run_tiles_of<Bfloat16>(keys);
-    }
-    return false;
+    return with_element_type(p_.dtype_kv, [&]<typename T>(T) { return run_tiles_of<T>(keys); });
   }
 
   template <typename T>

@@ -13,21 +13,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-void store(void* data, Dtype dtype, int64_t offset, double value) {
-  const float rounded = static_cast<float>(value);
-  switch (dtype) {
-    case Dtype::kF32:
-      static_cast<float*>(data)[offset] = rounded;
-      break;
-    case Dtype::kF16:
-      static_cast<Half*>(data)[offset] = from_float<Half>(rounded);
-      break;
-    case Dtype::kBf16:
-      static_cast<Bfloat16*>(data)[offset] = from_float<Bfloat16>(rounded);
-      break;
-  }
-}
-
 struct Row {
   int64_t batch_idx, head_q, head_kv, query_idx;
 };
@@ -87,8 +72,8 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +
                       row.query_idx * p.stride_out[2];
   for (int64_t d = 0; d < p.dim_v; ++d) {
-    store(t.out, p.dtype_q, out + d * p.stride_out[3],
-          is_empty ? kEmptyRowOut : sums[d] / denominator);
+    store_element(t.out, p.dtype_q, out + d * p.stride_out[3],
+                  static_cast<float>(is_empty ? kEmptyRowOut : sums[d] / denominator));
   }
   if (p.wants_log_sum_exp) {
     t.log_sum_exp[row_idx] =

@@ -5,6 +5,22 @@
 #include "cuda/driver_function.h"
 
 namespace wh::cuda {
+namespace {
+
+CUtensorMapDataType map_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    case Dtype::kF16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case Dtype::kBf16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  }
+  __builtin_unreachable();  // validate() knows no other
+}
+
+}  // namespace
+
 std::optional<std::string> tensor_map_refusal(const char* name, const Strides& strides,
                                               int64_t dim) {
   static constexpr const char* kNames[] = {"batch", "head", "length", "dim"};
@@ -42,14 +58,14 @@ Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shap
     box[i] = static_cast<cuuint32_t>(shape.box[i]);
     if (i == 0) continue;
     // The stride of a dimension of one is never used, but must be valid.
-    stride_bytes[i - 1] = shape.extent[i] > 1 ? static_cast<cuuint64_t>(shape.stride[i]) * 2 : 16;
+    stride_bytes[i - 1] = shape.extent[i] > 1
+                              ? static_cast<cuuint64_t>(shape.stride[i]) * dtype_bytes(shape.dtype)
+                              : 16;
   }
-  const CUtensorMapDataType type = shape.dtype == Dtype::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(&map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data), extent,
-             stride_bytes, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map, map_type(shape.dtype), static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data),
+      extent, stride_bytes, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return Status(Code::kDeviceError, fmt::format("cuTensorMapEncodeTiled answered {} for {}",
                                                   static_cast<int>(result), shape.name));

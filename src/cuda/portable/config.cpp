@@ -14,6 +14,7 @@
 #include "cuda/instances.h"
 #include "cuda/portable/few_rows.h"
 #include "cuda/portable/kernel.h"
+#include "plan/names.h"
 #include "plan/work.h"
 
 namespace wh::cuda {
@@ -43,7 +44,7 @@ constexpr bool has_small_twin(const Instance& instance) {
 template <Instance kInstance>
 constexpr PortableVariant tensor_variant() {
   constexpr HeadDims kDims = kInstance.dims;
-  constexpr int kElementBytes = kInstance.dtype == Dtype::kF32 ? 4 : 2;
+  constexpr auto kElementBytes = static_cast<int>(dtype_bytes(kInstance.dtype));
   static_assert(depends_on_memory(kDims, kElementBytes) == has_small_twin(kInstance),
                 "instances.json and portable_tile() disagree about the classes of memory");
   constexpr PortableTile kTile = portable_tile(kDims, kElementBytes, kInstance.memory);
@@ -255,12 +256,10 @@ Config configure(const Query& query) {
 // "3xTF32 mma.sync, 128/128"
 std::string variant_text(const Query&, const Config& config) {
   const PortableVariant& variant = variant_at(config.instance);
-  const char* const products = variant.cores == Cores::kCuda              ? "f32 CUDA cores"
-                               : config.arithmetic == Arithmetic::kTf32x3 ? "3xTF32 mma.sync"
-                               : variant.instance.dtype == Dtype::kF16    ? "f16 mma.sync"
-                                                                          : "bf16 mma.sync";
-  return fmt::format("{}, {}/{}", products, variant.instance.dims.dim_qk,
-                     variant.instance.dims.dim_v);
+  const HeadDims dims = variant.instance.dims;
+  return fmt::format("{} {}, {}/{}", kArithmetics.name(config.arithmetic),
+                     variant.cores == Cores::kCuda ? "CUDA cores" : "mma.sync", dims.dim_qk,
+                     dims.dim_v);
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {

@@ -29,7 +29,8 @@ std::optional<std::string> sm90_refusal(const Query& query) {
     return fmt::format("needs compute capability 9.0 (Hopper); this card has {}.{}",
                        query.cuda.compute_capability / 10, query.cuda.compute_capability % 10);
   }
-  if (p.dtype_q != p.dtype_kv || p.dtype_q == Dtype::kF32) {
+  const bool is_16_bit = p.dtype_q == Dtype::kF16 || p.dtype_q == Dtype::kBf16;
+  if (p.dtype_q != p.dtype_kv || !is_16_bit) {
     return "needs q, k and v in one 16-bit type, f16 or bf16";
   }
   if (query.limits.precision == Precision::kHigh) {

@@ -73,9 +73,9 @@ cudaDataType_t data_type(Dtype dtype) {
     case Dtype::kF16:
       return CUDA_R_16F;
     case Dtype::kBf16:
-      break;
+      return CUDA_R_16BF;
   }
-  return CUDA_R_16BF;
+  __builtin_unreachable();
 }
 
 // Everything about a product but its pointers, with the algorithm that cuBLASLt suggests: asking

@@ -211,12 +211,17 @@ __global__ void __launch_bounds__(kThreads)
 // One of the kernels, by the type of the tensors and of what is packed.
 template <template <typename, typename> class Function>
 const void* function_of(const UnfusedTypes& types) {
-  if (types.tensors == Dtype::kF32) return Function<float, float>::get();
-  const bool is_f16 = types.tensors == Dtype::kF16;
-  if (types.packed == Dtype::kF32) {
-    return is_f16 ? Function<__half, float>::get() : Function<__nv_bfloat16, float>::get();
+  const bool packs_f32 = types.packed == Dtype::kF32;
+  switch (types.tensors) {
+    case Dtype::kF32:
+      return Function<float, float>::get();
+    case Dtype::kF16:
+      return packs_f32 ? Function<__half, float>::get() : Function<__half, __half>::get();
+    case Dtype::kBf16:
+      return packs_f32 ? Function<__nv_bfloat16, float>::get()
+                       : Function<__nv_bfloat16, __nv_bfloat16>::get();
   }
-  return is_f16 ? Function<__half, __half>::get() : Function<__nv_bfloat16, __nv_bfloat16>::get();
+  return nullptr;
 }
 
 template <template <typename, typename> class Function>
