@@ -327,6 +327,9 @@ def test_plan():
     half = [each.astype(mx.bfloat16) for each in (q, k, v)]
     assert "bf16" in widehead.mlx.plan(*half, sinks=mx.zeros((8,)), softcap=3.0).explain()
     assert widehead.mlx.plan(q, k, v, limits=widehead.Limits(workspace=0)).kernel is None
+    cache = widehead.Spec((1, 2, 131072, 512), "bfloat16")  # which need not exist
+    long = widehead.mlx.plan(widehead.Spec((1, 8, 1, 512), "bfloat16"), cache, cache)
+    assert long.kernel == "cpu_decode"
 
 
 def numpy_of_f32(array):

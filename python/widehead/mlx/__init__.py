@@ -143,7 +143,8 @@ def plan(
     device is. Any array may be a :class:`widehead.Spec`.
     """
     where = "cpu" if mx.default_device().type == mx.DeviceType.cpu else "cuda"
-    kind = mx.result_type(*(each for each in (q, k, v) if isinstance(each, mx.array)))
+    arrays = [each for each in (q, k, v) if isinstance(each, mx.array)]
+    kind = mx.result_type(*arrays) if arrays else None
 
     def spec(array: Any, dtype: Any = None) -> Any:
         if not isinstance(array, mx.array):
@@ -152,7 +153,7 @@ def plan(
         return widehead.Spec(array.shape, "bool" if name == "bool_" else name, where)
 
     causal = isinstance(mask, str)
-    if not causal and mask is not None and mask.dtype != mx.bool_:
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = spec(mask, kind)
     return widehead.plan(
         *(spec(each, kind) for each in (q, k, v)),
