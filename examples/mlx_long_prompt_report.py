@@ -27,8 +27,9 @@ mlx-lm's own loop (`mlx_lm.generate.generate_step`) fed in chunks of 2048 tokens
 `mx.fast.scaled_dot_product_attention` as it is and after `widehead.mlx.install()`. Each measurement is a process of its own.
 
 *x* is Widehead's rate over MLX's. *if free* is what it would be if attention took no time: the rate of the same model with
-`q * 0` in attention's place, over MLX's. *attention* is the share of MLX's time that this saves. *peak* is the most memory that MLX
-held from the prefill to the last token, weights included; resident memory, which counts Widehead's workspace too, stands behind it.
+`q * 0` in attention's place, over MLX's. *attention* is the share of MLX's time that this saves. *CPU s* are the processor seconds of
+the prefill, of all threads, which other work on the machine changes least. *peak* is the most memory that MLX held from the prefill to
+the last token, weights included; resident memory, which counts Widehead's workspace too, stands behind it.
 The *loss* is the mean negative log-likelihood of the prompt's last 1,024 tokens, of a run of its own. This page is made by
 `examples/mlx_long_prompt_report.py` of the documents in `bench/results`.
 """
@@ -45,7 +46,9 @@ def slug_of(document: dict) -> str:
 class Scenario:
     def __init__(self, document: dict) -> None:
         self.document = document
-        self.lengths = sorted({row["length"] for row in document["rows"]})
+        timed = [row for row in document["rows"] if "loss" not in row]
+        self.lengths = sorted({row["length"] for row in timed if not row.get("cached")})
+        self.last_chunks = sorted({row["length"] for row in timed if row.get("cached")})
         self._rows: dict[tuple, dict] = {}
         self._losses: dict[tuple, float] = {}
         for row in document["rows"]:
@@ -53,10 +56,10 @@ class Scenario:
             if "loss" in row:
                 self._losses[key] = row["loss"]
             else:
-                self._rows[key] = row
+                self._rows[*key, bool(row.get("cached"))] = row
 
-    def row(self, implementation: str, length: int) -> dict | None:
-        return self._rows.get((implementation, length))
+    def row(self, implementation: str, length: int, is_last: bool = False) -> dict | None:
+        return self._rows.get((implementation, length, is_last))
 
     def cell(self, implementation: str, length: int, key: str, text: str = "{:.0f}") -> str:
         row = self.row(implementation, length)
@@ -64,12 +67,12 @@ class Scenario:
             return "not run"
         if "failure" in row:
             return row["failure"]
-        return "-" if row[key] is None else text.format(row[key])
+        return "-" if row.get(key) is None else text.format(row[key])
 
     def ratio(self, over: str, length: int, key: str) -> float | None:
         """`over`'s rate over MLX's own."""
         rows = [self.row(name, length) for name in (over, "mlx")]
-        if any(row is None or "failure" in row for row in rows):
+        if any(row is None or row.get(key) is None for row in rows):
             return None
         return rows[0][key] / rows[1][key]
 
@@ -96,11 +99,12 @@ class Scenario:
     def prefill_table(self) -> str:
         key = "prefill_tokens_per_s"
         heads = ["tokens", "MLX, tokens/s", "Widehead, tokens/s", "x", "if free", "attention",
-                 "MLX, peak GB", "Widehead, peak GB", "loss MLX", "loss Widehead"]  # fmt: skip
+                 "MLX, CPU s", "Widehead, CPU s", "none, CPU s", "MLX, peak GB", "Widehead, peak GB", "loss MLX", "loss Widehead"]  # fmt: skip
         rows = [
             [str(n), self.cell("mlx", n, key), self.cell("widehead", n, key),
              self.ratio_cell("widehead", n, key), self.ratio_cell("none", n, key),
-             self.share_cell(n), self.gigabytes_cell("mlx", n), self.gigabytes_cell("widehead", n),
+             self.share_cell(n),
+             *(self.cell(name, n, "prefill_cpu_s") for name in COLORS), self.gigabytes_cell("mlx", n), self.gigabytes_cell("widehead", n),
              self.loss_cell("mlx", n), self.loss_cell("widehead", n)]
             for n in self.lengths
         ]  # fmt: skip
@@ -115,6 +119,22 @@ class Scenario:
              self.ratio_cell("widehead", n, key), self.ratio_cell("none", n, key), self.same_cell(n)]
             for n in self.lengths
         ]  # fmt: skip
+        return table(heads, rows)
+
+    def last_chunk_table(self) -> str:
+        """MLX is slow enough that a long prompt's last chunk may be all that was measured of it."""
+        heads = ["tokens", "of them cached before", "", "tokens/s", "CPU s", "peak GB"]
+        rows = []
+        for length in self.last_chunks:
+            for name, label in LABELS.items():
+                row = self.row(name, length, True)
+                if row is None:
+                    continue
+                found = [row["failure"]] * 3 if "failure" in row else [
+                    f"{row['prefill_tokens_per_s']:.0f}", f"{row['prefill_cpu_s']:.1f}",
+                    f"{row['mlx_peak_bytes'] / 1e9:.2f}",
+                ]  # fmt: skip
+                rows.append([str(length), str(row["cached"]), label, *found])
         return table(heads, rows)
 
     def same_cell(self, length: int) -> str:
@@ -156,7 +176,7 @@ class Scenario:
         figure, axes = plt.subplots(figsize=(7, 4))
         for name in COLORS:
             rows = [self.row(name, length) for length in self.lengths]
-            points = [(r["length"], r[key] * scale) for r in rows if r and "failure" not in r]
+            points = [(r["length"], r[key] * scale) for r in rows if r and r.get(key)]
             if points and not (key.endswith("bytes") and name == "none"):
                 axes.plot(*zip(*points), marker="o", color=COLORS[name], label=LABELS[name])
         axes.set_xscale("log", base=2)
@@ -191,8 +211,11 @@ class Scenario:
             f"{layers} layers, chunks of {document['chunk']}. {', '.join(facts)}. {document['date']}.",
             f"```\n{document['command']}\n```",
             charts, "### Prefill", self.prefill_table(), "### Decode behind the prompt",
-            self.decode_table(), self.goals(), document.get("note", ""),
+            self.decode_table(),
         ]  # fmt: skip
+        if self.last_chunks:
+            parts += ["### The last chunk of a longer prompt", self.last_chunk_table()]
+        parts += [self.goals(), document.get("note", "")]  # fmt: skip
         return "\n\n".join(part for part in parts if part)
 
 
@@ -242,8 +265,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     texts = [HEAD]
-    for path in arguments.documents:
-        document = json.loads(path.read_text())
+    documents = [json.loads(path.read_text()) for path in arguments.documents]
+    for document in sorted(documents, key=lambda document: "model" not in document):
         if "model" in document:
             texts.append(Scenario(document).text(arguments.folder))
         else:
