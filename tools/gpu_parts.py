@@ -30,6 +30,8 @@ SUITES = ("chunked", "square", "decode-sweep", "full-sweep", "routing-boundary")
 ROUTING_GOALS = {"median_regret": 1.01, "worst_regret": 1.10, "median_error": 0.15,
                  "worst_error": 0.40}
 SMALL_SHARED_BYTES = 101376  # of a block on compute capability 8.6, 8.9 and 12.0
+INSTANCES = ("a part of the instances, as where tools/test sees no GPU; configure with "
+             "-DWIDEHEAD_CUDA_INSTANCES=all")
 QUIET_SECONDS = 25  # a case that takes longer hangs
 
 
@@ -210,6 +212,8 @@ class GpuCheck:
         failures = tests.failures + smoke.failures
         if self.is_hopper() and not other.facts["code"].startswith("translated"):
             failures.append(f"{self.translated_build} is {other.facts['code']}")
+        if other.facts["instances"] != "all":
+            failures.append(f"{self.translated_build}: {INSTANCES}")
         return Outcome(failures, data={"code": other.facts["code"], "tests": tests.data,
                                        "smoke": smoke.data})
 
