@@ -1,6 +1,8 @@
 """What transformers hands to an attention function and how it can be misread, a trap a test."""
 
 import copy
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -351,8 +353,6 @@ def test_a_mask_of_another_shape_is_refused():
     q, k, v = tensors(length=(10, 20))
     with pytest.raises(ValueError, match="the mask is for 10 queries and 10 keys"):
         attention_forward(Causal(), q, k, v, attention_mask(2, 10, 10))
-    with pytest.raises(NotImplementedError, match="cannot be indexed"):
-        attention_mask(2, 10, 10)[:, :, :4, :]
 
 
 def test_unknown_window_functions_become_boolean_masks(monkeypatch):
@@ -367,3 +367,148 @@ def test_unknown_window_functions_become_boolean_masks(monkeypatch):
     assert torch.equal(attention_mask(2, 10, 10, mask_function=function), expected)
     assert len(warnings) == 1 and "does not know the window masks" in warnings[0]
     assert isinstance(attention_mask(2, 10, 10), StructuredMask)
+
+
+MASK = dict(batch_size=2, q_length=10, kv_length=14, q_offset=4)
+TOUCHES = {
+    "first head": lambda mask: mask[:, 0],
+    "other queries": lambda mask: mask[:, :, :4, :],
+    "fewer keys": lambda mask: mask[..., :9],
+    "a row": lambda mask: mask[1, 0, 3],
+    "not": lambda mask: ~mask,
+    "and": lambda mask: mask & torch.ones(14, dtype=torch.bool),
+    "and, on the right": lambda mask: torch.ones(14, dtype=torch.bool) & mask,
+    "added": lambda mask: torch.zeros(14) + mask,
+    "compared": lambda mask: mask == 0,
+    "compared otherwise": lambda mask: mask != 0,
+    "function": lambda mask: torch.where(mask, 0.0, -1.0),
+    "method of scores": lambda mask: torch.zeros(2, 3, 10, 14).masked_fill(mask, 1.0),
+    "in a list": lambda mask: torch.cat([mask, mask], dim=-1),
+    "method": lambda mask: mask.logical_not(),
+    "conversion": lambda mask: mask.float(),
+    "view": lambda mask: mask.expand(2, 3, 10, 14),
+    "type": lambda mask: mask.dtype,
+    "shape": lambda mask: (*mask.shape, mask.dim(), mask.ndim, mask.size(-1), mask.numel(), len(mask)),
+    "device": lambda mask: mask.device,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_a_mask_that_is_computed_with_is_the_boolean_tensor(touch):
+    padding = torch.ones(2, 14, dtype=torch.bool)
+    padding[0, :3] = False
+    mask = attention_mask(**MASK, attention_mask=padding)
+    assert isinstance(mask, StructuredMask)
+    expected = sdpa_mask(**MASK, attention_mask=padding, allow_is_causal_skip=False)
+    actual, wanted = TOUCHES[touch](mask), TOUCHES[touch](expected)
+    assert torch.equal(actual, wanted) if isinstance(wanted, torch.Tensor) else actual == wanted
+
+
+def test_a_dense_mask_lies_where_it_was_asked_for():
+    mask = attention_mask(**MASK, device="meta")
+    assert mask.dense().device.type == mask.device.type == "meta"
+    assert mask.to("cpu").dense().device.type == mask.to("cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["sinks", "block_indices", "attention_bias", "cu_seq_lens_q"])
+def test_unknown_arguments_are_refused_by_name(name):
+    q, k, v = tensors()
+    mask = attention_mask(2, 33, 77, q_offset=44)
+    attention_forward(Causal(), q, k, v, mask, **{name: None})
+    with pytest.raises(ValueError, match=f"^Causal passes {name}, which widehead does not know"):
+        attention_forward(Causal(), q, k, v, mask, **{name: torch.ones(4)})
+
+
+def test_chosen_keys_are_the_only_ones():
+    q, k, v = tensors()
+    mask = attention_mask(2, 33, 77, q_offset=44)
+    indices = torch.rand(2, 33, 77).argsort(dim=-1)[..., :20].to(torch.int32)
+    chosen = torch.zeros(2, 33, 77, dtype=torch.bool).scatter(-1, indices.long(), True)[:, None]
+    out, _ = attention_forward(Causal(), q, k, v, mask, indices=indices)
+    expected, _ = oracle(q, k, v, causal=True, mask=chosen.numpy())
+    assert relative_rms(out.transpose(1, 2), expected) <= 4e-6
+    bias = torch.randn(2, 1, 33, 77)
+    out, _ = attention_forward(Causal(), q, k, v, bias, indices=indices)
+    expected, _ = oracle(q, k, v, mask=torch.where(chosen, bias, -torch.inf).numpy())
+    assert relative_rms(out.transpose(1, 2), expected) <= 4e-6
+    with pytest.raises(ValueError, match=r"indices is \[2, 4, 33, 20\]; it must be \[batch, len_q"):
+        attention_forward(Causal(), q, k, v, mask, indices=indices[:, None].expand(2, 4, 33, 20))
+
+
+def in_module(name, **flags):
+    """A layer in a module beside a model that declares these flags."""
+    module = types.ModuleType(name)
+    model = type("Model", (transformers.PreTrainedModel,), {"__module__": name, **flags})
+    layer = type("Attention", (Causal,), {"__module__": name})
+    module.Model, module.Attention = model, layer
+    sys.modules[name] = module
+    return layer()
+
+
+def test_models_that_declare_nothing_are_refused():
+    q, k, v = tensors(length=(10, 10))
+    mask = attention_mask(2, 10, 10)
+    for flag in ("_supports_sdpa", "_supports_attention_backend"):
+        layer = in_module(f"some.{flag}.modeling", **{flag: True})
+        assert attention_forward(layer, q, k, v, mask)[0].shape == (2, 10, 4, 48)
+    with pytest.raises(ValueError, match="Attention belongs to a model that declares neither"):
+        attention_forward(in_module("some.model.modeling"), q, k, v, mask)
+
+
+def same_as_eager(name, ids, **inputs):
+    """The model and Widehead's logits, which are eager's where a token is no padding."""
+    model = tiny_models.tiny_model(name)
+    widehead.transformers.register()
+    results = []
+    for implementation in ("eager", "widehead"):
+        model.set_attn_implementation(implementation)
+        results.append(forward(model, ids, **inputs).logits)
+    seen = slice(None)
+    if "attention_mask" in inputs and "decoder_input_ids" not in inputs:
+        seen = inputs["attention_mask"].bool()
+    eager, ours = (each[seen] for each in results)
+    assert relative_rms(ours, eager) <= 1e-4
+    return model, results[1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["doge", "deepseek_v32", "deepseek_v4", "minimax_m3"])
+def test_models_that_touch_masks_get_what_they_know(name, padded):
+    """Doge asks for a BlockMask and then skips it: every query saw the future. DeepSeek V3.2 takes
+    mask[:, 0] and passes indices=; V4 extends it by a bias in the mask's own type; MiniMax M3 asks
+    for the class too."""
+    ids = tokens()
+    inputs = {"attention_mask": left_padding(ids)} if padded else {}
+    model, logits = same_as_eager(name, ids, **inputs)
+    changed = ids.clone()
+    changed[:, -1] = 3 + (ids[:, -1] - 2) % 100
+    other = forward(model, changed, **inputs).logits
+    seen = slice(7 if padded else 0, -1)
+    assert torch.allclose(other[:, seen], logits[:, seen], atol=1e-4)
+    assert not torch.allclose(other[:, -1], logits[:, -1], atol=1e-2)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_that_adds_its_mask_gets_numbers_to_add(padded):
+    """BigBirdPegasus' encoder; its decoder takes the same masks to the attention function."""
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, -9:] = 0
+    inputs = {"attention_mask": mask} if padded else {}
+    same_as_eager("bigbird_pegasus", ids, decoder_input_ids=tokens(20).flip(1), **inputs)
+
+
+def test_sinks_of_every_query_are_refused():
+    model = tiny_models.tiny_model("inkling2")
+    widehead.transformers.register()
+    model.set_attn_implementation("widehead")
+    with pytest.raises(ValueError, match="passes sinks, which widehead does not know"):
+        forward(model, tokens())
+
+
+def test_blocks_of_keys_are_refused():
+    model = tiny_models.tiny_model("minimax_m3_sparse")
+    widehead.transformers.register()
+    model.set_attn_implementation("widehead")
+    with pytest.raises(ValueError, match="passes block_indices, which widehead does not know"):
+        forward(model, tokens())

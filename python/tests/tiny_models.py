@@ -146,13 +146,82 @@ _MODELS = {
     ),
 }
 NAMES = tuple(_MODELS)
+# Models that do more with a mask than to pass it on, or pass more than others do.
+_PARTICULAR = {
+    "doge": ("DogeConfig", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "index_topk": 8,
+            "index_head_dim": 64,
+            "index_n_heads": 2,
+            **_LATENT,
+        },
+    ),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        {
+            "num_attention_heads": 4,
+            "head_dim": 64,
+            "q_lora_rank": 32,
+            "o_lora_rank": 32,
+            "o_groups": 2,
+            "sliding_window": 24,
+            "index_topk": 4,
+            "index_head_dim": 64,
+            "index_n_heads": 2,
+            "n_routed_experts": 4,
+            **_EXPERTS,
+        },
+    ),
+    "bigbird_pegasus": (
+        "BigBirdPegasusConfig",
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+        },
+    ),
+    **{
+        name: (
+            "MiniMaxM3VLTextConfig",
+            {
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "rotary_dim": 16,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "dense_intermediate_size": 96,
+                "shared_intermediate_size": 96,
+                "index_n_heads": 2,
+                "index_head_dim": 32,
+                "index_block_size": 4,
+                "index_topk_blocks": 2,
+                "layer_types": [kind] * 4,
+            },
+        )
+        for name, kind in (
+            ("minimax_m3", "full_attention"), ("minimax_m3_sparse", "minimax_m3_sparse")
+        )
+    },
+    "inkling2": ("Inkling2TextConfig", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+}
 
 
 def tiny_model(name: str) -> torch.nn.Module:
     """In float32, the same weights every time."""
     # Threads wait for each other longer than they work on products as small as these.
     torch.set_num_threads(1)
-    config_name, attention = _MODELS[name]
+    config_name, attention = (_MODELS | _PARTICULAR)[name]
     config_class = getattr(transformers, config_name, None)
     if config_class is None:
         is_required = "transformers" in os.environ.get("WIDEHEAD_TEST_REQUIRE", "")
@@ -162,7 +231,9 @@ def tiny_model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     # Its grouped products of experts know no float64.
     config._experts_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    is_pair = config.is_encoder_decoder
+    maker = transformers.AutoModelForSeq2SeqLM if is_pair else transformers.AutoModelForCausalLM
+    model = maker.from_config(config).eval()
     # Random initialisation leaves scores near 0, where every mask looks alike: spread them.
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

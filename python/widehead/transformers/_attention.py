@@ -11,8 +11,27 @@ from transformers.utils import logging
 from widehead._limits import DEFAULT_LIMITS, Limits
 from widehead.torch import attention_rows
 from widehead.transformers._mask import StructuredMask
+from widehead.transformers._models import is_taken
 
 logger = logging.get_logger(__name__)
+
+# Other arguments that change nothing here, with the reason. A new one may be a bias, a sink, a
+# choice of keys: whatever is not on this list is refused.
+_HARMLESS = {
+    "position_ids": "positions are in the rotated queries and keys, packed sequences in the mask",
+    "sliding_window": "the mask has it",
+    "use_cache": "the cache is updated before",
+    "cache_position": "the mask has it",
+    "output_attentions": "answered with a warning",
+    "output_hidden_states": "of the layers around",
+    "output_router_logits": "of the layers around",
+    "return_dict": "of the layers around",
+    "logits_to_keep": "of the layers behind",
+    "num_items_in_batch": "of the loss",
+    "labels": "of the loss",
+    "deterministic": "this attention always is",
+    "seq_idx": "for convolutions and state spaces; the mask has it",
+}
 
 
 def attention_forward(
@@ -27,6 +46,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     *,
     limits: Limits = DEFAULT_LIMITS,
     **kwargs: Any,
@@ -34,15 +54,17 @@ def attention_forward(
     """Attention as transformers asks for it.
 
     query [batch, heads_q, len_q, dim_qk]; key, value [batch, heads_kv, len_k, dim], not repeated.
-    Windows arrive in the mask, which alone knows where the queries stand; ``sliding_window`` and
-    ``position_ids`` among the other arguments say nothing more.
+    Windows arrive in the mask, which alone knows where the queries stand. ``indices``: the only keys
+    that each query sees beside the mask, [batch, len_q, count]. Of the other arguments those that
+    change nothing are dropped, and those that are not known are refused.
 
     Returns ([batch, len_q, heads_q, dim_v], None): there are no weights to hand out.
     """
     if dropout != 0.0:
         raise ValueError(f"dropout is {dropout}; it must be 0: widehead is for inference")
-    if kwargs.get("cache") is not None:
+    if kwargs.pop("cache", None) is not None:
         raise ValueError("widehead does not read paged caches; use a dynamic or a static cache")
+    _expect_known(module, kwargs)
     if kwargs.get("output_attentions", False):
         logger.warning_once("widehead has no attention weights to return; use eager for them.")
     if value.dtype != key.dtype:
@@ -60,11 +82,43 @@ def attention_forward(
             options["causal"] = causal
         else:
             mask = mask[..., : key.shape[2]]
+    if indices is not None:
+        mask = _selected(mask, indices, key.shape[2])
     if position_bias is not None:
         mask = _biased(mask, position_bias[..., : key.shape[2]])
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
         mask = mask.to(torch.float32)
     return attention_rows(query, key, value, mask=mask, limits=limits, **options), None
+
+
+def _expect_known(module: torch.nn.Module, others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if value is not None and name not in _HARMLESS:
+            raise ValueError(
+                f"{type(module).__name__} passes {name}, which widehead does not know and could only "
+                "ignore; use eager for this model"
+            )
+    kind = type(module)
+    if not is_taken(kind.__module__):
+        raise ValueError(
+            f"{kind.__name__} belongs to a model that declares neither _supports_sdpa nor "
+            "_supports_attention_backend, and whose attention has not been compared with widehead's; "
+            "use eager for this model"
+        )
+
+
+def _selected(mask: Tensor | None, indices: Tensor, len_k: int) -> Tensor:
+    """The mask where each query sees the keys of ``indices`` alone, as an indexer chooses them."""
+    if indices.dim() != 3:
+        raise ValueError(
+            f"indices is {list(indices.shape)}; it must be [batch, len_q, count]: chosen keys"
+        )
+    batch, len_q, _ = indices.shape
+    chosen = torch.zeros((batch, len_q, len_k), dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, -torch.inf)
 
 
 def _structure(mask: StructuredMask, query: Tensor, key: Tensor) -> dict[str, Any]:

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import (
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
 from transformers.utils import logging
+
+from widehead.transformers._models import mask_form
 
 logger = logging.get_logger(__name__)
 
@@ -28,9 +32,12 @@ logger = logging.get_logger(__name__)
 class StructuredMask(BlockMask):
     """A causal mask of [batch, 1, len_q, len_k] by what it says.
 
-    It is a BlockMask to pass for a ready mask where transformers looks for one, and nothing else of
-    a BlockMask holds. The last query stands on the last present key, ``key_lengths[b] - 1`` or
-    ``len_k - 1``; ``is_top_left``: the first query stands on the first key.
+    The last query stands on the last present key, ``key_lengths[b] - 1`` or ``len_k - 1``;
+    ``is_top_left``: the first query stands on the first key.
+
+    Whoever computes with it gets the boolean tensor that it stands for: it answers to the functions,
+    methods and operators of one. It is a BlockMask to pass for a ready mask where transformers looks
+    for one, and nothing else of a BlockMask holds; models that ask for its class never get it.
     """
 
     batch: int
@@ -41,6 +48,7 @@ class StructuredMask(BlockMask):
     key_lengths: Tensor | None = None  # int32 [batch]
     key_starts: Tensor | None = None  # int32 [batch]
     keys: Tensor | None = None  # bool [batch, 1, 1, len_k], where padding is no range
+    device: torch.device = torch.device("cpu")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -50,11 +58,18 @@ class StructuredMask(BlockMask):
     def ndim(self) -> int:
         return 4
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bool
+
     def dim(self) -> int:
         return 4
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.batch * self.len_q * self.len_k
 
     def contiguous(self) -> StructuredMask:
         return self
@@ -67,26 +82,28 @@ class StructuredMask(BlockMask):
             for name in ("key_lengths", "key_starts", "keys")
             if (tensor := getattr(self, name)) is not None
         }
-        return replace(self, **moved)
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return replace(self, **moved, device=device or self.device)
 
-    def __getitem__(self, index: Any) -> StructuredMask:
-        """``mask[:, :, -n:, :]``: the last n queries, as models take it whose layers share keys."""
+    def __getitem__(self, index: Any) -> Any:
+        """``mask[:, :, -n:, :]``, the last n queries, stays structure: models whose layers share keys
+        take it. Everything else is of the dense mask."""
         everything = slice(None)
         if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (everything,) * 2:
-            raise NotImplementedError(f"a structured mask cannot be indexed by {index!r}")
+            return self.dense()[index]
         if not isinstance(index[2], slice) or not isinstance(index[3], slice):
-            raise NotImplementedError(f"a structured mask cannot be indexed by {index!r}")
+            return self.dense()[index]
         queries = range(self.len_q)[index[2]]
         keys = range(self.len_k)[index[3]]
         is_tail = queries.step == 1 and (queries.stop == self.len_q or len(queries) == 0)
         if not is_tail or keys != range(self.len_k):
-            raise NotImplementedError(f"a structured mask cannot be indexed by {index!r}")
+            return self.dense()[index]
         if len(queries) == self.len_q:
             return self
         if not self.is_top_left:
             return replace(self, len_q=len(queries))
         # Fewer queries no longer begin at the first key: what ended by length ends by mask.
-        positions = torch.arange(self.len_k, device=self._device())
+        positions = torch.arange(self.len_k, device=self.device)
         present = positions < self._column(self.key_lengths, self.len_q)
         mask = present[:, None, None, :]
         lengths = torch.full((self.batch,), self.len_q, dtype=torch.int32, device=mask.device)
@@ -100,9 +117,8 @@ class StructuredMask(BlockMask):
 
     def dense(self) -> Tensor:
         """Boolean [batch, 1, len_q, len_k]: for what cannot be said by structure, and for tests."""
-        device = self._device()
-        key = torch.arange(self.len_k, device=device)[None, None, None, :]
-        query = torch.arange(self.len_q, device=device)[None, None, :, None]
+        key = torch.arange(self.len_k, device=self.device)[None, None, None, :]
+        query = torch.arange(self.len_q, device=self.device)[None, None, :, None]
         lengths = self._column(self.key_lengths, self.len_k)[:, :, None, None]
         diagonal = query if self.is_top_left else query + lengths - self.len_q
         visible = (key <= diagonal) & (key < lengths)
@@ -113,16 +129,37 @@ class StructuredMask(BlockMask):
             visible = visible & self.keys
         return visible.expand(self.shape)
 
-    def _device(self) -> torch.device | None:
-        for tensor in (self.key_lengths, self.key_starts, self.keys):
-            if tensor is not None:
-                return tensor.device
-        return None
-
     def _column(self, values: Tensor | None, default: int) -> Tensor:
         if values is None:
-            return torch.full((1, 1), default, device=self._device())
+            return torch.full((1, 1), default, device=self.device)
         return values[:, None]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+
+def _of_dense(name: str) -> Callable[..., Any]:
+    def operator(self: StructuredMask, *others: Any) -> Any:
+        return getattr(self.dense(), name)(*others)
+
+    return operator
+
+
+for _name in ("and", "or", "xor", "add", "sub", "mul", "truediv"):
+    for _side in ("", "r"):
+        setattr(StructuredMask, f"__{_side}{_name}__", _of_dense(f"__{_side}{_name}__"))
+for _name in ("invert", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter"):
+    setattr(StructuredMask, f"__{_name}__", _of_dense(f"__{_name}__"))
+StructuredMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -218,18 +255,22 @@ def attention_mask(
 
     Query i stands at position ``q_offset + i``, key j at ``kv_offset + j``. Masks that are neither
     causal nor causal with a window (chunks, packed sequences, images) become boolean tensors, and
-    those of encoders broadcast over the queries.
+    those of encoders broadcast over the queries. So do those for models that ask what a mask is;
+    models that declare no attention functions get what ``eager`` would: they add it to scores.
     """
+    config = kwargs.get("config")
+    form = "structured" if config is None else mask_form(type(config).__module__)
     pattern = _pattern_of(mask_function)
-    if pattern is None:
-        if _window_of(_REFERENCE, _REFERENCE) is None:
+    if pattern is None or form != "structured":
+        if pattern is None and _window_of(_REFERENCE, _REFERENCE) is None:
             logger.warning_once(
                 "widehead does not know the window masks of this version of transformers: windows "
                 "become masks of queries by keys, right but slow."
             )
         # True for encoders alone, which may also need no mask at all: None.
         kwargs["allow_is_causal_skip"] = False
-        return sdpa_mask(
+        make_mask = eager_mask if form == "additive" else sdpa_mask
+        return make_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -258,6 +299,7 @@ def attention_mask(
         len_k=kv_length,
         window=pattern.window,
         key_lengths=key_lengths,
+        device=torch.device(device),
     )
     if attention_mask is None:
         return mask
