@@ -2,8 +2,8 @@
 #include <cstring>
 #include <new>
 
+#include "cpu/cpu_facts.h"
 #include "kernels_under_test.h"
-#include "plan/cpu_facts.h"
 
 namespace wh {
 namespace {

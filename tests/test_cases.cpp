@@ -4,7 +4,7 @@
 #include <map>
 
 #include "api/machine.h"
-#include "plan/cpu_facts.h"
+#include "cpu/cpu_facts.h"
 #include "run_case.h"
 
 namespace wh {

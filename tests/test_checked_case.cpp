@@ -40,7 +40,7 @@ CaseResult run_spoilt(const Case& c, void (*spoil)(const Tensors&), const CheckO
   const Kernel* const kernels[] = {&spoilt};
   const Machine here = this_machine(Device::kCpu, 0);
   CheckedCase checked(c, options);
-  return checked.run("", {here.cpu, here.cuda, kernels});
+  return checked.run("", {here.facts, kernels});
 }
 
 void expect_wrong(const CaseResult& result, const std::string& words) {
@@ -117,7 +117,7 @@ TEST(CheckedCase, AWrongRowBetweenTheSampledOnesIsNoticed) {
     return status;
   };
   const Kernel* const kernels[] = {&honest(), &spoilt};
-  const Machine machine{here.cpu, here.cuda, kernels};
+  const Machine machine{here.facts, kernels};
   EXPECT_EQ(checked.run("cpu_prefill", machine).outcome, Outcome::kRight);
   expect_wrong(checked.run("cpu_unfused", machine), "out[0, 0, 20] is off");
 }
@@ -132,9 +132,8 @@ TEST(CheckedCase, RefusalsAreHeldAgainstWhatIsDocumented) {
   unknown.name = "cpu_unheard_of";
   const Kernel* const one[] = {&refuses};
   const Kernel* const other[] = {&unknown};
-  expect_wrong(checked.run("cpu_prefill", {here.cpu, here.cuda, one}), "documented to be taken");
-  expect_wrong(checked.run("cpu_unheard_of", {here.cpu, here.cuda, other}),
-               "documented to be refused");
+  expect_wrong(checked.run("cpu_prefill", {here.facts, one}), "documented to be taken");
+  expect_wrong(checked.run("cpu_unheard_of", {here.facts, other}), "documented to be refused");
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/divisor.h"
 #include "cuda/common/packed_rows.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/sm90/decode/config.h"
 
 namespace wh::cuda {
@@ -42,10 +43,9 @@ Problem decode_problem(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t
 
 struct Planned {
   Limits limits;
-  CpuFacts cpu;
   CudaFacts cuda = hopper();
 
-  Query query(const Problem& p) const { return {p, limits, cpu, cuda}; }
+  Query query(const Problem& p) const { return {p, limits, cuda}; }
   int64_t splits(const Problem& p) const {
     return PackedShape(p, kSm90Decode.configure(query(p))).splits;
   }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cases.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/registry.h"
 #include "cuda/unfused/cublas_lt.h"
 #include "documented.h"
@@ -29,14 +30,13 @@ class CudaDocumented : public testing::TestWithParam<CaseSet> {};
 
 TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
   const bool has_cublas_lt = cuda::cublas_lt_unavailable().empty();
-  const CpuFacts cpu;
   for (const CudaFacts& facts : {card(90, 232448), card(80, 166912), card(89, 101376)}) {
     std::map<std::string, int64_t> taken;
     for (const Case& c : make_cases(GetParam(), Device::kCuda, 7)) {
       for (const Kernel* kernel : cuda::kernels()) {
         if (kernel->name == std::string("cuda_unfused") && !has_cublas_lt) continue;
-        const auto reason = kernel->refusal({canonical(c.problem), c.limits, cpu, facts});
-        const Documented documented{c.problem, c.limits.precision, cpu, facts};
+        const auto reason = kernel->refusal({canonical(c.problem), c.limits, facts});
+        const Documented documented{c.problem, c.limits.precision, facts};
         ASSERT_EQ(!reason.has_value(), documented.takes(kernel->name))
             << kernel->name << " on " << c.name << ": " << reason.value_or("taken");
         if (!reason) ++taken[kernel->name];

@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/tiles.h"
@@ -75,7 +76,6 @@ const Instance* narrowest(const Listed& listed, const Problem& p, bool only_comp
 
 TEST(CudaInstances, TheNarrowestThatIsThereIsTaken) {
   const Limits limits;
-  const CpuFacts cpu;
   for (const bool only_compiled : {false, true}) {
     const CudaFacts cuda = hopper(only_compiled);
     for (const Listed& listed : kListed) {
@@ -83,7 +83,7 @@ TEST(CudaInstances, TheNarrowestThatIsThereIsTaken) {
         for (int64_t dim_qk = 8; dim_qk <= 640; dim_qk += 8) {
           for (const int64_t dim_v : {int64_t{8}, int64_t{128}, dim_qk}) {
             const Problem p = problem(dim_qk, dim_v, dtype);
-            const Query query{p, limits, cpu, cuda};
+            const Query query{p, limits, cuda};
             const Instance* expected = narrowest(listed, p, only_compiled);
             const auto reason = listed.kernel.refusal(query);
             ASSERT_EQ(reason.has_value(), expected == nullptr)
@@ -174,14 +174,13 @@ TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
 // The last resort of every card: no build may refuse what all of them takes.
 TEST(CudaInstances, CudaPortableTakesEverythingInEveryBuild) {
   const Limits limits;
-  const CpuFacts cpu;
   for (const int64_t shared_bytes : {101376, 166912, 232448}) {
     CudaFacts cuda = hopper(true);
     cuda.shared_bytes = shared_bytes;
     for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
       for (int64_t dim = 1; dim <= 1024; dim += 31) {
         const Problem p = problem(dim, dim, dtype);
-        const Query query{p, limits, cpu, cuda};
+        const Query query{p, limits, cuda};
         ASSERT_EQ(kPortable.refusal(query), std::nullopt);
         const PortableVariant* variant =
             portable_variant(p, kPortable.configure(query), shared_bytes);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/common/packed_rows.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/kernel.h"
@@ -17,7 +18,6 @@ namespace {
 
 struct Planned {
   Limits limits;
-  CpuFacts cpu;
   CudaFacts cuda;
 
   explicit Planned(int32_t compute_capability, int64_t shared_bytes) {
@@ -28,7 +28,7 @@ struct Planned {
     cuda.tensor_tflops = 300;
     cuda.read_gbytes_per_s = 1000;
   }
-  Query query(const Problem& p) const { return {p, limits, cpu, cuda}; }
+  Query query(const Problem& p) const { return {p, limits, cuda}; }
 };
 const Planned kAmpere(80, 166912), kAda(89, 101376), kHopper(90, 232448);
 

@@ -13,6 +13,7 @@
 
 #include "api/machine.h"
 #include "api/shipped_profiles.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/registry.h"
 #include "plan/planner.h"
 
@@ -118,10 +119,9 @@ struct Choices {
 
 Choices choices(const std::vector<Measured>& rows, const Profile* profile) {
   const CudaFacts facts = h100();
-  const CpuFacts cpu;
   Choices result;
   for (const Measured& row : rows) {
-    const auto plan = make_plan(row.problem, {}, {cpu, facts, cuda::kernels(), profile});
+    const auto plan = make_plan(row.problem, {}, {facts, cuda::kernels(), profile});
     if (!plan.ok() || !row.us.contains(plan->kernel)) {
       ADD_FAILURE() << row.name << ": " << (plan.ok() ? plan->kernel : plan.status().message());
       continue;
@@ -174,7 +174,6 @@ TEST(CudaRouting, TheShippedProfileChoosesTheFastestKernelOfTheRecordedCalls) {
 
 TEST(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {
   const CudaFacts facts = h100();
-  const CpuFacts cpu;
   Limits limits;
   limits.batch_invariant = true;
   for (const Measured& row : kernel_rows()) {
@@ -182,7 +181,7 @@ TEST(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {
     for (const int64_t batch : {1, 2, 16, 300}) {
       Problem p = row.problem;
       p.batch = batch;
-      const auto plan = make_plan(p, limits, {cpu, facts, cuda::kernels()});
+      const auto plan = make_plan(p, limits, {facts, cuda::kernels()});
       ASSERT_TRUE(plan.ok()) << plan.status().message();
       if (batch == 1) alone = plan->kernel;
       EXPECT_EQ(plan->kernel, alone) << row.name << ", batch " << batch;

@@ -9,6 +9,7 @@
 
 #include "api/machine.h"
 #include "cuda/common/steps.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/device.h"
 #include "cuda/registry.h"
 #include "cuda/sm90/query_tiles.h"
@@ -34,8 +35,7 @@ CudaFacts h100() {
 
 Machine h100_machine(Device, int32_t) {
   static const CudaFacts facts = h100();
-  static const CpuFacts cpu;
-  return {cpu, facts, cuda::kernels()};
+  return {facts, cuda::kernels()};
 }
 
 Problem chunk(int64_t len_k, Dtype dtype = Dtype::kBf16) {
@@ -215,7 +215,7 @@ TEST(CudaSteps, VerdictsForABoundOf50Milliseconds) {
     const Plan forced = plan(p, 50e3, kernel);
     ASSERT_EQ(forced.kernel, kernel) << candidate(forced, kernel).reason;
     const Machine machine = h100_machine(Device::kCuda, 0);
-    const Query query{forced.problem, forced.limits, machine.cpu, machine.cuda};
+    const Query query{forced.problem, forced.limits, machine.facts};
     const double step_us = find_kernel(machine.kernels, kernel)->step_us(query, forced.config);
     EXPECT_LE(step_us, 50e3) << kernel;
     EXPECT_GT(step_us, 1e3) << kernel;
@@ -238,7 +238,7 @@ TEST(CudaSteps, AMeasuredCorrectionShortensTheStep) {
   limits.longest_step_us = 25e3;
   const Problem p = chunk(204800);
   const Kernel& kernel = *find_kernel(machine.kernels, "sm90_prefill");
-  Query query{p, limits, machine.cpu, machine.cuda};
+  Query query{p, limits, machine.facts};
   const int64_t by_formula = kernel.configure(query).step_tiles;
   query.correction = 1.6;
   const int64_t by_measurement = kernel.configure(query).step_tiles;
@@ -266,7 +266,7 @@ TEST(CudaUnfused, PrecisionHighPacksToF32) {
   Limits limits;
   const Problem half = chunk(1024), full = chunk(1024, Dtype::kF32);
   const auto config = [&](const Problem& p) {
-    return cuda::kUnfused.configure({p, limits, machine.cpu, machine.cuda});
+    return cuda::kUnfused.configure({p, limits, machine.facts});
   };
   const Config native = config(half);
   limits.precision = Precision::kHigh;

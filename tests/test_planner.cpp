@@ -9,6 +9,8 @@
 #include "core/byte_size.h"
 #include "core/key_range.h"
 #include "core/nearest_name.h"
+#include "cpu/cpu_facts.h"
+#include "cuda/cuda_facts.h"
 #include "plan/explain.h"
 #include "plan/plan_json.h"
 #include "plan/planner.h"
@@ -167,12 +169,12 @@ TEST(Planner, AStepGrowsWithItsRowsAndNotWithTheKeys) {
     Limits limits;
     limits.threads = threads;
     const Machine machine = this_machine(Device::kCpu, 0);
-    const Query query{p, limits, machine.cpu, machine.cuda};
+    const Query query{p, limits, machine.facts};
     return prefill->step_us(query, prefill->configure(query));
   };
   EXPECT_NEAR(step_us(2048, 32768, 1), step_us(2048, 262144, 1), 1);
   EXPECT_GT(step_us(2048, 32768, 1), 2 * step_us(1, 4096, 1));
-  const int32_t cores = this_machine(Device::kCpu, 0).cpu.cores;
+  const int32_t cores = this_machine(Device::kCpu, 0).facts.cores;
   EXPECT_GT(step_us(2048, 32768, 4 * cores), 3 * step_us(2048, 32768, cores));
 }
 
@@ -237,10 +239,9 @@ TEST(Planner, BatchInvarianceCoversTheChoiceOfTheKernel) {
   laptop.simd_floats = 8;
   laptop.cores = 4;
   laptop.read_gbytes_per_s = 30;
-  const CudaFacts cuda;
   int differ_without = 0;
   for (const CpuFacts& cpu : {server, laptop}) {
-    const Machine machine{cpu, cuda, kernels_of(Device::kCpu)};
+    const Machine machine{cpu, kernels_of(Device::kCpu)};
     for (const int64_t len_q : {1, 2, 4, 8, 16, 64}) {
       for (const int64_t len_k : {64, 512, 4096, 32768}) {
         for (const int64_t heads_kv : {1, 2, 8}) {
@@ -270,12 +271,11 @@ TEST(Planner, BatchInvarianceCoversTheChoiceOfTheKernel) {
 }
 
 TEST(Planner, AMachineWithoutCudaSaysWhy) {
-  const CpuFacts cpu;
   CudaFacts cuda;
   cuda.unavailable = "no driver";
   Problem p = chunk(512);
   p.device = Device::kCuda;
-  const auto made = make_plan(p, {}, {cpu, cuda, {}});
+  const auto made = make_plan(p, {}, {cuda, {}});
   ASSERT_FALSE(made.ok());
   EXPECT_EQ(made.status().code(), Code::kRefused);
   EXPECT_EQ(made.status().message(), "device cuda:0 cannot run: no driver");
@@ -380,7 +380,7 @@ TEST(Profile, IsUsedByThePlannerForEveryCoreOnly) {
   machine.profile = &profile;
   EXPECT_EQ(make_plan(chunk(512), {}, machine)->kernel, "cpu_unfused");
   Limits one_more;
-  one_more.threads = machine.cpu.cores + 1;
+  one_more.threads = machine.facts.cores + 1;
   EXPECT_EQ(make_plan(chunk(512), one_more, machine)->kernel, formula.kernel);
 }
 

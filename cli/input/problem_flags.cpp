@@ -10,6 +10,7 @@
 
 #include "core/nearest_name.h"
 #include "core/problem_fields.h"
+#include "plan/backend.h"
 #include "report/session.h"
 
 namespace wh::cli {
@@ -196,17 +197,22 @@ void read_fields(const ProblemFlags& flags, Part part, Problem& p, ValueReader& 
 
 void read_device(const std::string& text, Problem& p, ValueReader& read) {
   if (text.empty()) return;
-  p.device = text == "cpu" ? Device::kCpu : Device::kCuda;
-  p.device_index = 0;
-  if (text == "cpu" || text == "cuda") return;
-  if (text.starts_with("cuda:")) {
+  const size_t colon = text.find(':');
+  if (const auto device = kDevices.value(text.substr(0, colon))) {
+    p.device = *device;
+    p.device_index = 0;
+    if (colon == std::string::npos) return;
     ValueReader index;
     p.device_index = static_cast<int32_t>(
-        index.integer("device", text.substr(5), kDeviceIndex.least, kDeviceIndex.most));
-    if (index.status().ok()) return;
+        index.integer("device", text.substr(colon + 1), kDeviceIndex.least, kDeviceIndex.most));
+    if (index.status().ok() && !backend(*device).is_host()) return;
   }
-  read.fail(fmt::format("--device is \"{}\"; valid: cpu, cuda, or cuda:0 to cuda:{}", text,
-                        kDeviceIndex.most));
+  std::string numbered;
+  for (const Device device : kDevices.values()) {
+    if (backend(device).is_host()) continue;
+    numbered += fmt::format(", or {0}:0 to {0}:{1}", kDevices.name(device), kDeviceIndex.most);
+  }
+  read.fail(fmt::format("--device is \"{}\"; valid: {}{}", text, kDevices.list(), numbered));
 }
 
 std::vector<int32_t> read_per_batch(const char* name, const std::string& text, int64_t most,

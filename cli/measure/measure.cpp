@@ -9,8 +9,8 @@
 #include <limits>
 #include <thread>
 
+#include "cpu/cpu_facts.h"
 #include "measure/probe.h"
-#include "plan/cpu_facts.h"
 
 namespace wh::cli {
 namespace {

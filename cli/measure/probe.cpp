@@ -9,9 +9,9 @@
 #include <fstream>
 
 #include "core/executor.h"
-#include "verify/host_tensors.h"
+#include "cpu/cpu_facts.h"
 #include "measure/probe_bf16.h"
-#include "plan/cpu_facts.h"
+#include "verify/host_tensors.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "measure/probe.cpp"

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "measure/useful_work.h"
+#include "plan/backend.h"
 #include "plan/names.h"
 #include "plan/units.h"
 
@@ -67,7 +68,8 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
   if (const BenchRow* unfused = result.unfused(); unfused != nullptr && unfused != &row) {
     json["speed_up"] = unfused->samples.best() / row.samples.best();
   }
-  if (p.device == Device::kCpu && row.kernel == result.chosen) json["imbalance"] = row.imbalance;
+  const bool is_host = backend(p.device).is_host();
+  if (is_host && row.kernel == result.chosen) json["imbalance"] = row.imbalance;
   if (row.kernel == result.chosen && result.times_plain() > 0) {
     json["times_plain"] = result.times_plain();
   }

@@ -13,6 +13,7 @@
 #include "api/environment.h"
 #include "api/machine.h"
 #include "core/nearest_name.h"
+#include "cpu/cpu_facts.h"
 #include "input/limits_flags.h"
 #include "measure/imbalance.h"
 #include "measure/probe.h"
@@ -55,18 +56,18 @@ std::string blas_name() {
 
 BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guard) {
   BenchDevice device;
-  if (p.device == Device::kCuda) {
-    const CudaFacts& cuda = cuda_facts(p.device_index);
-    device.name = cuda.name;
-    device.isa = fmt::format("sm_{}", cuda.compute_capability);
-    device.threads = cuda.sms;
-    device.peak_gflops = cuda.tensor_tflops * 1e3;
-    device.read_gbytes_per_s = cuda.read_gbytes_per_s;
-    device.last_level_cache_bytes = cuda.l2_bytes;
+  const Backend& kind = backend(p.device);
+  const ProfileIdentity identity = kind.identity(p.device_index);
+  device.name = identity.device;
+  device.isa = identity.isa;
+  device.threads = identity.threads;
+  if (!kind.is_host()) {
+    const DeviceFacts& facts = kind.facts(p.device_index);
+    device.peak_gflops = facts.tensor_tflops * 1e3;
+    device.read_gbytes_per_s = facts.read_gbytes_per_s;
+    device.last_level_cache_bytes = facts.l2_bytes;
     return device;
   }
-  device.name = cpu_facts().name;
-  device.isa = cpu_facts().isa;
   device.threads = threads;
   device.peak_gflops = guard.peak_gflops();
   device.one_thread_gflops = guard.one_thread_gflops();

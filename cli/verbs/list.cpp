@@ -8,7 +8,6 @@
 #include "api/profile_store.h"
 #include "core/names.h"
 #include "core/nearest_name.h"
-#include "cuda/backend.h"
 #include "plan/names.h"
 #include "report/session.h"
 
@@ -22,7 +21,7 @@ struct ListFlags {
 
 Json list_kernels() {
   Json rows = Json::array();
-  for (const Device device : {Device::kCpu, Device::kCuda}) {
+  for (const Device device : kDevices.values()) {
     for (const Kernel* kernel : kernels_of(device)) {
       rows.push_back({{"kernel", kernel->name},
                       {"device", kDevices.name(device)},
@@ -56,27 +55,23 @@ Json list_suites() {
 }
 
 Json list_devices() {
-  const CpuFacts& cpu = cpu_facts();
   Json rows = Json::array();
-  rows.push_back({{"device", "cpu"},
-                  {"name", cpu.name},
-                  {"kernels_use", cpu.isa + (cpu.has_avx512_bf16 ? ", AVX512-BF16" : "")},
-                  {"cores", cpu.cores},
-                  {"estimates", loaded_profile(Device::kCpu, 0).description}});
-  const CudaFacts& cuda = cuda_facts(0);
-  if (!cuda.unavailable.empty()) {
-    rows.push_back({{"device", "cuda"}, {"name", "-"}, {"kernels_use", cuda.unavailable}});
-    return rows;
-  }
-  for (int32_t i = 0; cuda_facts(i).unavailable.empty(); ++i) {
-    const Result<cuda::BuildFacts> build = cuda::build_facts(i);
-    rows.push_back({{"device", fmt::format("cuda:{}", i)},
-                    {"name", cuda_facts(i).name},
-                    {"kernels_use", fmt::format("sm_{}", cuda_facts(i).compute_capability)},
-                    {"cores", cuda_facts(i).sms},
-                    {"estimates", loaded_profile(Device::kCuda, i).description},
-                    {"code", build.ok() ? build->code : build.status().message()},
-                    {"instances", build.ok() ? build->instances : ""}});
+  for (const Device device : kDevices.values()) {
+    const Backend& kind = backend(device);
+    if (const std::string& reason = kind.facts(0).unavailable; !reason.empty()) {
+      rows.push_back({{"device", kDevices.name(device)}, {"name", "-"}, {"kernels_use", reason}});
+      continue;
+    }
+    for (int32_t i = 0; kind.facts(i).unavailable.empty(); ++i) {
+      Json row{{"device", device_name(device, i)},
+               {"name", kind.facts(i).name},
+               {"kernels_use", kind.facts(i).kernels_use},
+               {"cores", kind.identity(i).threads},
+               {"estimates", loaded_profile(device, i).description}};
+      for (const auto& [name, text] : kind.build_facts(i)) row[name] = text;
+      rows.push_back(std::move(row));
+      if (kind.is_host()) break;  // it is one
+    }
   }
   return rows;
 }

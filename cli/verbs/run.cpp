@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "api/machine.h"
+#include "cpu/cpu_facts.h"
 #include "input/limits_flags.h"
 #include "input/planning.h"
 #include "input/problem_flags.h"

@@ -15,7 +15,7 @@
 
 #include "api/machine.h"
 #include "api/profile_store.h"
-#include "core/names.h"
+#include "cpu/cpu_facts.h"
 #include "input/problem_flags.h"
 #include "measure/measure.h"
 #include "plan/planner.h"
@@ -79,8 +79,7 @@ std::vector<Request> tuning_grid(Device device, int32_t device_index) {
     flags.keys = std::to_string(keys);
     flags.dtype = dtype;
     if (queries > 1) flags.causal = "bottom-right";
-    flags.device = kDevices.name(device);
-    if (!backend(device).is_host()) flags.device += fmt::format(":{}", device_index);
+    flags.device = device_name(device, device_index);
     auto requests = read_requests(flags);
     if (requests.ok()) grid.push_back(std::move(requests->front()));
   };

@@ -1,6 +1,7 @@
 #include "api/machine.h"
 
 #include "api/profile_store.h"
+#include "core/names.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 
@@ -19,13 +20,16 @@ const Backend& backend(Device device) {
 std::span<const Kernel* const> kernels_of(Device device) { return backend(device).kernels(); }
 
 Machine this_machine(Device device, int32_t device_index) {
-  // Asking for a CUDA device starts the driver: a CPU problem must not pay for that.
-  static const CudaFacts none;
-  const CudaFacts& cuda = device == Device::kCuda ? cuda_facts(device_index) : none;
-  if (!cuda.unavailable.empty()) return {cpu_facts(), cuda, kernels_of(device)};
+  const DeviceFacts& facts = backend(device).facts(device_index);
+  if (!facts.unavailable.empty()) return {facts, kernels_of(device)};
   const LoadedProfile& loaded = loaded_profile(device, device_index);
-  return {cpu_facts(), cuda, kernels_of(device), loaded.is_valid ? &loaded.profile : nullptr,
+  return {facts, kernels_of(device), loaded.is_valid ? &loaded.profile : nullptr,
           loaded.description};
+}
+
+std::string device_name(Device device, int32_t device_index) {
+  const std::string name = kDevices.name(device);
+  return backend(device).is_host() ? name : name + ":" + std::to_string(device_index);
 }
 
 }  // namespace wh

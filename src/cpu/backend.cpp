@@ -6,8 +6,8 @@
 #include <new>
 
 #include "core/carver.h"
+#include "cpu/cpu_facts.h"
 #include "cpu/registry.h"
-#include "plan/cpu_facts.h"
 
 namespace wh::cpu {
 namespace {
@@ -16,6 +16,8 @@ constexpr std::align_val_t kAlignment{kWorkspaceAlignment};
 
 class CpuBackend final : public Backend {
  public:
+  const char* label() const override { return "the CPU"; }
+
   std::span<const Kernel* const> kernels() const override { return cpu::kernels(); }
 
   const DeviceFacts& facts(int32_t) const override { return cpu_facts(); }

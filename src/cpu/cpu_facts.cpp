@@ -1,4 +1,4 @@
-#include "plan/cpu_facts.h"
+#include "cpu/cpu_facts.h"
 
 #include <hwy/targets.h>
 #include <unistd.h>
@@ -44,6 +44,7 @@ CpuFacts detect() {
 #endif
   facts.read_gbytes_per_s = 15.0 * facts.cores;
   facts.has_cblas = cpu::unfused_has_cblas();
+  facts.kernels_use = facts.isa + (facts.has_avx512_bf16 ? ", AVX512-BF16" : "");
   return facts;
 }
 

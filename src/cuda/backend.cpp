@@ -4,18 +4,30 @@
 
 #include "cuda/allocate.h"
 #include "cuda/common/launch.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/device.h"
 #include "cuda/instances.h"
 #include "cuda/portable/few_rows.h"
 #include "cuda/registry.h"
 #include "cuda/replay.h"
-#include "plan/cuda_facts.h"
 
 namespace wh::cuda {
 namespace {
 
+// Of cuda_portable, which every build has for all cards; or why it cannot be loaded.
+std::string code_of(int32_t device_index) {
+  const DeviceScope scope(device_index);
+  if (Status status = scope.status(); !status.ok()) return status.message();
+  const Result<LoadedCode> code = loaded_code(few_rows_instance<64, 1>());
+  if (!code.ok()) return code.status().message();
+  return code->is_translated() ? fmt::format("translated from PTX of sm_{}", code->ptx_version)
+                               : fmt::format("machine code of sm_{}", code->binary_version);
+}
+
 class CudaBackend final : public Backend {
  public:
+  const char* label() const override { return "CUDA"; }
+
   std::span<const Kernel* const> kernels() const override { return cuda::kernels(); }
 
   const DeviceFacts& facts(int32_t device_index) const override { return cuda_facts(device_index); }
@@ -29,6 +41,10 @@ class CudaBackend final : public Backend {
     json.write("l2_bytes", cuda.l2_bytes);
     json.write("tensor_tflops", cuda.tensor_tflops);
     json.write("read_gbytes_per_s", cuda.read_gbytes_per_s);
+  }
+  std::vector<std::pair<std::string, std::string>> build_facts(
+      int32_t device_index) const override {
+    return {{"code", code_of(device_index)}, {"instances", kBuiltInstances}};
   }
   ProfileIdentity identity(int32_t device_index) const override {
     const CudaFacts& cuda = cuda_facts(device_index);
@@ -66,18 +82,6 @@ class CudaBackend final : public Backend {
 const Backend& backend() {
   static const CudaBackend the;
   return the;
-}
-
-Result<BuildFacts> build_facts(int32_t device_index) {
-  const DeviceScope scope(device_index);
-  WH_RETURN_IF_ERROR(scope.status());
-  // One of cuda_portable's for all cards, which every build has.
-  const Result<LoadedCode> code = loaded_code(few_rows_instance<64, 1>());
-  if (!code.ok()) return code.status();
-  return BuildFacts{kBuiltInstances,
-                    code->is_translated()
-                        ? fmt::format("translated from PTX of sm_{}", code->ptx_version)
-                        : fmt::format("machine code of sm_{}", code->binary_version)};
 }
 
 }  // namespace wh::cuda

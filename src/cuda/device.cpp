@@ -8,8 +8,8 @@
 #include <mutex>
 
 #include "cuda/common/launch.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/driver_function.h"
-#include "plan/cuda_facts.h"
 
 namespace wh {
 namespace {
@@ -63,6 +63,7 @@ CudaFacts detect(int32_t index) {
   }
   facts.name = properties.name;
   facts.compute_capability = properties.major * 10 + properties.minor;
+  facts.kernels_use = fmt::format("sm_{}", facts.compute_capability);
   facts.sms = properties.multiProcessorCount;
   facts.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   facts.l2_bytes = properties.l2CacheSize;

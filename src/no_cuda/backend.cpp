@@ -1,7 +1,7 @@
 // The CUDA backend of a build without CUDA: it has no kernels and says why.
 #include "cuda/backend.h"
 
-#include "plan/cuda_facts.h"
+#include "cuda/cuda_facts.h"
 
 namespace wh {
 
@@ -22,6 +22,8 @@ Status refused() { return {Code::kRefused, cuda_facts(0).unavailable}; }
 
 class NoBackend final : public Backend {
  public:
+  const char* label() const override { return "CUDA"; }
+
   std::span<const Kernel* const> kernels() const override { return {}; }
 
   const DeviceFacts& facts(int32_t device_index) const override { return cuda_facts(device_index); }
@@ -49,8 +51,6 @@ const Backend& backend() {
   static const NoBackend the;
   return the;
 }
-
-Result<BuildFacts> build_facts(int32_t) { return refused(); }
 
 }  // namespace cuda
 }  // namespace wh

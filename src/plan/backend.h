@@ -6,6 +6,9 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "core/json_writer.h"
 #include "core/status.h"
@@ -35,6 +38,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
+  // "the CPU": for messages.
+  virtual const char* label() const = 0;
+
   // In the order in which they are offered; the last one always works.
   virtual std::span<const Kernel* const> kernels() const = 0;
 
@@ -42,6 +48,8 @@ class Backend {
   virtual const DeviceFacts& facts(int32_t device_index) const = 0;
   // Facts for programs, as members of an object.
   virtual void write_facts(int32_t device_index, JsonWriter& json) const = 0;
+  // What this build has for the device: names and texts for people. Asking may load code onto it.
+  virtual std::vector<std::pair<std::string, std::string>> build_facts(int32_t) const { return {}; }
   // What a profile must have been measured on to hold there, the library's version aside.
   virtual ProfileIdentity identity(int32_t device_index) const = 0;
 

@@ -12,8 +12,7 @@
 #include "core/problem.h"
 #include "core/progress.h"
 #include "core/status.h"
-#include "plan/cpu_facts.h"
-#include "plan/cuda_facts.h"
+#include "plan/device_facts.h"
 #include "plan/limits.h"
 
 namespace wh {
@@ -68,8 +67,7 @@ struct Config {
 struct Query {
   const Problem& problem;
   const Limits& limits;
-  const CpuFacts& cpu;
-  const CudaFacts& cuda;
+  const DeviceFacts& facts;  // those of the kernel's own backend
   double correction = 1;  // a profile's, of measured time to formula, for the kernel that is asked
 };
 
@@ -85,7 +83,6 @@ struct Launch {
 // Filled with designated initialisers: a list of ten values by place says nothing.
 struct Kernel {
   const char* name;
-  Device device;
   Role role;
   const char* summary;
 

@@ -5,6 +5,7 @@
 #include "core/json_reader.h"
 #include "core/json_writer.h"
 #include "core/problem_fields.h"
+#include "plan/backend.h"
 #include "plan/names.h"
 #include "plan/units.h"
 
@@ -87,7 +88,7 @@ Limits read_limits(const Json& json) {
 
 // What a CPU plan's workers are. JSON has it beside `workers`, which are blocks on CUDA.
 int32_t threads_of(const Plan& plan) {
-  return plan.problem.device == Device::kCpu ? plan.config.workers : 0;
+  return backend(plan.problem.device).is_host() ? plan.config.workers : 0;
 }
 
 void write_config(const Plan& plan, JsonWriter& json) {

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 
+#include "core/names.h"
 #include "core/nearest_name.h"
+#include "plan/backend.h"
 #include "plan/units.h"
 
 namespace wh {
@@ -24,12 +26,12 @@ Status unknown_kernel(const Problem& problem, const Limits& limits, const Machin
   for (const Kernel* kernel : machine.kernels) names.push_back(kernel->name);
   if (names.empty()) {
     return {Code::kRefused, fmt::format("limits.kernel is \"{}\", but {}", limits.kernel,
-                                        machine.cuda.unavailable)};
+                                        machine.facts.unavailable)};
   }
   return invalid(
       fmt::format("limits.kernel is \"{}\", which is no kernel of {}; did you mean \"{}\"? "
                   "Valid: {}",
-                  limits.kernel, problem.device == Device::kCpu ? "the CPU" : "CUDA",
+                  limits.kernel, backend(problem.device).label(),
                   nearest_name(limits.kernel, names), kernel_names(machine.kernels)));
 }
 
@@ -73,9 +75,10 @@ struct Assessment {
 };
 
 // A profile holds for every core of its machine: with fewer threads the formula knows better.
-bool profile_holds(const Machine& machine, const Limits& limits, Device device) {
+bool profile_holds(const Machine& machine, const Limits& limits) {
+  const int32_t cores = machine.facts.cores;
   return machine.profile != nullptr &&
-         (device == Device::kCuda || machine.cpu.threads(limits.threads) == machine.cpu.cores);
+         (cores == 0 || limits.threads == 0 || limits.threads == cores);
 }
 
 // Measured time over the formula's, for this kernel and problem.
@@ -89,8 +92,7 @@ double compared_us(const Kernel& kernel, const Query& query, double us, const Pr
   if (!query.limits.batch_invariant || query.problem.batch <= 1) return us;
   Problem alone = query.problem;
   alone.batch = 1;
-  const Query one{alone, query.limits, query.cpu, query.cuda,
-                  correction_of(kernel, alone, profile)};
+  const Query one{alone, query.limits, query.facts, correction_of(kernel, alone, profile)};
   return kernel.estimate_us(one, kernel.configure(one)) * one.correction;
 }
 
@@ -135,14 +137,14 @@ Result<Plan> make_plan(const Problem& asked, const Limits& limits, const Machine
   Plan plan;
   plan.problem = problem;
   plan.limits = limits;
-  plan.device = problem.device == Device::kCpu ? machine.cpu.name : machine.cuda.name;
-  if (problem.device == Device::kCuda && !machine.cuda.unavailable.empty()) {
-    return Status(Code::kRefused, fmt::format("device cuda:{} cannot run: {}", problem.device_index,
-                                              machine.cuda.unavailable));
+  plan.device = machine.facts.name;
+  if (!machine.facts.unavailable.empty()) {
+    return Status(Code::kRefused,
+                  fmt::format("device {}:{} cannot run: {}", kDevices.name(problem.device),
+                              problem.device_index, machine.facts.unavailable));
   }
-  const Query query{problem, limits, machine.cpu, machine.cuda};
-  const Profile* profile =
-      profile_holds(machine, limits, problem.device) ? machine.profile : nullptr;
+  const Query query{problem, limits, machine.facts};
+  const Profile* profile = profile_holds(machine, limits) ? machine.profile : nullptr;
   plan.estimates = profile != nullptr || machine.profile == nullptr
                        ? std::string(machine.estimates)
                        : "formula, as the profile is for every core";

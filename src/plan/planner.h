@@ -11,8 +11,7 @@ namespace wh {
 
 // The machine a plan is made for: its facts and the kernels it can run, in order.
 struct Machine {
-  const CpuFacts& cpu;
-  const CudaFacts& cuda;
+  const DeviceFacts& facts;
   std::span<const Kernel* const> kernels;
   const Profile* profile = nullptr;  // measured costs; null: the kernels' formulas alone
   std::string_view estimates = "formula";

@@ -24,7 +24,7 @@ bool Documented::is_for_tma() const {
 
 bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
   const bool is_16_bit = problem.dtype_q == Dtype::kF16 || problem.dtype_q == Dtype::kBf16;
-  return cuda.compute_capability == 90 && is_one_type() && is_16_bit &&
+  return cuda().compute_capability == 90 && is_one_type() && is_16_bit &&
          precision == Precision::kNative && problem.dim_qk <= most_dim_qk &&
          problem.dim_v <= most_dim_v && is_for_tma();
 }
@@ -37,12 +37,12 @@ bool Documented::takes(const std::string& kernel) const {
   }
   if (kernel == "cpu_decode") return is_cpu && p.len_q * p.group() <= 128;
   if (kernel == "cpu_prefill_bf16") {
-    return is_cpu && is_one_type() && p.dtype_q == Dtype::kBf16 && cpu.has_avx512_bf16;
+    return is_cpu && is_one_type() && p.dtype_q == Dtype::kBf16 && cpu().has_avx512_bf16;
   }
   if (is_cpu) return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
-  if (cuda.compute_capability < 80 || !is_one_type()) return false;
+  if (cuda().compute_capability < 80 || !is_one_type()) return false;
   if (kernel == "cuda_portable") return precision == Precision::kNative || p.dtype_q == Dtype::kF32;
   return kernel == "cuda_unfused";
 }

@@ -5,8 +5,8 @@
 #include <string>
 
 #include "core/problem.h"
-#include "plan/cpu_facts.h"
-#include "plan/cuda_facts.h"
+#include "cpu/cpu_facts.h"
+#include "cuda/cuda_facts.h"
 #include "plan/limits.h"
 
 namespace wh {
@@ -14,14 +14,15 @@ namespace wh {
 struct Documented {
   const Problem& problem;
   Precision precision;
-  const CpuFacts& cpu;
-  const CudaFacts& cuda;
+  const DeviceFacts& facts;  // of the problem's device
 
   // Whether `kernel` must take the problem; else it must refuse. An unknown kernel takes nothing.
   bool takes(const std::string& kernel) const;
 
  private:
   bool is_for_tma() const;
+  const CpuFacts& cpu() const { return static_cast<const CpuFacts&>(facts); }
+  const CudaFacts& cuda() const { return static_cast<const CudaFacts&>(facts); }
   bool is_one_type() const { return problem.dtype_q == problem.dtype_kv; }
   bool is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const;
 };

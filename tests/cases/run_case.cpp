@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "api/machine.h"
+#include "cuda/cuda_facts.h"
 #include "documented.h"
 #include "verify/execution.h"
 
@@ -41,14 +42,19 @@ CaseResult CheckedCase::run(const std::string& kernel, const Machine& here) {
     result.message = std::move(message);
     return result;
   };
-  CudaFacts facts = here.cuda;
-  if (options_.shared_bytes > 0) facts.shared_bytes = options_.shared_bytes;
-  const Machine machine{here.cpu, facts, here.kernels, here.profile, here.estimates};
+  const bool is_other_card = options_.shared_bytes > 0 && p.device == Device::kCuda;
+  CudaFacts card;
+  if (is_other_card) {
+    card = static_cast<const CudaFacts&>(here.facts);
+    card.shared_bytes = options_.shared_bytes;
+  }
+  const DeviceFacts& facts = is_other_card ? card : here.facts;
+  const Machine machine{facts, here.kernels, here.profile, here.estimates};
   Limits limits = case_.limits;
   limits.kernel = kernel;
   const Result<Plan> plan = make_plan(p, limits, machine);
   if (!plan.ok()) return end(Outcome::kWrong, plan.status().message());
-  const Documented documented{p, limits.precision, machine.cpu, machine.cuda};
+  const Documented documented{p, limits.precision, facts};
   const bool must_take =
       std::any_of(machine.kernels.begin(), machine.kernels.end(), [&](const Kernel* one) {
         return (kernel.empty() || kernel == one->name) && documented.takes(one->name);

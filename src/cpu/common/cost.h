@@ -1,7 +1,7 @@
 // What the estimates of the CPU kernels share.
 #pragma once
 
-#include "plan/cpu_facts.h"
+#include "cpu/cpu_facts.h"
 
 namespace wh::cpu {
 

@@ -11,6 +11,7 @@
 #include "cpu/common/cost.h"
 #include "cpu/common/partial.h"
 #include "cpu/common/rounding.h"
+#include "cpu/cpu_facts.h"
 #include "plan/kernel.h"
 #include "plan/work.h"
 
@@ -39,11 +40,12 @@ inline int64_t pieces_between_looks(int64_t piece_work) {
 // same: they share the memory, and cores where there are more threads.
 inline double step_us_of(const Query& query, const Config& config, double cycles, double keys) {
   const Problem& p = query.problem;
-  const double threads = config.workers, cores = query.cpu.cores;
+  const double threads = config.workers, cores = cpu_facts(query).cores;
   const double all_keys =
       std::max(1.0, static_cast<double>(p.batch * p.heads_kv) * static_cast<double>(p.len_k));
-  const double read = read_us(query.cpu, kv_bytes(p)) * keys / all_keys * std::min(threads, cores);
-  return (cycles * cycle_us(query.cpu) + read) * std::max(1.0, threads / cores);
+  const double read =
+      read_us(cpu_facts(query), kv_bytes(p)) * keys / all_keys * std::min(threads, cores);
+  return (cycles * cycle_us(cpu_facts(query)) + read) * std::max(1.0, threads / cores);
 }
 
 // One worker's side of the progress.

@@ -7,6 +7,7 @@
 #include "cpu/common/cost.h"
 #include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
+#include "cpu/cpu_facts.h"
 #include "cpu/decode/kernel.h"
 #include "plan/work.h"
 
@@ -32,7 +33,7 @@ std::optional<std::string> refusal(const Query& query) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.workers = query.cpu.threads(query.limits.threads);
+  config.workers = cpu_facts(query).threads(query.limits.threads);
   config.tile_k = kTileKeys;
   const int64_t batch = query.limits.batch_invariant ? 1 : std::max<int64_t>(1, p.batch);
   const int64_t least = std::max<int64_t>(512, 32 * p.len_q * p.group());
@@ -57,10 +58,10 @@ constexpr double kHidden = 0.2;  // of the shorter of reading and computing: the
 
 // Cycles of a key against the rows of a head.
 double key_cycles(const Query& query, const DecodeShape& shape) {
-  const double lanes = query.cpu.simd_floats;
+  const double lanes = cpu_facts(query).simd_floats;
   const auto rows = static_cast<double>(shape.rows);
   // As in block-inl.h: blocks of 8 rows where there are 32 registers, else of 4.
-  const int64_t block = query.cpu.simd_floats >= 16 ? 8 : 4;
+  const int64_t block = cpu_facts(query).simd_floats >= 16 ? 8 : 4;
   const int64_t rest = shape.rows % block;
   const auto blocks = static_cast<double>(shape.rows / block + rest / 4 + rest % 4 / 2 + rest % 2);
   const auto dims = static_cast<double>(query.problem.dim_qk + query.problem.dim_v);
@@ -84,11 +85,11 @@ double estimate_us(const Query& query, const Config& config) {
   }
   const double cycles = head_cycles * static_cast<double>(p.batch * p.heads_kv) + items * kItem;
   const double at_work =
-      std::clamp(items, 1.0, static_cast<double>(std::min(config.workers, query.cpu.cores)));
-  const double compute_us = cycles * cycle_us(query.cpu) / at_work;
+      std::clamp(items, 1.0, static_cast<double>(std::min(config.workers, cpu_facts(query).cores)));
+  const double compute_us = cycles * cycle_us(cpu_facts(query)) / at_work;
   const double memory_us =
-      read_us(query.cpu, kv_bytes(p) * keys / std::max(1.0, static_cast<double>(p.len_k))) *
-      query.cpu.cores / at_work;
+      read_us(cpu_facts(query), kv_bytes(p) * keys / std::max(1.0, static_cast<double>(p.len_k))) *
+      cpu_facts(query).cores / at_work;
   return std::max(compute_us, memory_us) + std::min(compute_us, memory_us) * kHidden + kCallUs;
 }
 
@@ -187,12 +188,11 @@ int64_t DecodeWorkspace::work(const Problem& p, const Tensors& t) const {
 
 const Kernel kDecode{
     .name = "cpu_decode",
-    .device = Device::kCpu,
     .role = Role::kFused,
     .summary = "few queries, keys split into chunks, each read once for a whole group",
     .refusal = refusal,
     .configure = configure,
-    .variant = [](const Query& query, const Config&) { return query.cpu.isa + " f32"; },
+    .variant = [](const Query& query, const Config&) { return cpu_facts(query).isa + " f32"; },
     .workspace_bytes = workspace_bytes,
     .estimate_us = estimate_us,
     .run = run_decode,

@@ -5,6 +5,7 @@
 #include "cpu/common/cost.h"
 #include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
+#include "cpu/cpu_facts.h"
 #include "cpu/prefill/kernel.h"
 #include "plan/work.h"
 
@@ -21,10 +22,10 @@ constexpr int64_t kLeastItemRows = kLeastItemPanels * kPanelVectors * 16;
 constexpr int64_t kEnoughItems = 64;  // for a big machine
 constexpr int64_t kMostPartialBytes = 8 << 20;
 
-int64_t panel_lanes(const Query& query) { return kPanelVectors * query.cpu.simd_floats; }
+int64_t panel_lanes(const Query& query) { return kPanelVectors * cpu_facts(query).simd_floats; }
 
 double threads_at_work(const Query& query, const Config& config) {
-  return std::min<double>(config.workers, query.cpu.cores);
+  return std::min<double>(config.workers, cpu_facts(query).cores);
 }
 
 // Rows whose Q and O panels stay in L2 next to one K and V tile.
@@ -32,7 +33,7 @@ int64_t most_tile_rows(const Query& query, Arithmetic arithmetic) {
   const Problem& p = query.problem;
   const int64_t q_rows = arithmetic == Arithmetic::kF32 ? p.dim_qk : divide_up(p.dim_qk, 2);
   const int64_t lanes = panel_lanes(query);
-  const int64_t in_l2 = query.cpu.l2_bytes * 3 / 5 / ((q_rows + p.dim_v) * 4);
+  const int64_t in_l2 = cpu_facts(query).l2_bytes * 3 / 5 / ((q_rows + p.dim_v) * 4);
   return std::clamp(in_l2 / lanes * lanes, lanes, kMostTileRows / lanes * lanes);
 }
 
@@ -67,9 +68,10 @@ double key_cycles(const Query& query, Arithmetic arithmetic, int64_t rows) {
   const Problem& p = query.problem;
   const bool is_f32 = arithmetic == Arithmetic::kF32;
   const double parts = arithmetic == Arithmetic::kBf16High ? 2 : 1;
-  const double slowdown = is_f32 ? 1 : query.cpu.gflops_per_core / query.cpu.bf16_gflops_per_core;
+  const double slowdown =
+      is_f32 ? 1 : cpu_facts(query).gflops_per_core / cpu_facts(query).bf16_gflops_per_core;
   const int64_t lanes = panel_lanes(query);
-  const int64_t tail = divide_up(rows % lanes, query.cpu.simd_floats);
+  const int64_t tail = divide_up(rows % lanes, cpu_facts(query).simd_floats);
   const auto full_panels = static_cast<double>(rows / lanes + (tail == 3 ? 1 : 0));
   const double panels =
       full_panels * kPanelOf3 + (tail == 2 ? kPanelOf2 : 0) + (tail == 1 ? kPanelOf1 : 0);
@@ -87,10 +89,11 @@ Config configure_prefill(const Query& query, Arithmetic arithmetic) {
   const Problem& p = query.problem;
   Config config;
   config.arithmetic = arithmetic;
-  config.workers = query.cpu.threads(query.limits.threads);
+  config.workers = cpu_facts(query).threads(query.limits.threads);
   const int64_t tile_bytes_a_key = (p.dim_qk + p.dim_v) * 4;
   config.tile_k =
-      std::clamp<int64_t>(query.cpu.l2_bytes / 4 / tile_bytes_a_key, 32, kMostTileKeys) / 8 * 8;
+      std::clamp<int64_t>(cpu_facts(query).l2_bytes / 4 / tile_bytes_a_key, 32, kMostTileKeys) / 8 *
+      8;
   const int64_t lanes = panel_lanes(query);
   const int64_t rows = std::max<int64_t>(1, p.len_q * p.group());
   int64_t tiles = divide_up(rows, most_tile_rows(query, arithmetic));
@@ -99,7 +102,7 @@ Config configure_prefill(const Query& query, Arithmetic arithmetic) {
   // Four items a thread balance the load. A row's bits do not depend on its tile, so this may look
   // at the threads.
   const int64_t items_a_tile =
-      std::max<int64_t>(1, PrefillShape(p, config, query.cpu.simd_floats).items / tiles);
+      std::max<int64_t>(1, PrefillShape(p, config, cpu_facts(query).simd_floats).items / tiles);
   tiles = std::max(tiles, std::min(divide_up(4 * config.workers, items_a_tile),
                                    divide_up(rows, kLeastItemPanels * lanes)));
   config.tile_q = round_up(divide_up(rows, tiles), lanes);
@@ -115,7 +118,7 @@ double prefill_estimate_us(const Query& query, const Config& config) {
   constexpr double kCallUs = 2;
   const Problem& p = query.problem;
   if (p.len_q == 0) return kCallUs;
-  const PrefillShape shape(p, config, query.cpu.simd_floats);
+  const PrefillShape shape(p, config, cpu_facts(query).simd_floats);
   const auto dims = static_cast<double>(p.dim_qk + p.dim_v), dim_v = static_cast<double>(p.dim_v);
   const double keys =
       visible_pairs(p) / static_cast<double>(p.len_q) + (p.causal == Causal::kNone ? 0 : kDiagonal);
@@ -128,8 +131,9 @@ double prefill_estimate_us(const Query& query, const Config& config) {
   const auto items = static_cast<double>(shape.items);
   const double cycles = head_cycles * static_cast<double>(p.batch * p.heads_kv) + items * kItem;
   const double at_work = std::clamp(items, 1.0, threads_at_work(query, config));
-  return cycles * cycle_us(query.cpu) / at_work +
-         read_us(query.cpu, kv_bytes(p) * keys / std::max(1.0, static_cast<double>(p.len_k))) +
+  return cycles * cycle_us(cpu_facts(query)) / at_work +
+         read_us(cpu_facts(query),
+                 kv_bytes(p) * keys / std::max(1.0, static_cast<double>(p.len_k))) +
          kCallUs;
 }
 
@@ -137,7 +141,7 @@ double prefill_estimate_us(const Query& query, const Config& config) {
 // are merged.
 double prefill_step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const PrefillShape shape(p, config, query.cpu.simd_floats);
+  const PrefillShape shape(p, config, cpu_facts(query).simd_floats);
   const int64_t rows = std::min(shape.tile_q, shape.rows_per_head);
   const int64_t tiles = pieces_between_looks(tile_work(p, rows, {0, shape.tile_k}));
   const auto keys = static_cast<double>(std::min(p.len_k, tiles * shape.tile_k));
@@ -154,12 +158,11 @@ double prefill_step_us(const Query& query, const Config& config) {
 
 const Kernel kPrefill{
     .name = "cpu_prefill",
-    .device = Device::kCpu,
     .role = Role::kFused,
     .summary = "queries on SIMD lanes, grouped heads folded into rows",
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
     .configure = configure,
-    .variant = [](const Query& query, const Config&) { return query.cpu.isa + " f32"; },
+    .variant = [](const Query& query, const Config&) { return cpu_facts(query).isa + " f32"; },
     .workspace_bytes = prefill_workspace_bytes,
     .estimate_us = prefill_estimate_us,
     .run = run_prefill,

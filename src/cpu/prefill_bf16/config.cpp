@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "core/names.h"
+#include "cpu/cpu_facts.h"
 #include "cpu/prefill/config.h"
 #include "cpu/prefill_bf16/kernel.h"
 
@@ -15,7 +16,7 @@ std::optional<std::string> refusal(const Query& query) {
     return fmt::format("takes bf16 queries, keys and values; these are {} over {}",
                        kDtypes.name(p.dtype_q), kDtypes.name(p.dtype_kv));
   }
-  if (!query.cpu.has_avx512_bf16) return query.cpu.name + " has no AVX512-BF16";
+  if (!cpu_facts(query).has_avx512_bf16) return cpu_facts(query).name + " has no AVX512-BF16";
   return std::nullopt;
 }
 
@@ -31,7 +32,6 @@ std::string variant(const Query&, const Config& config) {
 }  // namespace
 
 const Kernel kPrefillBf16{.name = "cpu_prefill_bf16",
-                          .device = Device::kCpu,
                           .role = Role::kFused,
                           .summary = "cpu_prefill with both products on AVX512-BF16",
                           .refusal = refusal,

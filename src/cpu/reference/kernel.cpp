@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "core/carver.h"
+#include "cpu/cpu_facts.h"
 #include "cpu/reference/reference.h"
 #include "cpu/registry.h"
 #include "plan/work.h"
@@ -26,7 +27,7 @@ WorkerScratches scratches_of(const Problem& p) {
 Config configure(const Query& query) {
   Config config;
   config.arithmetic = Arithmetic::kF64;
-  config.workers = query.cpu.threads(query.limits.threads);
+  config.workers = cpu_facts(query).threads(query.limits.threads);
   return config;
 }
 
@@ -60,7 +61,8 @@ double estimate_us(const Query& query, const Config& config) {
   constexpr double kCallUs = 3;
   const Problem& p = query.problem;
   const double out = static_cast<double>(p.batch * p.heads_q * p.len_q * p.dim_v);
-  return (useful_flops(p) / 2 + out) * kMultiplyAddUs / std::min(config.workers, query.cpu.cores) +
+  return (useful_flops(p) / 2 + out) * kMultiplyAddUs /
+             std::min(config.workers, cpu_facts(query).cores) +
          kCallUs;
 }
 
@@ -73,7 +75,6 @@ double step_us(const Query& query, const Config&) {
 
 const Kernel kReference{
     .name = "cpu_reference",
-    .device = Device::kCpu,
     .role = Role::kReference,
     .summary = "float64, row by row: the oracle",
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },

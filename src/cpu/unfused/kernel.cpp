@@ -25,6 +25,7 @@
 
 #include "cpu/common/tile-inl.h"
 #include "cpu/common/vector_math-inl.h"
+#include "cpu/cpu_facts.h"
 
 #ifndef WH_CPU_UNFUSED_ROW_SUMS
 #define WH_CPU_UNFUSED_ROW_SUMS
@@ -334,7 +335,7 @@ std::optional<std::string> refusal(const Query& query) {
 
 Config configure(const Query& query) {
   Config config;
-  config.workers = query.cpu.threads(query.limits.threads);
+  config.workers = cpu_facts(query).threads(query.limits.threads);
   return config;
 }
 
@@ -355,13 +356,13 @@ double product_gflops(const Query& query) {
   const Problem& p = query.problem;
   // A product of few rows reuses too little of what it packs: half the rate at 16.
   const auto rows_at_once = static_cast<double>(p.len_q * heads_at_once(p));
-  const double share = query.cpu.has_cblas ? 0.6 * rows_at_once / (rows_at_once + 16) : 0.05;
-  return query.cpu.gflops_per_core * std::max(share, 1e-3);
+  const double share = cpu_facts(query).has_cblas ? 0.6 * rows_at_once / (rows_at_once + 16) : 0.05;
+  return cpu_facts(query).gflops_per_core * std::max(share, 1e-3);
 }
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const double threads = std::min(config.workers, query.cpu.cores);
+  const double threads = std::min(config.workers, cpu_facts(query).cores);
   const double pairs = static_cast<double>(p.batch * p.heads_q) * static_cast<double>(p.len_q) *
                        static_cast<double>(p.len_k);
   const double flops = pairs * 2 * static_cast<double>(p.dim_qk + p.dim_v);
@@ -369,7 +370,7 @@ double estimate_us(const Query& query, const Config& config) {
   const double score_bytes = pairs * kScoreBytes;
   // K and V are read, written as f32 and read again by the product.
   const double widen_bytes = kv_bytes(p) * (1 + 8.0 / static_cast<double>(dtype_bytes(p.dtype_kv)));
-  return flops_us + (score_bytes + widen_bytes) / (query.cpu.read_gbytes_per_s * 1e3) +
+  return flops_us + (score_bytes + widen_bytes) / (cpu_facts(query).read_gbytes_per_s * 1e3) +
          static_cast<double>(std::max<int64_t>(1, p.batch) * p.heads_q) * 3;
 }
 
@@ -382,10 +383,10 @@ double step_us(const Query& query, const Config& config) {
   };
   const double most_flops = std::max(flops(gemm_piece(rows, p.len_k, Transpose::kYes), p.dim_qk),
                                      flops(gemm_piece(rows, p.dim_v, Transpose::kNo), p.len_k));
-  const double threads = config.workers, cores = query.cpu.cores;
+  const double threads = config.workers, cores = cpu_facts(query).cores;
   const double score_bytes = static_cast<double>(kRowsPerItem * p.len_k) * kScoreBytes;
   const double softmax_us =
-      score_bytes * std::min(threads, cores) / (query.cpu.read_gbytes_per_s * 1e3);
+      score_bytes * std::min(threads, cores) / (cpu_facts(query).read_gbytes_per_s * 1e3);
   return std::max(most_flops / (product_gflops(query) * 1e3), softmax_us) *
          std::max(1.0, threads / cores);
 }
@@ -395,7 +396,6 @@ double step_us(const Query& query, const Config& config) {
 bool unfused_has_cblas() { return gemm_uses_cblas(); }
 
 const Kernel kUnfused{.name = "cpu_unfused",
-                      .device = Device::kCpu,
                       .role = Role::kBaseline,
                       .summary = "matmul, softmax, matmul, head by head: the baseline",
                       .refusal = refusal,

@@ -15,7 +15,7 @@
 #include "core/names.h"
 #include "core/problem.h"
 #include "cuda/common/instance.h"
-#include "plan/cuda_facts.h"
+#include "cuda/cuda_facts.h"
 
 namespace wh::cuda {
 

@@ -11,6 +11,7 @@
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/steps.h"
 #include "cuda/common/variants.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/portable/few_rows.h"
 #include "cuda/portable/kernel.h"
@@ -91,13 +92,13 @@ const PortableVariant& variant_at(int32_t instance) {
 class PortableCost {
  public:
   PortableCost(const Query& query, const PortableVariant& variant, int64_t batch)
-      : sms_(std::max(1, query.cuda.sms)) {
+      : sms_(std::max(1, cuda_facts(query).sms)) {
     const Problem& p = query.problem;
     const int64_t pair_rows = p.len_q * p.group();
     const int64_t row_tiles = divide_up(pair_rows, variant.rows);
     items_ = batch * p.heads_kv * row_tiles;
-    resident_ =
-        std::clamp<int64_t>(query.cuda.shared_bytes / variant.shared_bytes, 1, variant.resident);
+    resident_ = std::clamp<int64_t>(cuda_facts(query).shared_bytes / variant.shared_bytes, 1,
+                                    variant.resident);
     most_tiles_ = divide_up(most_visible_keys(p), variant.keys);
     // A block alone; a window does not start at a tile's edge.
     const int64_t block_queries = divide_up(variant.rows, std::max<int64_t>(1, p.group())) + 1;
@@ -111,13 +112,13 @@ class PortableCost {
         variant.product_rows;
     const double flops = 2.0 * static_cast<double>(rows * variant.keys) *
                          (variant.instance.dims.dim_qk + variant.instance.dims.dim_v);
-    product_us_ = flops * static_cast<double>(sms_) / (query.cuda.tensor_tflops * 1e6) *
+    product_us_ = flops * static_cast<double>(sms_) / (cuda_facts(query).tensor_tflops * 1e6) *
                   (1 / share(query, variant) + of_scores(query, variant));
     const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
     tile_bytes_ = variant.keys * static_cast<double>(p.dim_qk + p.dim_v) * element;
     const Latency& latency = variant.cores == Cores::kTensor ? kTensorLatency : kCudaLatency;
     lone_tile_us_ = latency.tile_us + latency.us_per_byte * tile_bytes_;
-    bytes_per_us_ = query.cuda.read_gbytes_per_s * 1e3 * latency.reached;
+    bytes_per_us_ = cuda_facts(query).read_gbytes_per_s * 1e3 * latency.reached;
     if (row_tiles > 1) bytes_per_us_ *= kFromL2;
     share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
   }
@@ -166,7 +167,7 @@ class PortableCost {
     // An H100 has a fifteenth of it on the CUDA cores; half of that is left beside the shuffles.
     if (variant.cores == Cores::kCuda) return 1.0 / 30;
     // mma.sync has less than two thirds of Hopper's rate, which needs wgmma.
-    const double of_card = query.cuda.compute_capability == 90 ? 0.39 : 0.55;
+    const double of_card = cuda_facts(query).compute_capability == 90 ? 0.39 : 0.55;
     const int dim_v = variant.instance.dims.dim_v;
     if (variant.instance.dtype != Dtype::kF32) return of_card * (dim_v <= 256 ? 1 : 0.6);
     // Three products at half the rate, and the splitting of their factors.
@@ -209,11 +210,11 @@ std::optional<std::string> refusal(const Query& query) {
   if (!fits_int32(p)) {
     return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
   }
-  const int32_t instance = best_instance(p, query.cuda);
+  const int32_t instance = best_instance(p, cuda_facts(query));
   if (instance < 0) {
-    if (best_instance(p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
+    if (best_instance(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
     return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
-                       kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, query.cuda.shared_bytes);
+                       kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, cuda_facts(query).shared_bytes);
   }
   const PortableVariant& variant = variant_at(instance);
   const int64_t pair_rows = p.len_q * p.group();
@@ -235,7 +236,7 @@ Arithmetic arithmetic(const PortableVariant& variant) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = best_instance(p, query.cuda);
+  config.instance = best_instance(p, cuda_facts(query));
   const PortableVariant& variant = variant_at(config.instance);
   config.arithmetic = arithmetic(variant);
   config.tile_q = variant.rows;
@@ -268,14 +269,14 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
+  const PortableVariant* variant = portable_variant(p, config, cuda_facts(query).shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
   return PortableCost(query, *variant, p.batch).us(config.splits);
 }
 
 double step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  const PortableVariant* variant = portable_variant(p, config, query.cuda.shared_bytes);
+  const PortableVariant* variant = portable_variant(p, config, cuda_facts(query).shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
   const PortableCost cost(query, *variant, p.batch);
   return step_us_of(cost.waves(config.splits), config.step_tiles, cost.us(config.splits));
@@ -291,7 +292,6 @@ const PortableVariant* portable_variant(const Problem& p, const Config& config,
 
 const Kernel kPortable{
     .name = "cuda_portable",
-    .device = Device::kCuda,
     .role = Role::kFused,
     .summary = "mma.sync and cp.async on any card from sm_80 on, any dimensions, f32 too",
     .refusal = refusal,

@@ -4,9 +4,9 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/whole_rows.h"
-#include "plan/cuda_facts.h"
 
 namespace wh::cuda {
 namespace {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/cuda_facts.h"
 #include "plan/names.h"
 #include "plan/work.h"
 
@@ -20,14 +21,14 @@ double tile_us(const Query& query, const TileCost& cost, double keys) {
   if (scores_of(query.problem) == Scores::kMasked) share *= 0.4;
   // An H100 under load runs at 0.84 of the boost clock that its driver names.
   constexpr double kSustained = 0.84;
-  const double worker_flops_per_us = query.cuda.tensor_tflops * kSustained * share * 1e6 *
-                                     cost.worker_sms / std::max(1, query.cuda.sms);
+  const double worker_flops_per_us = cuda_facts(query).tensor_tflops * kSustained * share * 1e6 *
+                                     cost.worker_sms / std::max(1, cuda_facts(query).sms);
   return keys * 2.0 * (cost.dims.dim_qk + cost.dims.dim_v) * cost.tile_q / worker_flops_per_us +
          1.0;
 }
 
 double read_us(const Query& query) {
-  return kv_bytes(query.problem) / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3);
+  return kv_bytes(query.problem) / (std::max(1.0, cuda_facts(query).read_gbytes_per_s) * 1e3);
 }
 
 }  // namespace

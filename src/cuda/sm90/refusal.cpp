@@ -4,6 +4,7 @@
 
 #include "cuda/common/attention_args.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/cuda_facts.h"
 
 namespace wh::cuda {
 namespace {
@@ -25,9 +26,10 @@ std::optional<std::string> out_refusal(const Problem& p) {
 
 std::optional<std::string> sm90_refusal(const Query& query) {
   const Problem& p = query.problem;
-  if (query.cuda.compute_capability != 90) {
+  if (cuda_facts(query).compute_capability != 90) {
     return fmt::format("needs compute capability 9.0 (Hopper); this card has {}.{}",
-                       query.cuda.compute_capability / 10, query.cuda.compute_capability % 10);
+                       cuda_facts(query).compute_capability / 10,
+                       cuda_facts(query).compute_capability % 10);
   }
   const bool is_16_bit = p.dtype_q == Dtype::kF16 || p.dtype_q == Dtype::kBf16;
   if (p.dtype_q != p.dtype_kv || !is_16_bit) {

@@ -7,6 +7,7 @@
 #include "core/carver.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/steps.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/unfused/cublas_lt.h"
 #include "cuda/unfused/kernel.h"
 #include "plan/work.h"
@@ -46,12 +47,12 @@ double estimate_us(const Query& query, const Config& config) {
   const double pairs =
       static_cast<double>(shape.items * shape.rows) * static_cast<double>(shape.keys);
   const double flops = pairs * 2 * static_cast<double>(shape.columns_qk + shape.columns_v);
-  const double rate = query.cuda.tensor_tflops * (is_f32 ? 0.045 : 0.6);
+  const double rate = cuda_facts(query).tensor_tflops * (is_f32 ? 0.045 : 0.6);
   const double bytes_each = is_f32 ? 16 : 12;
   const double bytes = pairs * bytes_each + 2 * kv_bytes(p) * static_cast<double>(p.group()) /
                                                 static_cast<double>(shape.heads);
   return flops / (std::max(1.0, rate) * 1e6) +
-         bytes / (std::max(1.0, query.cuda.read_gbytes_per_s) * 1e3) +
+         bytes / (std::max(1.0, cuda_facts(query).read_gbytes_per_s) * 1e3) +
          static_cast<double>(shape.passes()) * 20;
 }
 
@@ -120,7 +121,6 @@ UnfusedWorkspace::UnfusedWorkspace(void* base, Dtype packed, const UnfusedShape&
 }
 
 const Kernel kUnfused{.name = "cuda_unfused",
-                      .device = Device::kCuda,
                       .role = Role::kBaseline,
                       .summary = "cuBLASLt, softmax, cuBLASLt: the baseline, and the last resort",
                       .refusal = refusal,

@@ -9,6 +9,7 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/variants.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/sm90/decode/kernel.h"
 #include "cuda/sm90/decode/tiles.h"
@@ -41,9 +42,9 @@ int64_t row_tiles(const Problem& p) { return divide_up(p.len_q * p.group(), kDec
 class DecodeCost {
  public:
   DecodeCost(const Query& query, const DecodeVariant& variant, int64_t batch)
-      : sms_(std::max(1, query.cuda.sms)),
+      : sms_(std::max(1, cuda_facts(query).sms)),
         slots_(sms_ * variant.blocks_per_sm),
-        gbytes_per_s_(query.cuda.read_gbytes_per_s) {
+        gbytes_per_s_(cuda_facts(query).read_gbytes_per_s) {
     const Problem& p = query.problem;
     row_tiles_ = std::max<int64_t>(1, row_tiles(p));
     items_ = batch * p.heads_kv * row_tiles_;
@@ -115,9 +116,10 @@ std::optional<std::string> refusal(const Query& query) {
       if ((*stride)[i] == 0) (*stride)[i] = 8;
     }
   }
-  if (auto reason = sm90_refusal({mapped, query.limits, query.cpu, query.cuda})) return reason;
-  if (first_variant(kVariants, p, query.cuda) < 0) {
-    if (first_variant(kVariants, p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
+  if (auto reason = sm90_refusal({mapped, query.limits, query.facts})) return reason;
+  if (first_variant(kVariants, p, cuda_facts(query)) < 0) {
+    if (first_variant(kVariants, p, with_all_instances(cuda_facts(query))) >= 0)
+      return not_compiled(p);
     return fmt::format("takes heads of up to 576/512, these are {}/{}", p.dim_qk, p.dim_v);
   }
   // Of this kernel, and of the one that merges.
@@ -134,7 +136,7 @@ std::optional<std::string> refusal(const Query& query) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = first_variant(kVariants, p, query.cuda);
+  config.instance = first_variant(kVariants, p, cuda_facts(query));
   const DecodeVariant& variant = decode_variant(config);
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kDecodeTileQ;
@@ -172,7 +174,6 @@ const DecodeVariant& decode_variant(const Config& config) {
 
 const Kernel kSm90Decode{
     .name = "sm90_decode",
-    .device = Device::kCuda,
     .role = Role::kFused,
     .summary = "few queries, a group packed on one tile, keys split over the SMs",
     .refusal = refusal,

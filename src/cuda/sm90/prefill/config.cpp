@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/variants.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/sm90/prefill/kernel.h"
 #include "cuda/sm90/query_tiles.h"
@@ -31,8 +32,9 @@ constexpr auto kVariants =
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = sm90_refusal(query)) return reason;
-  if (first_variant(kVariants, p, query.cuda) < 0) {
-    if (first_variant(kVariants, p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
+  if (first_variant(kVariants, p, cuda_facts(query)) < 0) {
+    if (first_variant(kVariants, p, with_all_instances(cuda_facts(query))) >= 0)
+      return not_compiled(p);
     return fmt::format("holds heads up to 256 wide, or 320/256, in registers, not {}/{}", p.dim_qk,
                        p.dim_v);
   }
@@ -79,12 +81,12 @@ TileWaves waves_of(const Query& query, const Config& config) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = first_variant(kVariants, p, query.cuda);
+  config.instance = first_variant(kVariants, p, cuda_facts(query));
   const PrefillTile tile = prefill_tile(prefill_variant(config).instance.dims, scores_of(p));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = tile.tile_q();
   config.tile_k = tile.tile_k;
-  config.workers = std::max(1, std::min(query.cuda.sms, order_of(p, config).tiles));
+  config.workers = std::max(1, std::min(cuda_facts(query).sms, order_of(p, config).tiles));
   if (query.limits.longest_step_us > 0) {
     config.step_tiles =
         choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
@@ -107,7 +109,6 @@ const PrefillVariant& prefill_variant(const Config& config) {
 }
 
 const Kernel kSm90Prefill{.name = "sm90_prefill",
-                          .device = Device::kCuda,
                           .role = Role::kFused,
                           .summary = "TMA and wgmma, heads up to 256 wide, 128 or 192 rows a block",
                           .refusal = refusal,

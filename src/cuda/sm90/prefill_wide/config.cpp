@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/variants.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/sm90/prefill_wide/kernel.h"
 #include "cuda/sm90/query_tiles.h"
@@ -31,8 +32,9 @@ constexpr auto kVariants =
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = sm90_refusal(query)) return reason;
-  if (first_variant(kVariants, p, query.cuda) < 0) {
-    if (first_variant(kVariants, p, with_all_instances(query.cuda)) >= 0) return not_compiled(p);
+  if (first_variant(kVariants, p, cuda_facts(query)) < 0) {
+    if (first_variant(kVariants, p, with_all_instances(cuda_facts(query))) >= 0)
+      return not_compiled(p);
     return fmt::format("holds queries up to 576 and values up to 512 wide, not {}/{}", p.dim_qk,
                        p.dim_v);
   }
@@ -59,11 +61,11 @@ TileWaves waves_of(const Query& query, const Config& config) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = first_variant(kVariants, p, query.cuda);
+  config.instance = first_variant(kVariants, p, cuda_facts(query));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kWideTileQ;
   config.tile_k = wide_tile(wide_variant(config).instance.dims, scores_of(p)).tile_k;
-  const int32_t clusters = std::min(query.cuda.sms / kWideCluster, wide_order(p).tiles);
+  const int32_t clusters = std::min(cuda_facts(query).sms / kWideCluster, wide_order(p).tiles);
   config.workers = std::max(1, clusters);
   if (query.limits.longest_step_us > 0) {
     config.step_tiles =
@@ -99,7 +101,6 @@ TileOrder wide_order(const Problem& p) {
 
 const Kernel kSm90PrefillWide{
     .name = "sm90_prefill_wide",
-    .device = Device::kCuda,
     .role = Role::kFused,
     .summary = "TMA multicast and wgmma, heads up to 576/512, 64 rows a block",
     .refusal = refusal,

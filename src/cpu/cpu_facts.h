@@ -1,7 +1,7 @@
 // What the planner knows of the CPU.
 #pragma once
 
-#include "plan/device_facts.h"
+#include "plan/kernel.h"
 
 namespace wh {
 
@@ -9,12 +9,12 @@ struct CpuFacts : DeviceFacts {
   std::string isa;          // the Highway target the kernels dispatch to: "AVX2", "AVX3", ...
   int32_t simd_floats = 4;  // f32 lanes of that target
   bool has_avx512_bf16 = false;
-  int32_t cores = 1;
   double gflops_per_core = 30;      // f32 multiply-adds counted twice
   double bf16_gflops_per_core = 0;  // of VDPBF16PS; 0 without AVX512-BF16
   bool has_cblas = false;
 
   CpuFacts() {
+    cores = 1;
     l2_bytes = 1 << 20;
     read_gbytes_per_s = 15;
   }
@@ -23,5 +23,10 @@ struct CpuFacts : DeviceFacts {
 
 // This machine's; detected once, in src/cpu, which knows what its kernels are compiled for.
 const CpuFacts& cpu_facts();
+
+// What a CPU kernel is asked with.
+inline const CpuFacts& cpu_facts(const Query& query) {
+  return static_cast<const CpuFacts&>(query.facts);
+}
 
 }  // namespace wh
