@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "core/element.h"
-#include "core/limited_bias.h"
 #include "core/problem.h"
+#include "core/score_rules.h"
 
 namespace wh {
 

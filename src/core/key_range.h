@@ -1,48 +1,70 @@
-// Which keys a query may see: causal, window, key lengths and key starts in one place. The
-// reference and the CPU kernels call this; array masks come on top. plan/work.cpp counts the same
-// in closed form.
+// Which keys a query may see: causal, window, key lengths and key starts in one place, for the host
+// in 64 bits and for devices in 32. Array masks come on top. plan/work.cpp counts the same in
+// closed form.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "core/problem.h"
+#include "core/score_rules.h"
 
 namespace wh {
 
-struct KeyRange {
-  int64_t begin = 0;
-  int64_t end = 0;  // exclusive; end <= begin: nothing is visible
+template <typename Int>
+struct KeyRangeOf {
+  Int begin;
+  Int end;  // exclusive; end <= begin: nothing is visible
 
-  bool empty() const { return end <= begin; }
-  int64_t size() const { return std::max<int64_t>(0, end - begin); }
+  constexpr bool empty() const { return end <= begin; }
+  constexpr Int size() const { return empty() ? 0 : end - begin; }
 };
+using KeyRange = KeyRangeOf<int64_t>;
+
+template <typename Int>
+constexpr Int clamp_to(Int value, Int low, Int high) {
+  return value < low ? low : value > high ? high : value;
+}
 
 // The keys of one batch entry that exist at all.
+template <typename Int>
+constexpr KeyRangeOf<Int> present_keys(Int len_k, const int32_t* key_lengths,
+                                       const int32_t* key_starts, Int batch_idx) {
+  KeyRangeOf<Int> keys{0, len_k};
+  if (key_lengths != nullptr) keys.end = clamp_to<Int>(key_lengths[batch_idx], 0, len_k);
+  if (key_starts != nullptr) keys.begin = clamp_to<Int>(key_starts[batch_idx], 0, keys.end);
+  return keys;
+}
 inline KeyRange present_keys(const Problem& problem, const Tensors& tensors, int64_t batch_idx) {
-  KeyRange keys{0, problem.len_k};
-  if (tensors.key_lengths != nullptr) {
-    keys.end = std::clamp<int64_t>(tensors.key_lengths[batch_idx], 0, problem.len_k);
+  return present_keys(problem.len_k, tensors.key_lengths, tensors.key_starts, batch_idx);
+}
+
+// Keys around each query's diagonal that stay visible; kUnlimited: all of that side.
+template <typename Int>
+struct Window {
+  Int left, right;
+};
+
+// Bottom-right alignment puts the last query on the last present key; the diagonal follows the key
+// length (as FlashAttention does for a preallocated cache) and ignores the key start. Monotone:
+// neither end moves left from one query to the next.
+template <typename Int>
+constexpr KeyRangeOf<Int> visible_keys(Causal causal, Window<Int> window, Int len_q,
+                                       KeyRangeOf<Int> present, Int query_idx) {
+  Int diagonal = query_idx;
+  if (causal != Causal::kTopLeft) diagonal += present.end - len_q;
+  KeyRangeOf<Int> keys = present;
+  if (window.right != kUnlimited) {
+    keys.end = clamp_to<Int>(diagonal + window.right + 1, present.begin, present.end);
   }
-  if (tensors.key_starts != nullptr) {
-    keys.begin = std::max<int64_t>(0, tensors.key_starts[batch_idx]);
+  if (window.left != kUnlimited) {
+    keys.begin = clamp_to<Int>(diagonal - window.left, present.begin, present.end);
   }
   return keys;
 }
-
-// Bottom-right alignment puts the last query on the last present key; the diagonal follows the key
-// length (as FlashAttention does for a preallocated cache) and ignores the key start.
 inline KeyRange visible_keys(const Problem& problem, KeyRange present, int64_t query_idx) {
-  const int64_t diagonal =
-      problem.causal == Causal::kTopLeft ? query_idx : query_idx + present.end - problem.len_q;
-  int64_t right = problem.window_right;
-  if (problem.causal != Causal::kNone) right = 0;
-  KeyRange visible = present;
-  if (right != kUnlimited) visible.end = std::min(visible.end, diagonal + right + 1);
-  if (problem.window_left != kUnlimited) {
-    visible.begin = std::max(visible.begin, diagonal - problem.window_left);
-  }
-  return visible;
+  return visible_keys<int64_t>(problem.causal,
+                               {problem.window_left, keys_right_of_diagonal(problem)},
+                               problem.len_q, present, query_idx);
 }
 
 }  // namespace wh

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/score_rules.h"
+
 namespace wh {
 namespace {
 
@@ -20,7 +22,7 @@ double visible_pairs(const Problem& p) {
   const double len_q = static_cast<double>(p.len_q);
   const double len_k = static_cast<double>(p.len_k);
   const double offset = p.causal == Causal::kTopLeft ? 0 : len_k - len_q;
-  const double right = p.causal != Causal::kNone ? 0.0 : static_cast<double>(p.window_right);
+  const auto right = static_cast<double>(keys_right_of_diagonal(p));
   double pairs =
       right == kUnlimited ? len_q * len_k : clamped_ramp_sum(offset + right + 1, len_q, len_k);
   if (p.window_left != kUnlimited) {
@@ -30,7 +32,7 @@ double visible_pairs(const Problem& p) {
 }
 
 int64_t most_visible_keys(const Problem& p, int64_t queries) {
-  const int64_t right = p.causal != Causal::kNone ? 0 : p.window_right;
+  const int64_t right = keys_right_of_diagonal(p);
   if (p.window_left == kUnlimited || right == kUnlimited) return p.len_k;
   return std::min(p.len_k, p.window_left + right + std::max<int64_t>(1, queries));
 }

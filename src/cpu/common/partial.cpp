@@ -5,8 +5,7 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "core/empty_row.h"
-#include "cpu/common/base2.h"
+#include "core/score_rules.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/common/partial.cpp"
@@ -69,7 +68,7 @@ void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, c
     // Volatile: rounded before `shift`, which may be it, is subtracted. Compilers fuse the two
     // where the baseline has multiply-adds (64-bit ARM), and the sink's own exponent would not be
     // 0.
-    const volatile float rounded_sink = limited_bias(t.sinks[head]) * kLog2e;
+    const volatile float rounded_sink = sink_score(t.sinks, head) * kLog2E;
     const float sink = rounded_sink;
     const float largest = m < sink ? sink : m;
     const float shift = largest == -kInfinity ? 0 : largest;

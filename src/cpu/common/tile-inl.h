@@ -19,7 +19,7 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "cpu/common/base2.h"
+#include "core/score_rules.h"
 #include "cpu/common/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -177,19 +177,15 @@ inline void load_mask_row(const Problem& p, const void* mask, int64_t batch_idx,
   } else if (p.stride_mask[3] == 1) {
     const int64_t offset = batch_idx * p.stride_mask[0] + head * p.stride_mask[1] +
                            query_idx * p.stride_mask[2] + begin;
-    const auto log2e = hn::Set(f32, kLog2e);
+    const auto log2e = hn::Set(f32, kLog2E);
     const Dtype dtype = p.mask == MaskKind::kAdditiveF32 ? Dtype::kF32 : p.dtype_q;
-    const auto infinity = hn::Set(f32, std::numeric_limits<float>::infinity());
-    const auto largest = hn::Set(f32, kLargestBias);
     for (; j + lanes <= keys; j += lanes) {
-      const auto bias = load_f32(mask, dtype, offset + j);
-      const auto limited = hn::CopySign(hn::Min(hn::Abs(bias), largest), bias);
-      const auto is_finite = hn::Lt(hn::Abs(bias), infinity);
-      hn::StoreU(hn::Mul(hn::IfThenElse(is_finite, limited, bias), log2e), f32, to + j);
+      const auto bias = limited_biases(load_f32(mask, dtype, offset + j));
+      hn::StoreU(hn::Mul(bias, log2e), f32, to + j);
     }
   }
   for (; j < keys; ++j) {
-    to[j] = mask_bias(p, mask, batch_idx, head, query_idx, begin + j) * kLog2e;
+    to[j] = mask_bias(p, mask, batch_idx, head, query_idx, begin + j) * kLog2E;
   }
 }
 

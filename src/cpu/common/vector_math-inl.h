@@ -9,8 +9,11 @@
 
 #include <hwy/highway.h>
 
+#include <limits>
+
 #include "core/float16.h"
 #include "core/problem.h"
+#include "core/score_rules.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace wh::cpu::HWY_NAMESPACE {
@@ -82,6 +85,15 @@ HWY_INLINE Vec tanh_vector(Vec x) {
   q = hn::MulAdd(q, u, hn::Set(f32, 4.67337906e-1f));
   q = hn::MulAdd(q, u, hn::Set(f32, 1.0f));
   return divide(hn::Mul(x, p), q);
+}
+
+// limited_bias() of each lane.
+HWY_INLINE Vec limited_biases(Vec bias) {
+  const F32 f32;
+  const auto size = hn::Abs(bias);
+  const auto limited = hn::CopySign(hn::Min(size, hn::Set(f32, kLargestBias)), bias);
+  const auto is_finite = hn::Lt(size, hn::Set(f32, std::numeric_limits<float>::infinity()));
+  return hn::IfThenElse(is_finite, limited, bias);
 }
 
 HWY_INLINE Vec load_f32(const float* from) { return hn::LoadU(F32(), from); }

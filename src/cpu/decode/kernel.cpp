@@ -18,9 +18,8 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "core/empty_row.h"
 #include "core/key_range.h"
-#include "cpu/common/base2.h"
+#include "core/score_rules.h"
 #include "cpu/common/steps.h"
 #include "cpu/decode/config.h"
 
@@ -87,7 +86,7 @@ class DecodeWorker {
   // Each row's query, and its visible keys within the chunk.
   void load_rows(KeyRange present, int64_t chunk_idx) {
     const KeyRange chunk = chunk_range(p_, present, shape_, chunk_idx);
-    const float scale = query_scale(p_);
+    const float scale = scale_to_base_2(p_);
     const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
     for (int64_t row = 0; row < shape_.rows; ++row) {
       const int64_t query = row / p_.group();
@@ -179,7 +178,7 @@ class DecodeWorker {
     const int64_t count = tile_.size() * kRows;
     const int64_t padded = (count + lanes - 1) / lanes * lanes;
     if (p_.softcap > 0) {
-      const auto cap = hn::Set(f32, p_.softcap * kLog2e);
+      const auto cap = hn::Set(f32, p_.softcap * kLog2E);
       std::fill(s + count, s + padded, 0.0f);
       for (int64_t i = 0; i < padded; i += lanes) {
         hn::Store(hn::Mul(cap, tanh_vector(hn::Load(f32, s + i))), f32, s + i);

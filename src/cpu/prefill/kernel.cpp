@@ -25,7 +25,7 @@ class F32Products {
  public:
   // Scores come out in base 2.
   F32Products(const Problem& p, const Tensors& t, const PrefillScratch& scratch)
-      : p_(p), t_(t), w_(scratch), scale_(query_scale(p)) {}
+      : p_(p), t_(t), w_(scratch), scale_(scale_to_base_2(p)) {}
 
   void load_query(const void* row, float* to) const {
     widen_row(row, p_.dtype_q, p_.stride_q[3], p_.dim_qk, to);

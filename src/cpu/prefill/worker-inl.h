@@ -186,7 +186,7 @@ class PrefillWorker {
   template <int kVectors>
   void apply_softcap(int64_t keys) {
     const F32 f32;
-    const auto cap = hn::Set(f32, p_.softcap * kLog2e);
+    const auto cap = hn::Set(f32, p_.softcap * kLog2E);
     for (float* s = w_.s; s < w_.s + keys * kVectors * vector_lanes(); s += vector_lanes()) {
       hn::Store(hn::Mul(cap, tanh_vector(hn::Load(f32, s))), f32, s);
     }

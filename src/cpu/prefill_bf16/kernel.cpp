@@ -55,7 +55,7 @@ inline float half_of_pair(float pair, bool is_odd) {
 class Bf16Products {
  public:
   Bf16Products(const Problem& p, const Tensors& t, const PrefillScratch& scratch)
-      : p_(p), t_(t), w_(scratch), scale_(query_scale(p)) {}
+      : p_(p), t_(t), w_(scratch), scale_(scale_to_base_2(p)) {}
 
   void load_query(const void* row, float* to) const {
     copy_pairs(static_cast<const uint16_t*>(row), p_.stride_q[3], p_.dim_qk, to);

@@ -5,8 +5,8 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "core/empty_row.h"
 #include "core/key_range.h"
+#include "core/score_rules.h"
 
 namespace wh::cpu {
 namespace {
@@ -52,7 +52,7 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   double* sums = is_visible + p.len_k;  // [dim_v]
   const KeyRange keys = visible_keys(p, present_keys(p, t, row.batch_idx), row.query_idx);
   double largest = score_row(p, t, row, keys, scores, is_visible);
-  const double sink = p.has_sinks ? double{limited_bias(t.sinks[row.head_q])} : -kInfinity;
+  const double sink = sink_score(p.has_sinks ? t.sinks : nullptr, row.head_q);
   if (!(sink <= largest) && !std::isnan(largest)) largest = sink;
   const double shift = largest == -kInfinity ? 0 : largest;
 

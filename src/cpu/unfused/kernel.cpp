@@ -10,7 +10,7 @@
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
-#include "cpu/common/base2.h"
+#include "core/score_rules.h"
 #include "cpu/common/partial.h"
 #include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
@@ -51,7 +51,7 @@ RowSums softmax_row(float* s, int64_t keys) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   auto m_vector = hn::Set(f32, minus_infinity);
-  const auto log2e = hn::Set(f32, kLog2e);
+  const auto log2e = hn::Set(f32, kLog2E);
   int64_t j = 0;
   for (; j + lanes <= keys; j += lanes) {
     m_vector = hn::Max(m_vector, hn::LoadU(f32, s + j));
@@ -71,10 +71,10 @@ RowSums softmax_row(float* s, int64_t keys) {
   }
   float l = hn::GetLane(hn::SumOfLanes(f32, sum));
   for (; j < keys; ++j) {
-    s[j] = std::exp2((s[j] - shift) * kLog2e);
+    s[j] = std::exp2((s[j] - shift) * kLog2E);
     l += s[j];
   }
-  return {m * kLog2e, l};
+  return {m * kLog2E, l};
 }
 
 void softcap_row(float* s, int64_t keys, float softcap) {

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     sum.z += other.z;
     sum.w += other.w;
   }
-  const float factor = total == 0 ? 0 : ptx::reciprocal_approx(total);
+  const float factor = is_empty_row(total) ? kEmptyRowOut : ptx::reciprocal_approx(total);
   const float merged[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
   T* out = static_cast<T*>(args.out) + batch_idx * args.stride_out[0] + head * args.stride_out[1] +
            query_idx * args.stride_out[2] + column * args.stride_out[3];
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (column + i < args.dim_v) out[i * args.stride_out[3]] = static_cast<T>(merged[i]);
   }
   if (args.log_sum_exp != nullptr && column == 0) {
-    args.log_sum_exp[row] = total == 0 ? -INFINITY : log_sum_exp({top, total});
+    args.log_sum_exp[row] = is_empty_row(total) ? kEmptyRowLogSumExp : log_sum_exp({top, total});
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/score_rules.h"
+
 namespace wh::cuda {
 
 bool fits_int32(const Problem& p) {
@@ -29,8 +31,7 @@ AttentionArgs attention_args(const Problem& p, const Tensors& t) {
   args.mask_kind = is_f32 ? MaskKind::kAdditiveF32 : p.mask;
   // A window beyond the longest length hides nothing more.
   args.window_left = static_cast<int32_t>(std::min(p.window_left, kMaxExtent));
-  args.window_right =
-      static_cast<int32_t>(p.causal != Causal::kNone ? 0 : std::min(p.window_right, kMaxExtent));
+  args.window_right = static_cast<int32_t>(std::min(keys_right_of_diagonal(p), kMaxExtent));
   args.scale = p.scale;
   args.softcap = p.softcap;
   args.v = t.v;

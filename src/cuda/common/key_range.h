@@ -1,46 +1,22 @@
-// The keys that rows and tiles see, on the device: core/key_range.h in int32 results, and which key
-// tiles a tile of queries can skip, need not mask, and must clean.
+// The keys that rows and tiles see, on the device: core/key_range.h in 32 bits, and which key tiles
+// a tile of queries can skip, need not mask, and must clean.
 #pragma once
 
 #include <cstdint>
 
+#include "core/key_range.h"
 #include "cuda/common/attention_args.h"
 
 namespace wh::cuda {
 
-struct Keys {
-  int32_t begin;
-  int32_t end;  // exclusive
-};
+using Keys = KeyRangeOf<int32_t>;
 
-constexpr int32_t clamp_to(int32_t value, int32_t low, int32_t high) {
-  return value < low ? low : value > high ? high : value;
-}
-
-// The keys of one batch entry that exist at all.
 constexpr Keys present_keys(const AttentionArgs& args, int32_t batch_idx) {
-  Keys keys{0, args.len_k};
-  if (args.key_lengths != nullptr) {
-    keys.end = clamp_to(args.key_lengths[batch_idx], 0, args.len_k);
-  }
-  if (args.key_starts != nullptr) {
-    keys.begin = clamp_to(args.key_starts[batch_idx], 0, keys.end);
-  }
-  return keys;
+  return wh::present_keys(args.len_k, args.key_lengths, args.key_starts, batch_idx);
 }
-
-// Monotone: neither end moves left from one query to the next.
 constexpr Keys visible_keys(const AttentionArgs& args, Keys present, int32_t query_idx) {
-  int32_t diagonal = query_idx;
-  if (args.causal != Causal::kTopLeft) diagonal += present.end - args.len_q;
-  Keys keys = present;
-  if (args.window_right != kUnlimited) {
-    keys.end = clamp_to(diagonal + args.window_right + 1, present.begin, present.end);
-  }
-  if (args.window_left != kUnlimited) {
-    keys.begin = clamp_to(diagonal - args.window_left, present.begin, present.end);
-  }
-  return keys;
+  return wh::visible_keys<int32_t>(args.causal, {args.window_left, args.window_right}, args.len_q,
+                                   present, query_idx);
 }
 
 // Key tiles of `tile_k` keys that queries first..last work on, from the last one down. All are tile

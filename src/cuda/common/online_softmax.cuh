@@ -18,13 +18,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/score_rules.h"
 #include "cuda/common/row_weight.h"
 #include "cuda/ptx/math.cuh"
 
 namespace wh::cuda {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // The natural logarithm of the denominator; minus infinity where a row has seen nothing.
 __device__ __forceinline__ float log_sum_exp(RowWeight weight) {

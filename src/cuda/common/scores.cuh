@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/limited_bias.h"
+#include "core/score_rules.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/key_range.h"
 #include "cuda/ptx/math.cuh"
@@ -44,9 +44,9 @@ __device__ __forceinline__ float bias_of(const char* element) {
   return limited_bias(static_cast<float>(*reinterpret_cast<const T*>(element)));
 }
 
-// Of a query head, in units of the scores; minus infinity where there are no sinks.
+// Of a query head, in units of the scores.
 __device__ __forceinline__ float sink_of(const AttentionArgs& args, int32_t head) {
-  return args.sinks == nullptr ? -INFINITY : limited_bias(args.sinks[head]);
+  return sink_score(args.sinks, head);
 }
 
 // The bias of a key that the row may see; minus infinity hides it.

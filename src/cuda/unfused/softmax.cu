@@ -193,18 +193,18 @@ __global__ void __launch_bounds__(kThreads)
     l = l * factor + (sink == -INFINITY ? 0 : expf(sink - shift));
     m = largest;
   }
-  const bool is_empty = l == 0;
+  const bool is_empty = is_empty_row(l);
   // Within 2 units in the last place; the exact division is a call, and spills.
   const float scale = is_empty ? 0 : __fdividef(factor, l);
   const float* o = w.o + int64_t{blockIdx.x} * pass.shape.columns_v;
   T* out = static_cast<T*>(args.out) + row.batch_idx * pass.stride_out[0] +
            row.head * pass.stride_out[1] + row.query * pass.stride_out[2];
   for (int32_t d = threadIdx.x; d < args.dim_v; d += kThreads) {
-    out[d * pass.stride_out[3]] = T(is_empty ? 0.0f : o[d] * scale);
+    out[d * pass.stride_out[3]] = T(is_empty ? kEmptyRowOut : o[d] * scale);
   }
   if (args.log_sum_exp != nullptr && threadIdx.x == 0) {
     args.log_sum_exp[(int64_t{row.batch_idx} * args.heads_q + row.head) * args.len_q + row.query] =
-        is_empty ? -INFINITY : m + logf(l);
+        is_empty ? kEmptyRowLogSumExp : m + logf(l);
   }
 }
 
