@@ -58,7 +58,7 @@ TEST(SizedStruct, ANewerCallerMayNotSetWhatTheLibraryDoesNotKnow) {
 
 TEST(SizedStruct, SizesThatNoVersionHasAreRefused) {
   wh_problem problem{};
-  for (const size_t size : {size_t{0}, sizeof(wh_problem) - 8, size_t{65537}, SIZE_MAX}) {
+  for (const size_t size : {size_t{0}, size_t{272}, size_t{65537}, SIZE_MAX}) {
     EXPECT_EQ(wh_problem_init(&problem, size), WH_INVALID_ARGUMENT) << size;
     EXPECT_NE(std::string(wh_last_error()).find("sizeof(wh_problem), 280 to 65536"),
               std::string::npos)
@@ -74,7 +74,8 @@ TEST(SizedStruct, SizesThatNoVersionHasAreRefused) {
   EXPECT_EQ(wh_problem_set_dense(&caller.problem), WH_OK) << wh_last_error();
   caller.more[2] = 1;
   EXPECT_EQ(wh_problem_set_dense(&caller.problem), WH_INVALID_ARGUMENT);
-  EXPECT_NE(std::string(wh_last_error()).find("byte 296 of problem is 1"), std::string::npos)
+  const std::string named = "byte " + std::to_string(sizeof(wh_problem) + 16) + " of problem is 1";
+  EXPECT_NE(std::string(wh_last_error()).find(named), std::string::npos)
       << wh_last_error();
 }
 

@@ -19,19 +19,19 @@ Result<Plan> plan_as_library(const Problem& p, const Limits& flags) {
     return invalid("--fresh-keys has no effect on the CPU; leave it out, or add --device cuda");
   }
   Limits limits = flags;
-  if (Status status = apply(environment(), p.device, limits); !status.ok()) return status;
+  if (Status status = apply(environment(), p, limits); !status.ok()) return status;
   return plan_here(p, limits);
 }
 
-Json environment_json(Device device) {
+Json environment_json(const Problem& p) {
   Json json = Json::object();
-  for (const auto& [name, value] : variables_for(environment(), device)) json[name] = value;
+  for (const auto& [name, value] : variables_for(environment(), p)) json[name] = value;
   return json;
 }
 
-std::string environment_line(Device device) {
+std::string environment_line(const Problem& p) {
   std::string line;
-  for (const auto& [name, value] : variables_for(environment(), device)) {
+  for (const auto& [name, value] : variables_for(environment(), p)) {
     line += fmt::format("{}{}={}", line.empty() ? "variables  " : ", ", name, value);
   }
   return line.empty() ? "" : line + ": the environment wins over the flags\n";

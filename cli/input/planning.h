@@ -11,8 +11,8 @@ namespace wh::cli {
 Result<Plan> plan_as_library(const Problem& problem, const Limits& flags);
 
 // The environment's variables that had a say in the plan of a problem on `device`: an object.
-Json environment_json(Device device);
+Json environment_json(const Problem& p);
 // The same as a line of a plan, "" without any.
-std::string environment_line(Device device);
+std::string environment_line(const Problem& p);
 
 }  // namespace wh::cli

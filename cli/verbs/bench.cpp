@@ -367,7 +367,7 @@ int run_bench(const BenchFlags& flags) {
       flags.suite.empty() ? read_requests(flags.problem) : read_suite(flags.suite, flags.problem);
   if (!requests.ok()) return report(requests.status());
   const Problem& p = requests->front().problem;
-  if (Status status = apply(environment(), p.device, *limits); !status.ok()) return report(status);
+  if (Status status = apply(environment(), p, *limits); !status.ok()) return report(status);
   const DeviceFacts& facts = backend(p.device).facts(p.device_index);
   if (!facts.unavailable.empty()) return report({Code::kRefused, facts.unavailable});
   const auto suite = suites().find(flags.suite);

@@ -27,6 +27,7 @@ Json list_kernels() {
                       {"device", kDevices.name(device)},
                       {"fused", kernel->is_fused()},
                       {"role", kRoles.name(kernel->role)},
+                      {"pass", kPasses.name(kernel->pass)},
                       {"summary", kernel->summary}});
     }
   }

@@ -19,8 +19,18 @@ namespace {
 struct PlanFlags {
   ProblemFlags problem;
   LimitsFlags limits;
-  bool json = false;
+  bool backward = false, json = false;
 };
+
+// Gradients lie as their tensors do.
+Problem backward_of(Problem p) {
+  p.pass = Pass::kBackward;
+  p.stride_d_out = p.stride_out;
+  p.stride_dq = p.stride_q;
+  p.stride_dk = p.stride_k;
+  p.stride_dv = p.stride_v;
+  return p;
+}
 
 int run_plan(const PlanFlags& flags) {
   const auto limits = read_limits(flags.limits);
@@ -31,12 +41,12 @@ int run_plan(const PlanFlags& flags) {
   Json documents = Json::array();
   std::string text;
   for (const Request& request : *requests) {
-    const Problem& p = request.problem;
+    const Problem p = flags.backward ? backward_of(request.problem) : request.problem;
     const Result<Plan> plan = plan_as_library(p, *limits);
     if (!plan.ok()) return report(plan.status());
     if (!plan->runnable()) code = kNoKernel;
     Json document = Json::parse(to_json(*plan));
-    document["environment"] = environment_json(p.device);
+    document["environment"] = environment_json(p);
     if (!request.label.empty()) {
       document["layers"] = request.label;
       document["kv_bytes_per_layer"] = kv_bytes(request);
@@ -44,7 +54,7 @@ int run_plan(const PlanFlags& flags) {
                           request.label, format_bytes(static_cast<uint64_t>(kv_bytes(request))));
     }
     documents.push_back(std::move(document));
-    text += environment_line(p.device) + explain(*plan);
+    text += environment_line(p) + explain(*plan);
   }
   if (flags.json) {
     const Json& shown = flags.problem.model.empty() ? documents.front() : documents;
@@ -65,6 +75,7 @@ void add_plan(CLI::App& app, Action& action) {
   CLI::App* verb = app.add_subcommand("plan", "Say which kernel would run, and why no other");
   add_problem_flags(*verb, flags->problem);
   add_limits_flags(*verb, flags->limits);
+  verb->add_flag("--backward", flags->backward, "plan the gradients of q, k and v instead");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return run_plan(*flags); }; });
 }

@@ -164,7 +164,7 @@ class Runner {
     Result<Plan> plan = plan_as_library(p, limits);
     if (!plan.ok()) return fail(request, plan.status());
     if (Status status = runnable_status(*plan); !status.ok()) return fail(request, status);
-    if (!flags_.json) fmt::print("{}{}\n", environment_line(p.device), explain(*plan));
+    if (!flags_.json) fmt::print("{}{}\n", environment_line(p), explain(*plan));
     if (stored == nullptr) {
       if (Status status = warm_up(*plan); !status.ok()) return fail(request, status);
     }
@@ -224,7 +224,7 @@ class Runner {
   static Json describe_run(const Request& request, const Plan& plan, const Samples& samples,
                            uint64_t peak_bytes) {
     return {{"problem", describe(request.problem)},
-            {"environment", environment_json(request.problem.device)},
+            {"environment", environment_json(request.problem)},
             {"kernel", plan.kernel},
             {"best_us", samples.best()},
             {"median_us", samples.median()},

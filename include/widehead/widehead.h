@@ -2,7 +2,7 @@
  *
  *   out = softmax(mask(softcap(scale * q k^T))) v
  *
- * A wh_problem says what is to be computed, wh_limits what the caller allows; wh_plan_create()
+ * and its gradients. A wh_problem says what is to be computed, wh_limits what the caller allows; wh_plan_create()
  * makes a plan of the two, which can be printed, stored and run any number of times, from any
  * thread.
  *
@@ -46,6 +46,9 @@ enum wh_mask {
   WH_MASK_ADDITIVE_F32 = 2,
   WH_MASK_ADDITIVE = 3
 };
+/* Backward: from q, k, v, out, log_sum_exp and d_out, the gradient of out, to those of q, k, v and
+ * the sinks. A mask has none: it is taken as a constant. */
+enum wh_pass { WH_FORWARD = 0, WH_BACKWARD = 1 };
 enum wh_policy { WH_AUTOMATIC = 0, WH_FUSED = 1, WH_FUSED_ABOVE = 2 };
 enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
 
@@ -55,7 +58,8 @@ enum wh_uses {
   WH_USES_KEY_LENGTHS = 2,    /* int32 [batch], 0..len_k: keys from there on are not read, and the
                                  diagonal of causal and window is aligned to the length */
   WH_USES_KEY_STARTS = 4,     /* int32 [batch], >= 0: keys before it are not read */
-  WH_USES_LOG_SUM_EXP = 8,    /* f32 [batch, heads_q, len_q], contiguous: natural log, written */
+  WH_USES_LOG_SUM_EXP = 8,    /* f32 [batch, heads_q, len_q], contiguous: natural log, written. The
+                                 backward pass always reads it */
   WH_USES_VALUES_IN_KEYS = 16 /* v is the first dim_v columns of k, as in absorbed latent attention:
                                  stride_v equals stride_k, v is NULL or k, and K is read once */
 };
@@ -84,6 +88,9 @@ typedef struct wh_problem {
   int64_t window_left;  /* keys left of the diagonal that stay visible, or WH_UNLIMITED */
   int64_t window_right; /* the same to the right; causal makes it 0 */
   uint32_t uses;        /* of enum wh_uses */
+  /* Of the backward pass: d_out is of out's shape and type, dq of q's, dk of k's, dv of v's. */
+  int64_t stride_d_out[4], stride_dq[4], stride_dk[4], stride_dv[4];
+  int32_t pass; /* of enum wh_pass */
 } wh_problem;
 
 typedef struct wh_limits {
@@ -103,8 +110,9 @@ typedef struct wh_limits {
 } wh_limits;
 
 /* Pointers for one run: host memory for a CPU problem, memory of the problem's device for a CUDA
- * one, each aligned to its elements. What the problem does not use stays NULL. out, log_sum_exp and
- * the workspace's first bytes, as many as the plan takes, must not overlap another tensor. */
+ * one, each aligned to its elements. What the problem does not use stays NULL. What a run writes (out
+ * and log_sum_exp, or the gradients) and the workspace's first bytes, as many as the plan takes,
+ * must not overlap another tensor. */
 typedef struct wh_tensors {
   size_t size; /* of this struct; set by wh_tensors_init() */
   const void* q;
@@ -118,6 +126,12 @@ typedef struct wh_tensors {
   float* log_sum_exp;
   void* workspace; /* at least the plan's bytes, aligned to WH_WORKSPACE_ALIGNMENT */
   size_t workspace_bytes;
+  /* Of the backward pass, which reads out and log_sum_exp as the forward pass wrote them. */
+  const void* d_out; /* the gradient of out */
+  void* dq;
+  void* dk;
+  void* dv;       /* NULL where v lies in k: its gradient is then part of dk */
+  float* d_sinks; /* [heads_q] */
 } wh_tensors;
 
 /* Threads of the host program for CPU kernels: parallel() calls task(argument, i) once for every i
@@ -154,7 +168,7 @@ WH_API wh_status wh_limits_init(wh_limits* limits, size_t size);
 WH_API wh_status wh_tensors_init(wh_tensors* tensors, size_t size);
 WH_API wh_status wh_run_options_init(wh_run_options* options, size_t size);
 /* Sets every stride to that of a contiguous tensor (stride_v to stride_k where `uses` says that v
- * lies in k), and scale to 1 / sqrt(dim_qk). */
+ * lies in k), those of gradients too, and scale to 1 / sqrt(dim_qk). */
 WH_API wh_status wh_problem_set_dense(wh_problem* problem);
 
 /* limits NULL: the defaults. Takes microseconds and reads no tensor. On WH_REFUSED *plan is a plan
@@ -180,7 +194,7 @@ WH_API const char* wh_plan_json(const wh_plan* plan);
  * not make is WH_INVALID_ARGUMENT: plan again. */
 WH_API wh_status wh_plan_from_json(const char* text, size_t length, wh_plan** plan);
 
-/* Plans (cached by shape and limits) and runs. Without tensors->workspace it allocates what the
+/* Plans (cached by shape and limits) and runs the problem's pass. Without tensors->workspace it allocates what the
  * plan takes, for the time of the call; on CUDA in the order of the stream, from a memory pool of
  * its own, which keeps up to 32 MiB a device. */
 WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
@@ -192,8 +206,8 @@ WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits
  * WIDEHEAD_LOG=plan, and nowhere otherwise. */
 WH_API void wh_set_plan_log(void (*log)(void* context, const char* line), void* context);
 
-/* The kernels of a device kind in the order in which the planner offers them; NULL past the last.
- */
+/* The kernels of a device kind in the order in which the planner offers them, those of the forward
+ * pass first; NULL past the last. */
 WH_API const char* wh_kernel_name(int32_t device, size_t index);
 WH_API const char* wh_kernel_summary(int32_t device, size_t index);
 /* What the planner knows of a device, as a JSON object. Valid until the thread's next such call;

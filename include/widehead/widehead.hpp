@@ -6,6 +6,8 @@
 //   std::cout << plan.explain();
 //   plan.run(q, k, v, out);
 //
+//   widehead::backward(q, k, v, out, {d_out, dq, dk, dv}, options);
+//
 // Failures throw widehead::Error with the C API's status and message. Where memory is so short that
 // not even that can be made, std::bad_alloc, as from any C++ code.
 #pragma once
@@ -105,7 +107,7 @@ struct Options {
   const float* sinks = nullptr;          // [heads_q]
   const int32_t* key_lengths = nullptr;  // [batch]
   const int32_t* key_starts = nullptr;   // [batch]
-  float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written
+  float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written; backward reads it
   bool values_in_keys = false;           // v is the first columns of k: the same data and strides
   Device device = Device::kCpu;
   int32_t device_index = 0;
@@ -207,6 +209,46 @@ inline wh_tensors tensors(const TensorView& q, const TensorView& k, const Tensor
   tensors.key_starts = options.key_starts;
   tensors.log_sum_exp = options.log_sum_exp;
   return tensors;
+}
+
+// Of the backward pass: the gradient of out, and where those of q, k, v and the sinks go.
+struct Gradients {
+  TensorView d_out, dq, dk, dv;
+  float* d_sinks = nullptr;  // [heads_q]
+};
+
+// The backward pass of the same tensors and options. Throws Error when the shapes disagree.
+inline wh_problem problem(const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& out, const Gradients& gradients,
+                          const Options& options = {}) {
+  wh_problem backward = problem(q, k, v, out, options);
+  backward.pass = WH_BACKWARD;
+  const auto take = [](const char* name, const TensorView& gradient, const TensorView& of,
+                       int64_t(&strides)[4]) {
+    if (gradient.shape != of.shape || gradient.dtype != of.dtype) {
+      throw Error(WH_INVALID_ARGUMENT, std::string(name) + " is " + to_string(gradient.shape) +
+                                           "; it must have the shape and type of its tensor, " +
+                                           to_string(of.shape));
+    }
+    for (size_t i = 0; i < 4; ++i) strides[i] = gradient.strides[i];
+  };
+  take("d_out", gradients.d_out, out, backward.stride_d_out);
+  take("dq", gradients.dq, q, backward.stride_dq);
+  take("dk", gradients.dk, k, backward.stride_dk);
+  if (!options.values_in_keys) take("dv", gradients.dv, v, backward.stride_dv);
+  return backward;
+}
+
+inline wh_tensors tensors(const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& out, const Gradients& gradients,
+                          const Options& options = {}) {
+  wh_tensors backward = tensors(q, k, v, out, options);
+  backward.d_out = gradients.d_out.data;
+  backward.dq = gradients.dq.data;
+  backward.dk = gradients.dk.data;
+  backward.dv = gradients.dv.data;
+  backward.d_sinks = gradients.d_sinks;
+  return backward;
 }
 
 // Where a run gets its threads or its stream from.
@@ -352,6 +394,17 @@ inline void attention(const TensorView& q, const TensorView& k, const TensorView
   const wh_problem c_problem = problem(q, k, v, out, options);
   const wh_limits c_limits = limits.c_limits();
   const wh_tensors c_tensors = tensors(q, k, v, out, options);
+  const wh_run_options c_options = run.c_options();
+  check(wh_attention(&c_problem, &c_limits, &c_tensors, &c_options));
+}
+
+// The same for the gradients. out and options.log_sum_exp hold what attention() wrote.
+inline void backward(const TensorView& q, const TensorView& k, const TensorView& v,
+                     const TensorView& out, const Gradients& gradients, const Options& options = {},
+                     const Limits& limits = {}, const RunOptions& run = {}) {
+  const wh_problem c_problem = problem(q, k, v, out, gradients, options);
+  const wh_limits c_limits = limits.c_limits();
+  const wh_tensors c_tensors = tensors(q, k, v, out, gradients, options);
   const wh_run_options c_options = run.c_options();
   check(wh_attention(&c_problem, &c_limits, &c_tensors, &c_options));
 }

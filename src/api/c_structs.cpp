@@ -111,7 +111,7 @@ wh_problem problem_of(const Problem& p) {
   return c;
 }
 
-Status read_limits(const wh_limits* from, Device device, Limits& to) {
+Status read_limits(const wh_limits* from, const Problem& problem, Limits& to) {
   if (from != nullptr) {
     wh_limits c{};
     WH_RETURN_IF_ERROR(read_sized(limits_struct(), from, c));
@@ -126,14 +126,14 @@ Status read_limits(const wh_limits* from, Device device, Limits& to) {
     to.fresh_keys = c.fresh_keys;
     if (c.kernel != nullptr) to.kernel = c.kernel;
   }
-  return apply(environment(), device, to);
+  return apply(environment(), problem, to);
 }
 
 Status read_tensors(const wh_tensors* from, Tensors& to) {
   wh_tensors c{};
   WH_RETURN_IF_ERROR(read_sized(kTensorsStruct, from, c));
-  to = {c.q,           c.k,          c.v,           c.out,       c.mask,           c.sinks,
-        c.key_lengths, c.key_starts, c.log_sum_exp, c.workspace, c.workspace_bytes};
+  to = {c.q,           c.k,     c.v,  c.out, c.mask, c.sinks,   c.key_lengths, c.key_starts,
+        c.log_sum_exp, c.d_out, c.dq, c.dk,  c.dv,   c.d_sinks, c.workspace,   c.workspace_bytes};
   return {};
 }
 

@@ -21,7 +21,7 @@ constexpr SizedStruct<wh_run_options> kRunOptionsStruct{"run_options", 40, {}};
 
 // Validated. The environment has a say in limits.
 Status read_problem(const wh_problem* from, Problem& to);
-Status read_limits(const wh_limits* from, Device device, Limits& to);
+Status read_limits(const wh_limits* from, const Problem& problem, Limits& to);
 Status read_tensors(const wh_tensors* from, Tensors& to);
 
 struct RunOptions {

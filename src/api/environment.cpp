@@ -18,12 +18,18 @@ std::string variable(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-Status apply_kernel(const std::string& name, Device device, Limits& limits) {
-  if (find_kernel(kernels_of(device), name) != nullptr) {
+bool is_kernel_for(const std::string& name, const Problem& problem) {
+  const Kernel* kernel = find_kernel(kernels_of(problem.device), name);
+  return kernel != nullptr && kernel->pass == problem.pass;
+}
+
+Status apply_kernel(const std::string& name, const Problem& problem, Limits& limits) {
+  if (is_kernel_for(name, problem)) {
     limits.kernel = name;
     return {};
   }
-  // A program may use both devices: a kernel of the other one does not concern this problem.
+  // A program may use both devices and passes: a kernel of the others does not concern this
+  // problem.
   std::vector<std::string> names;
   for (const Device each : kDevices.values()) {
     for (const Kernel* kernel : kernels_of(each)) {
@@ -43,7 +49,7 @@ const Environment& environment() {
   return values;
 }
 
-Status apply(const Environment& environment, Device device, Limits& limits) {
+Status apply(const Environment& environment, const Problem& problem, Limits& limits) {
   if (const std::string& text = environment.fused_above; !text.empty()) {
     int64_t keys = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), keys);
@@ -56,7 +62,7 @@ Status apply(const Environment& environment, Device device, Limits& limits) {
     limits.kernel.clear();  // a policy has no say where a kernel is forced
   }
   if (!environment.kernel.empty()) {
-    if (Status status = apply_kernel(environment.kernel, device, limits); !status.ok()) {
+    if (Status status = apply_kernel(environment.kernel, problem, limits); !status.ok()) {
       return status;
     }
   }
@@ -75,9 +81,9 @@ Status apply(const Environment& environment, Device device, Limits& limits) {
 }
 
 std::vector<std::pair<std::string, std::string>> variables_for(const Environment& environment,
-                                                               Device device) {
+                                                               const Problem& problem) {
   std::vector<std::pair<std::string, std::string>> variables;
-  if (find_kernel(kernels_of(device), environment.kernel) != nullptr) {
+  if (is_kernel_for(environment.kernel, problem)) {
     variables.emplace_back("WIDEHEAD_KERNEL", environment.kernel);
   }
   if (!environment.fused_above.empty()) {

@@ -17,7 +17,14 @@ Tensors used_tensors(const Problem& p, Tensors t) {
   if (!p.has_sinks) t.sinks = nullptr;
   if (!p.has_key_lengths) t.key_lengths = nullptr;
   if (!p.has_key_starts) t.key_starts = nullptr;
+  if (p.pass == Pass::kBackward) {
+    if (!p.has_sinks) t.d_sinks = nullptr;
+    if (p.values_in_keys) t.dv = nullptr;
+    return t;
+  }
   if (!p.wants_log_sum_exp) t.log_sum_exp = nullptr;
+  t.d_out = t.dq = t.dk = t.dv = nullptr;
+  t.d_sinks = nullptr;
   return t;
 }
 
@@ -78,7 +85,7 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   const Backend& device = backend(p.device);
   WH_RETURN_IF_ERROR(validate(p, used));
   if (device.is_host()) WH_RETURN_IF_ERROR(validate_key_ranges(p, used));
-  if (p.batch == 0 || p.len_q == 0) return {};
+  if (!writes_anything(p)) return {};
   Tensors callers = used;
   // While a stream is captured, what is allocated on it is no memory yet, and looks like the
   // host's.

@@ -138,6 +138,12 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
     set(problem->stride_v, p.heads_kv, p.len_k, values_in_keys ? p.dim_qk : p.dim_v);
     set(problem->stride_out, p.heads_q, p.len_q, p.dim_v);
     set(problem->stride_mask, p.heads_q, p.len_q, p.len_k);
+    if (problem->size >= offsetof(wh_problem, pass)) {
+      set(problem->stride_d_out, p.heads_q, p.len_q, p.dim_v);
+      set(problem->stride_dq, p.heads_q, p.len_q, p.dim_qk);
+      set(problem->stride_dk, p.heads_kv, p.len_k, p.dim_qk);
+      set(problem->stride_dv, p.heads_kv, p.len_k, p.dim_v);
+    }
     problem->scale = 1.0f / std::sqrt(static_cast<float>(p.dim_qk));
     return {};
   });
@@ -150,7 +156,7 @@ wh_status wh_plan_create(const wh_problem* problem, const wh_limits* limits, wh_
     wh::Problem p;
     wh::Limits l;
     if (Status status = wh::read_problem(problem, p); !status.ok()) return status;
-    if (Status status = wh::read_limits(limits, p.device, l); !status.ok()) return status;
+    if (Status status = wh::read_limits(limits, p, l); !status.ok()) return status;
     wh::Result<wh::Plan> made = wh::plan_here(p, l);
     if (!made.ok()) return made.status();
     Status status = wh::runnable_status(*made);
@@ -234,7 +240,7 @@ wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
     wh::Tensors t;
     wh::RunOptions o;
     if (Status status = wh::read_problem(problem, p); !status.ok()) return status;
-    if (Status status = wh::read_limits(limits, p.device, l); !status.ok()) return status;
+    if (Status status = wh::read_limits(limits, p, l); !status.ok()) return status;
     if (Status status = wh::read_tensors(tensors, t); !status.ok()) return status;
     if (Status status = wh::read_run_options(options, o); !status.ok()) return status;
     const auto plan = wh::cached_plan(p, l);

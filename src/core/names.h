@@ -45,5 +45,6 @@ constexpr Names<Dtype, 3> kDtypes{{"f32", "f16", "bf16"}};
 constexpr Names<Device, 2> kDevices{{"cpu", "cuda"}};
 constexpr Names<Causal, 3> kCausals{{"none", "bottom-right", "top-left"}};
 constexpr Names<MaskKind, 4> kMasks{{"none", "boolean", "additive-f32", "additive"}};
+constexpr Names<Pass, 2> kPasses{{"forward", "backward"}};
 
 }  // namespace wh

@@ -54,9 +54,9 @@ Status check_strides(const char* name, const Extents& extents, const Strides& st
   return {};
 }
 
-// Two different elements of out must not share an address: sorted by stride, each dimension must
-// step over everything below it.
-Status check_out_distinct(const Extents& extents, const Strides& strides) {
+// Two different elements of what a run writes must not share an address: sorted by stride, each
+// dimension must step over everything below it.
+Status check_distinct(const char* name, const Extents& extents, const Strides& strides) {
   if (std::find(extents.begin(), extents.end(), 0) != extents.end()) return {};
   std::array<int, 4> order{0, 1, 2, 3};
   std::sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] < strides[b]; });
@@ -65,8 +65,8 @@ Status check_out_distinct(const Extents& extents, const Strides& strides) {
     if (!is_stepped_over(extents[i])) continue;
     if (strides[i] <= reach) {
       return invalid(
-          fmt::format("stride_out[{}] is {}; elements of out would overlap, it must be at least {}",
-                      i, strides[i], reach + 1));
+          fmt::format("stride_{}[{}] is {}; elements of {} would overlap, it must be at least {}",
+                      name, i, strides[i], name, reach + 1));
     }
     reach += (extents[i] - 1) * strides[i];
   }
@@ -114,6 +114,17 @@ Extents extents_v(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.di
 Extents extents_out(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_v}; }
 Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.len_k}; }
 
+Status validate_gradients(const Problem& p) {
+  WH_RETURN_IF_ERROR(check_strides("stride_d_out", extents_out(p), p.stride_d_out));
+  WH_RETURN_IF_ERROR(check_strides("stride_dq", extents_q(p), p.stride_dq));
+  WH_RETURN_IF_ERROR(check_distinct("dq", extents_q(p), p.stride_dq));
+  WH_RETURN_IF_ERROR(check_strides("stride_dk", extents_k(p), p.stride_dk));
+  WH_RETURN_IF_ERROR(check_distinct("dk", extents_k(p), p.stride_dk));
+  if (p.values_in_keys) return {};  // no dv
+  WH_RETURN_IF_ERROR(check_strides("stride_dv", extents_v(p), p.stride_dv));
+  return check_distinct("dv", extents_v(p), p.stride_dv);
+}
+
 }  // namespace
 
 int64_t mask_element_bytes(const Problem& problem) {
@@ -142,6 +153,14 @@ Problem canonical(Problem p) {
   p.stride_out = stepped_strides(extents_out(p), p.stride_out);
   p.stride_mask =
       p.mask == MaskKind::kNone ? Strides{} : stepped_strides(extents_mask(p), p.stride_mask);
+  const bool is_backward = p.pass == Pass::kBackward;
+  const auto of_gradient = [&](const Extents& extents, const Strides& strides) {
+    return is_backward ? stepped_strides(extents, strides) : Strides{};
+  };
+  p.stride_d_out = of_gradient(extents_out(p), p.stride_d_out);
+  p.stride_dq = of_gradient(extents_q(p), p.stride_dq);
+  p.stride_dk = of_gradient(extents_k(p), p.stride_dk);
+  p.stride_dv = p.values_in_keys ? Strides{} : of_gradient(extents_v(p), p.stride_dv);
   return p;
 }
 
@@ -159,7 +178,14 @@ TensorBytes tensor_bytes(const Problem& p) {
   if (p.has_sinks) bytes.sinks = p.heads_q * 4;
   if (p.has_key_lengths) bytes.key_lengths = p.batch * 4;
   if (p.has_key_starts) bytes.key_starts = p.batch * 4;
-  if (p.wants_log_sum_exp) bytes.log_sum_exp = p.batch * p.heads_q * p.len_q * 4;
+  const bool is_backward = p.pass == Pass::kBackward;
+  if (p.wants_log_sum_exp || is_backward) bytes.log_sum_exp = p.batch * p.heads_q * p.len_q * 4;
+  if (!is_backward) return bytes;
+  bytes.d_out = span_elements(extents_out(p), p.stride_d_out) * bytes_q;
+  bytes.dq = span_elements(extents_q(p), p.stride_dq) * bytes_q;
+  bytes.dk = span_elements(extents_k(p), p.stride_dk) * bytes_kv;
+  if (!p.values_in_keys) bytes.dv = span_elements(extents_v(p), p.stride_dv) * bytes_kv;
+  if (p.has_sinks) bytes.d_sinks = p.heads_q * 4;
   return bytes;
 }
 
@@ -182,7 +208,8 @@ Status validate(const Problem& p) {
                                p.stride_v[i], i, p.stride_k[i]));
   }
   WH_RETURN_IF_ERROR(check_strides("stride_out", extents_out(p), p.stride_out));
-  WH_RETURN_IF_ERROR(check_out_distinct(extents_out(p), p.stride_out));
+  WH_RETURN_IF_ERROR(check_distinct("out", extents_out(p), p.stride_out));
+  if (p.pass == Pass::kBackward) WH_RETURN_IF_ERROR(validate_gradients(p));
   if (p.mask != MaskKind::kNone) {
     WH_RETURN_IF_ERROR(check_strides("stride_mask", extents_mask(p), p.stride_mask));
   }
@@ -197,39 +224,52 @@ Status validate(const Problem& p, const Tensors& t) {
   const TensorBytes bytes = tensor_bytes(p);
   const auto element_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
   const auto element_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
+  const bool is_backward = p.pass == Pass::kBackward;
   const Bytes out{"out", t.out, bytes.out, element_q};
   const Bytes lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp, 4};
-  const Bytes workspace{"workspace", t.workspace, static_cast<int64_t>(t.workspace_bytes), 0};
+  const Bytes none{"", nullptr, 0, 0};
+  // What a run writes shares memory with nothing else.
+  const Bytes outputs[] = {
+      is_backward ? none : out,           is_backward ? none : lse,
+      {"dq", t.dq, bytes.dq, element_q},  {"dk", t.dk, bytes.dk, element_kv},
+      {"dv", t.dv, bytes.dv, element_kv}, {"d_sinks", t.d_sinks, bytes.d_sinks, 4}};
   const Bytes inputs[] = {{"q", t.q, bytes.q, element_q},
                           {"k", t.k, bytes.k, element_kv},
                           {"v", t.v, bytes.v, element_kv},
                           {"mask", t.mask, bytes.mask, mask_element_bytes(p)},
                           {"sinks", t.sinks, bytes.sinks, 4},
                           {"key_lengths", t.key_lengths, bytes.key_lengths, 4},
-                          {"key_starts", t.key_starts, bytes.key_starts, 4}};
-  if (out.size == 0) return {};  // nothing is read or written
-  if (t.out == nullptr) return invalid("out is null; it must point to the output");
-  if (p.wants_log_sum_exp && t.log_sum_exp == nullptr) {
-    return invalid("log_sum_exp is null; the problem asks for it");
+                          {"key_starts", t.key_starts, bytes.key_starts, 4},
+                          is_backward ? out : none,
+                          is_backward ? lse : none,
+                          {"d_out", t.d_out, bytes.d_out, element_q}};
+  if (!writes_anything(p)) return {};  // nothing is read either
+  for (const Bytes& output : outputs) {
+    if (output.size == 0) continue;
+    if (output.data == nullptr) {
+      return invalid(
+          fmt::format("{} is null; it must point to where the result goes", output.name));
+    }
+    WH_RETURN_IF_ERROR(check_alignment(output));
   }
   for (const Bytes& input : inputs) {
-    if (input.size > 0 && input.data == nullptr) {
+    if (input.size == 0) continue;
+    if (input.data == nullptr) {
       return invalid(fmt::format("{} is null; the problem says that it is used", input.name));
     }
-    if (input.size > 0) WH_RETURN_IF_ERROR(check_alignment(input));
+    WH_RETURN_IF_ERROR(check_alignment(input));
   }
   if (p.values_in_keys && t.v != nullptr && t.v != t.k) {
     return invalid(fmt::format(
         "v is {}; the problem says that it lies in k, so it must be null or k, which is {}", t.v,
         t.k));
   }
-  WH_RETURN_IF_ERROR(check_alignment(out));
-  WH_RETURN_IF_ERROR(check_alignment(lse));
-  // What a run writes shares memory with nothing else.
-  const Bytes* const written[] = {&out, &lse, &workspace};
-  for (size_t i = 0; i < std::size(written); ++i) {
-    for (const Bytes& input : inputs) WH_RETURN_IF_ERROR(check_apart(*written[i], input));
-    for (size_t j = 0; j < i; ++j) WH_RETURN_IF_ERROR(check_apart(*written[j], *written[i]));
+  const Bytes workspace{"workspace", t.workspace, static_cast<int64_t>(t.workspace_bytes), 0};
+  for (const Bytes& input : inputs) WH_RETURN_IF_ERROR(check_apart(workspace, input));
+  for (size_t i = 0; i < std::size(outputs); ++i) {
+    for (const Bytes& input : inputs) WH_RETURN_IF_ERROR(check_apart(outputs[i], input));
+    for (size_t j = 0; j < i; ++j) WH_RETURN_IF_ERROR(check_apart(outputs[j], outputs[i]));
+    WH_RETURN_IF_ERROR(check_apart(outputs[i], workspace));
   }
   return {};
 }
@@ -248,8 +288,15 @@ Status validate_key_ranges(const Problem& p, const Tensors& t) {
   return {};
 }
 
+bool writes_anything(const Problem& p) {
+  const TensorBytes bytes = tensor_bytes(p);
+  if (p.pass == Pass::kForward) return bytes.out > 0;
+  return bytes.dq > 0 || bytes.dk > 0 || bytes.dv > 0 || bytes.d_sinks > 0;
+}
+
 std::string describe(const Problem& p) {
   std::string text;
+  if (p.pass == Pass::kBackward) text += "backward, ";
   if (p.batch != 1) text += fmt::format("batch {}, ", p.batch);
   text += fmt::format("{}/{} heads, dim {}", p.heads_q, p.heads_kv, p.dim_qk);
   if (p.dim_v != p.dim_qk) text += fmt::format("/{}", p.dim_v);

@@ -18,6 +18,7 @@ enum class Dtype : uint8_t { kF32, kF16, kBf16 };
 enum class Device : uint8_t { kCpu, kCuda };
 enum class Causal : uint8_t { kNone, kBottomRight, kTopLeft };
 enum class MaskKind : uint8_t { kNone, kBoolean, kAdditiveF32, kAdditiveQ };
+enum class Pass : uint8_t { kForward, kBackward };
 
 constexpr int64_t kMaxDim = 1024;
 constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // key lengths are int32
@@ -65,6 +66,12 @@ struct Problem {
   bool has_key_starts = false;
   bool wants_log_sum_exp = false;
   bool values_in_keys = false;  // v is the first dim_v columns of k: absorbed latent attention
+  Pass pass = Pass::kForward;
+  // Of the backward pass; zeros in the forward pass.
+  Strides stride_d_out{};  // of d_out, of out's extents and type; 0 broadcasts
+  Strides stride_dq{};     // of dq, of q's extents and type
+  Strides stride_dk{};     // of dk, of k's
+  Strides stride_dv{};     // of dv, of v's; as v lies in k there is no dv, and dk has its part too
 
   int64_t group() const { return heads_q / heads_kv; }
   bool operator==(const Problem&) const = default;
@@ -81,6 +88,12 @@ struct Tensors {
   const int32_t* key_lengths = nullptr;  // [batch], each 0..len_k
   const int32_t* key_starts = nullptr;   // [batch], each >= 0
   float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], contiguous
+  // Of the backward pass, which reads out and log_sum_exp.
+  const void* d_out = nullptr;
+  void* dq = nullptr;
+  void* dk = nullptr;
+  void* dv = nullptr;
+  float* d_sinks = nullptr;  // [heads_q]
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
@@ -95,7 +108,7 @@ int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
 // problem does not use it.
 struct TensorBytes {
   int64_t q = 0, k = 0, v = 0, out = 0, mask = 0, sinks = 0, key_lengths = 0, key_starts = 0,
-          log_sum_exp = 0;
+          log_sum_exp = 0, d_out = 0, dq = 0, dk = 0, dv = 0, d_sinks = 0;
 };
 // The problem must be one that validate() accepts.
 TensorBytes tensor_bytes(const Problem& problem);
@@ -110,6 +123,9 @@ Status validate(const Problem& problem);
 Status validate(const Problem& problem, const Tensors& tensors);
 // Key lengths and starts, which lie where the device has them: of a problem of the host.
 Status validate_key_ranges(const Problem& problem, const Tensors& tensors);
+
+// Whether a run has anything to do.
+bool writes_anything(const Problem& problem);
 
 // "8/2 heads, dim 256, 512 x 4096, f16, causal": for messages and plans.
 std::string describe(const Problem& problem);

@@ -99,6 +99,11 @@ void visit_fields(Visit&& visit, Problems&... p) {
   visit(kWindowLeft, p.window_left...);
   visit(kWindowRight, p.window_right...);
   visit(Choice("mask", "mask", kMasks), p.mask...);
+  visit(Choice("pass", "pass", kPasses), p.pass...);
+  visit(StridesOf{"stride_d_out"}, p.stride_d_out...);
+  visit(StridesOf{"stride_dq"}, p.stride_dq...);
+  visit(StridesOf{"stride_dk"}, p.stride_dk...);
+  visit(StridesOf{"stride_dv"}, p.stride_dv...);
 }
 
 // What a problem uses or not: a bit of wh_problem's `uses` each.

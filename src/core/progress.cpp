@@ -13,10 +13,11 @@ void Progress::report() {
 Status Progress::finish() {
   if (callback_ == nullptr) return {};
   if (is_cancelled_ && done_ < work_) {
-    return {Code::kCancelled, fmt::format("cancelled at {} %; out is {}",
-                                          static_cast<int>(100 * static_cast<double>(done_) /
-                                                           static_cast<double>(work_)),
-                                          is_writing_ ? "partly written" : "untouched")};
+    return {
+        Code::kCancelled,
+        fmt::format("cancelled at {} %; {} {}",
+                    static_cast<int>(100 * static_cast<double>(done_) / static_cast<double>(work_)),
+                    results_are_, is_writing_ ? "partly written" : "untouched")};
   }
   if (!is_cancelled_ && reported_ < work_) report();
   return {};

@@ -19,8 +19,12 @@ class Progress {
   Progress() = default;
   Progress(Callback callback, void* context) : callback_(callback), context_(context) {}
 
-  // A run is so much work, in a unit of the kernel's choice, done in steps.
-  void start(int64_t work) { work_ = work; }
+  // A run is so much work, in a unit of the kernel's choice, done in steps. `results_are` begins
+  // what a cancelled run says of them.
+  void start(int64_t work, const char* results_are = "out is") {
+    work_ = work;
+    results_are_ = results_are;
+  }
 
   // Workers call it between two steps, with the work of the last; false: stop.
   bool step_done(int64_t work = 1) {
@@ -39,11 +43,11 @@ class Progress {
   bool is_cancelled() const { return is_cancelled_; }
   bool is_watched() const { return callback_ != nullptr; }
 
-  // Before a row of out is stored.
+  // Before a row of the results is stored.
   void writing_out() { is_writing_.store(true, std::memory_order_relaxed); }
 
-  // When all workers are back. kCancelled, with how far the run came and what is in out; ok when
-  // everything was done, even if the caller asked to stop meanwhile.
+  // When all workers are back. kCancelled, with how far the run came and what is in the results; ok
+  // when everything was done, even if the caller asked to stop meanwhile.
   Status finish();
 
  private:
@@ -52,6 +56,7 @@ class Progress {
   Callback callback_ = nullptr;
   void* context_ = nullptr;
   int64_t work_ = 1;
+  const char* results_are_ = "out is";
   std::atomic<int64_t> done_{0};
   std::atomic<bool> is_cancelled_{false};
   std::atomic<bool> is_writing_{false};

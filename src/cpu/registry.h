@@ -1,4 +1,5 @@
-// The CPU's kernels, in the order in which they are offered; the last one always works.
+// The CPU's kernels, in the order in which they are offered; the last one of each pass always
+// works.
 #pragma once
 
 #include <span>
@@ -8,6 +9,7 @@
 namespace wh::cpu {
 
 extern const Kernel kReference;
+extern const Kernel kReferenceBackward;
 
 std::span<const Kernel* const> kernels();
 

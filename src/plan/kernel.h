@@ -85,6 +85,7 @@ struct Kernel {
   const char* name;
   Role role;
   const char* summary;
+  Pass pass = Pass::kForward;
 
   std::optional<std::string> (*refusal)(const Query&);  // nullopt: it can
   Config (*configure)(const Query&);

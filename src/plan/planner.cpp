@@ -21,9 +21,27 @@ std::string kernel_names(std::span<const Kernel* const> kernels) {
   return names;
 }
 
-Status unknown_kernel(const Problem& problem, const Limits& limits, const Machine& machine) {
+using Kernels = std::vector<const Kernel*>;
+
+// Those of the problem's pass. Where a device has none, every kernel says so.
+Kernels candidates_of(const Problem& problem, const Machine& machine) {
+  Kernels kernels;
+  for (const Kernel* kernel : machine.kernels) {
+    if (kernel->pass == problem.pass) kernels.push_back(kernel);
+  }
+  if (kernels.empty()) kernels.assign(machine.kernels.begin(), machine.kernels.end());
+  return kernels;
+}
+
+Status unknown_kernel(const Problem& problem, const Limits& limits, const Machine& machine,
+                      const Kernels& candidates) {
+  if (find_kernel(machine.kernels, limits.kernel) != nullptr) {
+    return invalid(fmt::format("limits.kernel is \"{}\", which has no {} pass; valid: {}",
+                               limits.kernel, kPasses.name(problem.pass),
+                               kernel_names(candidates)));
+  }
   std::vector<std::string> names;
-  for (const Kernel* kernel : machine.kernels) names.push_back(kernel->name);
+  for (const Kernel* kernel : candidates) names.push_back(kernel->name);
   if (names.empty()) {
     return {Code::kRefused, fmt::format("limits.kernel is \"{}\", but {}", limits.kernel,
                                         machine.facts.unavailable)};
@@ -32,7 +50,7 @@ Status unknown_kernel(const Problem& problem, const Limits& limits, const Machin
       fmt::format("limits.kernel is \"{}\", which is no kernel of {}; did you mean \"{}\"? "
                   "Valid: {}",
                   limits.kernel, backend(problem.device).label(),
-                  nearest_name(limits.kernel, names), kernel_names(machine.kernels)));
+                  nearest_name(limits.kernel, names), kernel_names(candidates)));
 }
 
 // Why the caller's policy, not the kernel itself, rules it out; empty: it does not.
@@ -100,6 +118,11 @@ Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
   Assessment result;
   Candidate& candidate = result.candidate;
   candidate.kernel = kernel.name;
+  if (kernel.pass != query.problem.pass) {
+    candidate.reason = fmt::format("has no {} pass, as no kernel of this device yet",
+                                   kPasses.name(query.problem.pass));
+    return result;
+  }
   if (const auto reason = kernel.refusal(query)) {
     candidate.reason = *reason;
     return result;
@@ -131,8 +154,9 @@ Result<Plan> make_plan(const Problem& asked, const Limits& limits, const Machine
   if (Status status = validate(asked); !status.ok()) return status;
   if (Status status = validate(limits); !status.ok()) return status;
   const Problem problem = canonical(asked);
-  if (!limits.kernel.empty() && find_kernel(machine.kernels, limits.kernel) == nullptr) {
-    return unknown_kernel(problem, limits, machine);
+  const Kernels kernels = candidates_of(problem, machine);
+  if (!limits.kernel.empty() && find_kernel(kernels, limits.kernel) == nullptr) {
+    return unknown_kernel(problem, limits, machine, kernels);
   }
   Plan plan;
   plan.problem = problem;
@@ -150,7 +174,7 @@ Result<Plan> make_plan(const Problem& asked, const Limits& limits, const Machine
                        : "formula, as the profile is for every core";
   std::vector<Config> configs;
   std::vector<double> compared_us;
-  for (const Kernel* kernel : machine.kernels) {
+  for (const Kernel* kernel : kernels) {
     Assessment assessment = assess(*kernel, query, profile);
     plan.candidates.push_back(std::move(assessment.candidate));
     configs.push_back(assessment.config);
@@ -172,7 +196,7 @@ Result<Plan> make_plan(const Problem& asked, const Limits& limits, const Machine
   }
   plan.kernel = chosen.kernel;
   plan.config = configs[best];
-  plan.variant = machine.kernels[best]->variant(query, plan.config);
+  plan.variant = kernels[best]->variant(query, plan.config);
   plan.workspace_bytes = chosen.workspace_bytes;
   plan.estimated_us = chosen.estimated_us;
   return plan;

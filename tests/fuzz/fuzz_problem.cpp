@@ -88,8 +88,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       // Some keys hidden, some not; as floats some small, some large.
       for (size_t i = 0; i < mask_data.size(); ++i) mask_data[i] = static_cast<char>(i % 5 * 25);
     }
-    const bool allocated = holds(q_data, q) && holds(k_data, k) && holds(v_data, v) &&
-                           holds(out_data, out) &&
+    std::vector<char> d_out_data, dq_data, dk_data, dv_data;
+    std::vector<float> d_sinks(static_cast<size_t>(problem.heads_q));
+    const bool is_backward = problem.pass == WH_BACKWARD;
+    if (is_backward) {
+      d_out_data.resize(span_of(out, problem.stride_d_out) * element_bytes(problem.dtype_q));
+      dq_data.resize(span_of(q, problem.stride_dq) * element_bytes(problem.dtype_q));
+      dk_data.resize(span_of(k, problem.stride_dk) * element_bytes(problem.dtype_kv));
+      dv_data.resize(span_of(v, problem.stride_dv) * element_bytes(problem.dtype_kv));
+    }
+    const bool has_gradients =
+        !is_backward || (holds(d_out_data, out) && holds(dq_data, q) && holds(dk_data, k) &&
+                         (holds(dv_data, v) || (problem.uses & WH_USES_VALUES_IN_KEYS) != 0));
+    const bool allocated = has_gradients && holds(q_data, q) && holds(k_data, k) &&
+                           holds(v_data, v) && holds(out_data, out) &&
                            (problem.mask == WH_MASK_NONE || holds(mask_data, mask));
     std::vector<float> sinks(static_cast<size_t>(problem.heads_q)),
         lse(static_cast<size_t>(problem.batch * problem.heads_q * problem.len_q));
@@ -107,6 +119,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     tensors.key_lengths = lengths.data();
     tensors.key_starts = starts.data();
     tensors.log_sum_exp = lse.data();
+    tensors.d_out = d_out_data.data();
+    tensors.dq = dq_data.data();
+    tensors.dk = dk_data.data();
+    tensors.dv = dv_data.data();
+    tensors.d_sinks = d_sinks.data();
     if (allocated) (void)wh_attention(&problem, &limits, &tensors, nullptr);
   }
   wh_plan_destroy(plan);

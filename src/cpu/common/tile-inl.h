@@ -239,6 +239,26 @@ inline bool widen_rows(const void* from, Dtype dtype, int64_t first, const Strid
   });
 }
 
+template <typename T>
+void store_scaled_as(const float* o, float factor, int64_t dim, T* out, int64_t stride) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  int64_t d = 0;
+  if (stride == 1) {
+    for (; d + lanes <= dim; d += lanes) {
+      store_as(hn::Mul(load_f32(o + d), hn::Set(F32(), factor)), out + d);
+    }
+  }
+  for (; d < dim; ++d) out[d * stride] = from_float<T>(o[d] * factor);
+}
+
+// One row: out[offset + d * stride] = o[d] * factor.
+inline void store_scaled(const float* o, float factor, int64_t dim, void* out, Dtype dtype,
+                         int64_t offset, int64_t stride) {
+  with_element_type(dtype, [&]<typename T>(T) {
+    store_scaled_as(o, factor, dim, static_cast<T*>(out) + offset, stride);
+  });
+}
+
 }  // namespace wh::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 

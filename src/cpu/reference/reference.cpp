@@ -5,30 +5,22 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "core/key_range.h"
 #include "core/score_rules.h"
+#include "cpu/reference/row.h"
 
 namespace wh::cpu {
-namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-struct Row {
-  int64_t batch_idx, head_q, head_kv, query_idx;
-};
-
-// Fills scores[0..keys.size()) and the visibility of each key; returns the largest visible score.
-// NaN scores make the maximum NaN, as IEEE addition would.
-double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange keys, double* scores,
-                 double* is_visible) {
+double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange keys,
+                 const ScoredRow& scored) {
   const int64_t q =
       row.batch_idx * p.stride_q[0] + row.head_q * p.stride_q[1] + row.query_idx * p.stride_q[2];
-  double largest = -kInfinity;
+  double largest = -std::numeric_limits<double>::infinity();
   for (int64_t j = keys.begin; j < keys.end; ++j) {
     const float bias = mask_bias(p, t.mask, row.batch_idx, row.head_q, row.query_idx, j);
-    double& score = scores[j - keys.begin];
-    is_visible[j - keys.begin] = bias != -std::numeric_limits<float>::infinity();
-    if (is_visible[j - keys.begin] == 0) continue;
+    double& score = scored.scores[j - keys.begin];
+    double& is_visible = scored.is_visible[j - keys.begin];
+    is_visible = bias != -std::numeric_limits<float>::infinity();
+    if (is_visible == 0) continue;
     const int64_t k =
         row.batch_idx * p.stride_k[0] + row.head_kv * p.stride_k[1] + j * p.stride_k[2];
     double dot = 0;
@@ -37,13 +29,23 @@ double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange ke
              load_element(t.k, p.dtype_kv, k + d * p.stride_k[3]);
     }
     score = dot * p.scale;
-    if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
+    double slope = 1;
+    if (p.softcap > 0) {
+      const double capped = std::tanh(score / p.softcap);
+      slope = 1 - capped * capped;
+      score = p.softcap * capped;
+    }
+    if (scored.slopes != nullptr) scored.slopes[j - keys.begin] = slope;
     score += bias;
     if (std::isnan(score) || score > largest) largest = score;
     if (std::isnan(largest)) largest = std::numeric_limits<double>::quiet_NaN();
   }
-  return largest;
+  const double sink = sink_of(p, t, row);
+  if (!(sink <= largest) && !std::isnan(largest)) largest = sink;
+  return std::isinf(largest) && largest < 0 ? 0 : largest;
 }
+
+namespace {
 
 void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t row_idx,
                    double* scratch) {
@@ -51,12 +53,9 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   double* is_visible = scores + p.len_k;
   double* sums = is_visible + p.len_k;  // [dim_v]
   const KeyRange keys = visible_keys(p, present_keys(p, t, row.batch_idx), row.query_idx);
-  double largest = score_row(p, t, row, keys, scores, is_visible);
-  const double sink = sink_score(p.has_sinks ? t.sinks : nullptr, row.head_q);
-  if (!(sink <= largest) && !std::isnan(largest)) largest = sink;
-  const double shift = largest == -kInfinity ? 0 : largest;
+  const double shift = score_row(p, t, row, keys, {scores, is_visible, nullptr});
 
-  double denominator = std::exp(sink - shift);
+  double denominator = std::exp(sink_of(p, t, row) - shift);
   for (int64_t d = 0; d < p.dim_v; ++d) sums[d] = 0;
   for (int64_t j = keys.begin; j < keys.end; ++j) {
     if (is_visible[j - keys.begin] == 0) continue;

@@ -1,0 +1,30 @@
+// A row's scores in float64, which both passes of the reference start from.
+#pragma once
+
+#include "core/key_range.h"
+#include "core/problem.h"
+#include "core/score_rules.h"
+
+namespace wh::cpu {
+
+struct Row {
+  int64_t batch_idx, head_q, head_kv, query_idx;
+};
+
+// Of each key in the row's range.
+struct ScoredRow {
+  double* scores;
+  double* is_visible;  // 0 or 1: an array mask may hide it
+  double* slopes;      // of the softcap there; null: not wanted
+};
+
+inline double sink_of(const Problem& p, const Tensors& t, const Row& row) {
+  return sink_score(p.has_sinks ? t.sinks : nullptr, row.head_q);
+}
+
+// Returns what to subtract from the scores: the largest visible one, the sink among them. NaN
+// scores make it NaN, as IEEE addition would; without any score it is 0.
+double score_row(const Problem& problem, const Tensors& tensors, const Row& row, KeyRange keys,
+                 const ScoredRow& scored);
+
+}  // namespace wh::cpu

@@ -1,0 +1,332 @@
+// Every backward kernel on the case table, against float64, and what must hold beside.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <random>
+
+#include "api/machine.h"
+#include "cases.h"
+#include "plan/explain.h"
+#include "plan/plan_json.h"
+#include "plan/planner.h"
+#include "verify/gradients.h"
+#include "widehead/widehead.hpp"
+
+namespace wh {
+namespace {
+
+constexpr const char* kFused = "cpu_backward";
+constexpr const char* kOracle = "cpu_reference_backward";
+
+// Runs a kernel in a workspace of NaN between guards. Empty: all is well so far.
+std::string run(const std::string& kernel, Limits limits, GradientTensors& data) {
+  limits.kernel = kernel;
+  const Machine machine = this_machine(Device::kCpu, 0);
+  const Result<Plan> plan = make_plan(data.problem(), limits, machine);
+  if (!plan.ok()) return plan.status().message();
+  if (!plan->runnable()) return runnable_status(*plan).message();
+  data.poison_outputs();
+  GuardedTensor workspace(static_cast<int64_t>(plan->workspace_bytes) + 64);
+  Tensors t = data.tensors();
+  t.workspace =
+      reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+  t.workspace_bytes = plan->workspace_bytes;
+  if (Status status = validate(data.problem(), t); !status.ok()) return status.message();
+  if (!writes_anything(data.problem())) return "";
+  Progress unwatched;
+  const Kernel* chosen = find_kernel(machine.kernels, plan->kernel);
+  const Status status =
+      chosen->run({plan->problem, plan->config, t, default_executor(), unwatched});
+  if (!status.ok()) return status.message();
+  if (!workspace.guards_intact()) return "memory around the workspace was written";
+  const auto* end = static_cast<const std::byte*>(t.workspace) + t.workspace_bytes;
+  for (const std::byte* byte = end; byte < workspace.data() + workspace.size(); ++byte) {
+    if (*byte != std::byte{0xff}) return "memory past the workspace was written";
+  }
+  return data.damage();
+}
+
+struct Tally {
+  int64_t checked = 0;
+  double worst_share = 0;
+};
+
+void check(const std::vector<Case>& cases) {
+  std::map<std::string, Tally> tallies;
+  int64_t wrong = 0;
+  for (const Case& c : cases) {
+    GradientTensors data(c);
+    ASSERT_TRUE(validate(data.problem()).ok()) << c.name << validate(data.problem()).message();
+    const ExpectedGradients expected(data);
+    for (const std::string kernel : {kFused, kOracle}) {
+      std::string message = run(kernel, c.limits, data);
+      if (message.empty()) {
+        const GradientDifference difference = expected.compare(data);
+        message = difference.message;
+        Tally& tally = tallies[kernel];
+        ++tally.checked;
+        tally.worst_share = std::max(tally.worst_share, difference.worst_share);
+      }
+      EXPECT_EQ(message, "") << c.name << "\n  " << kernel;
+      if (!message.empty() && ++wrong == 20) FAIL() << "20 wrong cases; the rest is not run";
+    }
+  }
+  for (const auto& [kernel, tally] : tallies) {
+    std::printf("%-24s %6ld checked, worst error %.2f of its tolerance\n", kernel.c_str(),
+                static_cast<long>(tally.checked), tally.worst_share);
+  }
+  EXPECT_EQ(tallies[kFused].checked, static_cast<int64_t>(cases.size()));
+}
+
+TEST(Gradients, Smoke) { check(make_cases(CaseSet::kSmoke, Device::kCpu, 20240229)); }
+TEST(Gradients, Ci) {
+  std::vector<Case> cases = make_cases(CaseSet::kCi, Device::kCpu, 20261129);
+  cases.resize(2200);
+  check(cases);
+}
+TEST(Gradients, Corner) { check(make_cases(CaseSet::kCorner, Device::kCpu, 20240229)); }
+
+// The table's sizes are within a tile or two; these are over several of each.
+TEST(Gradients, LargeShrunk) { check(make_large_cases(Device::kCpu, 20240229, 128)); }
+
+TEST(Gradients, SameBitsForAnyThreadsAndRun) {
+  int64_t compared = 0;
+  for (const Case& c : make_cases(CaseSet::kSmoke, Device::kCpu, 7)) {
+    GradientTensors data(c);
+    std::vector<std::byte> first;
+    for (const int32_t threads : {1, 2, 3, 7, 16, 3}) {
+      Limits limits = c.limits;
+      limits.threads = threads;
+      ASSERT_EQ(run(kFused, limits, data), "") << c.name;
+      if (first.empty()) first = data.answer();
+      ASSERT_TRUE(data.answer() == first) << c.name << " on " << threads << " threads";
+      ++compared;
+    }
+  }
+  EXPECT_EQ(compared, 1200);
+}
+
+// Two heads over one, all that attention has but lengths, on tensors of a caller.
+struct Layer {
+  static constexpr int64_t kQueries = 5, kKeys = 7, kDim = 6, kDimV = 4;
+  std::vector<float> q, k, v, mask, sinks;
+  std::vector<float> out = std::vector<float>(2 * kQueries * kDimV);
+  std::vector<float> lse = std::vector<float>(2 * kQueries);
+  std::vector<float> d_out, dq, dk, dv, d_sinks = std::vector<float>(2);
+  widehead::Options options{.softcap = 2, .causal = widehead::Causal::kBottomRight};
+
+  Layer() {
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    for (const auto& [to, count] : {std::pair{&q, 2 * kQueries * kDim},
+                                    {&k, kKeys * kDim},
+                                    {&v, kKeys * kDimV},
+                                    {&mask, kQueries * kKeys},
+                                    {&sinks, int64_t{2}},
+                                    {&d_out, 2 * kQueries * kDimV}}) {
+      for (int64_t i = 0; i < count; ++i) to->push_back(normal(random));
+    }
+    dq.resize(q.size());
+    dk.resize(k.size());
+    dv.resize(v.size());
+    options.mask =
+        widehead::MaskView{mask.data(), widehead::MaskKind::kAdditiveF32, {0, 0, kKeys, 1}};
+    options.sinks = sinks.data();
+    options.log_sum_exp = lse.data();
+  }
+
+  static widehead::TensorView view(std::vector<float>& data, int64_t heads, int64_t length) {
+    const int64_t dim = static_cast<int64_t>(data.size()) / heads / length;
+    return {data.data(), widehead::Dtype::kF32, {1, heads, length, dim}};
+  }
+  void forward() {
+    widehead::attention(view(q, 2, kQueries), view(k, 1, kKeys), view(v, 1, kKeys),
+                        view(out, 2, kQueries), options);
+  }
+  void backward(const widehead::RunOptions& run = {}) {
+    widehead::backward(view(q, 2, kQueries), view(k, 1, kKeys), view(v, 1, kKeys),
+                       view(out, 2, kQueries), gradients(), options, {.threads = 2}, run);
+  }
+  widehead::Gradients gradients() {
+    return {view(d_out, 2, kQueries), view(dq, 2, kQueries), view(dk, 1, kKeys), view(dv, 1, kKeys),
+            d_sinks.data()};
+  }
+  double loss() {
+    forward();
+    double sum = 0;
+    for (size_t i = 0; i < out.size(); ++i) sum += static_cast<double>(out[i]) * d_out[i];
+    return sum;
+  }
+};
+
+TEST(Gradients, AreTheSlopesOfTheForwardPass) {
+  Layer layer;
+  layer.forward();
+  layer.backward();
+  constexpr float kStep = 1e-2f;
+  for (const auto& [input, gradient] : {std::pair{&layer.q, &layer.dq},
+                                        {&layer.k, &layer.dk},
+                                        {&layer.v, &layer.dv},
+                                        {&layer.sinks, &layer.d_sinks}}) {
+    for (size_t i = 0; i < input->size(); ++i) {
+      const float value = (*input)[i];
+      (*input)[i] = value + kStep;
+      const double above = layer.loss();
+      (*input)[i] = value - kStep;
+      const double below = layer.loss();
+      (*input)[i] = value;
+      EXPECT_NEAR((*gradient)[i], (above - below) / (2 * kStep), 2e-3) << i;
+    }
+  }
+}
+
+TEST(Gradients, NanReachesWhatSeesItAndNothingElse) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  for (std::vector<float> Layer::*tensor : {&Layer::q, &Layer::d_out}) {
+    Layer layer;
+    // The first query sees keys 0 to 2.
+    (layer.*tensor)[1] = kNan;
+    layer.forward();
+    layer.backward();
+    EXPECT_TRUE(std::isnan(layer.dq[0]));
+    for (int64_t key = 0; key < Layer::kKeys; ++key) {
+      EXPECT_EQ(std::isnan(layer.dk[static_cast<size_t>(key * Layer::kDim + 1)]), key < 3) << key;
+    }
+    for (size_t i = Layer::kDim; i < layer.dq.size(); ++i) EXPECT_FALSE(std::isnan(layer.dq[i]));
+    EXPECT_TRUE(std::isnan(layer.d_sinks[0]));
+    EXPECT_FALSE(std::isnan(layer.d_sinks[1]));
+  }
+}
+
+TEST(Gradients, OfRowsThatSeeNothingAreZeroWhateverTheirOutputs) {
+  Layer layer;
+  const int32_t length = 3;  // the first two queries see nothing but the sink
+  layer.options.key_lengths = &length;
+  for (int64_t key = length * Layer::kDim; key < Layer::kKeys * Layer::kDim; ++key) {
+    layer.k[static_cast<size_t>(key)] = std::numeric_limits<float>::quiet_NaN();
+  }
+  layer.forward();
+  layer.backward();
+  for (size_t i = 0; i < 2 * Layer::kDim; ++i) EXPECT_EQ(layer.dq[i], 0.0f);
+  EXPECT_NE(layer.dq[2 * Layer::kDim], 0.0f);
+  for (size_t i = length * Layer::kDim; i < layer.dk.size(); ++i) EXPECT_EQ(layer.dk[i], 0.0f);
+  for (size_t i = length * Layer::kDimV; i < layer.dv.size(); ++i) EXPECT_EQ(layer.dv[i], 0.0f);
+}
+
+TEST(Gradients, ReportTheirProgressAndStop) {
+  const Case& c = make_cases(CaseSet::kCorner, Device::kCpu, 1)[1];
+  GradientTensors data(c);
+  struct Watcher {
+    double cancel_at, last = 0;
+    static int32_t look(void* context, double fraction) {
+      auto& self = *static_cast<Watcher*>(context);
+      EXPECT_GE(fraction, self.last);
+      self.last = fraction;
+      return fraction >= self.cancel_at ? 1 : 0;
+    }
+  };
+  for (const char* name : {kFused, kOracle}) {
+    Limits limits;
+    limits.kernel = name;
+    limits.threads = 2;
+    const Machine machine = this_machine(Device::kCpu, 0);
+    const Result<Plan> plan = make_plan(data.problem(), limits, machine);
+    ASSERT_TRUE(plan.ok() && plan->runnable());
+    std::vector<std::byte> workspace(plan->workspace_bytes + 64);
+    Tensors t = data.tensors();
+    t.workspace =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+    for (const double cancel_at : {2.0, 0.4}) {
+      Watcher watcher{cancel_at};
+      Progress progress(Watcher::look, &watcher);
+      const Kernel* kernel = find_kernel(machine.kernels, name);
+      const Status status =
+          kernel->run({plan->problem, plan->config, t, default_executor(), progress});
+      if (cancel_at > 1) {
+        EXPECT_TRUE(status.ok()) << status.message();
+        EXPECT_EQ(watcher.last, 1) << name;
+      } else {
+        EXPECT_EQ(status.code(), Code::kCancelled);
+        EXPECT_NE(status.message().find("the gradients are"), std::string::npos)
+            << status.message();
+        EXPECT_LT(watcher.last, 0.7) << name;
+      }
+    }
+  }
+}
+
+TEST(Gradients, APlanSaysItsPassAndSurvivesItsJson) {
+  Layer layer;
+  const auto q = layer.view(layer.q, 2, Layer::kQueries), k = layer.view(layer.k, 1, Layer::kKeys),
+             v = layer.view(layer.v, 1, Layer::kKeys),
+             out = layer.view(layer.out, 2, Layer::kQueries);
+  const auto plan =
+      widehead::plan(widehead::problem(q, k, v, out, layer.gradients(), layer.options));
+  EXPECT_EQ(plan.kernel(), kFused);
+  EXPECT_NE(plan.explain().find("backward"), std::string::npos) << plan.explain();
+  EXPECT_EQ(plan.explain().find("cpu_prefill"), std::string::npos) << plan.explain();
+  const auto again = widehead::Plan::from_json(plan.json());
+  EXPECT_EQ(again.json(), plan.json());
+  EXPECT_EQ(again.problem().pass, WH_BACKWARD);
+  EXPECT_EQ(again.problem().stride_dk[2], Layer::kDim);
+}
+
+TEST(Gradients, WhatIsWrongWithACallIsNamed) {
+  const auto message_of = [](auto&& change, const widehead::Limits& limits = {}) -> std::string {
+    Layer layer;
+    const auto q = layer.view(layer.q, 2, Layer::kQueries),
+               k = layer.view(layer.k, 1, Layer::kKeys), v = layer.view(layer.v, 1, Layer::kKeys),
+               out = layer.view(layer.out, 2, Layer::kQueries);
+    auto problem = widehead::problem(q, k, v, out, layer.gradients(), layer.options);
+    auto tensors = widehead::tensors(q, k, v, out, layer.gradients(), layer.options);
+    layer.forward();
+    change(problem, tensors);
+    const wh_limits c_limits = limits.c_limits();
+    return wh_attention(&problem, &c_limits, &tensors, nullptr) == WH_OK ? "" : wh_last_error();
+  };
+  EXPECT_EQ(message_of([](wh_problem&, wh_tensors&) {}), "");
+  EXPECT_EQ(message_of([](wh_problem&, wh_tensors& t) { t.d_out = nullptr; }),
+            "d_out is null; the problem says that it is used");
+  EXPECT_EQ(message_of([](wh_problem&, wh_tensors& t) { t.log_sum_exp = nullptr; }),
+            "log_sum_exp is null; the problem says that it is used");
+  EXPECT_EQ(message_of([](wh_problem&, wh_tensors& t) { t.dk = nullptr; }),
+            "dk is null; it must point to where the result goes");
+  EXPECT_EQ(message_of([](wh_problem&, wh_tensors& t) { t.d_sinks = nullptr; }),
+            "d_sinks is null; it must point to where the result goes");
+  EXPECT_EQ(message_of([](wh_problem& p, wh_tensors&) { p.pass = 2; }),
+            "pass is 2; it must be between 0 and 1");
+  EXPECT_EQ(message_of([](wh_problem& p, wh_tensors&) { p.stride_dq[2] = 1; }),
+            "stride_dq[3] is 1; elements of dq would overlap, it must be at least 5");
+  EXPECT_NE(message_of([](wh_problem&, wh_tensors& t) { t.dv = t.dq; }).find("dq overlaps dv"),
+            std::string::npos);
+  EXPECT_EQ(message_of([](wh_problem&, wh_tensors&) {}, {.kernel = "cpu_prefill"}),
+            "limits.kernel is \"cpu_prefill\", which has no backward pass; valid: cpu_backward, "
+            "cpu_reference_backward");
+  EXPECT_EQ(message_of([](wh_problem& p, wh_tensors&) { p.pass = WH_FORWARD; },
+                       {.kernel = "cpu_backward"}),
+            "limits.kernel is \"cpu_backward\", which has no forward pass; valid: "
+            "cpu_prefill_bf16, cpu_prefill, cpu_decode, cpu_unfused, cpu_reference");
+}
+
+TEST(Gradients, ADeviceWithoutSuchKernelsSaysSo) {
+  Problem p;
+  p.device = Device::kCuda;
+  p.pass = Pass::kBackward;
+  p.len_q = p.len_k = p.dim_qk = p.dim_v = 8;
+  p.scale = 1;
+  p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(1, 8, 8);
+  p.stride_d_out = p.stride_dq = p.stride_dk = p.stride_dv = p.stride_q;
+  const Kernel* forward = find_kernel(kernels_of(Device::kCpu), "cpu_prefill");
+  const DeviceFacts card;
+  const auto plan = make_plan(p, {}, {card, std::span(&forward, 1)});
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_FALSE(plan->runnable());
+  ASSERT_EQ(plan->candidates.size(), 1u);
+  EXPECT_EQ(plan->candidates[0].reason, "has no backward pass, as no kernel of this device yet");
+}
+
+}  // namespace
+}  // namespace wh
