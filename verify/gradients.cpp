@@ -78,7 +78,16 @@ std::vector<float> widened(const void* data, Dtype dtype, const Extents& extents
 }
 
 // Below it 16-bit types lose bits, and cpu_backward flushes weights to 0.
-double smallest(Dtype dtype) { return dtype == Dtype::kF16 ? 0x1p-24 : 0x1p-126; }
+double smallest(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF16:
+      return 0x1p-24;
+    case Dtype::kF32:
+    case Dtype::kBf16:
+      return 0x1p-126;
+  }
+  __builtin_unreachable();  // validate() knows no other
+}
 
 uint64_t fingerprint_of(const GuardedTensor& d_out, const HostTensors& inputs) {
   return mix(d_out.fingerprint() ^ mix(inputs.out.fingerprint()) ^

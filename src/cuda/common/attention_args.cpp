@@ -37,10 +37,10 @@ AttentionArgs attention_args(const Problem& p, const Tensors& t) {
   args.v = t.v;
   args.out = t.out;
   args.mask = t.mask;
-  args.sinks = p.has_sinks ? t.sinks : nullptr;
-  args.key_lengths = p.has_key_lengths ? t.key_lengths : nullptr;
-  args.key_starts = p.has_key_starts ? t.key_starts : nullptr;
-  args.log_sum_exp = p.wants_log_sum_exp ? t.log_sum_exp : nullptr;
+  args.sinks = t.sinks;
+  args.key_lengths = t.key_lengths;
+  args.key_starts = t.key_starts;
+  args.log_sum_exp = t.log_sum_exp;
   std::copy_n(p.stride_v.begin(), 4, args.stride_v);
   std::copy_n(p.stride_out.begin(), 4, args.stride_out);
   std::copy_n(p.stride_mask.begin(), 4, args.stride_mask);
