@@ -33,7 +33,6 @@ struct OnlineSoftmax {
   float largest[2] = {-INFINITY, -INFINITY};  // about, over the quad, in units of the scores
   float sum[2] = {0, 0};                      // of this thread's columns alone, until finish()
   float correction[2] = {1, 1};               // of what was summed before the last tile
-  bool corrects = false;                      // whether it is not 1 in some row of the warp
 
   // How much heavier than `largest` a score may be, in base 2.
   static constexpr float kHeadroom = 8;
@@ -59,8 +58,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void raise(float (&s)[kCount], const float (&tops)[2],
                                         float scale_log2) {
     correction[0] = correction[1] = 1;
-    corrects = __any_sync(~0u, tops[0] > limit_[0] || tops[1] > limit_[1]);
-    if (!corrects) return;
+    if (!__any_sync(~0u, tops[0] > limit_[0] || tops[1] > limit_[1])) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float old = largest[r];
@@ -85,6 +83,11 @@ struct OnlineSoftmax {
       }
     }
   }
+  // Whether the correction is not 1 in some row of the warp.
+  __device__ __forceinline__ bool corrects() const {
+    return __any_sync(~0u, correction[0] != 1 || correction[1] != 1);
+  }
+
   // Both rows' largest scores before either's exponentials: one after the other, a warp would wait
   // twice for the shuffles.
   template <int kCount>

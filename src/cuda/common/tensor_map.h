@@ -13,9 +13,6 @@
 
 namespace wh::cuda {
 
-// Columns of one swizzled panel: 128 bytes of a 16-bit type.
-constexpr int kPanelColumns = 64;
-
 // Why TMA cannot describe a [batch, heads, length, dim] tensor of a 16-bit type with these strides,
 // of a canonical() problem; nullopt: it can. A stride of 0 is one of the multiples of 16 bytes that
 // it takes.

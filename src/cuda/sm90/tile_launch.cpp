@@ -7,6 +7,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/query_tiles.h"
 #include "cuda/sm90/refusal.h"
 

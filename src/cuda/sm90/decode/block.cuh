@@ -7,12 +7,10 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/decode/kernel.h"
 
 namespace wh::cuda::decode {
-
-constexpr int kPanelColumns = 64;
-constexpr int kRowBytes = kPanelColumns * 2;  // of a panel
 
 // Named barriers. 0 is __syncthreads(), which must stand in one place for the whole block.
 enum Barrier : int { kConsumersMeet = 1, kQueriesRequested = 2, kBlockReady = 3 };
@@ -25,19 +23,6 @@ __device__ __forceinline__ void meet_block() {
   ptx::launch_dependents();
 }
 
-// A position in the ring of slots and the parity of its next completion.
-template <int kSlots>
-struct RingPosition {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Where things are in shared memory, as 32-bit addresses.
 template <typename Tile>
 struct Shared {
@@ -49,11 +34,6 @@ struct Shared {
         empty(full + 8 * Tile::kSlots) {}
   __device__ __forceinline__ uint32_t slot(int i) const { return ring + i * Tile::kSlotBytes; }
 };
-
-// The byte of 8 columns (a 16-byte chunk) of a row in panels of [rows][64], as TMA swizzles them.
-__device__ __forceinline__ int panel_offset(int row, int chunk, int panel_rows) {
-  return (chunk / 8 * panel_rows + row) * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
-}
 
 // Fills the ring's slots: K and V tiles in turn, or K tiles alone where V lies in them.
 template <typename Tile>
@@ -79,7 +59,7 @@ struct TileLoader {
     const int head = item.head_kv * use.head_step;
     const int batch_idx = item.batch_idx * use.batch_step;
     const uint32_t full = shared.full + 8 * slot;
-    constexpr int kPanelBytes = Tile::kTileK * kRowBytes;
+    constexpr int kPanelBytes = panel_bytes(Tile::kTileK);
     ptx::mbarrier_expect(full, (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns * kPanelBytes);
     for (int box = 0; box < use.boxes; ++box) {
       ptx::tma_load_5d(shared.slot(slot) + box * kPanelBytes, map, full, box * kPanelColumns, key,
@@ -131,7 +111,7 @@ struct QueryLoader {
   __device__ __forceinline__ void store(unsigned char* s_q) const {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      *reinterpret_cast<uint4*>(s_q + panel_offset(row(i), chunk(i), Tile::kTileQ)) = loaded[i];
+      *reinterpret_cast<uint4*>(s_q + chunk_offset(row(i), chunk(i), Tile::kTileQ)) = loaded[i];
     }
     ptx::async_proxy_fence();
   }

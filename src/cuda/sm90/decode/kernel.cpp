@@ -5,6 +5,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/refusal.h"
 

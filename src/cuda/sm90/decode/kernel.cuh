@@ -4,9 +4,9 @@
 // a kv head (queries x heads of the group, query-major) and one share of the key tiles that any of
 // them sees. One producer thread streams K and V tiles by TMA through one ring of slots (K0 V0 K1
 // V1 ..., up to 192 KB of an SM in flight); the consumer warpgroup does S = Q K^T from shared
-// memory, masks, online softmax, and O += P V with P in registers, one after the other. V wider than
-// 256 is split over two warpgroups, which both compute S. Several shares of keys leave normalised
-// partial rows, merged by combine.cu.
+// memory, masks, online softmax, and O += P V with P in registers, one after the other. V wider
+// than 256 is split over two warpgroups, which both compute S. Several shares of keys leave
+// normalised partial rows, merged by combine.cu.
 //
 // Roofline: (dim_qk + dim_v) * 2 bytes a key out of memory. At dim 256 a tile of 64 keys is 64 KB
 // or 5,000 clocks of one SM's share of 2.9 TB/s, and its products are 1,024 clocks at M = 64
@@ -30,9 +30,9 @@
 #include <type_traits>
 
 #include "cuda/common/element.cuh"
-#include "cuda/common/online_softmax.cuh"
-#include "cuda/common/scores.cuh"
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/common/products.cuh"
+#include "cuda/sm90/common/ring.cuh"
+#include "cuda/sm90/common/tile_softmax.cuh"
 #include "cuda/sm90/decode/block.cuh"
 #include "cuda/sm90/decode/tiles.h"
 
@@ -52,8 +52,7 @@ __device__ __forceinline__ float2 load_pair(const void* from) {
 // and right whatever lies in V: hidden keys are not read. The largest scores are already known.
 template <typename Tile, typename T>
 __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const DecodeArgs& args,
-                                          const PackedItem& item, const ScoreRow (&rows)[2],
-                                          const OnlineSoftmax& softmax, float scale_log2,
+                                          const PackedItem& item, const TileSoftmax<T>& softmax,
                                           const unsigned char* s_q, int first_row,
                                           int first_column) {
   const AttentionArgs& a = args.attention;
@@ -74,17 +73,18 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
 #pragma unroll 1
       for (int d = column; d < a.dim_qk; d += 8) {
         const float2 x =
-            load_pair<T>(s_q + panel_offset(first_row + 8 * r, d / 8, Tile::kTileQ) + d % 8 * 2);
+            load_pair<T>(s_q + chunk_offset(first_row + 8 * r, d / 8, Tile::kTileQ) + d % 8 * 2);
         const float2 y = load_pair<T>(k + key * args.stride_k[2] + d);
         dot[0] = fmaf(x.x, y.x, fmaf(x.y, y.y, dot[0]));
       }
       dot[0] += __shfl_xor_sync(~0u, dot[0], 1);
       dot[0] += __shfl_xor_sync(~0u, dot[0], 2);
-      if (static_cast<uint32_t>(key - rows[r].first_key) >= rows[r].key_count) continue;
-      const float bias = mask_bias<T>(a, rows[r], key);
+      if (static_cast<uint32_t>(key - softmax.rows[r].first_key) >= softmax.rows[r].key_count)
+        continue;
+      const float bias = mask_bias<T>(a, softmax.rows[r], key);
       if (bias == -INFINITY) continue;
       if (args.scores != Scores::kPlain) transform_scores(dot, a);
-      const float p = softmax.weight(dot[0] + bias, r, scale_log2);
+      const float p = softmax.online.weight(dot[0] + bias, r, softmax.scale_log2);
 #pragma unroll
       for (int i = 0; i < Tile::kColumns / 8; ++i) {
         const int d = first_column + 8 * i + column;
@@ -119,24 +119,22 @@ class Consumer {
         smem_(smem),
         first_row_(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
         first_column_(threadIdx.x / 128 * kColumns),
-        // Scores that are transformed first are in natural units by then.
-        scale_log2_((args.scores == Scores::kPlain ? args.attention.scale : 1) * kLog2E) {
+        softmax_(args.attention, args.scores) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
       const PackedRow at(args.attention, args.rows, item, min(first_row_ + 8 * r, item.rows - 1));
-      rows_[r] = score_row(args.attention, item.present, item.batch_idx, at.head, at.query);
+      softmax_.rows[r] = score_row(args.attention, item.present, item.batch_idx, at.head, at.query);
     }
   }
 
   __device__ __forceinline__ void run() {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) o_[i] = 0;
-    RingPosition<Tile::kSlots> ring;
+    Ring<Tile::kSlots> ring;
 #pragma unroll 1
     for (int32_t tile = item_.tile_begin; tile < item_.tile_end; ++tile) work_on(tile, ring);
     if (item_.is_mixed && any_not_finite(o_)) {
-      redo_sums<Tile, T>(o_, args_, item_, rows_, softmax_, scale_log2_, smem_, first_row_,
-                         first_column_);
+      redo_sums<Tile, T>(o_, args_, item_, softmax_, smem_, first_row_, first_column_);
     }
     if (args_.partials.splits > 1) {
       store_share();
@@ -147,14 +145,12 @@ class Consumer {
 
  private:
   static constexpr int kTileK = Tile::kTileK, kColumns = Tile::kColumns;
-  static constexpr int kKeyPanelBytes = kTileK * kRowBytes;
-  static constexpr int kQueryPanelBytes = Tile::kTileQ * kRowBytes;
 
   __device__ __forceinline__ void release(int slot) const {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared_.empty + 8 * slot);
   }
 
-  __device__ __forceinline__ void work_on(int32_t tile, RingPosition<Tile::kSlots>& ring) {
+  __device__ __forceinline__ void work_on(int32_t tile, Ring<Tile::kSlots>& ring) {
     const AttentionArgs& a = args_.attention;
     const int32_t tile_key = tile * kTileK;
     float s[kTileK / 2];
@@ -164,38 +160,18 @@ class Consumer {
       const uint64_t q = ptx::panel_descriptor(shared_.q);
       const uint64_t k = ptx::panel_descriptor(shared_.slot(ring.slot));
       ptx::keep(s);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < Tile::kDimQk / 16; ++step) {
-        const int panel = step / 4, within = step % 4 * 32;
-        ptx::Wgmma<kTileK, T>::template ss<static_cast<int>(ptx::OperandB::kRowsAreN)>(
-            s, q + ptx::descriptor_offset(panel * kQueryPanelBytes + within),
-            k + ptx::descriptor_offset(panel * kKeyPanelBytes + within), step != 0);
-      }
-      ptx::wgmma_commit();
+      issue_scores<T, kTileK, Tile::kTileQ, Tile::kDimQk / kStepColumns>(s, q, k);
       ptx::wgmma_wait<0>();
       ptx::keep(s);
     }
     if (args_.values == Values::kOwn) {
       release(ring.slot);
-      ring.advance();
+      ring.next();
     }
-    if (args_.scores != Scores::kPlain) transform_scores(s, a);
-    if (!item_.tiles.is_full(tile)) {
-      if (args_.scores == Scores::kMasked) {
-        mask_scores<T>(s, a, rows_, tile_key);
-      } else {
-        hide_keys(s, rows_, tile_key);
-      }
-    }
-    softmax_.raise(s, scale_log2_);
-    softmax_.weigh(s, scale_log2_);
-#pragma unroll
-    for (int i = 0; i < kTileK / 4; ++i) p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
-    if (softmax_.corrects) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) o_[i] *= softmax_.correction[i / 2 % 2];
-    }
+    softmax_.raise(s, tile_key, !item_.tiles.is_full(tile));
+    softmax_.weigh(s);
+    softmax_.pack(s, p);
+    softmax_.correct(o_);
     if (args_.values == Values::kOwn) {
       ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
     }
@@ -210,22 +186,17 @@ class Consumer {
       ptx::named_sync(kConsumersMeet, Tile::kConsumers);
     }
     {
+      constexpr int kPanelBytes = panel_bytes(kTileK);
       const uint64_t v = ptx::panel_descriptor(
-          shared_.slot(ring.slot) + first_column_ / kPanelColumns * kKeyPanelBytes, kKeyPanelBytes);
+          shared_.slot(ring.slot) + first_column_ / kPanelColumns * kPanelBytes, kPanelBytes);
       ptx::keep(o_);
       ptx::keep(p);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kTileK / 16; ++step) {
-        ptx::Wgmma<kColumns, T>::template rs<static_cast<int>(ptx::OperandB::kRowsAreK)>(
-            o_, p + 4 * step, v + ptx::descriptor_offset(step * 16 * kRowBytes), 1);
-      }
-      ptx::wgmma_commit();
+      issue_values<T, kColumns, kTileK / kStepColumns>(o_, p, v);
       ptx::wgmma_wait<0>();
       ptx::keep(o_);
     }
     release(ring.slot);
-    ring.advance();
+    ring.next();
   }
 
   // This share of the rows, normalised, for combine.cu. Through shared memory: a row of the
@@ -241,8 +212,8 @@ class Consumer {
     const int warp_offset = Tile::kQueryBytes + threadIdx.x / 32 * 16 * kPitch;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      weights[r] = softmax_.finish(r, scale_log2_, -INFINITY);
-      const float factor = softmax_.correction[r];
+      weights[r] = softmax_.finish(r, -INFINITY);
+      const float factor = softmax_.norm(r);
       auto* row = reinterpret_cast<float2*>(smem_ + warp_offset + (lane / 4 + 8 * r) * kPitch);
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
@@ -288,8 +259,8 @@ class Consumer {
       const bool exists = first_row_ + 8 * r < item_.rows;
       const PackedRow at(args_.attention, args_.rows, item_, first_row_ + 8 * r);
       const float sink = exists ? sink_of(a, at.head) : -INFINITY;
-      const RowWeight weight = softmax_.finish(r, scale_log2_, sink);
-      const float factor = softmax_.correction[r];
+      const RowWeight weight = softmax_.finish(r, sink);
+      const float factor = softmax_.norm(r);
       if (!exists) continue;
       if (factor == 0) {  // a row without weight: its sums may be 0 * NaN
 #pragma unroll
@@ -315,9 +286,7 @@ class Consumer {
   unsigned char* smem_;
   int first_row_;     // of the thread's two, 8 apart
   int first_column_;  // of the warpgroup's
-  float scale_log2_;
-  ScoreRow rows_[2];
-  OnlineSoftmax softmax_;
+  TileSoftmax<T> softmax_;
   float o_[kColumns / 2];
 };
 
@@ -345,11 +314,11 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
     __syncwarp();
   }
   meet_block<Tile>();
-  RingPosition<Tile::kSlots> ring;
+  Ring<Tile::kSlots> ring;
   for (; n < count; ++n) {
     ptx::mbarrier_wait(tiles.shared.empty + 8 * ring.slot, ring.parity);
     if (is_leader) tiles.load(n, ring.slot);
-    ring.advance();
+    ring.next();
   }
 }
 

@@ -1,6 +1,8 @@
 // Tile sizes of sm90_decode by head dimensions, and what they cost in shared memory.
 #pragma once
 
+#include "cuda/sm90/common/panels.h"
+
 namespace wh::cuda {
 
 constexpr int kDecodeTileQ = 64;  // wgmma's M
@@ -31,10 +33,8 @@ struct DecodeTile {
   static constexpr int kQueryBytes = kTileQ * kDimQk * 2;
   static constexpr int kSlotBytes = kTileK * (kDimQk > kDimV ? kDimQk : kDimV) * 2;
   static constexpr int kBarrierBytes = 16;  // of a slot
-  // Of a multiprocessor's 228 KB, of which each block costs one more.
-  static constexpr int kMostSharedBytes = 233472 / kBlocksPerSm - 1024;
   static constexpr int kFittingSlots =
-      (kMostSharedBytes - kQueryBytes) / (kSlotBytes + kBarrierBytes);
+      (most_shared_bytes(kBlocksPerSm) - kQueryBytes) / (kSlotBytes + kBarrierBytes);
   static constexpr int kSlots = kFittingSlots < 12 ? kFittingSlots : 12;
   static constexpr int kSharedBytes = kQueryBytes + kSlots * (kSlotBytes + kBarrierBytes);
 

@@ -24,33 +24,18 @@
 
 #include "cuda/common/clean_values.cuh"
 #include "cuda/common/key_range.h"
-#include "cuda/common/online_softmax.cuh"
-#include "cuda/common/scores.cuh"
-#include "cuda/common/tensor_map.h"
 #include "cuda/common/tile_order.h"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/common/products.cuh"
+#include "cuda/sm90/common/query_rows.cuh"
+#include "cuda/sm90/common/ring.cuh"
+#include "cuda/sm90/common/tile_softmax.cuh"
 #include "cuda/sm90/prefill/kernel.h"
 #include "cuda/sm90/prefill/tiles.h"
-#include "cuda/sm90/query_rows.cuh"
 
 namespace wh::cuda {
-
-// Which of the stages is next, and the parity of its barriers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
 struct PrefillBlock {
@@ -67,7 +52,8 @@ struct PrefillBlock {
   // the tensor cores. Gains 3 % with three of them; two do so by themselves, and turns cost them up
   // to 1.5 % (dims 128 to 256).
   static constexpr bool kTakesTurns = kWarpgroups > 2;
-  static_assert(kMemory.bytes <= 232448);
+  static constexpr bool kIsMasked = kScores == Scores::kMasked;
+  static_assert(kMemory.bytes <= most_shared_bytes());
 
   // Barriers, 8 bytes each.
   enum Barrier {
@@ -151,7 +137,8 @@ struct PrefillBlock {
   __device__ __forceinline__ void produce() const {
     Ring<kStages> ring;
     uint32_t q_parity = 1;
-    const uint32_t q_bytes = order.packed_heads * order.tile_queries * 128 * kMemory.panels_qk;
+    const uint32_t q_bytes =
+        kMemory.panels_qk * panel_bytes(order.packed_heads * order.tile_queries);
     for (int32_t index = first_tile(order, blockIdx.x);; index = next_tile(index)) {
       const bool is_last = index >= order.end;
       ptx::mbarrier_wait(barrier(kQFree), q_parity);
@@ -166,18 +153,18 @@ struct PrefillBlock {
       const int32_t head_kv = w.at.first_head / args.group;
 #pragma unroll
       for (int i = 0; i < kMemory.panels_qk; ++i) {
-        ptx::tma_load_5d(s_q + i * kTileQ * 128, &maps.q, barrier(kQFull), i * kPanelColumns,
+        ptx::tma_load_5d(s_q + i * panel_bytes(kTileQ), &maps.q, barrier(kQFull), i * kPanelColumns,
                          w.at.first_head - head_kv * args.group, w.at.first_query, head_kv,
                          w.at.batch_idx, ptx::CacheHint::kEvictFirst);
       }
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
         const TileAt at{n * kTileK, head_kv, w.at.batch_idx};
-        load<kMemory.panels_qk>(maps.k, at, s_k(ring.stage), ring.parity,
-                                barrier(kKFree + ring.stage), barrier(kKFull + ring.stage));
+        load<kMemory.panels_qk>(maps.k, at, s_k(ring.slot), ring.parity,
+                                barrier(kKFree + ring.slot), barrier(kKFull + ring.slot));
         const int full = w.keys.is_clean(n) ? kVFull : kVLoaded;
-        load<kMemory.panels_v>(maps.v, at, s_v(ring.stage), ring.parity,
-                               barrier(kVFree + ring.stage), barrier(full + ring.stage));
+        load<kMemory.panels_v>(maps.v, at, s_v(ring.slot), ring.parity, barrier(kVFree + ring.slot),
+                               barrier(full + ring.slot));
         ring.next();
       }
     }
@@ -195,11 +182,11 @@ struct PrefillBlock {
   __device__ __forceinline__ void load(const CUtensorMap& map, const TileAt& at, uint32_t to,
                                        uint32_t parity, uint32_t free, uint32_t full) const {
     ptx::mbarrier_wait(free, parity ^ 1);
-    ptx::mbarrier_expect(full, kPanels * kTileK * 128);
+    ptx::mbarrier_expect(full, kPanels * panel_bytes(kTileK));
 #pragma unroll 1
     for (int i = 0; i < kPanels; ++i) {
-      ptx::tma_load_4d(to + i * kTileK * 128, &map, full, i * kPanelColumns, at.key, at.head_kv,
-                       at.batch_idx, ptx::CacheHint::kEvictLast);
+      ptx::tma_load_4d(to + i * panel_bytes(kTileK), &map, full, i * kPanelColumns, at.key,
+                       at.head_kv, at.batch_idx, ptx::CacheHint::kEvictLast);
     }
   }
 
@@ -219,16 +206,16 @@ struct PrefillBlock {
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
         if (!w.keys.is_clean(n)) {
-          ptx::mbarrier_wait(barrier(kVLoaded + ring.stage), loaded_parity >> ring.stage & 1);
-          loaded_parity ^= 1u << ring.stage;
+          ptx::mbarrier_wait(barrier(kVLoaded + ring.slot), loaded_parity >> ring.slot & 1);
+          loaded_parity ^= 1u << ring.slot;
           const bool dropped = clean_values<T, kMemory.panels_v, kTileK, kCleaners>(
-              s_memory + kMemory.v_offset + ring.stage * kMemory.v_bytes, w.present, n * kTileK,
+              s_memory + kMemory.v_offset + ring.slot * kMemory.v_bytes, w.present, n * kTileK,
               threadIdx.x - 32);
           // Before the stage is full: the consumers have waited for all of them when they look.
           if (dropped) mailbox()->dropped[number % 2] = number + 1;
           ptx::async_proxy_fence();
           ptx::named_sync(kCleanersBarrier, kCleaners);
-          if (is_first) ptx::mbarrier_arrive(barrier(kVFull + ring.stage));
+          if (is_first) ptx::mbarrier_arrive(barrier(kVFull + ring.slot));
         }
         ring.next();
       }
@@ -241,11 +228,12 @@ struct PrefillBlock {
     const PrefillBlock& block;
     int warpgroup;
     Ring<kStages> ring;
-    OnlineSoftmax softmax;
+    TileSoftmax<T> softmax;
     float r_o[kDimV / 2];      // [64 rows, kDimV] of the warpgroup, unnormalised
     uint32_t r_p[kTileK / 4];  // [64 rows, kTileK], rounded to T
-    ScoreRow rows[2];
-    float scale_log2;
+
+    __device__ __forceinline__ Consumer(const PrefillBlock& block, int warpgroup)
+        : block(block), warpgroup(warpgroup), softmax(block.args, kScores) {}
 
     __device__ __forceinline__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
 
@@ -253,38 +241,23 @@ struct PrefillBlock {
     // that they are there.
     __device__ __forceinline__ bool waits() const { return !kTakesTurns || warpgroup == 0; }
     __device__ __forceinline__ void wait_keys() const {
-      ptx::mbarrier_wait(block.barrier(kKFull + ring.stage), ring.parity);
+      ptx::mbarrier_wait(block.barrier(kKFull + ring.slot), ring.parity);
     }
     __device__ __forceinline__ void wait_values(int stage, uint32_t parity) const {
       ptx::mbarrier_wait(block.barrier(kVFull + stage), parity);
     }
 
-    __device__ __forceinline__ void issue_scores(float (&s)[kTileK / 2]) {
-      const uint64_t q = ptx::panel_descriptor(block.s_q + warpgroup * 64 * 128);
-      const uint64_t k = ptx::panel_descriptor(block.s_k(ring.stage));
+    __device__ __forceinline__ void begin_scores(float (&s)[kTileK / 2]) {
+      const uint64_t q = ptx::panel_descriptor(block.s_q + panel_bytes(warpgroup * 64));
+      const uint64_t k = ptx::panel_descriptor(block.s_k(ring.slot));
       ptx::keep(s);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kDimQk / 16; ++i) {
-        const int panel = i / 4, within = i % 4 * 32;
-        ptx::Wgmma<kTileK, T>::template ss<0>(
-            s, q + ptx::descriptor_offset(panel * kTileQ * 128 + within),
-            k + ptx::descriptor_offset(panel * kTileK * 128 + within), i != 0);
-      }
-      ptx::wgmma_commit();
+      issue_scores<T, kTileK, kTileQ, kDimQk / kStepColumns>(s, q, k);
     }
-
-    __device__ __forceinline__ void issue_values(int stage) {
-      const uint64_t v = ptx::panel_descriptor(block.s_v(stage), kTileK * 128);
+    __device__ __forceinline__ void begin_values(int stage) {
+      const uint64_t v = ptx::panel_descriptor(block.s_v(stage), panel_bytes(kTileK));
       ptx::keep(r_o);
       ptx::keep(r_p);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kTileK / 16; ++i) {
-        ptx::Wgmma<kDimV, T>::template rs<1>(r_o, r_p + 4 * i,
-                                             v + ptx::descriptor_offset(i * 16 * 128), 1);
-      }
-      ptx::wgmma_commit();
+      issue_values<T, kDimV, kTileK / kStepColumns>(r_o, r_p, v);
     }
 
     // All consumers of a block take as many turns: they work on the same keys.
@@ -299,76 +272,57 @@ struct PrefillBlock {
       if (is_first_lane()) ptx::mbarrier_arrive(block.barrier(which));
     }
 
-    // The first half of softmax: masks, and the largest scores.
-    template <bool kHides>
-    __device__ __forceinline__ void raise(float (&s)[kTileK / 2], int32_t tile) {
-      if constexpr (kScores != Scores::kPlain) transform_scores(s, block.args);
-      if constexpr (kScores == Scores::kMasked) {
-        mask_scores<T>(s, block.args, rows, tile * kTileK);
-      } else if constexpr (kHides) {
-        hide_keys(s, rows, tile * kTileK);
-      }
-      softmax.raise(s, scale_log2);
-    }
-
-    __device__ __forceinline__ void pack(const float (&s)[kTileK / 2]) {
-#pragma unroll
-      for (int i = 0; i < kTileK / 4; ++i) r_p[i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
-    }
-
-    __device__ __forceinline__ void rescale() {
-      if (!softmax.corrects) return;
-#pragma unroll
-      for (int i = 0; i < kDimV / 2; ++i) r_o[i] *= softmax.correction[i / 2 % 2];
-    }
-
     __device__ __forceinline__ void first_tile(int32_t tile) {
       float s[kTileK / 2];
       wait_keys();
-      issue_scores(s);
+      begin_scores(s);
       ptx::wgmma_wait<0>();
       ptx::keep(s);
-      release(kKFree + ring.stage);
-      raise<true>(s, tile);
-      softmax.weigh(s, scale_log2);
-      pack(s);
+      release(kKFree + ring.slot);
+      softmax.raise(s, tile * kTileK, true);
+      softmax.weigh(s);
+      softmax.pack(s, r_p);
     }
 
     // Scores of `tile` beside the values of the tile before.
     template <bool kHides>
     __device__ __forceinline__ void next_tile(int32_t tile) {
-      const int v_stage = ring.stage;
+      const int v_stage = ring.slot;
       const uint32_t v_parity = ring.parity;
       ring.next();
       float s[kTileK / 2];
       if (waits()) wait_keys();
       take_turn();
-      issue_scores(s);
-      rescale();
+      begin_scores(s);
+      softmax.correct(r_o);
       if (waits()) wait_values(v_stage, v_parity);
-      issue_values(v_stage);
+      begin_values(v_stage);
       pass_turn_to((warpgroup + 1) % kWarpgroups);
       ptx::wgmma_wait<1>();
       ptx::keep(s);
-      release(kKFree + ring.stage);
-      raise<kHides>(s, tile);
+      release(kKFree + ring.slot);
+      // The addresses of an array mask need the registers of the weights under way.
+      if constexpr (kIsMasked) finish_values(v_stage);
+      softmax.raise(s, tile * kTileK, kHides);
       // Here, and not behind the exponentials: the other warpgroup's products fill the gap. One
-      // row's exponentials in front of the wait gave nothing at dim 128 and cost 2 to 5 %
+      // row's exponentials in front of the wait gave nothing at dim 128 and cost 1 to 5 %
       // elsewhere.
+      if constexpr (!kIsMasked) finish_values(v_stage);
+      softmax.weigh(s);
+      softmax.pack(s, r_p);
+    }
+
+    __device__ __forceinline__ void finish_values(int stage) {
       ptx::wgmma_wait<0>();
       ptx::keep(r_o);
-      release(kVFree + v_stage);
-      softmax.weigh(s, scale_log2);
-      pack(s);
+      release(kVFree + stage);
     }
 
     __device__ __forceinline__ void last_values() {
-      rescale();
-      wait_values(ring.stage, ring.parity);
-      issue_values(ring.stage);
-      ptx::wgmma_wait<0>();
-      ptx::keep(r_o);
-      release(kVFree + ring.stage);
+      softmax.correct(r_o);
+      wait_values(ring.slot, ring.parity);
+      begin_values(ring.slot);
+      finish_values(ring.slot);
       ring.next();
     }
 
@@ -380,7 +334,7 @@ struct PrefillBlock {
     __device__ __forceinline__ KeyTiles enter(const Work& w) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rows[r] = query_rows(w).scores(w.present, warpgroup * 64 + accumulator_row(r));
+        softmax.rows[r] = query_rows(w).scores(w.present, warpgroup * 64 + accumulator_row(r));
       }
       return w.keys;
     }
@@ -389,34 +343,38 @@ struct PrefillBlock {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const auto place = query_rows.place(warpgroup * 64 + accumulator_row(r));
-        query_rows.store_log_sum_exp(place, softmax.finish(r, scale_log2, query_rows.sink(place)));
-        query_rows.store(r_o, r, place, softmax.correction[r], 0);
+        query_rows.store_log_sum_exp(place, softmax.finish(r, query_rows.sink(place)));
+        query_rows.store(r_o, r, place, softmax.norm(r), 0);
       }
     }
 
     __device__ __forceinline__ void run() {
-      scale_log2 = kScores == Scores::kPlain ? block.args.scale * kLog2E : kLog2E;
       if (warpgroup == kWarpgroups - 1) pass_turn_to(0);
       for (uint32_t number = 0;; ++number) {
         ptx::mbarrier_wait(block.barrier(kQFull), number % 2);
         const int32_t index = block.mailbox()->tile;
         if (index < 0) return;
         const KeyTiles keys = enter(block.work(index));
-        softmax = OnlineSoftmax{};
+        softmax.online = OnlineSoftmax{};
 #pragma unroll
         for (int i = 0; i < kDimV / 2; ++i) r_o[i] = 0;
         int32_t n = keys.end - 1;
         if (n >= keys.begin) {
-          // From a full tile on, down to here, all are full: one comparison a tile.
-          const int32_t full_begin = max(keys.begin, keys.full_begin);
           first_tile(n--);
-          // Two bodies in two loops: one that tests for the mask in between would keep products
-          // from overlapping.
-          while (n >= keys.begin) {
+          if constexpr (kIsMasked) {  // no tile is full
 #pragma unroll 1
-            for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
+            for (; n >= keys.begin; --n) next_tile<true>(n);
+          } else {
+            // From a full tile on, down to here, all are full: one comparison a tile. Two bodies in
+            // two loops: one that tests for the mask in between would keep products from
+            // overlapping.
+            const int32_t full_begin = max(keys.begin, keys.full_begin);
+            while (n >= keys.begin) {
 #pragma unroll 1
-            for (; n >= full_begin; --n) next_tile<false>(n);
+              for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
+#pragma unroll 1
+              for (; n >= full_begin; --n) next_tile<false>(n);
+            }
           }
           __syncwarp();
           release(kQFree);
@@ -464,7 +422,7 @@ __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads
     }
   } else {
     ptx::registers_take<kTile.consumer_registers>();
-    typename Block::Consumer consumer{block, warpgroup - 1};
+    typename Block::Consumer consumer(block, warpgroup - 1);
     consumer.run();
   }
 }

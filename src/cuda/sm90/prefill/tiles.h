@@ -5,6 +5,7 @@
 
 #include "cuda/common/attention_args.h"
 #include "cuda/common/head_dims.h"
+#include "cuda/sm90/common/panels.h"
 
 namespace wh::cuda {
 
@@ -42,18 +43,18 @@ constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
   return {2, tile_k, 2, 40, 232};
 }
 
-// Rows of 64 columns, 128 bytes each: Q, then the stages of K, then those of V, then barriers.
+// Panels: Q, then the stages of K, then those of V, then barriers.
 struct PrefillMemory {
   int panels_qk, panels_v;
   int q_bytes, k_bytes, v_bytes;  // of one tile
   int k_offset, v_offset, barrier_offset, bytes;
 
   constexpr PrefillMemory(HeadDims dims, PrefillTile tile)
-      : panels_qk((dims.dim_qk + 63) / 64),
-        panels_v((dims.dim_v + 63) / 64),
-        q_bytes(panels_qk * tile.tile_q() * 128),
-        k_bytes(panels_qk * tile.tile_k * 128),
-        v_bytes(panels_v * tile.tile_k * 128),
+      : panels_qk(panels_of(dims.dim_qk)),
+        panels_v(panels_of(dims.dim_v)),
+        q_bytes(panels_qk * panel_bytes(tile.tile_q())),
+        k_bytes(panels_qk * panel_bytes(tile.tile_k)),
+        v_bytes(panels_v * panel_bytes(tile.tile_k)),
         k_offset(q_bytes),
         v_offset(k_offset + tile.stages * k_bytes),
         barrier_offset(v_offset + tile.stages * v_bytes),

@@ -28,7 +28,9 @@ constexpr WideTile wide_tile(HeadDims dims, Scores) {
 
 // Panels of 64 columns of K in a slot. Of one panel each block of the cluster loads half of the
 // rows, of two panels one.
-constexpr int wide_panels_of_slot(WideTile tile) { return kWideSlotBytes / (tile.tile_k * 128); }
+constexpr int wide_panels_of_slot(WideTile tile) {
+  return kWideSlotBytes / panel_bytes(tile.tile_k);
+}
 
 // Q in panels of 64 columns, the rings, P, row factors, barriers.
 struct WideMemory {
@@ -37,9 +39,9 @@ struct WideMemory {
   int ring_offset, p_offset, factor_offset, barrier_offset, bytes;
 
   constexpr WideMemory(HeadDims dims, WideTile tile)
-      : panels_qk((dims.dim_qk + 63) / 64),
-        q_bytes(panels_qk * kWideTileQ * 128),
-        p_bytes(kWideTileQ * ((tile.tile_k + 63) / 64) * 128),
+      : panels_qk(panels_of(dims.dim_qk)),
+        q_bytes(panels_qk * panel_bytes(kWideTileQ)),
+        p_bytes(panels_of(tile.tile_k) * panel_bytes(kWideTileQ)),
         ring_offset(q_bytes),
         p_offset(ring_offset + (tile.left_slots + tile.right_slots) * kWideSlotBytes),
         factor_offset(p_offset + p_bytes),

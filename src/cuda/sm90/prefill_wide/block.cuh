@@ -1,0 +1,283 @@
+// What a block of sm90_prefill_wide has in common: its shared memory and barriers, which tile it
+// works on, the producer thread that fills the rings, and the warps that clean V.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "cuda/common/clean_values.cuh"
+#include "cuda/common/key_range.h"
+#include "cuda/common/tile_order.h"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/common/panels.h"
+#include "cuda/sm90/common/ring.cuh"
+#include "cuda/sm90/prefill_wide/kernel.h"
+#include "cuda/sm90/prefill_wide/tiles.h"
+
+namespace wh::cuda {
+
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+struct WideBlock {
+  using T = std::conditional_t<kDtype == Dtype::kF16, __half, __nv_bfloat16>;
+  static constexpr HeadDims kDims{kDimQk, kDimV};
+  static constexpr Scores kScoresOf = kScores;
+  static constexpr WideTile kTile = wide_tile(kDims, kScores);
+  static constexpr WideMemory kMemory{kDims, kTile};
+  static constexpr int kTileK = kTile.tile_k;
+  static constexpr int kSlots = kTile.left_slots + kTile.right_slots;
+  static constexpr int kHalf = 256;  // columns of V that a warpgroup owns
+  static constexpr int kVRows = kWideValueRows;
+  static constexpr int kPanelsOfKSlot = wide_panels_of_slot(kTile);
+  static constexpr int kKSlotBytes = kPanelsOfKSlot * panel_bytes(kTileK);
+  static constexpr int kKSlots = (kMemory.panels_qk + kPanelsOfKSlot - 1) / kPanelsOfKSlot;
+  static constexpr int kVSlots = kTileK / kVRows;  // of one half
+  static constexpr int kCleaners = 96;             // threads
+  static constexpr uint16_t kBothBlocks = 3;
+  static_assert(kDimV == 2 * kHalf && kMemory.bytes <= most_shared_bytes());
+
+  enum Barrier {
+    kTileFull,  // the index of the next tile has come
+    kTileFree,  // counted in block 0: everybody in the cluster has read it
+    kQFull,
+    kQFree,
+    kSlotFull,                         // and clean
+    kSlotFree = kSlotFull + kSlots,    // in both blocks
+    kSlotLoaded = kSlotFree + kSlots,  // but not yet cleaned
+    kBarriers = kSlotLoaded + kSlots,
+  };
+  enum NamedBarrier {  // 0 is __syncthreads()
+    kCleanersBarrier = 1,
+    kWeightsFull,
+    kWeightsFree,
+    kNormFull,
+    kNormFree,
+    kWarpgroupBarrier,  // left and right
+  };
+
+  struct Mailbox {
+    int32_t tile;  // index in the order; negative: no more
+    // By the parity of a tile's number, and the half: the number + 1 of the last such tile in which
+    // cleaning that half of V lost something. A half's warpgroup has waited for all of its own
+    // slots when it looks, not for the other's. Nobody resets it: tiles without keys to wait for
+    // would read a flag that is just being cleared.
+    uint32_t dropped[2][2];
+  };
+  static_assert(kBarriers * 8 + sizeof(Mailbox) <= 512);
+
+  // A ring for each warpgroup: in a common one a warpgroup that skips the other's slots could be
+  // two fills ahead of a barrier's parity.
+  using LeftRing = Ring<kTile.left_slots>;
+  using RightRing = Ring<kTile.right_slots, kTile.left_slots>;
+
+  const PrefillMaps& maps;
+  const AttentionArgs& args;
+  const TileOrder& order;
+  unsigned char* s_memory;
+  uint32_t s_q;  // the same in the shared window, where Q comes first
+  uint32_t rank;
+
+  __device__ __forceinline__ uint32_t barrier(int which) const {
+    return s_q + kMemory.barrier_offset + which * 8;
+  }
+  __device__ __forceinline__ uint32_t s_slot(int slot) const {
+    return s_q + kMemory.ring_offset + slot * kWideSlotBytes;
+  }
+  __device__ __forceinline__ uint32_t s_weights() const { return s_q + kMemory.p_offset; }
+  // Row factors: [64] corrections, [64] norms.
+  __device__ __forceinline__ float* s_factors() const {
+    return reinterpret_cast<float*>(s_memory + kMemory.factor_offset);
+  }
+  static constexpr int kNorms = kWideTileQ;
+  __device__ __forceinline__ volatile Mailbox* mailbox() const {
+    return reinterpret_cast<volatile Mailbox*>(s_memory + kMemory.barrier_offset + kBarriers * 8);
+  }
+
+  __device__ __forceinline__ void init_barriers() const {
+    ptx::mbarrier_init(barrier(kTileFull), 1);
+    // Eight consumer warps and the cleaners of each block, and the producer of block 1.
+    ptx::mbarrier_init(barrier(kTileFree), kWideCluster * 9 + 1);
+    ptx::mbarrier_init(barrier(kQFull), 1);
+    ptx::mbarrier_init(barrier(kQFree), 4);
+    for (int i = 0; i < kSlots; ++i) {
+      ptx::mbarrier_init(barrier(kSlotFull + i), 1);
+      ptx::mbarrier_init(barrier(kSlotLoaded + i), 1);
+      ptx::mbarrier_init(barrier(kSlotFree + i), kWideCluster * 4);
+    }
+    ptx::mbarrier_init_fence();
+    for (int i = 0; i < 4; ++i) mailbox()->dropped[i / 2][i % 2] = 0;
+  }
+
+  struct Work {
+    QueryTile at;  // of this block
+    Keys present;
+    KeyTiles keys;  // of the cluster
+  };
+  __device__ __forceinline__ int32_t block_queries() const {
+    return order.tile_queries / kWideCluster;
+  }
+  __device__ __forceinline__ Work work(int32_t index) const {
+    // Opaque: computing it again after the main loop is cheaper than ten registers through it.
+    asm volatile("" : "+r"(index));
+    Work w;
+    w.at = query_tile(order, args.heads_q, index);
+    w.present = present_keys(args, w.at.batch_idx);
+    const int32_t last = min(args.len_q, w.at.first_query + order.tile_queries) - 1;
+    w.keys = key_tiles(args, w.present, w.at.first_query, last, kTileK);
+    w.at.first_query += rank * block_queries();
+    return w;
+  }
+
+  // The tile with this number, for everybody but the producers.
+  __device__ __forceinline__ int32_t read_tile(uint32_t number) const {
+    ptx::mbarrier_wait(barrier(kTileFull), number % 2);
+    return mailbox()->tile;
+  }
+
+  // --- producer: one thread ---
+
+  __device__ __forceinline__ void produce() const {
+    LeftRing left;
+    RightRing right;
+    const int32_t clusters = gridDim.x / kWideCluster;
+    int32_t index = first_tile(order, blockIdx.x / kWideCluster);
+    for (uint32_t number = 0;; ++number) {
+      ptx::mbarrier_expect(barrier(kTileFull), sizeof(int32_t));
+      if (rank == 0) {
+        if (number > 0) {
+          index = order.next == nullptr ? index + clusters
+                                        : claimed_tile(order, clusters, atomicAdd(order.next, 1));
+        }
+        ptx::mbarrier_wait(barrier(kTileFree), (number + 1) % 2);
+        const uint32_t word = s_q + kMemory.barrier_offset + kBarriers * 8;
+        for (uint32_t block = 0; block < kWideCluster; ++block) {
+          ptx::store_remote(word, barrier(kTileFull), block, index < order.end ? index : -1);
+        }
+      }
+      index = read_tile(number);
+      if (rank != 0) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
+      if (index < 0) return;
+      const Work w = work(index);
+      const int32_t head_kv = w.at.first_head / args.group;
+      ptx::mbarrier_wait(barrier(kQFree), (number + 1) % 2);
+      ptx::mbarrier_expect(barrier(kQFull),
+                           kMemory.panels_qk * panel_bytes(order.packed_heads * block_queries()));
+#pragma unroll 1
+      for (int i = 0; i < kMemory.panels_qk; ++i) {
+        ptx::tma_load_5d(s_q + i * panel_bytes(kWideTileQ), &maps.q, barrier(kQFull),
+                         i * kPanelColumns, w.at.first_head - head_kv * args.group,
+                         w.at.first_query, head_kv, w.at.batch_idx, ptx::CacheHint::kEvictFirst);
+      }
+#pragma unroll 1
+      for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
+        load_keys(left, n * kTileK, head_kv, w.at.batch_idx);
+        if (n + 1 < w.keys.end) {
+          load_values(left, right, (n + 1) * kTileK, head_kv, w.at.batch_idx,
+                      w.keys.is_clean(n + 1));
+        }
+      }
+      if (w.keys.end > w.keys.begin) {
+        load_values(left, right, w.keys.begin * kTileK, head_kv, w.at.batch_idx,
+                    w.keys.is_clean(w.keys.begin));
+      }
+    }
+  }
+
+  // A slot is two boxes: halves of the rows of one panel, or two panels. This block's is number
+  // `rank`.
+  __device__ __forceinline__ void load_keys(LeftRing& ring, int32_t key, int32_t head_kv,
+                                            int32_t batch_idx) const {
+#pragma unroll 1
+    for (int i = 0; i < kKSlots; ++i) {
+      ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
+      ptx::mbarrier_expect(barrier(kSlotFull + ring.slot), kKSlotBytes);
+      const int panel = kPanelsOfKSlot == 1 ? i : 2 * i + rank;
+      ptx::tma_multicast_4d(s_slot(ring.slot) + rank * (kKSlotBytes / 2), &maps.k,
+                            barrier(kSlotFull + ring.slot), panel * kPanelColumns,
+                            kPanelsOfKSlot == 1 ? key + rank * (kTileK / 2) : key, head_kv,
+                            batch_idx, kBothBlocks);
+      ring.next();
+    }
+  }
+
+  __device__ __forceinline__ void load_values(LeftRing& left, RightRing& right, int32_t key,
+                                              int32_t head_kv, int32_t batch_idx,
+                                              bool is_clean) const {
+#pragma unroll 1
+    for (int i = 0; i < kVSlots; ++i) {
+      load_value_slot(left, key + i * kVRows, 0, head_kv, batch_idx, is_clean);
+      load_value_slot(right, key + i * kVRows, kHalf, head_kv, batch_idx, is_clean);
+    }
+  }
+
+  // A slot is four panels of 32 rows; this block loads two.
+  template <typename RingOfHalf>
+  __device__ __forceinline__ void load_value_slot(RingOfHalf& ring, int32_t key,
+                                                  int32_t first_column, int32_t head_kv,
+                                                  int32_t batch_idx, bool is_clean) const {
+    const uint32_t full = barrier((is_clean ? kSlotFull : kSlotLoaded) + ring.slot);
+    ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
+    ptx::mbarrier_expect(full, kWideSlotBytes);
+#pragma unroll 1
+    for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
+      ptx::tma_multicast_4d(s_slot(ring.slot) + panel * panel_bytes(kVRows), &maps.v, full,
+                            first_column + panel * kPanelColumns, key, head_kv, batch_idx,
+                            kBothBlocks);
+    }
+    ring.next();
+  }
+
+  // --- cleaners: the other three warps of the producer's warpgroup ---
+
+  __device__ __forceinline__ void clean() const {
+    const bool is_first = threadIdx.x == 32;
+    LeftRing left;
+    RightRing right;
+    uint32_t loaded_parity = 0;  // a bit a slot: only slots to be cleaned complete this barrier
+    for (uint32_t number = 0;; ++number) {
+      const int32_t index = read_tile(number);
+      ptx::named_sync(kCleanersBarrier, kCleaners);  // all have read the tile
+      if (is_first) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
+      if (index < 0) return;
+      const Work w = work(index);
+      const auto clean_slot = [&](int slot, int half, int32_t key) {
+        ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
+        loaded_parity ^= 1u << slot;
+        const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
+            s_memory + kMemory.ring_offset + slot * kWideSlotBytes, w.present, key,
+            threadIdx.x - 32);
+        // Before the slot is full, so that whoever has waited for it knows.
+        if (dropped) mailbox()->dropped[number % 2][half] = number + 1;
+        ptx::async_proxy_fence();
+        ptx::named_sync(kCleanersBarrier, kCleaners);
+        if (is_first) ptx::mbarrier_arrive(barrier(kSlotFull + slot));
+      };
+      if (w.keys.end > w.keys.begin) skip_keys(left);
+#pragma unroll 1
+      for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
+        if (n > w.keys.begin) skip_keys(left);
+        const bool is_clean = w.keys.is_clean(n);
+#pragma unroll 1
+        for (int i = 0; i < kVSlots; ++i) {
+          const int32_t key = n * kTileK + i * kVRows;
+          if (!is_clean) {
+            clean_slot(left.slot, 0, key);
+            clean_slot(right.slot, 1, key);
+          }
+          left.next();
+          right.next();
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void skip_keys(LeftRing& ring) const {
+#pragma unroll 1
+    for (int i = 0; i < kKSlots; ++i) ring.next();
+  }
+};
+
+}  // namespace wh::cuda
