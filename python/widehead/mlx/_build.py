@@ -27,6 +27,7 @@ import mlx.core as mx
 MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = Path(__file__).parent / "src"
+_LIBRARY = next(_PACKAGE.glob("libwidehead.so.*"))
 # Its wheel is the first whose CUDA backend can be built against.
 _OLDEST_MLX = (0, 32, 4)
 
@@ -91,7 +92,7 @@ class Recipe:
             ).hexdigest(),
             "libraries": [
                 [str(file), file.stat().st_size, file.stat().st_mtime]
-                for file in (library, _PACKAGE / "libwidehead.so.0")
+                for file in (library, _LIBRARY)
             ],
             "nanobind": nanobind.__version__,
             "python": sys.version,
@@ -161,7 +162,7 @@ class Recipe:
             *(f"-I{folder}" for folder in include),
             *map(str, sources),
             str(self._nanobind / "src" / "nb_combined.cpp"),
-            *(f"-L{self._mlx}/lib", "-lmlx", f"-L{_PACKAGE}", "-l:libwidehead.so.0"),
+            *(f"-L{self._mlx}/lib", "-lmlx", f"-L{_PACKAGE}", f"-l:{_LIBRARY.name}"),
             f"-Wl,-rpath,{self._mlx}/lib:{_PACKAGE}",
         ]
 
