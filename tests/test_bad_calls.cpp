@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "call.h"
+#include "support/call.h"
 
 namespace wh {
 namespace {

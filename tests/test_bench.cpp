@@ -6,7 +6,7 @@
 #include <set>
 #include <string>
 
-#include "command_line.h"
+#include "support/command_line.h"
 
 namespace {
 
@@ -108,7 +108,8 @@ TEST(Bench, ObeysTheEnvironment) {
 
 TEST(Bench, ComparesItsAnswersWithFloat64) {
   const Outcome outcome =
-      widehead("bench " + kSmall + "--kernel cpu_prefill --against cpu_decode,cpu_unfused --samples 1 --json");
+      widehead("bench " + kSmall +
+               "--kernel cpu_prefill --against cpu_decode,cpu_unfused --samples 1 --json");
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   const auto json = nlohmann::json::parse(outcome.out);
   ASSERT_EQ(json["rows"].size(), 3u);

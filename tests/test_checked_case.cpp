@@ -20,10 +20,8 @@ Case small_case() {
   p.len_q = 40;
   p.len_k = 300;
   p.dim_qk = p.dim_v = 64;
-  p.scale = 0.125f;
   p.wants_log_sum_exp = true;
-  p.stride_q = p.stride_out = dense_strides(2, 40, 64);
-  p.stride_k = p.stride_v = dense_strides(2, 300, 64);
+  set_dense(p);
   return c;
 }
 

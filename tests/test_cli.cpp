@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "command_line.h"
 #include "input/safetensors.h"
+#include "support/command_line.h"
 
 namespace {
 

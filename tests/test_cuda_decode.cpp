@@ -9,20 +9,10 @@
 #include "cuda/common/packed_rows.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/sm90/decode/config.h"
+#include "support/cards.h"
 
 namespace wh::cuda {
 namespace {
-
-CudaFacts hopper() {
-  CudaFacts facts;
-  facts.name = "H100";
-  facts.compute_capability = 90;
-  facts.sms = 132;
-  facts.shared_bytes = 232448;
-  facts.tensor_tflops = 790;
-  facts.read_gbytes_per_s = 2950;
-  return facts;
-}
 
 Problem decode_problem(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
                        int64_t len_k, int64_t dim) {
@@ -35,15 +25,13 @@ Problem decode_problem(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t
   p.len_q = len_q;
   p.len_k = len_k;
   p.dim_qk = p.dim_v = dim;
-  p.stride_q = p.stride_out = dense_strides(heads_q, len_q, dim);
-  p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
-  p.scale = 1 / std::sqrt(static_cast<float>(dim));
+  set_dense(p);
   return p;
 }
 
 struct Planned {
   Limits limits;
-  CudaFacts cuda = hopper();
+  CudaFacts cuda = h100();
 
   Query query(const Problem& p) const { return {p, limits, cuda}; }
   int64_t splits(const Problem& p) const {
@@ -118,10 +106,7 @@ TEST(CudaDecode, TakesTheNarrowestVariant) {
     Problem p = decode_problem(1, 8, 1, 1, 128, 64);
     p.dim_qk = dim_qk;
     p.dim_v = dim_v;
-    p.stride_q = dense_strides(8, 1, dim_qk);
-    p.stride_k = dense_strides(1, 128, dim_qk);
-    p.stride_v = dense_strides(1, 128, dim_v);
-    p.stride_out = dense_strides(8, 1, dim_v);
+    set_dense(p);
     if (!planned.refusal(p).empty()) return std::pair<int64_t, int64_t>{};
     const HeadDims found = decode_variant(kSm90Decode.configure(planned.query(p))).instance.dims;
     return std::pair<int64_t, int64_t>{found.dim_qk, found.dim_v};

@@ -11,26 +11,16 @@
 #include "cuda/unfused/cublas_lt.h"
 #include "documented.h"
 #include "plan/kernel.h"
+#include "support/cards.h"
 
 namespace wh {
 namespace {
-
-CudaFacts card(int32_t compute_capability, int64_t shared_bytes) {
-  CudaFacts facts;
-  facts.name = "a card";
-  facts.compute_capability = compute_capability;
-  facts.sms = 100;
-  facts.shared_bytes = shared_bytes;
-  facts.tensor_tflops = 300;
-  facts.read_gbytes_per_s = 1000;
-  return facts;
-}
 
 class CudaDocumented : public testing::TestWithParam<CaseSet> {};
 
 TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
   const bool has_cublas_lt = cuda::cublas_lt_unavailable().empty();
-  for (const CudaFacts& facts : {card(90, 232448), card(80, 166912), card(89, 101376)}) {
+  for (const CudaFacts& facts : {h100(), ampere(), ada()}) {
     std::map<std::string, int64_t> taken;
     for (const Case& c : make_cases(GetParam(), Device::kCuda, 7)) {
       for (const Kernel* kernel : cuda::kernels()) {

@@ -18,38 +18,20 @@
 #include "cuda/sm90/prefill/tiles.h"
 #include "cuda/sm90/prefill_wide/config.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
+#include "support/cards.h"
+#include "support/problems.h"
 
 namespace wh::cuda {
 namespace {
 
 CudaFacts hopper(bool only_compiled) {
-  CudaFacts facts;
-  facts.name = "H100";
-  facts.compute_capability = 90;
-  facts.sms = 132;
-  facts.shared_bytes = 232448;
-  facts.tensor_tflops = 989;
-  facts.read_gbytes_per_s = 3000;
+  CudaFacts facts = h100();
   facts.only_compiled = only_compiled;
   return facts;
 }
 
 Problem problem(int64_t dim_qk, int64_t dim_v, Dtype dtype) {
-  Problem p;
-  p.device = Device::kCuda;
-  p.dtype_q = p.dtype_kv = dtype;
-  p.batch = 1;
-  p.heads_q = 8;
-  p.heads_kv = 2;
-  p.len_q = p.len_k = 300;
-  p.dim_qk = dim_qk;
-  p.dim_v = dim_v;
-  p.stride_q = dense_strides(8, 300, dim_qk);
-  p.stride_k = dense_strides(2, 300, dim_qk);
-  p.stride_v = dense_strides(2, 300, dim_v);
-  p.stride_out = dense_strides(8, 300, dim_v);
-  p.scale = 1 / std::sqrt(static_cast<float>(dim_qk));
-  return p;
+  return square_of_300(dim_qk, dim_v, dtype, Device::kCuda);
 }
 
 struct Listed {

@@ -12,6 +12,7 @@
 #include "cuda/portable/kernel.h"
 #include "cuda/portable/load.h"
 #include "cuda/portable/whole_rows.h"
+#include "support/cards.h"
 
 namespace wh::cuda {
 namespace {
@@ -20,17 +21,9 @@ struct Planned {
   Limits limits;
   CudaFacts cuda;
 
-  explicit Planned(int32_t compute_capability, int64_t shared_bytes) {
-    cuda.name = "a card";
-    cuda.compute_capability = compute_capability;
-    cuda.sms = 100;
-    cuda.shared_bytes = shared_bytes;
-    cuda.tensor_tflops = 300;
-    cuda.read_gbytes_per_s = 1000;
-  }
   Query query(const Problem& p) const { return {p, limits, cuda}; }
 };
-const Planned kAmpere(80, 166912), kAda(89, 101376), kHopper(90, 232448);
+const Planned kAmpere{{}, ampere()}, kAda{{}, ada()}, kHopper{{}, card(90, 232448)};
 
 Problem problem(int64_t len_q, int64_t len_k, int64_t dim_qk, int64_t dim_v,
                 Dtype dtype = Dtype::kBf16) {
@@ -44,11 +37,7 @@ Problem problem(int64_t len_q, int64_t len_k, int64_t dim_qk, int64_t dim_v,
   p.len_k = len_k;
   p.dim_qk = dim_qk;
   p.dim_v = dim_v;
-  p.stride_q = dense_strides(8, len_q, dim_qk);
-  p.stride_k = dense_strides(2, len_k, dim_qk);
-  p.stride_v = dense_strides(2, len_k, dim_v);
-  p.stride_out = dense_strides(8, len_q, dim_v);
-  p.scale = 1 / std::sqrt(static_cast<float>(dim_qk));
+  set_dense(p);
   return p;
 }
 

@@ -16,24 +16,12 @@
 #include "cuda/cuda_facts.h"
 #include "cuda/registry.h"
 #include "plan/planner.h"
+#include "support/cards.h"
 
 namespace wh {
 namespace {
 
 using Json = nlohmann::json;
-
-// As the driver describes it.
-CudaFacts h100() {
-  CudaFacts facts;
-  facts.name = "NVIDIA H100 80GB HBM3";
-  facts.compute_capability = 90;
-  facts.sms = 132;
-  facts.shared_bytes = 232448;
-  facts.l2_bytes = 50 << 20;
-  facts.tensor_tflops = 4096.0 * 132 * 1.98e9 * 1e-12;
-  facts.read_gbytes_per_s = 0.9 * 2 * 2.619 * 5120 / 8;
-  return facts;
-}
 
 struct Measured {
   std::string name;
@@ -57,12 +45,8 @@ Measured measured(const Json& row, const std::string& name) {
               : row["dtype"] == "f16" ? Dtype::kF16
                                       : Dtype::kBf16;
   p.dtype_kv = p.dtype_q;
-  p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
-  p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
-  p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
   p.values_in_keys = row.value("values_in_keys", false);
-  p.stride_v = p.values_in_keys ? p.stride_k : dense_strides(p.heads_kv, p.len_k, p.dim_v);
-  p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
+  set_dense(p);
   return one;
 }
 

@@ -16,22 +16,11 @@
 #include "cuda/unfused/config.h"
 #include "plan/plan_json.h"
 #include "plan/planner.h"
+#include "support/cards.h"
+#include "support/problems.h"
 
 namespace wh {
 namespace {
-
-// As the driver describes it.
-CudaFacts h100() {
-  CudaFacts facts;
-  facts.name = "NVIDIA H100 80GB HBM3";
-  facts.compute_capability = 90;
-  facts.sms = 132;
-  facts.shared_bytes = 232448;
-  facts.l2_bytes = 50 << 20;
-  facts.tensor_tflops = 4096.0 * 132 * 1.98e9 * 1e-12;
-  facts.read_gbytes_per_s = 0.9 * 2 * 2.619 * 5120 / 8;
-  return facts;
-}
 
 Machine h100_machine(Device, int32_t) {
   static const CudaFacts facts = h100();
@@ -39,19 +28,7 @@ Machine h100_machine(Device, int32_t) {
 }
 
 Problem chunk(int64_t len_k, Dtype dtype = Dtype::kBf16) {
-  Problem p;
-  p.device = Device::kCuda;
-  p.dtype_q = p.dtype_kv = dtype;
-  p.heads_q = 64;
-  p.heads_kv = 2;
-  p.len_q = 2048;
-  p.len_k = len_k;
-  p.dim_qk = p.dim_v = 256;
-  p.scale = 1.0f / 16;
-  p.causal = Causal::kBottomRight;
-  p.stride_q = p.stride_out = dense_strides(64, 2048, 256);
-  p.stride_k = p.stride_v = dense_strides(2, len_k, 256);
-  return p;
+  return chunk(len_k, dtype, Device::kCuda);
 }
 
 Plan plan(const Problem& problem, double longest_step_us, const std::string& kernel = "") {

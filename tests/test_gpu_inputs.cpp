@@ -1,7 +1,7 @@
 // Bad input on a GPU: an error that says which pointer, stream or size is wrong, before any launch.
 #include <algorithm>
 
-#include "gpu_attention.h"
+#include "support/gpu_attention.h"
 
 namespace widehead_gpu {
 namespace {

@@ -1,7 +1,7 @@
 // What holds between runs on a GPU: graphs that are replayed, promises about fresh keys, bits that
 // do not depend on the batch.
 
-#include "gpu_attention.h"
+#include "support/gpu_attention.h"
 
 namespace widehead_gpu {
 namespace {

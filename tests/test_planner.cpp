@@ -15,24 +15,12 @@
 #include "plan/plan_json.h"
 #include "plan/planner.h"
 #include "plan/work.h"
+#include "support/problems.h"
 
 namespace wh {
 namespace {
 
-Problem chunk(int64_t len_k) {
-  Problem p;
-  p.dtype_q = p.dtype_kv = Dtype::kF16;
-  p.heads_q = 64;
-  p.heads_kv = 2;
-  p.len_q = 2048;
-  p.len_k = len_k;
-  p.dim_qk = p.dim_v = 256;
-  p.scale = 1.0f / 16;
-  p.causal = Causal::kBottomRight;
-  p.stride_q = p.stride_out = dense_strides(64, 2048, 256);
-  p.stride_k = p.stride_v = dense_strides(2, len_k, 256);
-  return p;
-}
+Problem chunk(int64_t len_k) { return chunk(len_k, Dtype::kF16, Device::kCpu); }
 
 Result<Plan> plan(const Problem& problem, const Limits& limits) {
   return make_plan(problem, limits, this_machine(Device::kCpu, 0));

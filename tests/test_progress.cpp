@@ -5,8 +5,8 @@
 #include <chrono>
 #include <cmath>
 
-#include "attention.h"
 #include "core/progress.h"
+#include "support/attention.h"
 
 namespace wh {
 namespace {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention.h"
+#include "support/attention.h"
 
 namespace wh {
 namespace {

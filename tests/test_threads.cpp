@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "attention.h"
-#include "call.h"
+#include "support/attention.h"
+#include "support/call.h"
 
 namespace wh {
 namespace {

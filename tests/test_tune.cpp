@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "command_line.h"
+#include "support/command_line.h"
 
 namespace wh {
 namespace {

@@ -94,8 +94,7 @@ Status warm_up(const Plan& plan) {
   p.dtype_kv = plan.problem.dtype_kv;
   p.heads_q = p.heads_kv = 16;
   p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
-  p.scale = 1.0f / 8;
-  p.stride_q = p.stride_k = p.stride_v = p.stride_out = dense_strides(16, 64, 64);
+  set_dense(p);
   const HostTensors tensors(small.input(1));
   Limits forced;
   forced.kernel = plan.kernel;

@@ -164,6 +164,14 @@ Problem canonical(Problem p) {
   return p;
 }
 
+void set_dense(Problem& p) {
+  p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
+  p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
+  p.stride_v = p.values_in_keys ? p.stride_k : dense_strides(p.heads_kv, p.len_k, p.dim_v);
+  p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
+  p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
+}
+
 TensorBytes tensor_bytes(const Problem& p) {
   const auto bytes_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
   const auto bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));

@@ -101,6 +101,8 @@ struct Tensors {
 // Strides of a dense row-major tensor of these extents. A product beyond 64 bits saturates:
 // validate() refuses it where it would be stepped by, and an empty tensor does not care.
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim);
+// Sets the strides of q, k, v and out, where v may lie in k, and the usual scale, 1 / sqrt(dim_qk).
+void set_dense(Problem& problem);
 
 int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
 

@@ -197,9 +197,7 @@ Problem dense(Device device, Dtype dtype, int64_t heads_q, int64_t heads_kv, int
   p.len_q = len_q;
   p.len_k = len_k;
   p.dim_qk = p.dim_v = dim;
-  p.stride_q = p.stride_out = dense_strides(heads_q, len_q, dim);
-  p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
-  p.scale = 1 / std::sqrt(static_cast<float>(dim));
+  set_dense(p);
   return p;
 }
 

@@ -42,12 +42,8 @@ class LargeCases {
     p.dim_qk = shape.dim_qk;
     p.dim_v = shape.dim_v;
     p.causal = shape.causal;
-    p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
     p.wants_log_sum_exp = true;
-    p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
-    p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
-    p.stride_v = dense_strides(p.heads_kv, p.len_k, p.dim_v);
-    p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
+    set_dense(p);
     c.sampled_rows = kSampledRows;
     c.seed = seed_ + cases_.size();
     return c;

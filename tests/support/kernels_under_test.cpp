@@ -1,4 +1,4 @@
-#include "kernels_under_test.h"
+#include "support/kernels_under_test.h"
 
 #include "widehead/widehead.h"
 

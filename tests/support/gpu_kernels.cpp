@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "kernels_under_test.h"
+#include "support/kernels_under_test.h"
 
 namespace wh {
 

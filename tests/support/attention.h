@@ -13,42 +13,27 @@
 #include <string>
 #include <vector>
 
-#include "core/float16.h"
-#include "kernels_under_test.h"
+#include "support/kernels_under_test.h"
+#include "verify/elements.h"
 #include "widehead/widehead.h"
 
 namespace wh {
 
 inline size_t element_bytes(int32_t dtype) { return dtype == WH_F32 ? 4 : 2; }
 
-template <typename T>
-void convert_to(const std::vector<float>& from, std::vector<std::byte>& to) {
-  for (size_t i = 0; i < from.size(); ++i) {
-    const T element = from_float<T>(from[i]);
-    std::memcpy(to.data() + i * sizeof(T), &element, sizeof(T));
-  }
-}
-
 // To nearest even, as elements of a WH_F32, WH_F16 or WH_BF16.
 inline std::vector<std::byte> elements_of(const std::vector<float>& from, int32_t dtype) {
   std::vector<std::byte> to(from.size() * element_bytes(dtype));
-  if (dtype == WH_F32) convert_to<float>(from, to);
-  if (dtype == WH_F16) convert_to<Half>(from, to);
-  if (dtype == WH_BF16) convert_to<Bfloat16>(from, to);
+  for (size_t i = 0; i < from.size(); ++i) {
+    put(to.data(), static_cast<Dtype>(dtype), static_cast<int64_t>(i), from[i]);
+  }
   return to;
 }
 
 inline std::vector<float> floats_of(const std::vector<std::byte>& from, int32_t dtype) {
   std::vector<float> to(from.size() / element_bytes(dtype));
   for (size_t i = 0; i < to.size(); ++i) {
-    const std::byte* element = from.data() + i * element_bytes(dtype);
-    uint16_t bits = 0;
-    if (dtype == WH_F32) {
-      std::memcpy(&to[i], element, 4);
-    } else {
-      std::memcpy(&bits, element, 2);
-      to[i] = dtype == WH_F16 ? to_float(Half{bits}) : to_float(Bfloat16{bits});
-    }
+    to[i] = load_element(from.data(), static_cast<Dtype>(dtype), static_cast<int64_t>(i));
   }
   return to;
 }

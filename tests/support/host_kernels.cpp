@@ -3,7 +3,7 @@
 #include <new>
 
 #include "cpu/cpu_facts.h"
-#include "kernels_under_test.h"
+#include "support/kernels_under_test.h"
 
 namespace wh {
 namespace {

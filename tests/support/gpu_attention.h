@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "core/float16.h"
+#include "verify/errors.h"
 #include "widehead/widehead.h"
 
 namespace widehead_gpu {
@@ -61,18 +63,6 @@ struct PlanDeleter {
 };
 using PlanHandle = std::unique_ptr<wh_plan, PlanDeleter>;
 
-inline float to_float(uint16_t bits) {
-  const uint32_t wide = uint32_t{bits} << 16;
-  float value = 0;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-inline uint16_t to_bf16(float value) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 inline wh_problem problem_of(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
                              int64_t len_k, int64_t dim) {
   wh_problem p;
@@ -93,7 +83,7 @@ inline std::vector<uint16_t> random_bf16(int64_t count, unsigned seed) {
   std::vector<uint16_t> values(static_cast<size_t>(count));
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
-  for (uint16_t& value : values) value = to_bf16(normal(random));
+  for (uint16_t& value : values) value = wh::from_float<wh::Bfloat16>(normal(random)).bits;
   return values;
 }
 
@@ -180,13 +170,10 @@ struct Attention {
     t.out = want.data();
     t.key_lengths = lengths.data();
     EXPECT_EQ(wh_attention(&p, &oracle, &t, nullptr), WH_OK) << wh_last_error();
-    double error_squares = 0, squares = 0;
-    for (size_t i = 0; i < bits.size(); ++i) {
-      const double expected = to_float(want[i]), error = to_float(bits[i]) - expected;
-      error_squares += error * error;
-      squares += expected * expected;
-    }
-    return std::sqrt(error_squares / squares);
+    const auto value = [](uint16_t bits_of) { return wh::to_float(wh::Bfloat16{bits_of}); };
+    wh::Errors errors;
+    for (size_t i = 0; i < bits.size(); ++i) errors.add(value(bits[i]), value(want[i]));
+    return errors.relative_rms();
   }
 };
 
