@@ -58,6 +58,13 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void raise(float (&s)[kCount], const float (&tops)[2],
                                         float scale_log2) {
     correction[0] = correction[1] = 1;
+    // Computed anew: kept from tile to tile, it would take registers that tiles of 32 rows lack.
+    // Where nothing was seen, and where this tile hides all of a row that subtracts, scores of
+    // minus infinity are all that is left.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      shift_[r] = limit_[r] == -INFINITY ? 0.0f : __fmul_rn(largest[r], scale_log2);
+    }
     if (!__any_sync(~0u, tops[0] > limit_[0] || tops[1] > limit_[1])) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -157,7 +164,7 @@ struct OnlineSoftmax {
     return fabsf(shift) > kLargestShiftWithRest && fabsf(beside) <= 64 ? beside : 0.0f;
   }
 
-  float shift_[2] = {0, 0};                  // of exponents
+  float shift_[2];                           // of exponents, from raise() to weigh()
   float limit_[2] = {-INFINITY, -INFINITY};  // the largest score that changes nothing
 };
 
