@@ -206,8 +206,8 @@ WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits
  * WIDEHEAD_LOG=plan, and nowhere otherwise. */
 WH_API void wh_set_plan_log(void (*log)(void* context, const char* line), void* context);
 
-/* The kernels of a device kind in the order in which the planner offers them, those of the forward
- * pass first; NULL past the last. */
+/* The forward pass's kernels of a device kind in the order in which the planner offers them; NULL
+ * past the last. A plan of the backward pass names that pass's. */
 WH_API const char* wh_kernel_name(int32_t device, size_t index);
 WH_API const char* wh_kernel_summary(int32_t device, size_t index);
 /* What the planner knows of a device, as a JSON object. Valid until the thread's next such call;

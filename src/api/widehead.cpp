@@ -33,8 +33,10 @@ namespace {
 const Kernel* kernel_at(int32_t device, size_t index) {
   const auto kind = kDevices.value(int64_t{device});
   if (!kind) return nullptr;
-  const auto kernels = kernels_of(*kind);
-  return index < kernels.size() ? kernels[index] : nullptr;
+  for (const Kernel* kernel : kernels_of(*kind)) {
+    if (kernel->pass == Pass::kForward && index-- == 0) return kernel;
+  }
+  return nullptr;
 }
 
 // Set by failures only, so that a hot loop of good calls never touches it. The fallback needs no
