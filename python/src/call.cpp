@@ -329,6 +329,36 @@ void Call::allocate(nb::handle empty) {
   }
 }
 
+void* Call::read_gradient(std::optional<Tensor>& gradient, nb::handle object, const char* name,
+                          Access access, const Tensor& of, int64_t (&strides)[4]) {
+  gradient.emplace(object, name, stream_, access);
+  expect_same_device(*gradient);
+  if (gradient->ndim != 4 || gradient->element != of.element ||
+      !std::equal(of.shape.begin(), of.shape.begin() + 4, gradient->shape.begin())) {
+    fail_value(std::string(name) + " is " + gradient->dtype_text() + " " + gradient->shape_text() +
+               "; it must be as " + of.name + ", " + of.dtype_text() + " " + of.shape_text());
+  }
+  std::copy_n(gradient->strides.begin(), 4, strides);
+  return gradient->data;
+}
+
+void Call::read_gradients(const Gradients& g) {
+  problem_.pass = WH_BACKWARD;
+  // A v that is a slice of k has a gradient of its own here.
+  problem_.uses &= ~static_cast<uint32_t>(WH_USES_VALUES_IN_KEYS);
+  tensors_.d_out =
+      read_gradient(d_out_, g.d_out, "d_out", Access::kRead, *out_, problem_.stride_d_out);
+  tensors_.dq = read_gradient(dq_, g.dq, "dq", Access::kWrite, q_, problem_.stride_dq);
+  tensors_.dk = read_gradient(dk_, g.dk, "dk", Access::kWrite, k_, problem_.stride_dk);
+  tensors_.dv = read_gradient(dv_, g.dv, "dv", Access::kWrite, v_, problem_.stride_dv);
+  if (g.d_sinks.is_none()) return;
+  d_sinks_.emplace(g.d_sinks, "d_sinks", stream_, Access::kWrite);
+  expect_same_device(*d_sinks_);
+  expect_shape(*d_sinks_, {problem_.heads_q}, "[heads_q]");
+  if (d_sinks_->element != Element::kFloat32) fail_type("d_sinks must be float32");
+  tensors_.d_sinks = static_cast<float*>(d_sinks_->data);
+}
+
 void Call::run(const wh_limits& limits) {
   wh_run_options options;
   wh_run_options_init(&options, sizeof(options));

@@ -22,6 +22,12 @@ struct Arguments {
   Access access;  // of everything but what is written
 };
 
+// What the backward pass takes beside: the gradient of out, and where the others go. None where
+// there is none.
+struct Gradients {
+  nb::handle d_out, dq, dk, dv, d_sinks;
+};
+
 struct Limits {
   wh_limits limits;
   std::string kernel;  // limits.kernel points here
@@ -39,6 +45,8 @@ class Call {
   // Makes `out` and the log-sum-exp where the caller brought none, by empty(q, shape, dtype) when
   // q's library offers no allocator to C.
   void allocate(nb::handle empty);
+  // Makes it the backward pass.
+  void read_gradients(const Gradients& gradients);
   void run(const wh_limits& limits);
 
   nb::object out, log_sum_exp;
@@ -57,11 +65,15 @@ class Call {
   void read_sinks(nb::handle object);
   const int32_t* read_keys(const char* name, nb::handle object, Keys& keys);
   void expect_same_device(const Tensor& tensor) const;
+  // Reads a gradient that has the shape and type of `of`, and its strides.
+  void* read_gradient(std::optional<Tensor>& gradient, nb::handle object, const char* name,
+                      Access access, const Tensor& of, int64_t (&strides)[4]);
 
   nb::handle q_object_, stream_;
   Access access_;
   Tensor q_, k_, v_;
   std::optional<Tensor> out_, log_sum_exp_, mask_, sinks_;
+  std::optional<Tensor> d_out_, dq_, dk_, dv_, d_sinks_;
   Keys key_lengths_, key_starts_;
   wh_problem problem_;
   wh_tensors tensors_;

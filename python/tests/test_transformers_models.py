@@ -57,6 +57,35 @@ def test_logits_are_as_near_to_float64_as_eagers(model, tokens):
     assert error(ours, expected) <= 2 * error(eager, expected) + 1e-6
 
 
+TRAINED = ("gemma3", "qwen3_next", "deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_step_has_eagers_gradients(name, tokens):
+    widehead.transformers.register()
+    model = tiny_models.tiny_model(name)
+
+    def gradients(model, implementation):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        loss = model(tokens, attention_mask=padding_mask(tokens, "right"), labels=tokens).loss
+        loss.backward()
+        return {
+            key: parameter.grad.clone()
+            for key, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    eager = gradients(model, "eager")
+    ours = gradients(model, "widehead")
+    expected = gradients(copy.deepcopy(model).double(), "eager")
+    assert ours.keys() == eager.keys() == expected.keys()
+    assert any("q_" in key or "qkv" in key for key in ours)
+    for key, want in expected.items():
+        if want.norm() > 0:
+            assert error(ours[key], want) <= 2 * error(eager[key], want) + 1e-5, key
+
+
 def attention_calls(model, tokens):
     """(module, query, key, value, mask, keywords, out) of every call that the model makes."""
     calls = []

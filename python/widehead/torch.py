@@ -1,7 +1,8 @@
 """PyTorch: a custom operator, and ``F.scaled_dot_product_attention``'s signature on top of it.
 
 ``torch.ops.widehead.attention`` works under ``torch.compile(fullgraph=True)`` and in CUDA graphs.
-There is no backward: a result that needs gradients raises when ``backward()`` reaches it.
+It is differentiable on the CPU, once, in everything but its mask. What has no gradient raises when
+``backward()`` reaches it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ _is_grad_enabled = torch.is_grad_enabled
 @lru_cache(maxsize=64)
 def _limits_of(text: str) -> Limits:
     return Limits(**json.loads(text)) if text else DEFAULT_LIMITS
+
+
+def _backward_limits_of(text: str) -> Limits:
+    """What the backward pass may take: a kernel is forced, and a policy chosen, for the forward
+    pass alone."""
+    options = json.loads(text) if text else {}
+    return _limits_of(
+        json.dumps({name: options[name] for name in options if name not in ("kernel", "policy")})
+    )
 
 
 def _window_of(left: int, right: int) -> tuple[int | None, int | None] | None:
@@ -111,14 +121,103 @@ def _(
     return _empty_out(q, v), q.new_empty(log_sum_exp_shape, dtype=torch.float32)
 
 
-def _no_backward(context: Any, *gradients: Tensor) -> NoReturn:
+@torch.library.custom_op("widehead::attention_backward", mutates_args=())
+def _backward_operator(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    scale: float | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    limits: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_sinks = q.new_empty((0,) if sinks is None else (q.shape[1],), dtype=torch.float32)
+    _core.backward(
+        q, k, v, scale, causal or False, _window_of(window_left, window_right), softcap, mask,
+        sinks, key_lengths, key_starts, out, log_sum_exp, d_out, dq, dk, dv,
+        None if sinks is None else d_sinks, _backward_limits_of(limits)._core,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv, d_sinks
+
+
+@_backward_operator.register_fake
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    scale: float | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    limits: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_sinks = q.new_empty((0,) if sinks is None else (q.shape[1],), dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_sinks
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, sinks, key_lengths, key_starts, *options, limits = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, mask, sinks, key_lengths, key_starts)
+    ctx.options = (*options[:-1], limits)
+    ctx.has_log_sum_exp = options[-1]
+
+
+def _backward(context: Any, d_out: Tensor | None, d_log_sum_exp: Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * 14
+    saved = context.saved_tensors  # once: checkpointing computes them anew
+    q = saved[0]
+    if q.device.type != "cpu":
+        raise NotImplementedError(
+            f"widehead has no backward on {q.device.type} yet: call it under torch.no_grad() or "
+            "torch.inference_mode(), or use F.scaled_dot_product_attention to train"
+        )
+    if context.needs_input_grad[3]:
+        raise NotImplementedError(
+            "widehead has no gradient of masks: detach the mask, or use "
+            "F.scaled_dot_product_attention to train it"
+        )
+    if d_log_sum_exp is not None:
+        raise NotImplementedError(
+            "widehead has no backward through the log-sum-exp: detach it, or use it without gradients"
+        )
+    if d_out is None:
+        return nothing
+    if not context.has_log_sum_exp:
+        raise RuntimeError("backward needs the log-sum-exp: call the operator with wants_log_sum_exp")
+    dq, dk, dv, d_sinks = torch.ops.widehead.attention_backward(
+        d_out, *saved, *context.options
+    )
+    return (dq, dk, dv, None, d_sinks if context.needs_input_grad[4] else None, *nothing[5:])
+
+
+def _no_second_backward(context: Any, *gradients: Any) -> NoReturn:
     raise NotImplementedError(
-        "widehead has no backward yet: call it under torch.no_grad() or torch.inference_mode(), "
-        "or use F.scaled_dot_product_attention to train"
+        "widehead has no double backward: use F.scaled_dot_product_attention with the math backend"
     )
 
 
-_operator.register_autograd(_no_backward)
+_operator.register_autograd(_backward, setup_context=_save_for_backward)
+_backward_operator.register_autograd(_no_second_backward)
 
 
 def _needs_operator(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> bool:
@@ -215,9 +314,14 @@ def attention(arguments: Arguments, limits: Limits) -> Any:
     if sinks is not None and not _is_compiling() and sinks._is_zerotensor():
         sinks = sinks.clone()  # the dispatcher makes it real with a stride of 0, which is refused
     left, right = _sides_of(window)
+    # The backward pass reads it.
+    wants_log_sum_exp = return_log_sum_exp or (
+        _is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (q, k, v, mask, sinks))
+    )
     result, log_sum_exp = torch.ops.widehead.attention(
         q, k, v, mask, sinks, _keys_tensor(key_lengths, q), _keys_tensor(key_starts, q), scale,
-        _causal_of(causal), left, right, softcap, return_log_sum_exp, limits.text,
+        _causal_of(causal), left, right, softcap, wants_log_sum_exp, limits.text,
     )  # fmt: skip
     if out is not None:
         result = out.copy_(result)
@@ -333,7 +437,7 @@ def sdpa(
     ``enable_gqa`` the numbers of heads must be equal, or 1. Raises ValueError for dropout.
     """
     if dropout_p != 0.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be 0: widehead is for inference")
+        raise ValueError(f"dropout_p is {dropout_p}; it must be 0: widehead has no dropout")
     is_strided = query.layout is key.layout is value.layout is _STRIDED
     if not is_strided or query.is_nested or key.is_nested or value.is_nested:
         for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -61,7 +61,7 @@ def attention_forward(
     Returns ([batch, len_q, heads_q, dim_v], None): there are no weights to hand out.
     """
     if dropout != 0.0:
-        raise ValueError(f"dropout is {dropout}; it must be 0: widehead is for inference")
+        raise ValueError(f"dropout is {dropout}; it must be 0: widehead has no dropout")
     if kwargs.pop("cache", None) is not None:
         raise ValueError("widehead does not read paged caches; use a dynamic or a static cache")
     _expect_known(module, kwargs)
@@ -71,7 +71,7 @@ def attention_forward(
         value = value.to(key.dtype)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
     if s_aux is not None:
-        options["sinks"] = s_aux.detach().to(torch.float32).reshape(-1)
+        options["sinks"] = s_aux.to(torch.float32).reshape(-1)
     if isinstance(attention_mask, StructuredMask):
         options |= _structure(attention_mask, query, key)
         mask = attention_mask.keys
