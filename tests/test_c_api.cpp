@@ -239,5 +239,14 @@ TEST(CApi, TheCallersExecutorAndProgressAreUsed) {
   EXPECT_NE(std::string(wh_last_error()).find("out is partly written"), std::string::npos);
 }
 
+TEST(CApi, WithoutQueriesNothingIsReadKeyLengthsAndStartsIncluded) {
+  Call call;
+  call.problem.len_q = 0;
+  call.problem.uses = WH_USES_KEY_LENGTHS | WH_USES_KEY_STARTS;
+  call.tensors.key_lengths = call.tensors.key_starts = nullptr;
+  EXPECT_EQ(call.run(), WH_OK) << wh_last_error();
+  EXPECT_TRUE(call.out_is_untouched());
+}
+
 }  // namespace
 }  // namespace wh
