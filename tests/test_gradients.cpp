@@ -12,6 +12,7 @@
 #include "plan/explain.h"
 #include "plan/plan_json.h"
 #include "plan/planner.h"
+#include "verify/execution.h"
 #include "verify/gradients.h"
 #include "widehead/widehead.hpp"
 
@@ -29,23 +30,13 @@ std::string run(const std::string& kernel, Limits limits, GradientTensors& data)
   if (!plan.ok()) return plan.status().message();
   if (!plan->runnable()) return runnable_status(*plan).message();
   data.poison_outputs();
-  GuardedTensor workspace(static_cast<int64_t>(plan->workspace_bytes) + 64);
-  Tensors t = data.tensors();
-  t.workspace =
-      reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-  t.workspace_bytes = plan->workspace_bytes;
-  if (Status status = validate(data.problem(), t); !status.ok()) return status.message();
-  if (!writes_anything(data.problem())) return "";
-  Progress unwatched;
-  const Kernel* chosen = find_kernel(machine.kernels, plan->kernel);
-  const Status status =
-      chosen->run({plan->problem, plan->config, t, default_executor(), unwatched});
-  if (!status.ok()) return status.message();
-  if (!workspace.guards_intact()) return "memory around the workspace was written";
-  const auto* end = static_cast<const std::byte*>(t.workspace) + t.workspace_bytes;
-  for (const std::byte* byte = end; byte < workspace.data() + workspace.size(); ++byte) {
-    if (*byte != std::byte{0xff}) return "memory past the workspace was written";
-  }
+  Result<Execution> execution = Execution::prepare(
+      *plan, data.tensors(), {.guard_bytes = GuardedTensor::kGuardBytes, .paints_workspace = true});
+  if (!execution.ok()) return execution.status().message();
+  if (Status status = execution->run(); !status.ok()) return status.message();
+  const Result<bool> intact = execution->guards_intact();
+  if (!intact.ok()) return intact.status().message();
+  if (!*intact) return "memory around the workspace was written";
   return data.damage();
 }
 

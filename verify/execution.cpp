@@ -36,7 +36,7 @@ Result<Execution> Execution::prepare(Plan plan, const Tensors& host,
   const Problem& p = plan.problem;
   // Here, where the tensors still are the host's: a device's key lengths nobody looks at.
   WH_RETURN_IF_ERROR(validate(p, host));
-  if (p.batch > 0 && p.len_q > 0) WH_RETURN_IF_ERROR(validate_key_ranges(p, host));
+  WH_RETURN_IF_ERROR(validate_key_ranges(p, host));
   const size_t guards = 2 * static_cast<size_t>(options.guard_bytes);
   Result<Workspace> workspace =
       Workspace::allocate({p.device, {p.device_index, nullptr}}, plan.workspace_bytes + guards);
@@ -72,6 +72,7 @@ Status Execution::place(Pointer*& pointer, int64_t bytes, bool is_output) {
 
 Status Execution::place_tensors() {
   const TensorBytes bytes = tensor_bytes(plan_.problem);
+  const bool is_forward = plan_.problem.pass == Pass::kForward;
   const bool v_is_k = tensors_.v == tensors_.k;
   WH_RETURN_IF_ERROR(place(tensors_.q, bytes.q, false));
   WH_RETURN_IF_ERROR(place(tensors_.k, bytes.k, false));
@@ -84,8 +85,13 @@ Status Execution::place_tensors() {
   WH_RETURN_IF_ERROR(place(tensors_.sinks, bytes.sinks, false));
   WH_RETURN_IF_ERROR(place(tensors_.key_lengths, bytes.key_lengths, false));
   WH_RETURN_IF_ERROR(place(tensors_.key_starts, bytes.key_starts, false));
-  WH_RETURN_IF_ERROR(place(tensors_.out, bytes.out, true));
-  return place(tensors_.log_sum_exp, bytes.log_sum_exp, true);
+  WH_RETURN_IF_ERROR(place(tensors_.out, bytes.out, is_forward));
+  WH_RETURN_IF_ERROR(place(tensors_.log_sum_exp, bytes.log_sum_exp, is_forward));
+  WH_RETURN_IF_ERROR(place(tensors_.d_out, bytes.d_out, false));
+  WH_RETURN_IF_ERROR(place(tensors_.dq, bytes.dq, true));
+  WH_RETURN_IF_ERROR(place(tensors_.dk, bytes.dk, true));
+  WH_RETURN_IF_ERROR(place(tensors_.dv, bytes.dv, true));
+  return place(tensors_.d_sinks, bytes.d_sinks, true);
 }
 
 // In pieces: some plans take hundreds of MB.
