@@ -1,13 +1,14 @@
 """Times Widehead beside PyTorch's scaled_dot_product_attention on a GPU, alternating, in one run.
 
     python3 bench/gpu.py LIBRARY RESULT.json RESULT.md [--groups prefill,decode,portable]
-                         [--seconds 120]
+                         [--seconds 120] [--sustained 1.5]
 
 Prefill: CUDA events, the median of several calls. Decode and short calls: replays of a CUDA graph,
 for decode over several sets of K and V, so that they come from memory and not from L2. TFLOP/s
-count visible pairs only. A rival that refuses is written down with its reason. Every kernel's answer is
-compared with that of the planner's choice; one that is off makes the script fail. The results are
-written after every row.
+count visible pairs only. The libraries of gpu_rivals.py that are installed run beside PyTorch. A
+rival that refuses is written down with its reason. Every kernel's answer is compared with that of
+the planner's choice; one that is off makes the script fail. The results are written after every
+row.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from gpu_library import (DTYPES, KERNELS, TOLERANCES, Row, Widehead, problem, random_tensors,
                          relative_rms)
+from gpu_rivals import RIVALS, event_ms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -92,13 +94,17 @@ def torch_call(row: Row, backend: SDPBackend, inputs: list[torch.Tensor]) -> Cal
     return run
 
 
-def event_ms(run: Call) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+def sustained_ms(run: Call, one_ms: float, seconds: float) -> float:
+    """At the power limit: alone, back to back, once two seconds of it are over."""
+    def several(duration_s: float) -> int:
+        count = max(1, int(duration_s * 1e3 / one_ms))
+        for _ in range(count):
+            run()
+        return count
+    several(2.0)
+    torch.cuda.synchronize()
+    counts: list[int] = []
+    return event_ms(lambda: counts.append(several(seconds))) / counts[0]
 
 
 class Graph:
@@ -148,7 +154,7 @@ def work(row: Row) -> tuple[float, float]:
     return 2 * row["batch"] * row["heads_q"] * pairs * dims, kv_bytes
 
 
-def bench_row(widehead: Widehead, row: Row) -> Row:
+def bench_row(widehead: Widehead, row: Row, sustained_seconds: float) -> Row:
     flops, kv_bytes = work(row)
     is_decode = row["len_q"] == 1
     is_short = is_decode or flops < 2e11  # the way from the host shows beside it
@@ -160,6 +166,8 @@ def bench_row(widehead: Widehead, row: Row) -> Row:
         makers[FRESH] = lambda inputs: widehead.run(row, inputs, fresh_keys=1)
     for name, backend in BACKENDS.items():
         makers["torch " + name] = lambda inputs, backend=backend: torch_call(row, backend, inputs)
+    for name, rival in RIVALS.items():
+        makers[name] = lambda inputs, rival=rival: rival(row, inputs)
     for forced in KERNELS:  # beside the planner's choice: what it should have chosen
         makers[forced] = lambda inputs, forced=forced: widehead.run(row, inputs, kernel=forced)
     refusals: dict[str, str] = {}
@@ -182,22 +190,29 @@ def bench_row(widehead: Widehead, row: Row) -> Row:
         except Exception as error:  # a rival's refusal is a result
             refusals[name] = first_line(error)
     times = time_alternating(candidates, sets)
-    ours = {name: ms for name, ms in times.items() if not name.startswith(("torch", FRESH))}
+    sustained: dict[str, float] = {}
+    if not is_short and sustained_seconds > 0:
+        sustained = {name: sustained_ms(run, times[name], sustained_seconds)
+                     for name, run in candidates.items()}
+    ours = {name: ms for name, ms in times.items()
+            if not name.startswith(("torch", FRESH)) and name not in RIVALS}
     fastest = min(ours, key=lambda name: ours[name])
     # Both of the two answers are rounded. not (a <= b): NaN is wrong.
-    wrong = [name for name in errors if not name.startswith("torch")
+    wrong = [name for name in errors if not name.startswith("torch") and name not in RIVALS
              and not errors[name] <= 2 * TOLERANCES[row["dtype"]]]
     return dict(row, kernel=kernel, workspace_bytes=workspace, refused=refusals, wrong=wrong,
                 fastest_kernel=kernel if fastest == "widehead" else fastest,
                 regret=times["widehead"] / ours[fastest],
                 results={name: dict(median_us=ms * 1e3, tflops=flops / ms * 1e-9,
                                     kv_gbytes_per_s=kv_bytes / ms * 1e-6,
-                                    relative_rms_to_widehead=errors[name])
+                                    relative_rms_to_widehead=errors[name],
+                                    **({"sustained_us": sustained[name] * 1e3}
+                                       if name in sustained else {}))
                          for name, ms in times.items()})
 
 
 def table(rows: list[Row], unit: str, field: str, *ours: str) -> str:
-    names = [*ours, *("torch " + name for name in BACKENDS)]
+    names = [*ours, *("torch " + name for name in BACKENDS), *RIVALS]
     lines = [f"| {unit} | kernel | us | " + " | ".join(names) + " | regret |",
              "|---" * (4 + len(names)) + "|"]
     for row in rows:
@@ -252,6 +267,9 @@ def main() -> int:
     parser.add_argument("markdown_path")
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after this long")
+    parser.add_argument("--sustained", type=float, default=0, metavar="SECONDS",
+                        help="time prefill at the power limit too, each alone for so long "
+                             "(sustained_us beside median_us)")
     arguments = parser.parse_args()
     begin = time.monotonic()
     widehead = Widehead(arguments.library)
@@ -267,7 +285,7 @@ def main() -> int:
                 continue
             print(f"{time.monotonic() - begin:5.0f} s  {row['name']}", file=sys.stderr, flush=True)
             try:
-                result = bench_row(widehead, row)
+                result = bench_row(widehead, row, arguments.sustained)
                 failures += [f"{row['name']}: {name} is off" for name in result["wrong"]]
             except Exception as error:  # one row must not lose the others
                 result = dict(row, error=first_line(error))
