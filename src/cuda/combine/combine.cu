@@ -87,9 +87,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   };
   load(0);
 
-  // Rounded before `top`, which may be it, is subtracted.
-  const float sink = __fmul_rn(sink_of(args, head), kLog2E);
-  top = warp_max(fmaxf(top, sink));
+  const float sink = sink_of(args, head);
+  top = warp_max(fmaxf(top, __fmul_rn(sink, kLog2E)));
   float shares[kRounds * kRoundSplits / 32];
   float total = 0;
 #pragma unroll
@@ -97,7 +96,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     shares[i] = share_of(weights[i], top);
     if (shares[i] != kUnseen) total += shares[i];
   }
-  total = warp_sum(total) + (sink == -INFINITY ? 0 : ptx::exp2_approx(sink - top));
+  total =
+      warp_sum(total) + (sink == -INFINITY ? 0 : ptx::exp2_approx(exponent_of(sink, kLog2E, top)));
 
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll

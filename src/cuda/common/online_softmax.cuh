@@ -29,6 +29,17 @@ __device__ __forceinline__ float log_sum_exp(RowWeight weight) {
   return (weight.largest + ptx::log2_approx(weight.sum)) * kLn2;
 }
 
+// score * scale_log2 - shift, where `shift` is a rounded product of another score, or of this one.
+// What rounding took from this product counts too: weights are fused, so they hold it. From 2^64 on
+// it says nothing: two scores of that size are equal or further apart than f32's exponents reach.
+__device__ __forceinline__ float exponent_of(float score, float scale_log2, float shift) {
+  const float product = __fmul_rn(score, scale_log2);
+  const float beside = fmaf(score, scale_log2, -product);
+  // Where the products overflow both are infinite.
+  const float below = product == shift ? 0.0f : product - shift;
+  return fabsf(beside) <= 64 ? below + beside : below;  // and not NaN
+}
+
 struct OnlineSoftmax {
   float largest[2] = {-INFINITY, -INFINITY};  // about, over the quad, in units of the scores
   float sum[2] = {0, 0};                      // of this thread's columns alone, until finish()
@@ -143,7 +154,7 @@ struct OnlineSoftmax {
     // Where the product overflows both are infinite.
     const float below = largest_log2 == shift ? 0.0f : largest_log2 - shift;
     const float rescale = ptx::exp2_approx(below + unit(r, scale_log2));
-    total = fmaf(total, rescale, ptx::exp2_approx(sink_log2 - shift));
+    total = fmaf(total, rescale, ptx::exp2_approx(exponent_of(sink, kLog2E, shift)));
     correction[r] = total == 0 ? 0 : rescale / total;
     return {shift, total};
   }

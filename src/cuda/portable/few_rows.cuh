@@ -206,17 +206,16 @@ class FewRowsBlock {
     }
   }
 
-  // In base 2; minus infinity where this lane's row may not see the key. Products are rounded
-  // before anything is subtracted from them: fused, the largest score less itself would not be 0.
+  // In units of 1 / scale_log2_; minus infinity where this lane's row may not see the key.
   __device__ __forceinline__ float visible_score(float dot, int32_t key) const {
     if (key >= end_ || static_cast<uint32_t>(key - score_row_.first_key) >= score_row_.key_count) {
       return -INFINITY;
     }
     float score[1] = {dot};
-    if (args_.scores == Scores::kPlain) return __fmul_rn(score[0], a_.scale * kLog2E);
+    if (args_.scores == Scores::kPlain) return score[0];
     transform_scores(score, a_);
     const float bias = mask_bias<float>(a_, score_row_, key);
-    return bias == -INFINITY ? -INFINITY : __fmul_rn(score[0] + bias, kLog2E);
+    return bias == -INFINITY ? -INFINITY : score[0] + bias;
   }
 
   // Takes the scores of a step into the row's softmax; returns this lane's weight.
@@ -227,8 +226,8 @@ class FewRowsBlock {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
     }
     const float shift = top == -INFINITY ? 0 : top;
-    const float correction = ptx::exp2_approx(largest_ - shift);
-    const float weight = ptx::exp2_approx(score - shift);
+    const float correction = ptx::exp2_approx((largest_ - shift) * scale_log2_);
+    const float weight = ptx::exp2_approx((score - shift) * scale_log2_);
     sum_ = fmaf(sum_, correction, weight);
     // A first key replaces minus infinity: what is summed is still 0.
     if (__any_sync(~0u, top > largest_)) rescale(correction);
@@ -317,15 +316,18 @@ class FewRowsBlock {
   __device__ __forceinline__ void weigh_teams(Shares& shares, int r) const {
     const PackedRow at = packed_row(r);
     const Partials& partials = args_.partials;
-    const float sink = partials.splits > 1 ? -INFINITY : __fmul_rn(sink_of(a_, at.head), kLog2E);
-    float top = sink;
+    const float sink = partials.splits > 1 ? -INFINITY : sink_of(a_, at.head);
+    float largest = -INFINITY;
 #pragma unroll
-    for (int t = 0; t < kTeams; ++t) top = fmaxf(top, shares.largest[t][r]);
-    const float shift = top == -INFINITY ? 0 : top;
-    float sum = ptx::exp2_approx(sink - shift);
+    for (int t = 0; t < kTeams; ++t) largest = fmaxf(largest, shares.largest[t][r]);
+    const float top = fmaxf(__fmul_rn(largest, scale_log2_), __fmul_rn(sink, kLog2E));
+    const float base = largest == -INFINITY ? 0 : largest;
+    const float unit =
+        largest == -INFINITY ? 0 : ptx::exp2_approx(exponent_of(largest, scale_log2_, top));
+    float sum = sink == -INFINITY ? 0 : ptx::exp2_approx(exponent_of(sink, kLog2E, top));
 #pragma unroll
     for (int t = 0; t < kTeams; ++t) {
-      const float factor = ptx::exp2_approx(shares.largest[t][r] - shift);
+      const float factor = unit * ptx::exp2_approx((shares.largest[t][r] - base) * scale_log2_);
       sum = fmaf(shares.sum[t][r], factor, sum);
       shares.factor[t][r] = factor;
     }
@@ -368,6 +370,7 @@ class FewRowsBlock {
   const int lane_, team_;  // of its team; of the block
   const int32_t begin_, end_;
   const HeadRows k_, v_;
+  float scale_log2_ = (args_.scores == Scores::kPlain ? a_.scale : 1) * kLog2E;  // of scores
   ScoreRow score_row_;                   // of the row whose score this lane ends up with
   float largest_ = -INFINITY, sum_ = 0;  // of that row; the sum over this lane's keys
   float4 q_[kRows][kPieces], o_[kRows][kPieces];
