@@ -10,11 +10,12 @@ import racecheck  # noqa: E402
 
 
 def line_of(kernel: str, statement: str) -> tuple[str, int]:
-    path = ROOT / "src/cuda" / kernel.replace("sm90_", "sm90/") / "kernel.cuh"
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if statement in line:
-            return path.name, number
-    raise AssertionError(f"{path} has no {statement}")
+    folder = ROOT / "src/cuda" / kernel.replace("sm90_", "sm90/")
+    for path in sorted(folder.glob("*.cuh")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if statement in line:
+                return path.name, number
+    raise AssertionError(f"no file of {folder} has {statement}")
 
 
 def report(kernel: str, first: tuple[str, str, int], second: tuple[str, str, int]) -> str:

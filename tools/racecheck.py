@@ -35,13 +35,13 @@ KNOWN = (
           "cleaned"),
     Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
           "mailbox()->dropped[number % 2][half] = number + 1", "cleaners write the same number"),
-    Known("sm90_prefill_wide", "block.s_factors()[accumulator_row(r)] = softmax.correction[r]",
+    Known("sm90_prefill_wide", "block.s_factors()[accumulator_row(r)] = softmax.online.correction[r]",
           "block.s_factors()[accumulator_row(0)]",
           "corrections: the left warpgroup arrives at kWeightsFull behind the write, where the right "
           "one waits, which arrives at kWeightsFree behind the read"),
     Known("sm90_prefill_wide",
-          "block.s_factors()[kNorms + accumulator_row(r)] = softmax.correction[r]",
-          "block.s_factors()[kNorms + accumulator_row(",
+          "block.s_factors()[Block::kNorms + accumulator_row(r)] = softmax.norm(r)",
+          "block.s_factors()[Block::kNorms + accumulator_row(",
           "norms: the same with kNormFull and kNormFree"),
 )
 
@@ -81,7 +81,7 @@ def source_line(root: Path) -> Statement:
 
     def line(kernel: str, name: str, number: int) -> str:
         paths = files.get(Path(name).name, [])
-        if len(paths) > 1:  # kernel.cuh: the kernel's own folder
+        if len(paths) > 1:  # kernel.cuh and block.cuh: of the kernel's own folder
             folder = "/" + kernel.replace("sm90_", "sm90/").replace("cuda_", "") + "/"
             paths = [path for path in paths if folder in str(path)]
         if len(paths) != 1:
