@@ -208,7 +208,7 @@ TEST(Gradients, OfRowsThatSeeNothingAreZeroWhateverTheirOutputs) {
 }
 
 TEST(Gradients, ReportTheirProgressAndStop) {
-  const Case& c = make_cases(CaseSet::kCorner, Device::kCpu, 1)[1];
+  const Case c = make_cases(CaseSet::kCorner, Device::kCpu, 1)[1];
   GradientTensors data(c);
   struct Watcher {
     double cancel_at, last = 0;
