@@ -2,9 +2,9 @@
  *
  *   out = softmax(mask(softcap(scale * q k^T))) v
  *
- * and its gradients. A wh_problem says what is to be computed, wh_limits what the caller allows; wh_plan_create()
- * makes a plan of the two, which can be printed, stored and run any number of times, from any
- * thread.
+ * and its gradients. A wh_problem says what is to be computed, wh_limits what the caller allows;
+ * wh_plan_create() makes a plan of the two, which can be printed, stored and run any number of
+ * times, from any thread.
  *
  * Every function that can fail answers with a wh_status and leaves a message that names the
  * argument, its value and what would be valid in wh_last_error(). Nothing prints, exits, aborts or
@@ -110,9 +110,9 @@ typedef struct wh_limits {
 } wh_limits;
 
 /* Pointers for one run: host memory for a CPU problem, memory of the problem's device for a CUDA
- * one, each aligned to its elements. What the problem does not use stays NULL. What a run writes (out
- * and log_sum_exp, or the gradients) and the workspace's first bytes, as many as the plan takes,
- * must not overlap another tensor. */
+ * one, each aligned to its elements. What the problem does not use stays NULL. What a run writes
+ * (out and log_sum_exp, or the gradients) and the workspace's first bytes, as many as the plan
+ * takes, must not overlap another tensor. */
 typedef struct wh_tensors {
   size_t size; /* of this struct; set by wh_tensors_init() */
   const void* q;
@@ -194,15 +194,15 @@ WH_API const char* wh_plan_json(const wh_plan* plan);
  * not make is WH_INVALID_ARGUMENT: plan again. */
 WH_API wh_status wh_plan_from_json(const char* text, size_t length, wh_plan** plan);
 
-/* Plans (cached by shape and limits) and runs the problem's pass. Without tensors->workspace it allocates what the
- * plan takes, for the time of the call; on CUDA in the order of the stream, from a memory pool of
- * its own, which keeps up to 32 MiB a device. */
+/* Plans (cached by shape and limits) and runs the problem's pass. Without tensors->workspace it
+ * allocates what the plan takes, for the time of the call; on CUDA in the order of the stream, from
+ * a memory pool of its own, which keeps up to 32 MiB a device. */
 WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
                               const wh_tensors* tensors, const wh_run_options* options);
 
 /* Hands one line for each new plan (problem, kernel, workspace, time, the next best) to `log`, from
- * the thread that plans and never from two at once. It may plan, which makes no lines then, but must
- * not wait for another thread that plans. NULL: lines go to stderr where the environment says
+ * the thread that plans and never from two at once. It may plan, which makes no lines then, but
+ * must not wait for another thread that plans. NULL: lines go to stderr where the environment says
  * WIDEHEAD_LOG=plan, and nowhere otherwise. */
 WH_API void wh_set_plan_log(void (*log)(void* context, const char* line), void* context);
 
