@@ -73,6 +73,13 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
 
 
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_sinks = q.new_empty((0,) if sinks is None else (q.shape[1],), dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_sinks
+
+
 @torch.library.custom_op("widehead::attention", mutates_args=())
 def _operator(
     q: Tensor,
@@ -140,8 +147,7 @@ def _backward_operator(
     softcap: float | None,
     limits: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    d_sinks = q.new_empty((0,) if sinks is None else (q.shape[1],), dtype=torch.float32)
+    dq, dk, dv, d_sinks = _empty_gradients(q, k, v, sinks)
     _core.backward(
         q, k, v, scale, causal or False, _window_of(window_left, window_right), softcap, mask,
         sinks, key_lengths, key_starts, out, log_sum_exp, d_out, dq, dk, dv,
@@ -161,17 +167,9 @@ def _(
     log_sum_exp: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    key_lengths: Tensor | None,
-    key_starts: Tensor | None,
-    scale: float | None,
-    causal: str,
-    window_left: int,
-    window_right: int,
-    softcap: float | None,
-    limits: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_sinks = q.new_empty((0,) if sinks is None else (q.shape[1],), dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_sinks
+    return _empty_gradients(q, k, v, sinks)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

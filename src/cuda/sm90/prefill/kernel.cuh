@@ -19,10 +19,8 @@
 // quarter at 256.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/common/clean_values.cuh"
+#include "cuda/common/element.cuh"
 #include "cuda/common/key_range.h"
 #include "cuda/common/tile_order.h"
 #include "cuda/ptx/mbarrier.cuh"
@@ -39,7 +37,7 @@ namespace wh::cuda {
 
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
 struct PrefillBlock {
-  using T = std::conditional_t<kDtype == Dtype::kF16, __half, __nv_bfloat16>;
+  using T = Element<kDtype>;
   static constexpr HeadDims kDims{kDimQk, kDimV};
   static constexpr PrefillTile kTile = prefill_tile(kDims, kScores);
   static constexpr PrefillMemory kMemory{kDims, kTile};

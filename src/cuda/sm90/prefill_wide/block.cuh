@@ -2,12 +2,8 @@
 // works on, the producer thread that fills the rings, and the warps that clean V.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
 #include "cuda/common/clean_values.cuh"
+#include "cuda/common/element.cuh"
 #include "cuda/common/key_range.h"
 #include "cuda/common/tile_order.h"
 #include "cuda/ptx/mbarrier.cuh"
@@ -22,7 +18,7 @@ namespace wh::cuda {
 
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
 struct WideBlock {
-  using T = std::conditional_t<kDtype == Dtype::kF16, __half, __nv_bfloat16>;
+  using T = Element<kDtype>;
   static constexpr HeadDims kDims{kDimQk, kDimV};
   static constexpr Scores kScoresOf = kScores;
   static constexpr WideTile kTile = wide_tile(kDims, kScores);
