@@ -161,31 +161,30 @@ std::vector<mx::array> Attention::composed(const std::vector<mx::array>& inputs)
   return {mx::reshape(out, {batch, heads, len_q, v.shape(3)}, s)};
 }
 
-std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals,
-                                      const std::vector<mx::array>& cotangents,
-                                      const std::vector<int>& argnums,
-                                      const std::vector<mx::array>&) {
-  // Of the asked arguments alone: whole numbers have no gradient.
+Attention::Differentiable Attention::of_asked(const std::vector<mx::array>& primals,
+                                              const std::vector<int>& argnums) {
   std::vector<mx::array> asked;
   for (const int i : argnums) asked.push_back(primals[i]);
-  const auto function = [&](const std::vector<mx::array>& values) {
+  const auto function = [this, primals, argnums](const std::vector<mx::array>& values) {
     std::vector<mx::array> inputs = primals;
     for (size_t i = 0; i < argnums.size(); ++i) inputs[argnums[i]] = values[i];
     return composed(inputs);
   };
+  return {function, asked};
+}
+
+std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals,
+                                      const std::vector<mx::array>& cotangents,
+                                      const std::vector<int>& argnums,
+                                      const std::vector<mx::array>&) {
+  const auto [function, asked] = of_asked(primals, argnums);
   return mx::vjp(function, asked, cotangents).second;
 }
 
 std::vector<mx::array> Attention::jvp(const std::vector<mx::array>& primals,
                                       const std::vector<mx::array>& tangents,
                                       const std::vector<int>& argnums) {
-  std::vector<mx::array> asked;
-  for (const int i : argnums) asked.push_back(primals[i]);
-  const auto function = [&](const std::vector<mx::array>& values) {
-    std::vector<mx::array> inputs = primals;
-    for (size_t i = 0; i < argnums.size(); ++i) inputs[argnums[i]] = values[i];
-    return composed(inputs);
-  };
+  const auto [function, asked] = of_asked(primals, argnums);
   return mx::jvp(function, asked, tangents).second;
 }
 

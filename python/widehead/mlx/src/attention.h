@@ -4,6 +4,7 @@
 #include <mlx/mlx.h>
 #include <mlx/primitives.h>
 
+#include <functional>
 #include <optional>
 #include <vector>
 #include <widehead/widehead.hpp>
@@ -66,6 +67,14 @@ class Attention : public mx::UnaryPrimitive {
 
  private:
   std::vector<mx::array> composed(const std::vector<mx::array>& inputs);
+
+  // composed() of the arguments that a transformation asks for, and those: whole numbers have no
+  // gradient.
+  struct Differentiable {
+    std::function<std::vector<mx::array>(const std::vector<mx::array>&)> function;
+    std::vector<mx::array> asked;
+  };
+  Differentiable of_asked(const std::vector<mx::array>& primals, const std::vector<int>& argnums);
 
   Options options_;
   Present present_;
