@@ -210,17 +210,8 @@ class BackwardWorker {
     for (k_tile_ = seen.begin / shape_.tile_k; k_tile_ * shape_.tile_k < seen.end; ++k_tile_) {
       load_keys();
       for (int64_t panel = 0; panel < panels(); ++panel) {
-        switch (panel_vectors(panel)) {
-          case 1:
-            add_to_coarse_rows<1>(panel);
-            break;
-          case 2:
-            add_to_coarse_rows<2>(panel);
-            break;
-          default:
-            add_to_coarse_rows<3>(panel);
-            break;
-        }
+        with_vectors(panel_vectors(panel),
+                     [&](auto vectors) HWY_ATTR { add_to_coarse_rows<vectors()>(panel); });
       }
     }
     for (int64_t r = 0; r < rows_; ++r) {
@@ -309,17 +300,8 @@ class BackwardWorker {
     const int64_t begin = (keys.begin - tile_.begin) / shape_.lanes;
     const int64_t end = (keys.end - tile_.begin - 1) / shape_.lanes + 1;
     for (int64_t panel = begin; panel < end; ++panel) {
-      switch (panel_vectors(panel)) {
-        case 1:
-          run_panel<1>(panel);
-          break;
-        case 2:
-          run_panel<2>(panel);
-          break;
-        default:
-          run_panel<3>(panel);
-          break;
-      }
+      with_vectors(panel_vectors(panel),
+                   [&](auto vectors) HWY_ATTR { run_panel<vectors()>(panel); });
     }
     if (!await_turn(q_tile)) return false;
     const bool is_first = seen.begin >= tile_.begin;

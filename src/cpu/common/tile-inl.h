@@ -16,6 +16,7 @@
 #include <hwy/highway.h>
 
 #include <limits>
+#include <type_traits>
 
 #include "core/array_mask.h"
 #include "core/element.h"
@@ -34,6 +35,20 @@ constexpr int kTileRows = 4;
 #endif
 
 #define WH_UNROLL _Pragma("GCC unroll 24")
+
+// Calls body(constant) with the number of vectors that a panel takes.
+template <typename Body>
+HWY_INLINE void with_vectors(int64_t vectors, const Body& body) {
+  static_assert(kPanelVectors == 3);
+  switch (vectors) {
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    default:
+      return body(std::integral_constant<int, 3>());
+  }
+}
 
 #if HWY_TARGET != HWY_SCALAR
 using F32x4 = hn::FixedTag<float, 4>;

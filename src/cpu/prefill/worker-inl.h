@@ -63,17 +63,8 @@ class PrefillWorker {
       tile_ = {std::max(k0, keys.begin), std::min(k0 + shape_.tile_k, keys.end)};
       v_is_finite_ = products_.load_tile(item.batch_idx, item.head_kv, tile_);
       for (int64_t panel = 0; panel < panels_; ++panel) {
-        switch (panel_vectors(panel)) {
-          case 1:
-            run_panel<1>(panel);
-            break;
-          case 2:
-            run_panel<2>(panel);
-            break;
-          default:
-            run_panel<3>(panel);
-            break;
-        }
+        with_vectors(panel_vectors(panel),
+                     [&](auto vectors) HWY_ATTR { run_panel<vectors()>(panel); });
       }
       if (!steps_.done(tile_work(p_, rows_, tile_))) return false;
     }
