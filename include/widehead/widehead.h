@@ -154,6 +154,30 @@ typedef struct wh_run_options {
   void* progress_context;
 } wh_run_options;
 
+/* Attention over a part of the keys, as a run with WH_USES_LOG_SUM_EXP and without sinks leaves it:
+ * out [batch, heads_q, len_q, dim_v] and f32 natural log-sum-exps [batch, heads_q, len_q], strides
+ * in elements. Where a log-sum-exp is minus infinity the row saw no key, and out is not read.
+ * Log-sum-exps in base 2, which other libraries have, times log(2) = 0.6931472 are natural. */
+typedef struct wh_partial {
+  const void* out;
+  const float* log_sum_exp;
+  int64_t stride_out[4];
+  int64_t stride_log_sum_exp[3];
+  int32_t dtype;
+} wh_partial;
+
+/* What wh_merge() writes, with the names and ranges of wh_problem's. */
+typedef struct wh_merged {
+  size_t size;   /* of this struct; set by wh_merged_init() */
+  int32_t dtype; /* of out; each part has a type of its own */
+  int64_t batch, heads_q, len_q, dim_v;
+  void* out;
+  float* log_sum_exp; /* natural; NULL: not wanted */
+  int64_t stride_out[4];
+  int64_t stride_log_sum_exp[3];
+  const float* sinks; /* f32 [heads_q]: joined once, here and not in the parts; NULL: none */
+} wh_merged;
+
 typedef struct wh_plan wh_plan;
 
 WH_API const char* wh_version(void); /* "0.1.0" */
@@ -167,6 +191,7 @@ WH_API wh_status wh_problem_init(wh_problem* problem, size_t size);
 WH_API wh_status wh_limits_init(wh_limits* limits, size_t size);
 WH_API wh_status wh_tensors_init(wh_tensors* tensors, size_t size);
 WH_API wh_status wh_run_options_init(wh_run_options* options, size_t size);
+WH_API wh_status wh_merged_init(wh_merged* merged, size_t size);
 /* Sets every stride to that of a contiguous tensor (stride_v to stride_k where `uses` says that v
  * lies in k), those of gradients too, and scale to 1 / sqrt(dim_qk). */
 WH_API wh_status wh_problem_set_dense(wh_problem* problem);
@@ -199,6 +224,17 @@ WH_API wh_status wh_plan_from_json(const char* text, size_t length, wh_plan** pl
  * a memory pool of its own, which keeps up to 32 MiB a device. */
 WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
                               const wh_tensors* tensors, const wh_run_options* options);
+
+/* Attention over all keys from that over parts of them:
+ *   log_sum_exp = log(exp(sink) + sum_i exp(log_sum_exp_i))
+ *   out         = sum_i exp(log_sum_exp_i - log_sum_exp) * out_i
+ * summed in f32, in the order of the parts: the same parts give the same bits, for any number of
+ * threads. Host memory. Where no part saw a key out is 0 and the log-sum-exp that of the sink, or
+ * minus infinity. out and log_sum_exp may be those of a part, with its type and strides, and
+ * otherwise share no memory with one. executor and nothing else of the options is used; NULL: the
+ * defaults. Source: Dao et al., FlashAttention, 2022. */
+WH_API wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size_t count,
+                          const wh_run_options* options);
 
 /* Hands one line for each new plan (problem, kernel, workspace, time, the next best) to `log`, from
  * the thread that plans and never from two at once. It may plan, which makes no lines then, but

@@ -21,10 +21,12 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace widehead {
 
@@ -407,6 +409,50 @@ inline void backward(const TensorView& q, const TensorView& k, const TensorView&
   const wh_tensors c_tensors = tensors(q, k, v, out, gradients, options);
   const wh_run_options c_options = run.c_options();
   check(wh_attention(&c_problem, &c_limits, &c_tensors, &c_options));
+}
+
+// Attention over a part of the keys; log_sum_exp [batch, heads_q, len_q], contiguous.
+struct Partial {
+  TensorView out;
+  float* log_sum_exp = nullptr;
+};
+
+// Attention over all keys from that over parts of them; see wh_merge(). `merged` may be one of the
+// parts; without a log-sum-exp there, none is written.
+inline void merge(const Partial& merged, std::span<const Partial> parts,
+                  const float* sinks = nullptr, const RunOptions& run = {}) {
+  const auto set = [](int64_t(&to)[4], int64_t(&lse)[3], const TensorView& out) {
+    for (size_t i = 0; i < 4; ++i) to[i] = out.strides[i];
+    lse[0] = out.shape[1] * out.shape[2];
+    lse[1] = out.shape[2];
+    lse[2] = 1;
+  };
+  std::vector<wh_partial> c_parts(parts.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const TensorView& out = parts[i].out;
+    if (out.shape != merged.out.shape) {
+      throw Error(WH_INVALID_ARGUMENT, "parts[" + std::to_string(i) + "] is " +
+                                           to_string(out.shape) + "; merged is " +
+                                           to_string(merged.out.shape));
+    }
+    c_parts[i].out = out.data;
+    c_parts[i].log_sum_exp = parts[i].log_sum_exp;
+    c_parts[i].dtype = static_cast<int32_t>(out.dtype);
+    set(c_parts[i].stride_out, c_parts[i].stride_log_sum_exp, out);
+  }
+  wh_merged c_merged;
+  check(wh_merged_init(&c_merged, sizeof(c_merged)));
+  c_merged.dtype = static_cast<int32_t>(merged.out.dtype);
+  c_merged.batch = merged.out.shape[0];
+  c_merged.heads_q = merged.out.shape[1];
+  c_merged.len_q = merged.out.shape[2];
+  c_merged.dim_v = merged.out.shape[3];
+  c_merged.out = merged.out.data;
+  c_merged.log_sum_exp = merged.log_sum_exp;
+  c_merged.sinks = sinks;
+  set(c_merged.stride_out, c_merged.stride_log_sum_exp, merged.out);
+  const wh_run_options c_options = run.c_options();
+  check(wh_merge(&c_merged, c_parts.data(), c_parts.size(), &c_options));
 }
 
 }  // namespace widehead

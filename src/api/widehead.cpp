@@ -9,6 +9,7 @@
 
 #include "api/c_structs.h"
 #include "api/machine.h"
+#include "api/merge.h"
 #include "api/plan_log.h"
 #include "api/run.h"
 #include "core/json_writer.h"
@@ -123,6 +124,9 @@ wh_status wh_tensors_init(wh_tensors* tensors, size_t size) {
 }
 wh_status wh_run_options_init(wh_run_options* options, size_t size) {
   return guarded([&] { return wh::init_sized(wh::kRunOptionsStruct, options, size); });
+}
+wh_status wh_merged_init(wh_merged* merged, size_t size) {
+  return guarded([&] { return wh::init_sized(wh::kMergedStruct, merged, size); });
 }
 
 wh_status wh_problem_set_dense(wh_problem* problem) {
@@ -252,6 +256,20 @@ wh_status wh_attention(const wh_problem* problem, const wh_limits* limits,
         wh::Workspace::allocate({p.device, {p.device_index, o.stream}}, (*plan)->workspace_bytes);
     if (!workspace.ok()) return workspace.status();
     return wh::run_plan(**plan, t, o, &*workspace);
+  });
+}
+
+wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size_t count,
+                   const wh_run_options* options) {
+  return guarded([&]() -> Status {
+    wh_merged m{};
+    wh::RunOptions o;
+    WH_RETURN_IF_ERROR(wh::read_sized(wh::kMergedStruct, merged, m));
+    WH_RETURN_IF_ERROR(wh::read_run_options(options, o));
+    if (parts == nullptr && count > 0) {
+      return wh::invalid(fmt::format("parts is null; count says that there are {}", count));
+    }
+    return wh::merge(m, {parts, count}, o.executor);
   });
 }
 

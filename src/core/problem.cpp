@@ -6,14 +6,11 @@
 #include <cmath>
 #include <limits>
 
+#include "core/layout_checks.h"
 #include "core/problem_fields.h"
 
 namespace wh {
-namespace {
 
-using Extents = std::array<int64_t, 4>;
-
-// Number of elements between the lowest and the highest address, or -1 on overflow.
 int64_t span_elements(const Extents& extents, const Strides& strides) {
   __int128 span = 1;
   for (int i = 0; i < 4; ++i) {
@@ -23,6 +20,8 @@ int64_t span_elements(const Extents& extents, const Strides& strides) {
   constexpr __int128 kLimit = std::numeric_limits<int64_t>::max() / 16;
   return span > kLimit ? -1 : static_cast<int64_t>(span);
 }
+
+namespace {
 
 int64_t saturating_product(int64_t a, int64_t b) {
   int64_t result = 0;
@@ -41,6 +40,8 @@ Strides stepped_strides(const Extents& extents, Strides strides) {
   return strides;
 }
 
+}  // namespace
+
 Status check_strides(const char* name, const Extents& extents, const Strides& strides) {
   for (int i = 0; i < 4; ++i) {
     if (is_stepped_over(extents[i]) && strides[i] < 0) {
@@ -54,8 +55,7 @@ Status check_strides(const char* name, const Extents& extents, const Strides& st
   return {};
 }
 
-// Two different elements of what a run writes must not share an address: sorted by stride, each
-// dimension must step over everything below it.
+// Sorted by stride, each dimension must step over everything below it.
 Status check_distinct(const char* name, const Extents& extents, const Strides& strides) {
   if (std::find(extents.begin(), extents.end(), 0) != extents.end()) return {};
   std::array<int, 4> order{0, 1, 2, 3};
@@ -72,6 +72,8 @@ Status check_distinct(const char* name, const Extents& extents, const Strides& s
   }
   return {};
 }
+
+namespace {
 
 struct Bytes {
   const char* name;

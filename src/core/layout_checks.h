@@ -1,0 +1,21 @@
+// What strides may be, for every tensor that a caller describes.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/problem.h"
+#include "core/status.h"
+
+namespace wh {
+
+using Extents = std::array<int64_t, 4>;
+
+// Number of elements between the lowest and the highest address, or -1 on overflow.
+int64_t span_elements(const Extents& extents, const Strides& strides);
+// Not negative where they are stepped over, and within 64 bits.
+Status check_strides(const char* name, const Extents& extents, const Strides& strides);
+// Two different elements of what a run writes must not share an address.
+Status check_distinct(const char* name, const Extents& extents, const Strides& strides);
+
+}  // namespace wh
