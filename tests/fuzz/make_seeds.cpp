@@ -1,4 +1,4 @@
-// Writes valid inputs for the fuzzers into the folders problem, plan_json and safetensors.
+// Writes valid inputs for the fuzzers into the folders problem, plan_json, merge and safetensors.
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -17,7 +17,7 @@ void write(const std::string& path, const void* data, size_t size) {
 }  // namespace
 
 int main() {
-  for (const char* folder : {"problem", "plan_json", "safetensors"}) {
+  for (const char* folder : {"problem", "plan_json", "merge", "safetensors"}) {
     std::filesystem::create_directories(folder);
   }
   for (int i = 0; i < 8; ++i) {
@@ -45,6 +45,27 @@ int main() {
     const std::string json = wh_plan_json(plan);
     write("plan_json/" + std::to_string(i), json.data(), json.size());
     wh_plan_destroy(plan);
+  }
+  for (int i = 0; i < 3; ++i) {
+    wh_merged merged;
+    wh_merged_init(&merged, sizeof(merged));
+    merged.dtype = i;
+    merged.heads_q = merged.len_q = 4;
+    merged.batch = merged.dim_v = 1 + i;
+    const int64_t strides[] = {16 * merged.dim_v, 4 * merged.dim_v, merged.dim_v, 1};
+    std::memcpy(merged.stride_out, strides, sizeof(strides));
+    const int64_t steps[] = {16, 4, 1};
+    std::memcpy(merged.stride_log_sum_exp, steps, sizeof(steps));
+    wh_partial parts[3]{};
+    for (wh_partial& part : parts) {
+      part.dtype = i;
+      std::memcpy(part.stride_out, strides, sizeof(strides));
+      std::memcpy(part.stride_log_sum_exp, steps, sizeof(steps));
+    }
+    char bytes[sizeof(merged) + sizeof(parts)];
+    std::memcpy(bytes, &merged, sizeof(merged));
+    std::memcpy(bytes + sizeof(merged), parts, sizeof(parts));
+    write("merge/" + std::to_string(i), bytes, sizeof(bytes));
   }
   const std::string headers[] = {
       R"({"__metadata__":{"scale":"1"},"q":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}})",
