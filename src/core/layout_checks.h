@@ -11,6 +11,9 @@ namespace wh {
 
 using Extents = std::array<int64_t, 4>;
 
+// One element is not stepped over, and neither is none.
+constexpr bool is_stepped_over(int64_t extent) { return extent > 1; }
+
 // Number of elements between the lowest and the highest address, or -1 on overflow.
 int64_t span_elements(const Extents& extents, const Strides& strides);
 // Not negative where they are stepped over, and within 64 bits.

@@ -10,26 +10,12 @@
 #include "core/problem_fields.h"
 
 namespace wh {
-
-int64_t span_elements(const Extents& extents, const Strides& strides) {
-  __int128 span = 1;
-  for (int i = 0; i < 4; ++i) {
-    if (extents[i] == 0) return 0;
-    span += static_cast<__int128>(extents[i] - 1) * strides[i];
-  }
-  constexpr __int128 kLimit = std::numeric_limits<int64_t>::max() / 16;
-  return span > kLimit ? -1 : static_cast<int64_t>(span);
-}
-
 namespace {
 
 int64_t saturating_product(int64_t a, int64_t b) {
   int64_t result = 0;
   return __builtin_mul_overflow(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
 }
-
-// One element is not stepped over, and neither is none.
-bool is_stepped_over(int64_t extent) { return extent > 1; }
 
 Strides stepped_strides(const Extents& extents, Strides strides) {
   for (int i = 3; i >= 0; --i) {
@@ -39,41 +25,6 @@ Strides stepped_strides(const Extents& extents, Strides strides) {
   }
   return strides;
 }
-
-}  // namespace
-
-Status check_strides(const char* name, const Extents& extents, const Strides& strides) {
-  for (int i = 0; i < 4; ++i) {
-    if (is_stepped_over(extents[i]) && strides[i] < 0) {
-      return invalid(fmt::format("{}[{}] is {}; strides are in elements and must not be negative",
-                                 name, i, strides[i]));
-    }
-  }
-  if (span_elements(extents, strides) < 0) {
-    return invalid(fmt::format("{} spans more elements than a 64-bit byte offset can reach", name));
-  }
-  return {};
-}
-
-// Sorted by stride, each dimension must step over everything below it.
-Status check_distinct(const char* name, const Extents& extents, const Strides& strides) {
-  if (std::find(extents.begin(), extents.end(), 0) != extents.end()) return {};
-  std::array<int, 4> order{0, 1, 2, 3};
-  std::sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] < strides[b]; });
-  int64_t reach = 0;
-  for (int i : order) {
-    if (!is_stepped_over(extents[i])) continue;
-    if (strides[i] <= reach) {
-      return invalid(
-          fmt::format("stride_{}[{}] is {}; elements of {} would overlap, it must be at least {}",
-                      name, i, strides[i], name, reach + 1));
-    }
-    reach += (extents[i] - 1) * strides[i];
-  }
-  return {};
-}
-
-namespace {
 
 struct Bytes {
   const char* name;
