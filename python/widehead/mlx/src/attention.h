@@ -50,7 +50,7 @@ class Attention : public mx::UnaryPrimitive {
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
 
   // Gradients and vectorised maps are those of the same formula in MLX's operations, which stores
-  // the scores: there is no backward yet, and a mapped axis is no batch of Widehead's.
+  // the scores: Widehead's backward is not called yet, and a mapped axis is no batch of Widehead's.
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals,
                              const std::vector<mx::array>& cotangents,
                              const std::vector<int>& argnums,
