@@ -144,13 +144,36 @@ TEST_P(Kernels, ARowThatSeesNoKeyIsZeroAndMinusInfinity) {
 }
 
 TEST_P(Kernels, ARowWhoseScoresAreAllMinusInfinityIsEmptyWhateverVHolds) {
-  Attention attention(2, 1, queries(), 50, 64);
-  std::fill(attention.q.begin(), attention.q.end(), 1.0f);
-  std::fill(attention.k.begin(), attention.k.end(), -kInfinity);
-  attention.v[3 * 64] = kNan;
+  // Kernels clean V of NaN only in tiles that some row does not see whole: under a mask all.
+  for (const bool has_mask : {false, true}) {
+    for (const int64_t len_k : {50, 400}) {
+      Attention attention(2, 1, queries(), len_k, 64);
+      if (has_mask) {
+        attention.problem.causal = WH_CAUSAL_BOTTOM_RIGHT;
+        attention.mask.assign(static_cast<size_t>(queries() * len_k), 0.0f);
+      }
+      std::fill(attention.q.begin(), attention.q.end(), 1.0f);
+      std::fill(attention.k.begin(), attention.k.end(), -kInfinity);
+      attention.v[3 * 64] = kNan;
+      attention.v[4 * 64 + 1] = kInfinity;
+      attention.run(GetParam());
+      for (const float lse : attention.lse) ASSERT_EQ(lse, -kInfinity) << len_k << has_mask;
+      for (const float value : attention.out) ASSERT_EQ(value, 0.0f) << len_k << has_mask;
+    }
+  }
+}
+
+TEST_P(Kernels, AKeyWhoseScoreIsMinusInfinityWeighsNothing) {
+  Attention attention(2, 1, queries(), 100, 64), without(2, 1, queries(), 99, 64);
+  for (float& value : attention.q) value = std::fabs(value) + 0x1p-6f;
+  without.q = attention.q;
+  without.k.assign(attention.k.begin(), attention.k.end() - 64);
+  without.v.assign(attention.v.begin(), attention.v.end() - 64);
+  std::fill(attention.k.end() - 64, attention.k.end(), -kInfinity);
   attention.run(GetParam());
-  for (const float lse : attention.lse) ASSERT_EQ(lse, -kInfinity);
-  for (const float value : attention.out) ASSERT_EQ(value, 0.0f);
+  without.run(GetParam());
+  expect_near(attention.out, without.out, bound());
+  expect_near(attention.lse, without.lse, 1e-5f);
 }
 
 TEST_P(Kernels, NanInAVisibleKeyReachesExactlyTheRowsThatSeeIt) {
@@ -257,6 +280,24 @@ constexpr float kMagnitudes[] = {1e-45f, 1e-40f,   1e-4f, 1.0f,  100.0f,
 bool round_to(int32_t dtype, float& value) {
   value = floats_of(elements_of({value}, dtype), dtype)[0];
   return std::isfinite(value);
+}
+
+TEST_P(Kernels, TheHighestNumbersInKCountAsWhatTheyAre) {
+  for (const int32_t dtype : dtypes_of(GetParam())) {
+    const float highest = -lowest_of(dtype);
+    float q = 4 / highest;
+    round_to(dtype, q);
+    Attention attention(1, 1, queries(), 100, 64);
+    attention.dtype = dtype;
+    attention.problem.scale = 1;
+    std::fill(attention.q.begin(), attention.q.end(), 0.0f);
+    std::fill(attention.k.begin(), attention.k.end(), 0.0f);
+    for (size_t i = 0; i < attention.q.size(); i += 64) attention.q[i] = q;
+    for (size_t i = 0; i < attention.k.size(); i += 2 * 64) attention.k[i] = highest;
+    attention.run(GetParam());
+    const double lse = std::log(50 + 50 * std::exp(static_cast<double>(q) * highest));
+    for (const float have : attention.lse) ASSERT_NEAR(have, lse, 1e-5) << dtype;
+  }
 }
 
 // Programs mask with the lowest number of a type. It is finite: a row that has nothing else is the

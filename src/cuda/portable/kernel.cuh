@@ -358,36 +358,52 @@ class Block {
     if (dropped) *s_dropped_ = 1;
   }
 
-  // Adds again what clean_values() took out, to the rows that see it.
+  // Adds again what clean_values() took out to the rows that see it, but for empty ones, which stay
+  // 0. A warp takes the rows and columns that it stored. Rare: speed does not matter.
   __device__ __forceinline__ void restore(bool is_split) const {
     const int32_t begin = max(item_.seen.begin, item_.tile_begin * kKeys);
     const int32_t end = min(item_.seen.end, item_.tile_end * kKeys);
-    for (int row = 0; row < item_.rows; ++row) {
-      const PackedRow at = packed_row(row);
-      const ScoreRow mask = score_row(a_, item_.present, item_.batch_idx, at.head, at.query);
-      for (int32_t column = threadIdx.x; column < a_.dim_v; column += kThreads) {
-        float added = 0;
-        bool has_dropped = false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll 1
-        for (int32_t key = begin; key < end; ++key) {
-          const T value = values()[key * a_.stride_v[2] + column * a_.stride_v[3]];
-          if (is_finite(value)) continue;
-          const bool was_dropped = std::is_same_v<T, float> || !item_.tiles.is_clean(key / kKeys);
-          if (!was_dropped || static_cast<uint32_t>(key - mask.first_key) >= mask.key_count ||
-              mask_bias<T>(a_, mask, key) == -INFINITY) {
-            continue;
-          }
-          added += static_cast<float>(value);
-          has_dropped = true;
-        }
-        if (!has_dropped) continue;
-        if (is_split) {
-          partial_row(at)[column] += added;
-        } else {
-          T& out = out_row(at)[column * a_.stride_out[3]];
-          out = static_cast<T>(static_cast<float>(out) + added);
+      for (int i = 0; i < 16; ++i) {
+        const auto& factors = softmax_[m].correction;
+        const float factor = __shfl_sync(~0u, i < 8 ? factors[0] : factors[1], i % 8 * 4);
+        const int row = warp_row_ + 16 * m + i;
+        if (row >= item_.rows || factor == 0) continue;
+        const PackedRow at = packed_row(row);
+        const ScoreRow mask = score_row(a_, item_.present, item_.batch_idx, at.head, at.query);
+#pragma unroll 1
+        for (int column = threadIdx.x % 32; column < kColumns; column += 32) {
+          restore_value({begin, end}, at, mask, group_ * kColumns + column, is_split);
         }
       }
+    }
+  }
+  __device__ __forceinline__ void restore_value(Keys keys, const PackedRow& at,
+                                                const ScoreRow& mask, int32_t column,
+                                                bool is_split) const {
+    if (column >= a_.dim_v) return;
+    float added = 0;
+    bool has_dropped = false;
+#pragma unroll 1
+    for (int32_t key = keys.begin; key < keys.end; ++key) {
+      const T value = values()[key * a_.stride_v[2] + column * a_.stride_v[3]];
+      if (is_finite(value)) continue;
+      const bool was_dropped = std::is_same_v<T, float> || !item_.tiles.is_clean(key / kKeys);
+      if (!was_dropped || static_cast<uint32_t>(key - mask.first_key) >= mask.key_count ||
+          mask_bias<T>(a_, mask, key) == -INFINITY) {
+        continue;
+      }
+      added += static_cast<float>(value);
+      has_dropped = true;
+    }
+    if (!has_dropped) return;
+    if (is_split) {
+      partial_row(at)[column] += added;
+    } else {
+      T& out = out_row(at)[column * a_.stride_out[3]];
+      out = static_cast<T>(static_cast<float>(out) + added);
     }
   }
 

@@ -229,6 +229,28 @@ struct Products<float> {
         s[0][i] += part[i / 4 / kTogether][i / 4 % kTogether][i % 4];
       }
     }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) sum += s[0][i];
+    if (__any_sync(~0u, isnan(sum))) redo_scores<kDim>(s[0], q, k);
+  }
+
+  // Scores that are NaN once more, in plain f32: a factor that is infinite, or rounds to infinity
+  // in TF32, has no second half. Rare: speed does not matter.
+  template <int kDim, int kCount>
+  static __device__ __forceinline__ void redo_scores(float (&s)[kCount], const SharedRows<float>& q,
+                                                     const SharedRows<float>& k) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!isnan(s[i])) continue;
+      const float* q_row = q.at(lane / 4 + i % 4 / 2 * 8, 0);
+      const float* k_row = k.at(i / 4 * 8 + lane % 4 * 2 + i % 2, 0);
+      float dot = 0;
+#pragma unroll 1
+      for (int column = 0; column < kDim; ++column) dot = fmaf(q_row[column], k_row[column], dot);
+      s[i] = dot;
+    }
   }
 
   template <int kRowTiles, int kSteps, int kColumns>

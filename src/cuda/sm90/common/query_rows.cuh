@@ -58,7 +58,8 @@ struct QueryRows {
            p.head * args.stride_out[1] + p.query * args.stride_out[2];
   }
 
-  // Columns [first_column, first_column + kColumns) of accumulator row `r` times `norm`. Lane pairs
+  // Columns [first_column, first_column + kColumns) of accumulator row `r` times `norm`; where that
+  // is 0 the row is empty, and its sums may be NaN: weights of 0 times infinities of V. Lane pairs
   // swap halves, so that a quad fills the 32 bytes of a sector.
   template <int kCount>
   __device__ __forceinline__ void store(const float (&o)[kCount], int r, const Place& p, float norm,
@@ -69,8 +70,8 @@ struct QueryRows {
 #pragma unroll
     for (int i = 0; i < kCount / 4; i += 2) {
       const float* sums = o + 4 * i + 2 * r;
-      const uint32_t low = ptx::pack<T>(sums[0] * norm, sums[1] * norm);
-      const uint32_t high = ptx::pack<T>(sums[4] * norm, sums[5] * norm);
+      const uint32_t low = norm == 0 ? 0 : ptx::pack<T>(sums[0] * norm, sums[1] * norm);
+      const uint32_t high = norm == 0 ? 0 : ptx::pack<T>(sums[4] * norm, sums[5] * norm);
       const uint32_t other = __shfl_xor_sync(~0u, lane % 2 != 0 ? low : high, 1);
       const uint2 four = lane % 2 != 0 ? make_uint2(other, high) : make_uint2(low, other);
       if (p.exists && 8 * i + column < args.dim_v) *reinterpret_cast<uint2*>(to + 8 * i) = four;
@@ -78,10 +79,12 @@ struct QueryRows {
   }
 
   // Adds what cleaning dropped from V to stored rows [first_row, first_row + 64) that see it, in
-  // columns [first_column, end_column). Rare: speed does not matter.
+  // columns [first_column, end_column). A warp takes the rows that it stored, whose `norm` its lanes
+  // hold: empty ones stay 0. Rare: speed does not matter.
   __device__ __forceinline__ void restore(Keys present, const KeyTiles& tiles, int32_t tile_k,
-                                          int32_t first_row, int32_t first_column,
-                                          int32_t end_column) const {
+                                          int32_t first_row, const float (&norm)[2],
+                                          int32_t first_column, int32_t end_column) const {
+    __syncwarp();  // its rows are stored
     const T* v = static_cast<const T*>(args.v) + at.batch_idx * args.stride_v[0] +
                  at.first_head / args.group * args.stride_v[1];
     const Keys left{max(present.begin, tiles.begin * tile_k),
@@ -89,13 +92,15 @@ struct QueryRows {
     const Keys right{max(present.begin, max(tiles.full_begin, tiles.clean_end) * tile_k),
                      min(present.end, tiles.end * tile_k)};
 #pragma unroll 1
-    for (int32_t i = 0; i < 64; ++i) {
-      const Place p = place(first_row + i);
-      if (!p.exists) continue;
-      const ScoreRow row = scores(present, first_row + i);
+    for (int32_t i = 0; i < 16; ++i) {
+      const int32_t r = first_row + threadIdx.x % 128 / 32 * 16 + i;
+      const float row_norm = __shfl_sync(~0u, i < 8 ? norm[0] : norm[1], i % 8 * 4);
+      const Place p = place(r);
+      if (!p.exists || row_norm == 0) continue;
+      const ScoreRow row = scores(present, r);
 #pragma unroll 1
-      for (int32_t column = first_column + threadIdx.x % 128; column < min(end_column, args.dim_v);
-           column += 128) {
+      for (int32_t column = first_column + threadIdx.x % 32; column < min(end_column, args.dim_v);
+           column += 32) {
         restore_values<T>(args, row, left, v, out(p), column);
         restore_values<T>(args, row, right, v, out(p), column);
       }

@@ -67,8 +67,7 @@ struct PrefillBlock {
 
   // Named barriers; 0 is __syncthreads().
   static constexpr int kCleanersBarrier = 1;
-  static constexpr int kWarpgroupBarrier = 2;                           // one a consumer
-  static constexpr int kTurnBarrier = kWarpgroupBarrier + kWarpgroups;  // one a consumer
+  static constexpr int kTurnBarrier = 2;  // one a consumer
 
   // Words that the producer warpgroup hands to the consumers.
   struct Mailbox {
@@ -384,8 +383,8 @@ struct PrefillBlock {
         const Work w = block.work(index);
         store(query_rows(w));
         if (block.mailbox()->dropped[number % 2] == number + 1) {
-          ptx::named_sync(kWarpgroupBarrier + warpgroup, 128);  // all rows are stored
-          query_rows(w).restore(w.present, w.keys, kTileK, warpgroup * 64, 0, kDimV);
+          query_rows(w).restore(w.present, w.keys, kTileK, warpgroup * 64,
+                                softmax.online.correction, 0, kDimV);
         }
       }
     }

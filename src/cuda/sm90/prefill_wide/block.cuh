@@ -51,7 +51,6 @@ struct WideBlock {
     kWeightsFree,
     kNormFull,
     kNormFree,
-    kWarpgroupBarrier,  // left and right
   };
 
   struct Mailbox {

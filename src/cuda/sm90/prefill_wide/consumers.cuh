@@ -55,10 +55,10 @@ struct WideConsumer {
     return {block.args, w.at, block.order.packed_heads, block.block_queries()};
   }
 
-  __device__ __forceinline__ void restore(const Work& w, uint32_t number, int half) {
+  __device__ __forceinline__ void restore(const Work& w, uint32_t number, int half,
+                                          const float (&norm)[2]) {
     if (block.mailbox()->dropped[number % 2][half] != number + 1) return;
-    ptx::named_sync(Block::kWarpgroupBarrier + half, 128);  // all rows are stored
-    query_rows(w).restore(w.present, w.keys, kTileK, 0, half * kHalf, (half + 1) * kHalf);
+    query_rows(w).restore(w.present, w.keys, kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
   }
 };
 
@@ -247,7 +247,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
       }
       const Work w = block.work(index);
       store(this->query_rows(w));
-      this->restore(w, number, 0);
+      this->restore(w, number, 0, softmax.online.correction);
     }
   }
 };
@@ -310,7 +310,7 @@ struct WideRight : WideConsumer<Block, typename Block::RightRing> {
       for (int r = 0; r < 2; ++r) {
         query_rows.store(r_o, r, query_rows.place(accumulator_row(r)), norm[r], kHalf);
       }
-      this->restore(w, number, 1);
+      this->restore(w, number, 1, norm);
     }
   }
 };
