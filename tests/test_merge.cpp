@@ -302,6 +302,8 @@ TEST(Merge, NamesWhatIsWrong) {
   };
   expect("merged.dtype is 3; it must be between 0 and 2",
          [](Merge& m, Output&) { m.merged.dtype = 3; });
+  expect("merged.device is 2; it must be between 0 and 1",
+         [](Merge& m, Output&) { m.merged.device = 2; });
   expect("heads_q is 0; it must be between 1 and", [](Merge& m, Output&) { m.merged.heads_q = 0; });
   expect("dim_v is 1025; it must be between 1 and 1024",
          [](Merge& m, Output&) { m.merged.dim_v = 1025; });

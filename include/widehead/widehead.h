@@ -176,6 +176,8 @@ typedef struct wh_merged {
   int64_t stride_out[4];
   int64_t stride_log_sum_exp[3];
   const float* sinks; /* f32 [heads_q]: joined once, here and not in the parts; NULL: none */
+  int32_t device;     /* of enum wh_device: where out, the sinks and the parts are */
+  int32_t device_index;
 } wh_merged;
 
 typedef struct wh_plan wh_plan;
@@ -229,10 +231,11 @@ WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits
  *   log_sum_exp = log(exp(sink) + sum_i exp(log_sum_exp_i))
  *   out         = sum_i exp(log_sum_exp_i - log_sum_exp) * out_i
  * summed in f32, in the order of the parts: the same parts give the same bits, for any number of
- * threads. Host memory. Where no part saw a key out is 0 and the log-sum-exp that of the sink, or
- * minus infinity. out and log_sum_exp may be those of a part, with its type and strides, and
- * otherwise share no memory with one. executor and nothing else of the options is used; NULL: the
- * defaults. Source: Dao et al., FlashAttention, 2022. */
+ * threads. Where no part saw a key out is 0 and the log-sum-exp that of the sink, or minus
+ * infinity. out and log_sum_exp may be those of a part, with its type and strides, and otherwise
+ * share no memory with one. CPU: done when it returns, and of the options takes the executor alone.
+ * CUDA: on the options' stream; more than 32 parts take device memory for the time of the call.
+ * Source: Dao et al., FlashAttention, 2022. */
 WH_API wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size_t count,
                           const wh_run_options* options);
 

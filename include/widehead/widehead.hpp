@@ -420,7 +420,8 @@ struct Partial {
 // Attention over all keys from that over parts of them; see wh_merge(). `merged` may be one of the
 // parts; without a log-sum-exp there, none is written.
 inline void merge(const Partial& merged, std::span<const Partial> parts,
-                  const float* sinks = nullptr, const RunOptions& run = {}) {
+                  const float* sinks = nullptr, const RunOptions& run = {},
+                  Device device = Device::kCpu, int32_t device_index = 0) {
   const auto set = [](int64_t(&to)[4], int64_t(&lse)[3], const TensorView& out) {
     for (size_t i = 0; i < 4; ++i) to[i] = out.strides[i];
     lse[0] = out.shape[1] * out.shape[2];
@@ -450,6 +451,8 @@ inline void merge(const Partial& merged, std::span<const Partial> parts,
   c_merged.out = merged.out.data;
   c_merged.log_sum_exp = merged.log_sum_exp;
   c_merged.sinks = sinks;
+  c_merged.device = static_cast<int32_t>(device);
+  c_merged.device_index = device_index;
   set(c_merged.stride_out, c_merged.stride_log_sum_exp, merged.out);
   const wh_run_options c_options = run.c_options();
   check(wh_merge(&c_merged, c_parts.data(), c_parts.size(), &c_options));

@@ -13,33 +13,6 @@ namespace {
 
 std::string text_of(nb::handle object) { return nb::cast<std::string>(nb::repr(object)); }
 
-int32_t dtype_of(const Tensor& tensor) {
-  switch (tensor.element) {
-    case Element::kFloat32:
-      return WH_F32;
-    case Element::kFloat16:
-      return WH_F16;
-    case Element::kBfloat16:
-      return WH_BF16;
-    default:
-      fail_type(std::string(tensor.name) + " is " + tensor.dtype_text() +
-                "; it must be float32, float16 or bfloat16");
-  }
-}
-
-void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* names) {
-  if (tensor.ndim == static_cast<int>(shape.size()) &&
-      std::equal(shape.begin(), shape.end(), tensor.shape.begin())) {
-    return;
-  }
-  std::string expected;
-  for (const int64_t size : shape) {
-    expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-  }
-  fail_value(std::string(tensor.name) + " is " + tensor.shape_text() + "; it must be " + names +
-             ", here [" + expected + "]");
-}
-
 void expect_4d(const Tensor& tensor, const char* names) {
   if (tensor.ndim == 4) return;
   fail_value(std::string(tensor.name) + " is " + tensor.shape_text() +
@@ -100,6 +73,33 @@ struct Interrupt {
 };
 
 }  // namespace
+
+int32_t dtype_of(const Tensor& tensor) {
+  switch (tensor.element) {
+    case Element::kFloat32:
+      return WH_F32;
+    case Element::kFloat16:
+      return WH_F16;
+    case Element::kBfloat16:
+      return WH_BF16;
+    default:
+      fail_type(std::string(tensor.name) + " is " + tensor.dtype_text() +
+                "; it must be float32, float16 or bfloat16");
+  }
+}
+
+void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* names) {
+  if (tensor.ndim == static_cast<int>(shape.size()) &&
+      std::equal(shape.begin(), shape.end(), tensor.shape.begin())) {
+    return;
+  }
+  std::string expected;
+  for (const int64_t size : shape) {
+    expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  }
+  fail_value(std::string(tensor.name) + " is " + tensor.shape_text() + "; it must be " + names +
+             ", here [" + expected + "]");
+}
 
 wh_limits Limits::with_threads(int32_t threads) const {
   wh_limits copy = limits;

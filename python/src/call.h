@@ -3,6 +3,7 @@
 
 #include <widehead/widehead.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -78,6 +79,11 @@ class Call {
   wh_problem problem_;
   wh_tensors tensors_;
 };
+
+// Throws TypeError for other types than those of q, k and v.
+int32_t dtype_of(const Tensor& tensor);
+// Throws ValueError, which calls the extents by `names`.
+void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* names);
 
 // Throws the Python exception that the status means, with the C API's message.
 void check(wh_status status);

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "call.h"
+#include "merge.h"
 
 namespace widehead_python {
 namespace {
@@ -188,6 +189,7 @@ NB_MODULE(_core, m) {
   m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
         H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(), H(), H(),
         H().none());
+  m.def("merge", merge, H(), H().none(), H().none(), H().none());
   m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
   m.def("kernels", kernels, nb::arg("device"));
   m.def("device_json", device_json, nb::arg("device"), nb::arg("index"));

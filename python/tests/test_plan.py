@@ -148,13 +148,34 @@ def test_merge_of_parts_is_the_whole(cuts):
     np.testing.assert_allclose(log_sum_exp[:, :, 5:], expected_lse[:, :, 5:], atol=1e-5)
 
 
+def test_merge_joins_the_sinks_once():
+    q, k, v = qkv()
+    sinks = np.array([0.5, -1, 2, 0], np.float32)
+    parts = [
+        widehead.sdpa(q, k[:, :, a:b], v[:, :, a:b], return_log_sum_exp=True)
+        for a, b in ((0, 20), (20, 77))
+    ]
+    out, log_sum_exp = widehead.merge(parts, sinks=sinks)
+    expected, expected_lse = oracle(q, k, v, sinks=sinks)
+    assert relative_rms(out, expected) <= 4e-6
+    np.testing.assert_allclose(log_sum_exp, expected_lse, atol=1e-5)
+
+
 def test_merge_names_what_does_not_fit():
     q, k, v = qkv()
-    part = widehead.sdpa(q, k, v, return_log_sum_exp=True)
+    part = out, log_sum_exp = widehead.sdpa(q, k, v, return_log_sum_exp=True)
     with pytest.raises(ValueError, match="parts is empty"):
         widehead.merge([])
-    with pytest.raises(ValueError, match="a part is"):
-        widehead.merge([part, (part[0][:1], part[1][:1])])
+    with pytest.raises(ValueError, match=r"parts\[1\].out is \[1, .*it must be"):
+        widehead.merge([part, (out[:1], log_sum_exp[:1])])
+    with pytest.raises(TypeError, match=r"parts\[0\].log_sum_exp is float16; it must be float32"):
+        widehead.merge([(out, log_sum_exp.astype(np.float16))])
+    with pytest.raises(ValueError, match=r"parts\[1\] is .*must be a tuple"):
+        widehead.merge([part, out])
+    with pytest.raises(ValueError, match=r"sinks is \[3\]; it must be \[heads_q\]"):
+        widehead.merge([part], sinks=np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match=r"parts\[0\].out is a int; it must be an array"):
+        widehead.merge([(1, 2)])
 
 
 def test_tables():

@@ -154,3 +154,12 @@ def test_limits_for_the_forward_pass_leave_the_backward_pass_alone():
     actual = torch.autograd.grad(widehead.sdpa(q, k, v, limits=limits).sum(), (q, k, v))
     for have, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_says_that_it_has_no_gradient():
+    out = torch.randn(1, 2, 3, 4, requires_grad=True)
+    part = (out, torch.zeros(1, 2, 3))
+    with pytest.raises(NotImplementedError, match="merge has no backward"):
+        widehead.merge([part])
+    with torch.no_grad():
+        assert torch.equal(widehead.merge([part])[0], out)

@@ -58,6 +58,11 @@ class Library:
             return (self.finished(out) if own else out), self.finished(log_sum_exp)
         return result if result is arguments[-1] else self.finished(result)
 
+    def merge(self, parts: list[tuple[Array, Array]], sinks: Array) -> tuple[Array, Array]:
+        """Runs :func:`widehead.merge`."""
+        out, log_sum_exp = _core.merge(parts, sinks, self.stream(parts[0][0]), self.empty)
+        return self.finished(out), self.finished(log_sum_exp)
+
 
 class _NumPy(Library):
     def empty(self, q: Array, shape: tuple[int, ...], dtype: str) -> Array:
@@ -132,6 +137,16 @@ class _Torch(Library):
 
     def sdpa(self, arguments: Arguments, limits: Limits) -> Any:
         return self._module.attention(arguments, limits)
+
+    def merge(self, parts: list[tuple[Array, Array]], sinks: Array) -> tuple[Array, Array]:
+        tensors = [tensor for part in (*parts, (sinks,)) for tensor in part]
+        if self._torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in tensors
+        ):
+            raise NotImplementedError(
+                "widehead.merge has no backward yet: detach its parts, or call it under torch.no_grad()"
+            )
+        return super().merge(parts, sinks)
 
 
 # By the package that an array's type comes from.

@@ -9,13 +9,10 @@
 #include "core/layout_checks.h"
 #include "core/names.h"
 #include "core/problem_fields.h"
-#include "cpu/common/partial.h"
+#include "plan/backend.h"
 
 namespace wh {
 namespace {
-
-// What a task reads: enough that handing it out does not count.
-constexpr int64_t kTaskElements = 1 << 16;
 
 Strides strides_of(const int64_t (&from)[4]) { return {from[0], from[1], from[2], from[3]}; }
 // A log-sum-exp is a tensor of one column.
@@ -74,7 +71,11 @@ Status check_dtype(const std::string& name, int32_t dtype) {
 
 }  // namespace
 
-Status merge(const wh_merged& merged, std::span<const wh_partial> parts, const Executor& executor) {
+Status merge(const wh_merged& merged, std::span<const wh_partial> parts,
+             const RunOptions& options) {
+  WH_RETURN_IF_ERROR(check_range("merged.device", merged.device, WH_CPU, WH_CUDA));
+  WH_RETURN_IF_ERROR(kDeviceIndex.check(merged.device_index));
+  const Backend& device = backend(static_cast<Device>(merged.device));
   WH_RETURN_IF_ERROR(check_dtype("merged.dtype", merged.dtype));
   WH_RETURN_IF_ERROR(check_range("batch", merged.batch, 0, kMaxLength));
   WH_RETURN_IF_ERROR(check_range("heads_q", merged.heads_q, 1, kMaxLength));
@@ -99,7 +100,7 @@ Status merge(const wh_merged& merged, std::span<const wh_partial> parts, const E
     WH_RETURN_IF_ERROR(check(sinks));
     for (const Argument* each : written) WH_RETURN_IF_ERROR(check_apart(*each, sinks));
   }
-  std::vector<cpu::OutputPart> read;
+  std::vector<OutputPart> read;
   for (size_t i = 0; i < parts.size(); ++i) {
     const wh_partial& part = parts[i];
     const std::string name = fmt::format("parts[{}]", i);
@@ -124,27 +125,15 @@ Status merge(const wh_merged& merged, std::span<const wh_partial> parts, const E
                     {steps[0], steps[1], steps[2]}});
   }
   const auto& steps = merged.stride_log_sum_exp;
-  const cpu::OutputMerge work{of_out,
-                              out.dtype,
-                              merged.out,
-                              out.strides,
-                              merged.log_sum_exp,
-                              {steps[0], steps[1], steps[2]},
-                              merged.sinks,
-                              read};
-  const int64_t rows = work.rows();
-  const int64_t task_rows = std::max<int64_t>(
-      1, kTaskElements / (merged.dim_v * std::max<int64_t>(1, static_cast<int64_t>(parts.size()))));
-  const int64_t tasks = (rows + task_rows - 1) / task_rows;
-  // Tasks are numbered in 32 bits; of the rest each takes several.
-  const auto workers = static_cast<int32_t>(std::min<int64_t>(tasks, 1 << 20));
-  parallel(executor, workers, [&](int32_t worker) {
-    const auto begin_of = [&](int64_t i) {
-      return std::min(rows, tasks * i / workers * task_rows);
-    };
-    cpu::merge_outputs(work, begin_of(worker), begin_of(worker + 1));
-  });
-  return {};
+  const OutputMerge work{of_out,
+                         out.dtype,
+                         merged.out,
+                         out.strides,
+                         merged.log_sum_exp,
+                         {steps[0], steps[1], steps[2]},
+                         merged.sinks,
+                         read};
+  return device.merge(work, options.executor, {merged.device_index, options.stream});
 }
 
 }  // namespace wh

@@ -3,13 +3,13 @@
 
 #include <span>
 
-#include "core/executor.h"
+#include "api/c_structs.h"
 #include "core/status.h"
 #include "widehead/widehead.h"
 
 namespace wh {
 
-// Checks everything, then merges on the host.
-Status merge(const wh_merged& merged, std::span<const wh_partial> parts, const Executor& executor);
+// Checks everything, then merges where the tensors are.
+Status merge(const wh_merged& merged, std::span<const wh_partial> parts, const RunOptions& options);
 
 }  // namespace wh

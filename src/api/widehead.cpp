@@ -269,7 +269,7 @@ wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size_t coun
     if (parts == nullptr && count > 0) {
       return wh::invalid(fmt::format("parts is null; count says that there are {}", count));
     }
-    return wh::merge(m, {parts, count}, o.executor);
+    return wh::merge(m, {parts, count}, o);
   });
 }
 

@@ -2,10 +2,12 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
 #include "core/carver.h"
+#include "cpu/common/partial.h"
 #include "cpu/cpu_facts.h"
 #include "cpu/registry.h"
 
@@ -13,6 +15,8 @@ namespace wh::cpu {
 namespace {
 
 constexpr std::align_val_t kAlignment{kWorkspaceAlignment};
+// What a task of a merge reads: enough that handing it out does not count.
+constexpr int64_t kTaskElements = 1 << 16;
 
 class CpuBackend final : public Backend {
  public:
@@ -55,6 +59,21 @@ class CpuBackend final : public Backend {
   Status check(const Problem&, const Tensors&, void*) const override { return {}; }
   Status run(const Kernel& kernel, const Launch& launch) const override {
     return kernel.run(launch);
+  }
+  Status merge(const OutputMerge& merge, const Executor& executor, DeviceStream) const override {
+    const int64_t rows = merge.rows();
+    const auto parts = std::max<int64_t>(1, static_cast<int64_t>(merge.parts.size()));
+    const int64_t task_rows = std::max<int64_t>(1, kTaskElements / (merge.extents[3] * parts));
+    const int64_t tasks = (rows + task_rows - 1) / task_rows;
+    // Tasks are numbered in 32 bits; of the rest each takes several.
+    const auto workers = static_cast<int32_t>(std::min<int64_t>(tasks, 1 << 20));
+    parallel(executor, workers, [&](int32_t worker) {
+      const auto begin_of = [&](int64_t i) {
+        return std::min(rows, tasks * i / workers * task_rows);
+      };
+      merge_outputs(merge, begin_of(worker), begin_of(worker + 1));
+    });
+    return {};
   }
   Result<std::unique_ptr<Replay>> capture(
       int32_t, const std::function<Status(void* stream)>&) const override {

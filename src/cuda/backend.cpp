@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "cuda/allocate.h"
+#include "cuda/combine/merge.h"
 #include "cuda/common/launch.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/device.h"
@@ -63,13 +64,16 @@ class CudaBackend final : public Backend {
   Status synchronize(DeviceStream on) const override { return cuda::synchronize(on); }
 
   Status check(const Problem& problem, const Tensors& tensors, void* stream) const override {
-    WH_RETURN_IF_ERROR(check_stream(problem, stream));
+    WH_RETURN_IF_ERROR(check_stream(problem.device_index, stream));
     return check_pointers(problem, tensors);
   }
   Status run(const Kernel& kernel, const Launch& launch) const override {
     const DeviceScope scope(launch.problem.device_index);
     WH_RETURN_IF_ERROR(scope.status());
     return kernel.run(launch);
+  }
+  Status merge(const OutputMerge& merge, const Executor&, DeviceStream on) const override {
+    return cuda::merge(merge, on);
   }
   Result<std::unique_ptr<Replay>> capture(
       int32_t device_index, const std::function<Status(void* stream)>& call) const override {

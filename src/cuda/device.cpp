@@ -134,24 +134,25 @@ DeviceScope::~DeviceScope() {
 }
 
 Status check_pointers(const Problem& p, const Tensors& t) {
-  const struct {
-    const char* name;
-    const void* data;
-  } pointers[] = {{"q", t.q},
-                  {"k", t.k},
-                  {"v", t.v},
-                  {"out", t.out},
-                  {"mask", t.mask},
-                  {"sinks", t.sinks},
-                  {"key_lengths", t.key_lengths},
-                  {"key_starts", t.key_starts},
-                  {"log_sum_exp", t.log_sum_exp},
-                  {"workspace", t.workspace}};
-  // The runtime's own question takes twice as long, and there are up to ten of them a call.
+  const NamedPointer pointers[] = {{"q", t.q},
+                                   {"k", t.k},
+                                   {"v", t.v},
+                                   {"out", t.out},
+                                   {"mask", t.mask},
+                                   {"sinks", t.sinks},
+                                   {"key_lengths", t.key_lengths},
+                                   {"key_starts", t.key_starts},
+                                   {"log_sum_exp", t.log_sum_exp},
+                                   {"workspace", t.workspace}};
+  return check_pointers(pointers, p.device_index);
+}
+
+Status check_pointers(std::span<const NamedPointer> pointers, int32_t device_index) {
+  // The runtime's own question takes twice as long, and there are up to ten of them a run.
   static const auto attributes_of =
       driver_function<decltype(&cuPointerGetAttributes)>("cuPointerGetAttributes", 7000);
   if (attributes_of == nullptr) return {Code::kDeviceError, "the driver is older than CUDA 7"};
-  for (const auto& pointer : pointers) {
+  for (const NamedPointer& pointer : pointers) {
     if (pointer.data == nullptr) continue;
     // What the driver does not know it leaves at 0.
     CUmemorytype type{};
@@ -170,17 +171,17 @@ Status check_pointers(const Problem& p, const Tensors& t) {
     if (is_managed != 0) continue;
     if (type != CU_MEMORYTYPE_DEVICE) {
       return invalid(fmt::format("{} is host memory; a cuda:{} problem needs memory of that device",
-                                 pointer.name, p.device_index));
+                                 pointer.name, device_index));
     }
-    if (device != p.device_index) {
+    if (device != device_index) {
       return invalid(fmt::format("{} is memory of cuda:{}; the problem is for cuda:{}",
-                                 pointer.name, device, p.device_index));
+                                 pointer.name, device, device_index));
     }
   }
   return {};
 }
 
-Status check_stream(const Problem& p, void* stream) {
+Status check_stream(int32_t index, void* stream) {
   // cudaStreamLegacy and cudaStreamPerThread are 1 and 2.
   if (reinterpret_cast<uintptr_t>(stream) <= 2) return {};
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -190,21 +191,20 @@ Status check_stream(const Problem& p, void* stream) {
   }
   // Asking a stream for its device would end its capture, and every launch into it is checked.
   if (capture != cudaStreamCaptureStatusNone) return {};
-  const DeviceScope scope(p.device_index);
+  const DeviceScope scope(index);
   if (Status status = scope.status(); !status.ok()) return status;
   static const StreamContexts contexts;
   if (contexts.may_launch_into(stream)) return {};
-  int device = p.device_index;
+  int device = index;
 #if CUDART_VERSION >= 12080  // the runtime could not be asked before
   if (cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &device) != cudaSuccess) {
     cudaGetLastError();  // it is reported here, not at the next launch
-    device = p.device_index;
+    device = index;
   }
 #endif
-  if (device != p.device_index) {
-    return invalid(
-        fmt::format("run_options.stream is a stream of cuda:{}; the problem is for cuda:{}", device,
-                    p.device_index));
+  if (device != index) {
+    return invalid(fmt::format(
+        "run_options.stream is a stream of cuda:{}; the problem is for cuda:{}", device, index));
   }
   return invalid(
       fmt::format("run_options.stream belongs to another context of cuda:{} than the current one; "

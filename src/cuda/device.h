@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "core/problem.h"
 #include "core/status.h"
@@ -27,8 +28,15 @@ class DeviceScope {
 // device are errors that name the tensor. Works during capture.
 Status check_pointers(const Problem& problem, const Tensors& tensors);
 
+// The same of any pointers. Null ones are left alone.
+struct NamedPointer {
+  const char* name;
+  const void* data;
+};
+Status check_pointers(std::span<const NamedPointer> pointers, int32_t device_index);
+
 // Whether a run's stream is one of the problem's device. The default streams are those of whichever
 // device is current, so they are.
-Status check_stream(const Problem& problem, void* stream);
+Status check_stream(int32_t device_index, void* stream);
 
 }  // namespace wh::cuda

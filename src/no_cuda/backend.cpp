@@ -39,6 +39,9 @@ class NoBackend final : public Backend {
 
   Status check(const Problem&, const Tensors&, void*) const override { return refused(); }
   Status run(const Kernel&, const Launch&) const override { return refused(); }
+  Status merge(const OutputMerge&, const Executor&, DeviceStream) const override {
+    return refused();
+  }
   Result<std::unique_ptr<Replay>> capture(
       int32_t, const std::function<Status(void* stream)>&) const override {
     return refused();

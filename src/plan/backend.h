@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "core/executor.h"
 #include "core/json_writer.h"
+#include "core/output_merge.h"
 #include "core/status.h"
 #include "plan/device_facts.h"
 #include "plan/kernel.h"
@@ -70,6 +72,9 @@ class Backend {
   virtual Status check(const Problem& problem, const Tensors& tensors, void* stream) const = 0;
   // With the problem's device made the current one, where there is such a thing.
   virtual Status run(const Kernel& kernel, const Launch& launch) const = 0;
+  // Attention over all keys from that over parts of them.
+  virtual Status merge(const OutputMerge& merge, const Executor& executor,
+                       DeviceStream on) const = 0;
   // Captures whatever call(stream) puts on the stream, and replays it once.
   virtual Result<std::unique_ptr<Replay>> capture(
       int32_t device_index, const std::function<Status(void* stream)>& call) const = 0;

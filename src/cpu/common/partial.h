@@ -5,11 +5,10 @@
 // thread finished first.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <span>
 
 #include "core/carver.h"
+#include "core/output_merge.h"
 #include "core/problem.h"
 
 namespace wh::cpu {
@@ -42,28 +41,6 @@ void store_row(const Problem& problem, const Tensors& tensors, RowId id, float m
 // Merges the chunks of rows [begin, end) and stores them. scratch: [dim_v].
 void merge_rows(const Problem& problem, const Tensors& tensors, const Partials& partials,
                 int64_t begin, int64_t end, float* scratch);
-
-// Attention over a part of the keys as a run leaves it: normalised, with a natural log-sum-exp.
-struct OutputPart {
-  const void* out;           // [batch, heads_q, len_q, dim_v]
-  const float* log_sum_exp;  // [batch, heads_q, len_q]; minus infinity: out is not read
-  Dtype dtype;
-  Strides stride_out;
-  std::array<int64_t, 3> stride_log_sum_exp;
-};
-
-struct OutputMerge {
-  std::array<int64_t, 4> extents;  // batch, heads_q, len_q, dim_v
-  Dtype dtype;
-  void* out;
-  Strides stride_out;
-  float* log_sum_exp;  // null: not wanted
-  std::array<int64_t, 3> stride_log_sum_exp;
-  const float* sinks;  // [heads_q], or null
-  std::span<const OutputPart> parts;
-
-  int64_t rows() const { return extents[0] * extents[1] * extents[2]; }
-};
 
 // Merges rows [begin, end), numbered as in a contiguous log-sum-exp, in the order of the parts. A
 // row is read before it is written, so out may be a part's.
