@@ -259,6 +259,54 @@ TEST(Cli, AModelIsPlannedLayerByLayer) {
   EXPECT_EQ(json[1]["problem"]["window_left"], 1023);
 }
 
+// By hand: caches of f16 keys and values, a sliding layer's as long as what it sees.
+TEST(Cli, AModelsPlanEndsWithWhatAllItsLayersTake) {
+  const auto total = [](const std::string& arguments) {
+    const Outcome outcome = widehead("plan --json --model " + arguments);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return nlohmann::json::parse(outcome.out);
+  };
+  const double gemma = 2 * (10. * 131072 * 4 * (512 + 512) + 50. * 1024 * 16 * (256 + 256));
+  EXPECT_EQ(total("gemma-4-31b --context 131072")[0]["model"]["cache_bytes"], gemma);
+  const auto chunk = total("gemma-4-31b --context 131072 --queries 100")[0]["model"];
+  EXPECT_EQ(chunk["cache_bytes"], gemma + 2 * 50. * 99 * 16 * (256 + 256));
+  // Layers that read another's cache run all the same.
+  const auto shared = total("gemma-4-e2b --context 4096");
+  EXPECT_EQ(shared[0]["model"]["cache_bytes"],
+            2 * (3. * 4096 * 1 * (512 + 512) + 12. * 512 * 1 * (256 + 256)));
+  EXPECT_DOUBLE_EQ(
+      shared[0]["model"]["estimated_us"].get<double>(),
+      7 * shared[0]["estimated_us"].get<double>() + 28 * shared[1]["estimated_us"].get<double>());
+  EXPECT_EQ(shared[0]["model"]["workspace_bytes"],
+            std::max(shared[0]["workspace_bytes"], shared[1]["workspace_bytes"]));
+  // Latent layers cache what the absorbed form reads, whichever form runs.
+  for (const auto& [queries, form] : {std::pair{1, 1}, {2048, 0}}) {
+    const auto latent = total("deepseek-v3 --context 8192 --queries " + std::to_string(queries));
+    EXPECT_EQ(latent[0]["model"]["cache_bytes"], 2 * 61. * 8192 * 576);
+    EXPECT_DOUBLE_EQ(latent[0]["model"]["estimated_us"].get<double>(),
+                     61 * latent[form]["estimated_us"].get<double>());
+    EXPECT_EQ(latent[0]["model"]["expanded_bytes"],
+              form == 0 ? 2 * 8192. * 128 * (192 + 128) : 0.0);
+  }
+}
+
+TEST(Cli, TheLargestContextThatFitsIsTheLargest) {
+  const std::string model = "plan --model qwen3.5-122b-a10b --json --memory ";
+  const auto planned = nlohmann::json::parse(widehead(model + "24GiB").out)[0]["model"];
+  const int64_t keys = planned["largest_context"];
+  EXPECT_EQ(planned["keys"], keys);
+  EXPECT_LE(planned["memory_bytes"], 24. * (1 << 30));
+  const auto one_more =
+      nlohmann::json::parse(widehead(model + "24GiB --context " + std::to_string(keys + 1)).out);
+  EXPECT_GT(one_more[0]["model"]["memory_bytes"], 24. * (1 << 30));
+  EXPECT_EQ(one_more[0]["model"]["largest_context"], keys);
+  // Text has it last.
+  const std::string text = widehead("plan --model qwen3.5-122b-a10b --memory 24GiB").out;
+  EXPECT_NE(text.find("of 24.0 GiB, which " + std::to_string(keys) + " keys fit\n"),
+            std::string::npos)
+      << text;
+}
+
 TEST(Cli, TuneStoresAProfileThatPlansUse) {
   const std::string cache = testing::TempDir() + "widehead_cache";
   const std::string environment = "XDG_CACHE_HOME=" + cache + " ";
@@ -332,6 +380,10 @@ const BadUsage kBadUsages[] = {
     {"run --heads 4 --dim 64 --queries 4 --workspace 10", 3, "wants"},
     {"plan --model gemma-3-4 --context 10", 2, "did you mean \"gemma-3-4b\"?"},
     {"plan --model gemma-3-4b", 2, "--context is missing"},
+    {"plan --model gemma-3-4b --memory lots", 2, "--memory is \"lots\"; it must be bytes"},
+    {"plan --model gemma-3-4b --memory 1KiB", 2, "--memory is 1KiB; not even one key"},
+    {"plan --model gemma-3-4b --memory 1GiB --backward", 2, "no effect with --backward"},
+    {"plan --heads 4 --dim 64 --queries 4 --memory 1GiB", 2, "no effect without --model"},
     {"bench cpu-prefil", 2, "did you mean \"cpu-prefill\"?"},
     {"bench --heads 4 --dim 64 --queries 4 --against cpu_unfusd", 2,
      "did you mean \"cpu_unfused\"?"},

@@ -9,7 +9,7 @@
 
 namespace wh::cli {
 
-Result<Plan> plan_as_library(const Problem& p, const Limits& flags) {
+Result<Limits> limits_as_library(const Problem& p, const Limits& flags) {
   const bool is_host = backend(p.device).is_host();
   if (!is_host && flags.threads != 0) {
     return invalid(fmt::format("--threads has no effect with --device {}; leave it out",
@@ -20,7 +20,13 @@ Result<Plan> plan_as_library(const Problem& p, const Limits& flags) {
   }
   Limits limits = flags;
   if (Status status = apply(environment(), p, limits); !status.ok()) return status;
-  return plan_here(p, limits);
+  return limits;
+}
+
+Result<Plan> plan_as_library(const Problem& p, const Limits& flags) {
+  const Result<Limits> limits = limits_as_library(p, flags);
+  if (!limits.ok()) return limits.status();
+  return plan_here(p, *limits);
 }
 
 Json environment_json(const Problem& p) {

@@ -6,8 +6,11 @@
 
 namespace wh::cli {
 
-// With the environment's limits over those of the flags, a line on stderr when WIDEHEAD_LOG asks
-// for it, and an error for a limit that has no effect on the problem's device.
+// The limits of a program: the environment's over those of the flags. An error for a limit that has
+// no effect on the problem's device.
+Result<Limits> limits_as_library(const Problem& problem, const Limits& flags);
+
+// A plan within those limits, with a line on stderr when WIDEHEAD_LOG asks for it.
 Result<Plan> plan_as_library(const Problem& problem, const Limits& flags);
 
 // The environment's variables that had a say in the plan of a problem on `device`: an object.

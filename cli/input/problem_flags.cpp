@@ -305,6 +305,8 @@ Status unknown_name(const char* what, const std::string& name, const Json& table
                   what, name, nearest_name(name, keys_of(table)), what));
 }
 
+constexpr Names<Phase, 3> kPhases{{"any", "prefill", "decode"}};
+
 Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
   const auto model = models().find(flags.model);
   if (model == models().end()) return unknown_name("model", flags.model, models());
@@ -325,6 +327,9 @@ Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
     Result<Request> request = read_request(row);
     if (!request.ok()) return request.status();
     request->label = layer["kind"].get<std::string>();
+    request->layers = layer["count"].get<int64_t>();
+    request->cached_layers = layer.value("cached", request->layers);
+    if (layer.contains("phase")) request->phase = *kPhases.value(layer["phase"].get<std::string>());
     requests.push_back(std::move(*request));
   }
   return requests;

@@ -22,9 +22,15 @@ struct ProblemFlags {
       context;
 };
 
+// When a layer computes in this form: latent attention has one for prefill and one for decode.
+enum class Phase : uint8_t { kAny, kPrefill, kDecode };
+
 // A problem with the values that its shape alone does not hold.
 struct Request {
-  std::string label;    // of a model's layer; empty: the problem speaks for itself
+  std::string label;          // of a model's layer; empty: the problem speaks for itself
+  int64_t layers = 0;         // of a model: that compute this
+  int64_t cached_layers = 0;  // of them: that keep a cache of their own
+  Phase phase = Phase::kAny;
   std::string details;  // what describe() leaves out: ", log-sum-exp", the layout
   Problem problem;
   std::vector<int32_t> key_lengths, key_starts;  // one a batch entry, or one for all

@@ -187,8 +187,14 @@ def test_tables():
         (32, 16, 256),
     ]
     assert gemma.layers[1].window == (1023, 0) and gemma.layers[0].scale == 1.0
+    assert [layer.count for layer in gemma.layers] == [10, 50]
+    shared = widehead.models()["gemma-4-e2b"].layers[1]
+    assert (shared.count, shared.cached, shared.phase) == (28, 12, None)
+    qwen = widehead.models()["qwen3.5-122b-a10b"]
+    assert (qwen.layers[0].count, qwen.linear_layers) == (12, 36)
     deepseek = widehead.models()["deepseek-v3"].layers[0]
     assert (deepseek.dim_qk, deepseek.dim_v) == (192, 128)
+    assert (deepseek.count, deepseek.phase) == (61, "prefill")
     assert widehead.device("cpu")["cores"] >= 1
     with pytest.raises(ValueError, match="device is 'tpu'"):
         widehead.device("tpu")

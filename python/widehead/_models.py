@@ -10,9 +10,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of attention layer. ``window`` is (left, right) in keys; ``scale`` None: by dim_qk."""
+    """A kind of attention layer. ``window`` is (left, right) in keys; ``scale`` None: by dim_qk.
+
+    Of ``count`` layers ``cached`` keep a cache of their own. Latent layers are there twice, with the
+    ``phase`` "prefill" (expanded) and "decode" (absorbed), and cache what the second reads.
+    """
 
     kind: str
+    count: int
+    cached: int
+    phase: str | None
     heads_q: int
     heads_kv: int
     dim_qk: int
@@ -29,6 +36,7 @@ class Model:
 
     name: str
     source: str
+    linear_layers: int  # without attention
     layers: tuple[Layer, ...]
 
 
@@ -42,6 +50,9 @@ def _layer(row: dict[str, str | float | bool]) -> Layer:
     dim_qk, dim_v = _pair(str(row["dim"]))
     return Layer(
         kind=str(row["kind"]),
+        count=int(row["count"]),
+        cached=int(row.get("cached", row["count"])),
+        phase=str(row["phase"]) if "phase" in row else None,
         heads_q=heads_q,
         heads_kv=heads_kv,
         dim_qk=dim_qk,
@@ -63,7 +74,12 @@ def models() -> dict[str, Model]:
     """
     table = json.loads((Path(__file__).parent / "models.json").read_text())
     return {
-        name: Model(name, row["source"], tuple(_layer(layer) for layer in row["layers"]))
+        name: Model(
+            name,
+            row["source"],
+            row.get("linear_layers", 0),
+            tuple(_layer(layer) for layer in row["layers"]),
+        )
         for name, row in table.items()
         if not name.startswith("_")
     }
