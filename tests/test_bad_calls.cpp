@@ -42,7 +42,7 @@ const BadCall kBadCalls[] = {
     {"causal", [](Call& c) { c.problem.causal = 3; }, {"causal is 3", "between 0 and 2"}},
     {"mask", [](Call& c) { c.problem.mask = 7; }, {"mask is 7", "between 0 and 3"}},
     {"device", [](Call& c) { c.problem.device = 2; }, {"device is 2", "between 0 and 1"}},
-    {"uses", [](Call& c) { c.problem.uses = 64; }, {"uses is 0x40", "0x1f"}},
+    {"uses", [](Call& c) { c.problem.uses = 1024; }, {"uses is 0x400", "0x5f"}},
     {"values_wider_than_keys",
      [](Call& c) {
        c.problem.uses = WH_USES_VALUES_IN_KEYS;

@@ -134,7 +134,7 @@ std::vector<float> rows_of_out(const Problem& p, const Tensors& tensors,
     const int64_t first =
         offset_of(p.stride_out, pair / p.heads_q, pair % p.heads_q, row % p.len_q, 0);
     for (int64_t d = 0; d < p.dim_v; ++d) {
-      out.push_back(load_element(tensors.out, p.dtype_q, first + d * p.stride_out[3]));
+      out.push_back(load_element(tensors.out, p.dtype_out(), first + d * p.stride_out[3]));
     }
   }
   return out;
@@ -216,8 +216,8 @@ std::string disagreement(const HostTensors& data, const std::vector<std::byte>& 
     const int64_t first = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, 0);
     for (int64_t d = 0; d < p.dim_v; ++d) {
       const int64_t offset = first + d * p.stride_out[3];
-      errors.add(load_element(data.out.data(), p.dtype_q, offset),
-                 load_element(other_out.data(), p.dtype_q, offset));
+      errors.add(load_element(data.out.data(), p.dtype_out(), offset),
+                 load_element(other_out.data(), p.dtype_out(), offset));
     }
     if (errors.relative_rms() <= most) return;
     const std::lock_guard lock(mutex);

@@ -309,13 +309,13 @@ HostTensors::HostTensors(const Input& input)
   fill_mask(input, *this);
   fill_kv(input, *this);
   if (!input.is_hostile) return;
-  const int64_t bytes_q = bytes_of(p.dtype_q);
-  if (p.batch * p.heads_q * p.len_q * p.dim_v * bytes_q < out.size()) {
+  const int64_t bytes_out = bytes_of(p.dtype_out());
+  if (p.batch * p.heads_q * p.len_q * p.dim_v * bytes_out < out.size()) {
     out_owned_.assign(static_cast<size_t>(out.size()), 0);
     for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
       for (int64_t d = 0; d < p.dim_v; ++d) {
-        const int64_t at = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, d) * bytes_q;
-        std::fill_n(out_owned_.begin() + at, bytes_q, uint8_t{1});
+        const int64_t at = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, d) * bytes_out;
+        std::fill_n(out_owned_.begin() + at, bytes_out, uint8_t{1});
       }
     });
   }

@@ -55,6 +55,8 @@ constexpr Flag kFlags[] = {
     {"log-sum-exp", &ProblemFlags::log_sum_exp, Part::kOption, "true", "write the log-sum-exp too"},
     {"values-in-keys", &ProblemFlags::values_in_keys, Part::kShape, "true",
      "v is the first columns of k: absorbed latent attention"},
+    {"f32-out", &ProblemFlags::f32_out, Part::kOption, "true",
+     "out is f32, whatever --dtype is: parts to be merged"},
     {"layout", &ProblemFlags::layout, Part::kShape, nullptr,
      "heads-first [b, heads, length, dim] or length-first [b, length, heads, dim]"},
     {"device", &ProblemFlags::device, Part::kOption, nullptr, "cpu, cuda or cuda:1 (cpu)"},

@@ -18,7 +18,7 @@ namespace wh::cli {
 // As written; empty: not given.
 struct ProblemFlags {
   std::string batch, heads, dim, queries, keys, dtype, kv_dtype, causal, window, softcap, scale,
-      mask, sinks, key_lengths, key_starts, log_sum_exp, values_in_keys, layout, device, model,
+      mask, sinks, key_lengths, key_starts, log_sum_exp, values_in_keys, f32_out, layout, device, model,
       context;
 };
 

@@ -60,8 +60,9 @@ enum wh_uses {
   WH_USES_KEY_STARTS = 4,     /* int32 [batch], >= 0: keys before it are not read */
   WH_USES_LOG_SUM_EXP = 8,    /* f32 [batch, heads_q, len_q], contiguous: natural log, written. The
                                  backward pass always reads it */
-  WH_USES_VALUES_IN_KEYS = 16 /* v is the first dim_v columns of k, as in absorbed latent attention:
+  WH_USES_VALUES_IN_KEYS = 16, /* v is the first dim_v columns of k, as in absorbed latent attention:
                                  stride_v equals stride_k, v is NULL or k, and K is read once */
+  WH_USES_F32_OUT = 64         /* out is f32, whatever q is: for parts that wh_merge() will merge */
 };
 
 #define WH_UNLIMITED (-1)                   /* a window side that hides nothing */
@@ -77,7 +78,7 @@ typedef struct wh_problem {
   size_t size; /* of this struct; set by wh_problem_init() */
   int32_t device;
   int32_t device_index;
-  int32_t dtype_q;  /* of q and out */
+  int32_t dtype_q;  /* of q, and of out without WH_USES_F32_OUT */
   int32_t dtype_kv; /* of k and v */
   int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
   int64_t stride_q[4], stride_k[4], stride_v[4], stride_out[4], stride_mask[4];

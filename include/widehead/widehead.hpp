@@ -156,7 +156,9 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
   expect("k", k.shape, {q.shape[0], k.shape[1], k.shape[2], q.shape[3]});
   expect("v", v.shape, {q.shape[0], k.shape[1], k.shape[2], v.shape[3]});
   expect("out", out.shape, {q.shape[0], q.shape[1], q.shape[2], v.shape[3]});
-  if (out.dtype != q.dtype) throw Error(WH_INVALID_ARGUMENT, "out must have the type of q");
+  if (out.dtype != q.dtype && out.dtype != Dtype::kF32) {
+    throw Error(WH_INVALID_ARGUMENT, "out must have the type of q, or be f32");
+  }
   if (v.dtype != k.dtype) throw Error(WH_INVALID_ARGUMENT, "v must have the type of k");
   wh_problem problem;
   check(wh_problem_init(&problem, sizeof(problem)));
@@ -192,6 +194,7 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
   if (options.key_starts != nullptr) problem.uses |= WH_USES_KEY_STARTS;
   if (options.log_sum_exp != nullptr) problem.uses |= WH_USES_LOG_SUM_EXP;
   if (options.values_in_keys) problem.uses |= WH_USES_VALUES_IN_KEYS;
+  if (out.dtype != q.dtype) problem.uses |= WH_USES_F32_OUT;
   return problem;
 }
 
@@ -324,7 +327,8 @@ class Plan {
     expect("q", q, p.dtype_q, {p.batch, p.heads_q, p.len_q, p.dim_qk}, p.stride_q);
     expect("k", k, p.dtype_kv, {p.batch, p.heads_kv, p.len_k, p.dim_qk}, p.stride_k);
     expect("v", v, p.dtype_kv, {p.batch, p.heads_kv, p.len_k, p.dim_v}, p.stride_v);
-    expect("out", out, p.dtype_q, {p.batch, p.heads_q, p.len_q, p.dim_v}, p.stride_out);
+    const int32_t dtype_out = (p.uses & WH_USES_F32_OUT) != 0 ? int32_t{WH_F32} : p.dtype_q;
+    expect("out", out, dtype_out, {p.batch, p.heads_q, p.len_q, p.dim_v}, p.stride_out);
     wh_tensors t = tensors(q, k, v, out);
     t.mask = extras.mask;
     t.sinks = extras.sinks;

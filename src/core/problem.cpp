@@ -132,7 +132,8 @@ TensorBytes tensor_bytes(const Problem& p) {
   bytes.q = span_elements(extents_q(p), p.stride_q) * bytes_q;
   bytes.k = span_elements(extents_k(p), p.stride_k) * bytes_kv;
   if (!p.values_in_keys) bytes.v = span_elements(extents_v(p), p.stride_v) * bytes_kv;
-  bytes.out = span_elements(extents_out(p), p.stride_out) * bytes_q;
+  const auto bytes_out = static_cast<int64_t>(dtype_bytes(p.dtype_out()));
+  bytes.out = span_elements(extents_out(p), p.stride_out) * bytes_out;
   if (p.mask != MaskKind::kNone) {
     bytes.mask = span_elements(extents_mask(p), p.stride_mask) * mask_element_bytes(p);
   }
@@ -170,7 +171,10 @@ Status validate(const Problem& p) {
   }
   WH_RETURN_IF_ERROR(check_strides("stride_out", extents_out(p), p.stride_out));
   WH_RETURN_IF_ERROR(check_distinct("out", extents_out(p), p.stride_out));
-  if (p.pass == Pass::kBackward) WH_RETURN_IF_ERROR(validate_gradients(p));
+  if (p.pass == Pass::kBackward) {
+    if (p.f32_out) return invalid("f32_out is true; it must be false in the backward pass");
+    WH_RETURN_IF_ERROR(validate_gradients(p));
+  }
   if (p.mask != MaskKind::kNone) {
     WH_RETURN_IF_ERROR(check_strides("stride_mask", extents_mask(p), p.stride_mask));
   }
@@ -186,7 +190,8 @@ Status validate(const Problem& p, const Tensors& t) {
   const auto element_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
   const auto element_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
   const bool is_backward = p.pass == Pass::kBackward;
-  const Bytes out{"out", t.out, bytes.out, element_q};
+  const auto element_out = static_cast<int64_t>(dtype_bytes(p.dtype_out()));
+  const Bytes out{"out", t.out, bytes.out, element_out};
   const Bytes lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp, 4};
   const Bytes none{"", nullptr, 0, 0};
   // What a run writes shares memory with nothing else.
@@ -277,6 +282,7 @@ std::string describe(const Problem& p) {
   if (p.has_key_lengths) text += ", key lengths";
   if (p.has_key_starts) text += ", key starts";
   if (p.values_in_keys) text += ", values in keys";
+  if (p.f32_out) text += ", f32 out";
   return text;
 }
 

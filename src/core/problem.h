@@ -41,7 +41,7 @@ using Strides = std::array<int64_t, 4>;
 struct Problem {
   Device device = Device::kCpu;
   int32_t device_index = 0;
-  Dtype dtype_q = Dtype::kF32;   // of q and out
+  Dtype dtype_q = Dtype::kF32;   // of q, and of out unless that is f32
   Dtype dtype_kv = Dtype::kF32;  // of k and v
   int64_t batch = 1;
   int64_t heads_q = 1;
@@ -66,6 +66,7 @@ struct Problem {
   bool has_key_starts = false;
   bool wants_log_sum_exp = false;
   bool values_in_keys = false;  // v is the first dim_v columns of k: absorbed latent attention
+  bool f32_out = false;         // whatever q is: for parts that are merged
   Pass pass = Pass::kForward;
   // Of the backward pass; zeros in the forward pass.
   Strides stride_d_out{};  // of d_out, of out's extents and type; 0 broadcasts
@@ -74,6 +75,7 @@ struct Problem {
   Strides stride_dv{};     // of dv, of v's; as v lies in k there is no dv, and dk has its part too
 
   int64_t group() const { return heads_q / heads_kv; }
+  Dtype dtype_out() const { return f32_out ? Dtype::kF32 : dtype_q; }
   bool operator==(const Problem&) const = default;
 };
 

@@ -116,7 +116,8 @@ constexpr Use kUses[] = {{"sinks", WH_USES_SINKS, &Problem::has_sinks},
                          {"key_lengths", WH_USES_KEY_LENGTHS, &Problem::has_key_lengths},
                          {"key_starts", WH_USES_KEY_STARTS, &Problem::has_key_starts},
                          {"log_sum_exp", WH_USES_LOG_SUM_EXP, &Problem::wants_log_sum_exp},
-                         {"values_in_keys", WH_USES_VALUES_IN_KEYS, &Problem::values_in_keys}};
+                         {"values_in_keys", WH_USES_VALUES_IN_KEYS, &Problem::values_in_keys},
+                         {"f32_out", WH_USES_F32_OUT, &Problem::f32_out}};
 
 // The first field that is out of its range, of either kind of problem.
 template <typename ProblemOrStruct>

@@ -40,6 +40,8 @@ bool Documented::takes(const std::string& kernel) const {
     return is_cpu && is_one_type() && p.dtype_q == Dtype::kBf16 && cpu().has_avx512_bf16;
   }
   if (is_cpu) return false;
+  const bool writes_type_of_q = p.dtype_out() == p.dtype_q;
+  if (!writes_type_of_q && kernel != "sm90_decode" && kernel != "cuda_portable") return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
   if (cuda().compute_capability < 80 || !is_one_type()) return false;

@@ -105,7 +105,7 @@ void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, c
   const int64_t offset =
       id.batch_idx * p.stride_out[0] + head * p.stride_out[1] + query * p.stride_out[2];
   HWY_DYNAMIC_DISPATCH(store_scaled)
-  (o, scale, p.dim_v, t.out, p.dtype_q, offset, p.stride_out[3]);
+  (o, scale, p.dim_v, t.out, p.dtype_out(), offset, p.stride_out[3]);
   if (p.wants_log_sum_exp) {
     t.log_sum_exp[(id.batch_idx * p.heads_q + head) * p.len_q + query] =
         is_empty ? kEmptyRowLogSumExp : (m + std::log2(l)) * kLn2;

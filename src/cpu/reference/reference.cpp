@@ -71,7 +71,7 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +
                       row.query_idx * p.stride_out[2];
   for (int64_t d = 0; d < p.dim_v; ++d) {
-    store_element(t.out, p.dtype_q, out + d * p.stride_out[3],
+    store_element(t.out, p.dtype_out(), out + d * p.stride_out[3],
                   static_cast<float>(is_empty ? kEmptyRowOut : sums[d] / denominator));
   }
   if (p.wants_log_sum_exp) {

@@ -15,6 +15,13 @@ namespace wh::cuda {
 // More than one wave of the largest card's multiprocessors would only cost traffic.
 constexpr int32_t kMostSplits = 160;
 
+// Attention kernels write out in q's type, the merge behind them in any.
+constexpr int64_t least_splits(const Problem& problem) {
+  return problem.dtype_out() == problem.dtype_q ? 1 : 2;
+}
+constexpr const char* kWritesTypeOfQ =
+    "writes out in q's type; with f32 out a kernel must split the keys and merge";
+
 // A row is (batch_idx * heads_q + head) * len_q + query_idx: its place in log_sum_exp too. A split
 // that saw no key of a row leaves a weight of 0 and anything in `sums`, but writes them: a merge
 // that waited for the weights before it asked for sums would take one more trip to L2, 0.2 us of 7.

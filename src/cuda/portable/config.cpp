@@ -244,7 +244,7 @@ Config configure(const Query& query) {
   // One batch entry alone decides where bits must not depend on the batch.
   const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
   const PortableCost cost(query, variant, batch);
-  const int64_t splits = cost.best_splits();
+  const int64_t splits = std::max(cost.best_splits(), least_splits(p));
   if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.keys;
   config.splits = static_cast<int32_t>(splits);
   if (query.limits.longest_step_us > 0) {

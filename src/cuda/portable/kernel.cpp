@@ -51,7 +51,7 @@ Status run_portable(const Launch& launch) {
                                    .parameters = parameters,
                                    .stream = stream});
     if (!status.ok() || shape.splits == 1 || end < shape.blocks) return status;
-    return launch_combine(args.attention, p.dtype_q, args.partials, stream);
+    return launch_combine(args.attention, p.dtype_out(), args.partials, stream);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/carver.h"
+#include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/steps.h"
 #include "cuda/cuda_facts.h"
@@ -25,6 +26,7 @@ std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (const std::string reason = cublas_lt_unavailable(); !reason.empty()) return reason;
   if (p.dtype_q != p.dtype_kv) return "q and k have different types; the products take one";
+  if (least_splits(p) > 1) return kWritesTypeOfQ;
   if (!fits_int32(p)) {
     return fmt::format("a length or batch * heads_q is above {}", kMaxExtent);
   }

@@ -144,7 +144,7 @@ Config configure(const Query& query) {
   config.fresh_keys = query.limits.fresh_keys;
   const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
   const DecodeCost cost(query, variant, batch);
-  const int64_t splits = cost.best_splits();
+  const int64_t splits = std::max(cost.best_splits(), least_splits(p));
   if (splits > 1) config.chunk_keys = divide_up(cost.tiles(), splits) * variant.tile_k;
   config.splits = static_cast<int32_t>(splits);
   return config;

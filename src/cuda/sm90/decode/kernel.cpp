@@ -103,7 +103,7 @@ Status run_decode(const Launch& launch) {
                                    .parameters = parameters,
                                    .stream = stream});
     if (!status.ok() || shape.splits == 1) return status;
-    return launch_combine(args.attention, p.dtype_q, args.partials, stream);
+    return launch_combine(args.attention, p.dtype_out(), args.partials, stream);
   });
 }
 

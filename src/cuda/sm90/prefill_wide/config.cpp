@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cuda/combine/combine.h"
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
@@ -32,6 +33,7 @@ constexpr auto kVariants =
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = sm90_refusal(query)) return reason;
+  if (least_splits(p) > 1) return kWritesTypeOfQ;
   if (first_variant(kVariants, p, cuda_facts(query)) < 0) {
     if (first_variant(kVariants, p, with_all_instances(cuda_facts(query))) >= 0)
       return not_compiled(p);
