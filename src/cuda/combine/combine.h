@@ -16,7 +16,7 @@ namespace wh::cuda {
 constexpr int32_t kMostSplits = 160;
 
 // Attention kernels write out in q's type, the merge behind them in any.
-constexpr int64_t least_splits(const Problem& problem) {
+inline int64_t least_splits(const Problem& problem) {
   return problem.dtype_out() == problem.dtype_q ? 1 : 2;
 }
 constexpr const char* kWritesTypeOfQ =
