@@ -10,6 +10,10 @@
 // a head take turns at a row tile, in the order of their keys, so that bits do not depend on
 // threads. A second walk for dq would need no turns, and 7 products in place of 5.
 //
+// A worker's scratch holds a key_tile and a row_tile; weights are what the two make of each other,
+// products sum dq, special holds what infinities and NaN add, prepare comes before, worker is the
+// walk.
+//
 // Roofline: 2 * (3 * dim_qk + 2 * dim_v) flops a pair at the FMA peak, 2.5 times the forward pass.
 #include "cpu/backward/kernel.h"
 
@@ -18,6 +22,7 @@
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
+#include "cpu/backward/prepare-inl.h"
 #include "cpu/backward/worker-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -27,9 +32,9 @@ namespace wh::cpu::HWY_NAMESPACE {
 void prepare_backward(const Launch& launch, const BackwardWorkspace& workspace, int32_t worker_idx,
                       std::atomic<int64_t>& next) {
   const BackwardShape& shape = workspace.shape;
-  BackwardWorker worker(launch.problem, launch.tensors, workspace, worker_idx, launch.progress);
+  RowPreparation rows(launch.problem, launch.tensors, workspace, worker_idx, launch.progress);
   for (int64_t i = next++; i < shape.heads * shape.q_tiles; i = next++) {
-    if (!worker.prepare(i / shape.q_tiles, i % shape.q_tiles)) return;
+    if (!rows.run(i / shape.q_tiles, i % shape.q_tiles)) return;
   }
 }
 

@@ -2,13 +2,10 @@
 
 #include <algorithm>
 
-#include "cpu/common/rounding.h"
 #include "cpu/common/simd.h"
 
 namespace wh::cpu {
 namespace {
-
-constexpr int64_t kMostBroadcastRows = 8;  // register tiles cover 4 or 8 broadcast rows
 
 // The stride of rows that are read down a column: 64 bytes off a power of two.
 int64_t padded_columns(int64_t dim) { return round_up(dim, 16) + 16; }
@@ -40,8 +37,8 @@ BackwardScratch::BackwardScratch(Carver& carver, const Problem& p, const Backwar
   k = carver.take<float>(keys * k_columns);
   k_lanes = carver.take<float>(keys * p.dim_qk);
   v_lanes = carver.take<float>(keys * p.dim_v);
-  dk_lanes = carver.take<float>(keys * round_up(p.dim_qk, kMostBroadcastRows));
-  dv_lanes = carver.take<float>(keys * round_up(p.dim_v, kMostBroadcastRows));
+  dk_lanes = carver.take<float>(keys * padded_dim(p.dim_qk));
+  dv_lanes = carver.take<float>(keys * padded_dim(p.dim_v));
   q = carver.take<float>(shape.tile_q * q_columns);
   d_out = carver.take<float>(shape.tile_q * d_out_columns);
   weights = carver.take<float>(shape.tile_q * shape.lanes);

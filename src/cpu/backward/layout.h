@@ -4,11 +4,15 @@
 
 #include "core/carver.h"
 #include "core/key_range.h"
+#include "cpu/common/rounding.h"
 #include "plan/kernel.h"
 
 namespace wh::cpu {
 
 constexpr int64_t kBackwardPanelVectors = 3;  // SIMD vectors of keys in a full panel
+
+// Register tiles of dk and dv cover 4 or 8 dimensions.
+constexpr int64_t padded_dim(int64_t dim) { return round_up(dim, 8); }
 
 // Rows are numbered within a (batch, kv head) pair: row = query_idx * group + head in the group.
 struct BackwardShape {

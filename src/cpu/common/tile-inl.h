@@ -228,9 +228,10 @@ HWY_INLINE bool widen_row(const T* HWY_RESTRICT from, int64_t stride, int64_t di
   return hn::AllTrue(f32, hn::Eq(finite, zero)) && finite_tail == 0.0f;
 }
 
-inline bool widen_row(const void* from, Dtype dtype, int64_t stride, int64_t dim, float* to) {
+inline bool widen_row(const void* from, Dtype dtype, int64_t offset, int64_t stride, int64_t dim,
+                      float* to) {
   return with_element_type(dtype, [&]<typename T>(T) {
-    return widen_row(static_cast<const T*>(from), stride, dim, to);
+    return widen_row(static_cast<const T*>(from) + offset, stride, dim, to);
   });
 }
 

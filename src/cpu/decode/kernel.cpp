@@ -87,7 +87,6 @@ class DecodeWorker {
   void load_rows(KeyRange present, int64_t chunk_idx) {
     const KeyRange chunk = chunk_range(p_, present, shape_, chunk_idx);
     const float scale = scale_to_base_2(p_);
-    const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
     for (int64_t row = 0; row < shape_.rows; ++row) {
       const int64_t query = row / p_.group();
       const KeyRange visible = visible_keys(p_, present, query);
@@ -98,8 +97,7 @@ class DecodeWorker {
       const int64_t offset =
           batch_idx_ * p_.stride_q[0] + head_of(row) * p_.stride_q[1] + query * p_.stride_q[2];
       float* q = w_.q + row * shape_.columns_qk;
-      widen_row(static_cast<const std::byte*>(t_.q) + offset * bytes, p_.dtype_q, p_.stride_q[3],
-                p_.dim_qk, q);
+      widen_row(t_.q, p_.dtype_q, offset, p_.stride_q[3], p_.dim_qk, q);
       for (int64_t d = 0; d < p_.dim_qk; ++d) q[d] *= scale;
       std::fill(q + p_.dim_qk, q + shape_.columns_qk, 0.0f);
     }

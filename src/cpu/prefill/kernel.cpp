@@ -28,7 +28,7 @@ class F32Products {
       : p_(p), t_(t), w_(scratch), scale_(scale_to_base_2(p)) {}
 
   void load_query(const void* row, float* to) const {
-    widen_row(row, p_.dtype_q, p_.stride_q[3], p_.dim_qk, to);
+    widen_row(row, p_.dtype_q, 0, p_.stride_q[3], p_.dim_qk, to);
     for (int64_t d = 0; d < p_.dim_qk; ++d) to[d] *= scale_;
   }
 
