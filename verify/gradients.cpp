@@ -32,13 +32,13 @@ Strides dense(const Extents& extents) { return dense_strides(extents[1], extents
 Input forward_input(Input input) {
   input.problem.pass = Pass::kForward;
   input.problem.wants_log_sum_exp = true;
+  input.problem.f32_out = false;  // the backward pass takes no other type than d_out has
   return input;
 }
 
 Problem backward_problem(const Input& input) {
-  Problem p = input.problem;
+  Problem p = forward_input(input).problem;
   p.pass = Pass::kBackward;
-  p.wants_log_sum_exp = true;
   p.stride_dq = p.stride_q;
   p.stride_dk = p.stride_k[1] == 0 ? dense(extents_k(p)) : p.stride_k;
   if (!p.values_in_keys) p.stride_dv = p.stride_v[1] == 0 ? dense(extents_v(p)) : p.stride_v;
