@@ -1,4 +1,4 @@
-// The planner's choices for an H100 against what every kernel took there: the recorded runs in
+// The planner's choices for cards against what every kernel took there: the recorded runs in
 // bench/results. No GPU is needed: the formulas take the card's facts.
 #include <gtest/gtest.h>
 
@@ -8,11 +8,10 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <regex>
 
 #include "api/machine.h"
-#include "api/shipped_profiles.h"
+#include "api/profile_store.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/registry.h"
 #include "plan/planner.h"
@@ -50,15 +49,22 @@ Measured measured(const Json& row, const std::string& name) {
   return one;
 }
 
+struct Recorded {
+  CudaFacts facts;
+  std::string results;  // what their names in bench/results begin with
+};
+const Recorded kH100{h100(), "nvidia-h100-80gb-hbm3-2026-11-26"};
+const Recorded kH200{h200(), "nvidia-h200-2026-11-29"};
+
 Json read(const std::string& file) {
   std::ifstream stream(std::string(WIDEHEAD_RESULTS) + "/" + file);
   return Json::parse(stream);
 }
 
 // bench/gpu.py: launches in CUDA graphs or between events.
-std::vector<Measured> kernel_rows() {
+std::vector<Measured> kernel_rows(const Recorded& on) {
   std::vector<Measured> all;
-  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-26-kernels.json");
+  const Json document = read(on.results + "-kernels.json");
   for (const char* group : {"prefill", "decode", "portable"}) {
     for (const Json& row : document[group]) {
       Measured one = measured(row, row["name"]);
@@ -76,11 +82,11 @@ std::vector<Measured> kernel_rows() {
 }
 
 // widehead bench routing --device cuda: replayed graphs.
-std::vector<Measured> call_rows() {
+std::vector<Measured> call_rows(const Recorded& on) {
   const std::regex words(
       R"((\d+)/(\d+) heads, dim (\d+)(?:/(\d+))?, (\d+) x (\d+), f16(, causal)?)");
   std::map<std::string, Measured> all;
-  const Json document = read("nvidia-h100-80gb-hbm3-2026-11-26/routing.json");
+  const Json document = read(on.results + "/routing.json");
   for (const Json& row : document["rows"]) {
     const std::string name = row["problem"];
     std::smatch found;
@@ -101,8 +107,7 @@ struct Choices {
   std::vector<double> regrets, errors;  // sorted
 };
 
-Choices choices(const std::vector<Measured>& rows, const Profile* profile) {
-  const CudaFacts facts = h100();
+Choices choices(const CudaFacts& facts, const std::vector<Measured>& rows, const Profile* profile) {
   Choices result;
   for (const Measured& row : rows) {
     const auto plan = make_plan(row.problem, {}, {facts, cuda::kernels(), profile});
@@ -138,29 +143,31 @@ void expect_goals(const Choices& made, double worst_regret, double worst_error) 
   EXPECT_LE(made.errors.back(), worst_error);
 }
 
-TEST(CudaRouting, FormulasChooseTheFastestKernelOfTheRecordedSuites) {
-  expect_goals(choices(kernel_rows(), nullptr), 1.10, 0.40);
+class CudaRouting : public testing::TestWithParam<Recorded> {};
+INSTANTIATE_TEST_SUITE_P(Cards, CudaRouting, testing::Values(kH100, kH200));
+
+TEST_P(CudaRouting, FormulasChooseTheFastestKernelOfTheRecordedSuites) {
+  expect_goals(choices(GetParam().facts, kernel_rows(GetParam()), nullptr), 1.10, 0.40);
 }
 
-TEST(CudaRouting, TheShippedProfileChoosesTheFastestKernelOfTheRecordedCalls) {
-  std::optional<Profile> profile;
-  for (const ShippedProfile& one : shipped_profiles()) {
-    if (std::string(one.isa) != "sm_90") continue;
-    Result<Profile> read = Profile::from_json(one.json);
-    ASSERT_TRUE(read.ok()) << read.status().message();
-    profile = std::move(*read);
-  }
-  ASSERT_TRUE(profile.has_value());
-  const Choices made = choices(call_rows(), &*profile);
+TEST_P(CudaRouting, TheShippedProfileChoosesTheFastestKernelOfTheRecordedCalls) {
+  const CudaFacts& facts = GetParam().facts;
+  const ShippedProfile* shipped =
+      closest_profile(shipped_profiles(), {facts.name, "sm_90", "", facts.sms, ""});
+  ASSERT_NE(shipped, nullptr);
+  EXPECT_EQ(shipped->device, facts.name);
+  const Result<Profile> profile = Profile::from_json(shipped->json);
+  ASSERT_TRUE(profile.ok()) << profile.status().message();
+  const Choices made = choices(facts, call_rows(GetParam()), &*profile);
   EXPECT_GE(made.regrets.size(), 60u);
   expect_goals(made, 1.10, 0.40);
 }
 
-TEST(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {
-  const CudaFacts facts = h100();
+TEST_P(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {
+  const CudaFacts& facts = GetParam().facts;
   Limits limits;
   limits.batch_invariant = true;
-  for (const Measured& row : kernel_rows()) {
+  for (const Measured& row : kernel_rows(GetParam())) {
     std::string alone;
     for (const int64_t batch : {1, 2, 16, 300}) {
       Problem p = row.problem;

@@ -5,7 +5,7 @@
 
 #include "api/environment.h"
 #include "api/machine.h"
-#include "api/shipped_profiles.h"
+#include "api/profile_store.h"
 #include "core/byte_size.h"
 #include "core/key_range.h"
 #include "core/nearest_name.h"
@@ -451,20 +451,39 @@ TEST(Profile, CorrectsWhereItWasMeasuredAndFadesFarAway) {
   EXPECT_EQ(profile.correction("another", cost(4, 6, 0).at), 1);
 }
 
-// Those that ship name kernels that exist, and the instruction set they are chosen by.
-TEST(Profile, ShippedOnesHoldCostsOfTheirInstructionSet) {
+// Those that ship name kernels that exist, and hold what they are chosen by.
+TEST(Profile, ShippedOnesHoldCostsOfTheirKernels) {
+  EXPECT_FALSE(shipped_profiles().empty());
   for (const ShippedProfile& one : shipped_profiles()) {
     const Result<Profile> profile = Profile::from_json(one.json);
-    ASSERT_TRUE(profile.ok()) << one.isa << ": " << profile.status().message();
+    ASSERT_TRUE(profile.ok()) << one.device << ": " << profile.status().message();
     EXPECT_EQ(profile->identity().isa, one.isa);
+    EXPECT_EQ(profile->identity().device, one.device);
     const Device device = std::string(one.isa).starts_with("sm_") ? Device::kCuda : Device::kCpu;
     if (kernels_of(device).empty()) continue;  // a build without CUDA
-    EXPECT_FALSE(profile->points().empty()) << one.isa;
+    EXPECT_FALSE(profile->points().empty()) << one.device;
     for (const auto& [kernel, points] : profile->points()) {
-      EXPECT_NE(find_kernel(kernels_of(device), kernel), nullptr) << one.isa << ": " << kernel;
-      EXPECT_FALSE(points.empty()) << one.isa << ": " << kernel;
+      EXPECT_NE(find_kernel(kernels_of(device), kernel), nullptr) << one.device << ": " << kernel;
+      EXPECT_FALSE(points.empty()) << one.device << ": " << kernel;
     }
   }
+}
+
+std::string shipped_for(const char* isa, const char* device) {
+  const ShippedProfile* one = closest_profile(shipped_profiles(), {device, isa, "", 0, ""});
+  return one == nullptr ? "none" : one->device;
+}
+
+TEST(Profile, TheCardChoosesAmongThoseOfItsInstructionSet) {
+  EXPECT_EQ(shipped_for("sm_90", "NVIDIA H200"), "NVIDIA H200");
+  EXPECT_EQ(shipped_for("sm_90", "NVIDIA H200 NVL"), "NVIDIA H200");
+  EXPECT_EQ(shipped_for("sm_90", "NVIDIA H100 80GB HBM3"), "NVIDIA H100 80GB HBM3");
+  EXPECT_EQ(shipped_for("sm_90", "NVIDIA H100 PCIe"), "NVIDIA H100 80GB HBM3");
+  EXPECT_EQ(shipped_for("sm_90", "NVIDIA GH200 480GB"), "NVIDIA H100 80GB HBM3");
+  EXPECT_EQ(shipped_for("sm_90", ""), "NVIDIA H100 80GB HBM3");
+  EXPECT_EQ(shipped_for("AVX3", "Intel Xeon"), "AMD EPYC");
+  EXPECT_EQ(shipped_for("AVX2", "AMD EPYC"), "none");
+  EXPECT_EQ(shipped_for("sm_80", "NVIDIA H200"), "none");
 }
 
 TEST(ByteSize, ReadsWhatPeopleWrite) {

@@ -4,15 +4,16 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <mutex>
 #include <sstream>
+#include <string_view>
 
 #include "api/machine.h"
-#include "api/shipped_profiles.h"
 #include "core/names.h"
 
 namespace wh {
@@ -42,19 +43,15 @@ Status write_file(const std::filesystem::path& path, const std::string& text) {
   return status;
 }
 
-// A shipped profile stands for a class of machines: it is chosen by instruction set alone.
 bool load_shipped(const ProfileIdentity& here, LoadedProfile& loaded) {
-  for (const ShippedProfile& one : shipped_profiles()) {
-    if (here.isa != one.isa) continue;
-    Result<Profile> shipped = Profile::from_json(one.json);
-    if (!shipped.ok()) continue;
-    loaded.description =
-        fmt::format("shipped profile for {}, measured on {}", here.isa, shipped->identity().device);
-    loaded.profile = std::move(*shipped);
-    loaded.is_valid = true;
-    return true;
-  }
-  return false;
+  const ShippedProfile* one = closest_profile(shipped_profiles(), here);
+  if (one == nullptr) return false;
+  Result<Profile> shipped = Profile::from_json(one->json);
+  if (!shipped.ok()) return false;
+  loaded.description = fmt::format("shipped profile for {}, measured on {}", one->isa, one->device);
+  loaded.profile = std::move(*shipped);
+  loaded.is_valid = true;
+  return true;
 }
 
 LoadedProfile load(Device device, int32_t device_index) {
@@ -83,6 +80,23 @@ LoadedProfile load(Device device, int32_t device_index) {
 }
 
 }  // namespace
+
+const ShippedProfile* closest_profile(std::span<const ShippedProfile> shipped,
+                                      const ProfileIdentity& here) {
+  const ShippedProfile* closest = nullptr;
+  ptrdiff_t most = -1;  // characters that the names begin with in common
+  for (const ShippedProfile& one : shipped) {
+    const std::string_view device = one.device;
+    const ptrdiff_t common =
+        std::mismatch(device.begin(), device.end(), here.device.begin(), here.device.end()).first -
+        device.begin();
+    if (here.isa == one.isa && common > most) {
+      closest = &one;
+      most = common;
+    }
+  }
+  return closest;
+}
 
 std::filesystem::path profile_path(Device device, int32_t device_index) {
   std::filesystem::path folder;

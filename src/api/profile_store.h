@@ -3,8 +3,10 @@
 #pragma once
 
 #include <filesystem>
+#include <span>
 #include <string>
 
+#include "api/shipped_profiles.h"
 #include "plan/profile.h"
 
 namespace wh {
@@ -26,7 +28,13 @@ struct LoadedProfile {
   std::string description;  // for the plan: which one, or why the cached one is ignored
 };
 
-// The cached profile, else a shipped one for this instruction set, else none. Read once a process.
+// Of those for this instruction set the one whose device's name begins most like this one's: cards
+// of one make share a beginning ("NVIDIA H200 NVL"), and with it memory and clocks, by which cards
+// of one instruction set differ. Of equals the first. Null: none is for this instruction set.
+const ShippedProfile* closest_profile(std::span<const ShippedProfile> shipped,
+                                      const ProfileIdentity& here);
+
+// The cached profile, else the closest that ships, else none. Read once a process.
 const LoadedProfile& loaded_profile(Device device, int32_t device_index);
 
 }  // namespace wh

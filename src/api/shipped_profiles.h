@@ -6,8 +6,9 @@
 namespace wh {
 
 struct ShippedProfile {
-  const char* isa;   // of the class of machines: the file's name
-  const char* json;  // parsing all of them for the one that fits would take milliseconds
+  const char* isa;
+  const char* device;  // the model that it was measured on
+  const char* json;    // parsing all of them for the one that fits would take milliseconds
 };
 std::span<const ShippedProfile> shipped_profiles();
 

@@ -29,4 +29,13 @@ inline CudaFacts h100() {
   return facts;
 }
 
+// The same chip with more and faster memory, and more of the L2 cache.
+inline CudaFacts h200() {
+  CudaFacts facts = h100();
+  facts.name = "NVIDIA H200";
+  facts.l2_bytes = 60 << 20;
+  facts.read_gbytes_per_s = 0.9 * 2 * 3.201 * 6016 / 8;
+  return facts;
+}
+
 }  // namespace wh
