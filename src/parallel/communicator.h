@@ -1,0 +1,38 @@
+// Messages between ranks, over whatever connects them. The caller owns the connection.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <span>
+
+#include "core/status.h"
+
+namespace wh::sharded {
+
+class Communicator {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  struct Transfer {
+    int32_t peer;
+    bool is_send;
+    void* data;
+    int64_t bytes;
+  };
+
+  virtual ~Communicator() = default;
+  virtual int32_t rank() const = 0;
+  virtual int32_t ranks() const = 0;
+
+  // Sends and receives at once, without waiting. Transfers between two ranks meet in the order in
+  // which both start them. On a device with streams they follow what the stream holds by now.
+  virtual Status start(int32_t exchange, std::span<const Transfer> transfers) = 0;
+  // Waits for what start() began under this number, on a device by its stream. After a failure, of
+  // which the status names the rank, the connection is of no more use.
+  virtual Status finish(int32_t exchange, Clock::time_point deadline) = 0;
+  // Called now and then while the rank computes, from any thread but never from two at once: for
+  // connections that move only when they are asked to.
+  virtual void poll() {}
+};
+
+}  // namespace wh::sharded

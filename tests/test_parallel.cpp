@@ -1,0 +1,290 @@
+// Attention over several ranks: planner, schedules and executor, with threads for ranks.
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "api/machine.h"
+#include "core/carver.h"
+#include "core/key_range.h"
+#include "parallel/executor.h"
+#include "parallel/view.h"
+#include "support/sharded_case.h"
+#include "support/thread_communicator.h"
+
+namespace wh::sharded {
+namespace {
+
+Result<Plan> plan_on_cpu(const Problem& problem, const Limits& limits) {
+  return make_plan(problem, limits, this_machine(Device::kCpu, 0));
+}
+
+const Executor kSerial{[](void*, int32_t count, Executor::Task task, void* argument) {
+                         for (int32_t i = 0; i < count; ++i) task(argument, i);
+                       },
+                       nullptr};
+
+// Workspace of exactly so many bytes, full of NaN bits.
+class ExactWorkspace {
+ public:
+  explicit ExactWorkspace(size_t bytes)
+      : memory_(bytes + kWorkspaceAlignment, std::byte{0xff}), bytes_(bytes) {}
+  void give(Tensors& t) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.data());
+    t.workspace = memory_.data() + (kWorkspaceAlignment - at % kWorkspaceAlignment);
+    t.workspace_bytes = bytes_;
+  }
+
+ private:
+  std::vector<std::byte> memory_;
+  size_t bytes_;
+};
+
+Status run_one(ShardedCase& sharded, Strategy strategy, int32_t rank, Communicator& communicator,
+               LocalTensors& local) {
+  const ShardedProblem& s = sharded.problem();
+  ParallelRun run;
+  run.options.executor = kSerial;
+  WH_RETURN_IF_ERROR(agree(s, strategy, {}, communicator, run));
+  const Result<RankPlan> plan = make_rank_plan(s, strategy, rank, {}, plan_on_cpu);
+  if (!plan.ok()) return plan.status();
+  Tensors tensors = sharded.tensors(local);
+  ExactWorkspace workspace(plan->workspace_bytes);
+  workspace.give(tensors);
+  return run_rank(s, *plan, tensors, communicator, run);
+}
+
+// On threads; the answers of all ranks in the case's own tensors.
+void run_all(ShardedCase& sharded, Strategy strategy, std::vector<LocalTensors>& locals) {
+  const int32_t ranks = sharded.problem().ranks();
+  ThreadGroup group(ranks);
+  std::vector<std::thread> threads;
+  std::vector<Status> statuses(static_cast<size_t>(ranks));
+  locals.clear();
+  for (int32_t r = 0; r < ranks; ++r) locals.push_back(sharded.local(r));
+  for (int32_t r = 0; r < ranks; ++r) {
+    threads.emplace_back([&, r] {
+      ThreadGroup::Member member(group, r);
+      const auto i = static_cast<size_t>(r);
+      statuses[i] = run_one(sharded, strategy, r, member, locals[i]);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  sharded.poison();
+  for (int32_t r = 0; r < ranks; ++r) {
+    const auto i = static_cast<size_t>(r);
+    ASSERT_TRUE(statuses[i].ok()) << "rank " << r << ": " << statuses[i].message();
+    sharded.put(r, locals[i]);
+  }
+}
+
+class Parallel : public testing::TestWithParam<Strategy> {};
+
+TEST_P(Parallel, IsTheWholeInFloat64) {
+  int done = 0;
+  for (uint64_t seed = 0; seed < 160; ++seed) {
+    const auto ranks = static_cast<int32_t>(1 + seed % 5);
+    ShardedCase sharded = random_case(ranks, seed);
+    SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
+                 " ranks: " + describe(sharded.whole()));
+    if (!refusal(sharded.problem(), GetParam()).empty()) continue;
+    std::vector<LocalTensors> locals;
+    run_all(sharded, GetParam(), locals);
+    if (HasFatalFailure()) return;
+    const std::string difference = sharded.difference();
+    EXPECT_TRUE(difference.empty()) << difference;
+    ++done;
+  }
+  EXPECT_GE(done, GetParam() == Strategy::kHeads ? 60 : 160);
+}
+
+TEST_P(Parallel, IsTheSameBitsEveryTime) {
+  ShardedCase sharded = random_case(3, 12);
+  std::vector<LocalTensors> first, second;
+  if (!refusal(sharded.problem(), GetParam()).empty()) GTEST_SKIP();
+  run_all(sharded, GetParam(), first);
+  run_all(sharded, GetParam(), second);
+  for (size_t i = 0; i < first.size(); ++i) EXPECT_EQ(first[i].out, second[i].out);
+}
+
+INSTANTIATE_TEST_SUITE_P(Strategies, Parallel,
+                         testing::Values(Strategy::kRing, Strategy::kGather, Strategy::kHeads,
+                                         Strategy::kQueries, Strategy::kOneRank),
+                         [](const auto& info) {
+                           return std::string(kStrategies.name(info.param));
+                         });
+
+// Every pair of a query and a key that the whole makes visible is in one view, and no other is.
+TEST(ParallelViews, HoldWhatTheWholeMakesVisible) {
+  std::mt19937_64 random(1);
+  for (int i = 0; i < 3000; ++i) {
+    Problem p;
+    p.len_q = static_cast<int64_t>(random() % 12);
+    p.len_k = static_cast<int64_t>(random() % 12);
+    p.causal = static_cast<Causal>(random() % 3);
+    if (random() % 2 == 0) p.window_left = static_cast<int64_t>(random() % 8);
+    if (random() % 2 == 0) p.window_right = static_cast<int64_t>(random() % 8);
+    const auto end = static_cast<int64_t>(random() % static_cast<uint64_t>(p.len_k + 1));
+    const TokenRange present{end / 3, end};
+    const auto cut = [&](int64_t length) {
+      const auto a = static_cast<int64_t>(random() % static_cast<uint64_t>(length + 1));
+      const auto b = static_cast<int64_t>(random() % static_cast<uint64_t>(length + 1));
+      return TokenRange{std::min(a, b), std::max(a, b)};
+    };
+    const TokenRange q = cut(p.len_q), k = cut(p.len_k);
+    const View view = view_of(p, present, q, k);
+    Problem part;
+    part.len_q = view.q.size();
+    part.len_k = view.k.size();
+    part.window_left = view.window_left;
+    part.window_right = view.window_right;
+    ASSERT_GE(view.window_left, kUnlimited);
+    ASSERT_GE(view.window_right, kUnlimited);
+    for (int64_t query = q.begin; query < q.end; ++query) {
+      KeyRange want = visible_keys(p, KeyRange{present.begin, present.end}, query);
+      want = {std::max(want.begin, k.begin), std::min(want.end, k.end)};
+      KeyRange have{0, 0};
+      if (!view.empty() && view.q.begin <= query && query < view.q.end) {
+        have = visible_keys(part, KeyRange{0, part.len_k}, query - view.q.begin);
+        have = {have.begin + view.k.begin, have.end + view.k.begin};
+      }
+      ASSERT_EQ(have.size(), want.size()) << describe(p) << ", query " << query;
+      if (!want.empty()) {
+        ASSERT_EQ(have.begin, want.begin);
+      }
+    }
+  }
+}
+
+Problem causal(int64_t heads_q, int64_t heads_kv, int64_t dim, int64_t len_q, int64_t len_k) {
+  Problem p;
+  p.dtype_q = p.dtype_kv = Dtype::kBf16;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.dim_qk = p.dim_v = dim;
+  p.len_q = len_q;
+  p.len_k = len_k;
+  p.causal = Causal::kBottomRight;
+  set_dense(p);
+  return p;
+}
+
+Result<ParallelPlan> plan_of(const Problem& p, const Sharding& q, const Sharding& k,
+                             const Link& link, const ParallelLimits& limits = {}) {
+  return make_parallel_plan(shard(p, q, k), limits, link, plan_on_cpu);
+}
+constexpr Link kFast{400, 5, 50};
+
+TEST(ParallelPlans, ZigzagIsEven) {
+  const Problem p = causal(8, 2, 64, 8192, 8192);
+  ParallelLimits ring;
+  ring.strategy = "ring";
+  const auto even = plan_of(p, zigzag(8192, 4), zigzag(8192, 4), kFast, ring);
+  const auto uneven = plan_of(p, contiguous(8192, 4), contiguous(8192, 4), kFast, ring);
+  ASSERT_TRUE(even.ok() && uneven.ok());
+  EXPECT_LT(even->best().estimated_us, 0.7 * uneven->best().estimated_us);
+  EXPECT_GT(even->alone_us / even->best().estimated_us, 0.8 * 4);
+}
+
+TEST(ParallelPlans, WindowsSendOnlyWhatTheyNeed) {
+  Problem p = causal(8, 2, 64, 8192, 8192);
+  const Sharding parts = contiguous(8192, 4);
+  ParallelLimits ring;
+  ring.strategy = "ring";
+  const auto all = plan_of(p, parts, parts, kFast, ring);
+  p.window_left = 511;
+  const auto window = plan_of(p, parts, parts, kFast, ring);
+  ASSERT_TRUE(all.ok() && window.ok());
+  // K and V of 511 keys of 2 heads at each of three borders.
+  EXPECT_EQ(window->best().sent_bytes, 3 * 511 * 2 * 2 * 64 * 2);
+  EXPECT_EQ(all->best().sent_bytes, (3 + 2 + 1) * 2048 * 2 * 2 * 64 * 2);
+}
+
+TEST(ParallelPlans, DecodeSendsQueriesAndASlowLinkLeavesOneDeviceFaster) {
+  const Problem p = causal(16, 2, 128, 1, 262144);
+  Sharding q(4);
+  q[0] = {{0, 1}};
+  const auto fast = plan_of(p, q, contiguous(262144, 4), kFast);
+  ASSERT_TRUE(fast.ok());
+  EXPECT_EQ(fast->best().strategy, Strategy::kQueries) << explain(*fast);
+  EXPECT_GT(fast->alone_us, 2.5 * fast->best().estimated_us) << explain(*fast);
+  Sharding on_one(4);
+  on_one[2] = {{0, 262144}};
+  const Problem small = causal(16, 2, 128, 1, 1024);
+  const auto slow = plan_of(small, q, contiguous(1024, 4), {0.001, 5000, 50});
+  ASSERT_TRUE(slow.ok());
+  EXPECT_LT(slow->alone_us, slow->best().estimated_us);
+  EXPECT_NE(explain(*slow).find("that is faster"), std::string::npos) << explain(*slow);
+}
+
+TEST(ParallelPlans, SayWhyNot) {
+  const Problem p = causal(6, 3, 64, 256, 256);
+  const auto plan = plan_of(p, contiguous(256, 4), contiguous(256, 4), kFast);
+  ASSERT_TRUE(plan.ok());
+  const std::string text = explain(*plan);
+  EXPECT_NE(text.find("6 query heads of 3 kv heads have no even shares for 4 ranks"),
+            std::string::npos)
+      << text;
+  ParallelLimits tight;
+  tight.each.workspace_bytes = 100;
+  const auto none = plan_of(p, contiguous(256, 4), contiguous(256, 4), kFast, tight);
+  ASSERT_TRUE(none.ok());
+  EXPECT_FALSE(none->runnable());
+  EXPECT_NE(runnable_status(*none).message().find("the limit is 100 B"), std::string::npos)
+      << runnable_status(*none).message();
+  ParallelLimits wrong;
+  wrong.strategy = "star";
+  const auto unknown = plan_of(p, contiguous(256, 4), contiguous(256, 4), kFast, wrong);
+  EXPECT_EQ(unknown.status().message(),
+            "strategy is \"star\"; valid: ring, gather, heads, queries, one_rank");
+  Sharding twice = contiguous(256, 4);
+  twice[1][0].begin -= 1;
+  const auto overlap = plan_of(p, contiguous(256, 4), twice, kFast);
+  EXPECT_EQ(overlap.status().message(),
+            "k token 63 belongs to two ranks; each must belong to one rank");
+}
+
+// Every rank hears of it, within the time-out.
+TEST(ParallelRuns, DisagreementAndAbsenceAreErrorsOnEveryRank) {
+  const auto run_two = [](const auto& spoil, std::vector<Status>& statuses, bool second_comes) {
+    ThreadGroup group(2);
+    statuses.assign(2, {});
+    std::vector<std::thread> threads;
+    for (int32_t r = 0; r < (second_comes ? 2 : 1); ++r) {
+      threads.emplace_back([&, r] {
+        ShardedProblem s = shard(causal(4, 2, 64, 64, 64), contiguous(64, 2), contiguous(64, 2));
+        Status own;
+        if (r == 1) spoil(s, own);
+        ThreadGroup::Member member(group, r);
+        ParallelRun run;
+        run.timeout = std::chrono::milliseconds(200);
+        statuses[static_cast<size_t>(r)] = agree(s, Strategy::kRing, own, member, run);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  };
+  std::vector<Status> statuses;
+  run_two([](ShardedProblem& s, Status&) { s.whole.window_left = 7; }, statuses, true);
+  for (const Status& status : statuses) {
+    EXPECT_EQ(status.message(),
+              "window_left is 7 on rank 1 and -1 on rank 0; all ranks must agree");
+  }
+  run_two([](ShardedProblem& s, Status&) { s.k = zigzag(64, 2); }, statuses, true);
+  for (const Status& status : statuses) {
+    EXPECT_EQ(status.message(),
+              "tokens of k of rank 1 is not that of rank 0; all ranks must agree");
+  }
+  run_two(
+      [](ShardedProblem&, Status& own) {
+        own = {Code::kOutOfMemory, "no memory"};
+      },
+      statuses, true);
+  EXPECT_EQ(statuses[0].message(), "rank 1 cannot take part; its own error says why");
+  EXPECT_EQ(statuses[0].code(), Code::kOutOfMemory);
+  EXPECT_EQ(statuses[1].message(), "no memory");
+  run_two([](ShardedProblem&, Status&) {}, statuses, false);
+  EXPECT_EQ(statuses[0].message(), "rank 1 did not receive in time");
+  EXPECT_EQ(statuses[0].code(), Code::kDeviceError);
+}
+
+}  // namespace
+}  // namespace wh::sharded
