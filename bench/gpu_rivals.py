@@ -1,5 +1,6 @@
 """Other attention libraries on a GPU, where they are installed: each as a call on PyTorch's tensors."""
 
+import importlib.metadata
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def flash_call(function: Callable[..., Any], row: Row, inputs: list[torch.Tensor
 
 
 def cudnn_frontend(row: Row, inputs: list[torch.Tensor]) -> Call:
-    """The fastest of the first four plans, with a causal mask that cuDNN aligns itself."""
+    """The fastest of the first four plans, with a causal mask that cuDNN aligns itself: by the first
+    row where that is the same, which is what its fastest kernels are chosen by."""
     import cudnn
     q, k, v = inputs
     out = torch.empty(*q.shape[:-1], v.shape[-1], device="cuda", dtype=q.dtype)
@@ -44,8 +46,9 @@ def cudnn_frontend(row: Row, inputs: list[torch.Tensor]) -> Call:
     pack = {graph.tensor_like(tensor): tensor for tensor in inputs}
     options: dict[str, Any] = {}
     if row["causal"]:
-        options = dict(diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT,
-                       diagonal_band_right_bound=0)
+        aligned = cudnn.diagonal_alignment
+        options = dict(diagonal_alignment=(aligned.TOP_LEFT if row["len_q"] == row["len_k"] else
+                                           aligned.BOTTOM_RIGHT), diagonal_band_right_bound=0)
     answer, _ = graph.sdpa(name="sdpa", **dict(zip("qkv", pack)), generate_stats=False,
                            attn_scale=row["dim_qk"] ** -0.5, **options)
     answer.set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
@@ -110,3 +113,15 @@ MODULES = {"flash-attention-3": ("flash_attn_interface", flash_attention_3),
            "cudnn-frontend": ("cudnn", cudnn_frontend), "ffpa": ("ffpa_attn", ffpa)}
 RIVALS: dict[str, Callable[[Row, list[torch.Tensor]], Call]] = {
     name: make for name, (module, make) in MODULES.items() if is_installed(module)}
+
+
+def installed_rivals() -> dict[str, str | None]:
+    """Every rival with its version; None where it is not installed."""
+    packages = importlib.metadata.packages_distributions()
+
+    def version(module: str) -> str:
+        # Several packages may share a folder: its first part is then the name of one of them.
+        owners = packages.get(module.split(".")[0], [])
+        return ", ".join(f"{importlib.metadata.version(owner)}" for owner in sorted(set(owners)))
+    return {name: (version(module) or "of unknown version") if name in RIVALS else None
+            for name, (module, _) in MODULES.items()}
