@@ -39,7 +39,7 @@ class ExactWorkspace {
   size_t bytes_;
 };
 
-Status run_one(ShardedCase& sharded, Strategy strategy, int32_t rank, Communicator& communicator,
+Status run_one(ShardedData& sharded, Strategy strategy, int32_t rank, Communicator& communicator,
                LocalTensors& local) {
   const ShardedProblem& s = sharded.problem();
   ParallelRun run;
@@ -54,7 +54,7 @@ Status run_one(ShardedCase& sharded, Strategy strategy, int32_t rank, Communicat
 }
 
 // On threads; the answers of all ranks in the case's own tensors.
-void run_all(ShardedCase& sharded, Strategy strategy, std::vector<LocalTensors>& locals) {
+void run_all(ShardedData& sharded, Strategy strategy, std::vector<LocalTensors>& locals) {
   const int32_t ranks = sharded.problem().ranks();
   ThreadGroup group(ranks);
   std::vector<std::thread> threads;
@@ -83,7 +83,7 @@ TEST_P(Parallel, IsTheWholeInFloat64) {
   int done = 0;
   for (uint64_t seed = 0; seed < 160; ++seed) {
     const auto ranks = static_cast<int32_t>(1 + seed % 5);
-    ShardedCase sharded = random_case(ranks, seed);
+    ShardedData sharded = random_case(ranks, seed);
     SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
                  " ranks: " + describe(sharded.whole()));
     if (!refusal(sharded.problem(), GetParam()).empty()) continue;
@@ -98,7 +98,7 @@ TEST_P(Parallel, IsTheWholeInFloat64) {
 }
 
 TEST_P(Parallel, IsTheSameBitsEveryTime) {
-  ShardedCase sharded = random_case(3, 12);
+  ShardedData sharded = random_case(3, 12);
   std::vector<LocalTensors> first, second;
   if (!refusal(sharded.problem(), GetParam()).empty()) GTEST_SKIP();
   run_all(sharded, GetParam(), first);

@@ -1,126 +1,13 @@
-// A sharded problem with random tensors on the host: what each rank holds, and the whole's answer.
+// Sharded problems of every kind, at random.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-#include <limits>
 #include <random>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "core/element.h"
-#include "parallel/plan.h"
-#include "verify/answer.h"
-#include "verify/elements.h"
-#include "verify/host_tensors.h"
+#include "verify/sharded_data.h"
 
 namespace wh::sharded {
-
-// One rank's tensors. Gaps and what nobody may read hold NaN bits, as in the whole's.
-struct LocalTensors {
-  std::vector<std::byte> q, k, v, out;
-  std::vector<float> log_sum_exp;
-};
-
-class ShardedCase {
- public:
-  ShardedCase(const Input& input, ShardedProblem sharded)
-      : data_(input), sharded_(std::move(sharded)) {}
-
-  const ShardedProblem& problem() const { return sharded_; }
-  const Problem& whole() const { return data_.problem; }
-
-  LocalTensors local(int32_t rank) const {
-    const Problem& p = whole();
-    const LocalStrides& s = sharded_.strides[static_cast<size_t>(rank)];
-    LocalTensors t;
-    const Tokens& of_q = sharded_.q[static_cast<size_t>(rank)];
-    const Tokens& of_k = sharded_.k[static_cast<size_t>(rank)];
-    t.q = cut(data_.q, p.dtype_q, p.stride_q, of_q, p.heads_q, p.dim_qk, s.q);
-    t.k = cut(data_.k, p.dtype_kv, p.stride_k, of_k, p.heads_kv, p.dim_qk, s.k);
-    if (!p.values_in_keys) {
-      t.v = cut(data_.v, p.dtype_kv, p.stride_v, of_k, p.heads_kv, p.dim_v, s.v);
-    }
-    t.out.resize(static_cast<size_t>(span(of_q, p.heads_q, p.dim_v, s.out) * bytes_of(p.dtype_q)),
-                 std::byte{0xff});
-    if (p.wants_log_sum_exp) {
-      t.log_sum_exp.resize(static_cast<size_t>(p.batch * p.heads_q * count(of_q)),
-                           std::numeric_limits<float>::quiet_NaN());
-    }
-    return t;
-  }
-  Tensors tensors(LocalTensors& t) const {
-    const Tensors all = data_.tensors();
-    Tensors made;
-    made.q = t.q.data();
-    made.k = t.k.data();
-    made.v = t.v.data();
-    made.out = t.out.data();
-    made.mask = all.mask;
-    made.sinks = all.sinks;
-    made.log_sum_exp = t.log_sum_exp.data();
-    return made;
-  }
-  // Puts a rank's answer where the whole's belongs.
-  void put(int32_t rank, const LocalTensors& t) {
-    const Problem& p = whole();
-    const LocalStrides& s = sharded_.strides[static_cast<size_t>(rank)];
-    const int64_t bytes = bytes_of(p.dtype_q), rows = sharded_.local_len_q(rank);
-    each_row(sharded_.q[static_cast<size_t>(rank)], p.heads_q,
-             [&](int64_t b, int64_t h, int64_t token, int64_t i) {
-               for (int64_t d = 0; d < p.dim_v; ++d) {
-                 std::memcpy(data_.out.data() + offset_of(p.stride_out, b, h, token, d) * bytes,
-                             t.out.data() + offset_of(s.out, b, h, i, d) * bytes,
-                             static_cast<size_t>(bytes));
-               }
-               if (!p.wants_log_sum_exp) return;
-               reinterpret_cast<float*>(
-                   data_.log_sum_exp.data())[(b * p.heads_q + h) * p.len_q + token] =
-                   t.log_sum_exp[static_cast<size_t>((b * p.heads_q + h) * rows + i)];
-             });
-  }
-  void poison() { data_.poison_outputs(); }
-  // Empty: within the tolerance of the type.
-  std::string difference() const {
-    return compare(data_, expected_answer(whole(), data_.tensors())).message;
-  }
-
- private:
-  template <typename Visit>
-  void each_row(const Tokens& tokens, int64_t heads, const Visit& visit) const {
-    int64_t i = 0;
-    for (const TokenRange& range : tokens) {
-      for (int64_t token = range.begin; token < range.end; ++token, ++i) {
-        for (int64_t b = 0; b < whole().batch; ++b) {
-          for (int64_t h = 0; h < heads; ++h) visit(b, h, token, i);
-        }
-      }
-    }
-  }
-  int64_t span(const Tokens& tokens, int64_t heads, int64_t dim, const Strides& s) const {
-    if (whole().batch == 0 || count(tokens) == 0) return 0;
-    return offset_of(s, whole().batch - 1, heads - 1, count(tokens) - 1, dim - 1) + 1;
-  }
-  std::vector<std::byte> cut(const GuardedTensor& from, Dtype dtype, const Strides& strides,
-                             const Tokens& tokens, int64_t heads, int64_t dim,
-                             const Strides& to) const {
-    const int64_t bytes = bytes_of(dtype);
-    std::vector<std::byte> made(static_cast<size_t>(span(tokens, heads, dim, to) * bytes),
-                                std::byte{0xff});
-    each_row(tokens, heads, [&](int64_t b, int64_t h, int64_t token, int64_t i) {
-      for (int64_t d = 0; d < dim; ++d) {
-        std::memcpy(made.data() + offset_of(to, b, h, i, d) * bytes,
-                    from.data() + offset_of(strides, b, h, token, d) * bytes,
-                    static_cast<size_t>(bytes));
-      }
-    });
-    return made;
-  }
-
-  HostTensors data_;
-  ShardedProblem sharded_;
-};
 
 // Random tokens for each rank, in ranges of any length, which may leave some without any.
 inline Sharding random_sharding(int64_t length, int32_t ranks, std::mt19937_64& random) {
@@ -135,7 +22,7 @@ inline Sharding random_sharding(int64_t length, int32_t ranks, std::mt19937_64& 
 }
 
 // A problem of every kind of mask, split in one of the usual ways or at random.
-inline ShardedCase random_case(int32_t ranks, uint64_t seed) {
+inline ShardedData random_case(int32_t ranks, uint64_t seed) {
   std::mt19937_64 random(seed);
   const auto pick = [&](auto... values) {
     const std::common_type_t<decltype(values)...> list[] = {values...};

@@ -1,0 +1,105 @@
+#include "parallel/mpi/communicator.h"
+
+#include <fmt/format.h>
+#include <sched.h>
+
+#include <algorithm>
+
+namespace wh::sharded {
+namespace {
+
+constexpr int kTag = 0x7764;               // whatever else the caller sends has another
+constexpr int64_t kMostBytes = 1ll << 30;  // of one message: MPI counts in int
+
+}  // namespace
+
+MpiCommunicator::MpiCommunicator(MPI_Comm comm) : comm_(comm) {
+  // Errors are answers, not the end of the program.
+  MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(comm_, &rank_);
+  MPI_Comm_size(comm_, &ranks_);
+  int level = MPI_THREAD_SINGLE;
+  MPI_Query_thread(&level);
+  may_poll_ = level >= MPI_THREAD_SERIALIZED;
+}
+
+MpiCommunicator::~MpiCommunicator() {
+  // What a failure left behind: it must not write into memory that is the caller's again.
+  for (auto& [exchange, pending] : pending_) {
+    for (MPI_Request& request : pending.requests) {
+      if (request == MPI_REQUEST_NULL) continue;
+      MPI_Cancel(&request);
+      MPI_Request_free(&request);
+    }
+  }
+}
+
+Status MpiCommunicator::check(int error, const char* call) const {
+  if (error == MPI_SUCCESS) return {};
+  char text[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(error, text, &length);
+  return {Code::kDeviceError, fmt::format("{} on rank {}: {}", call, rank_,
+                                          std::string_view(text, static_cast<size_t>(length)))};
+}
+
+Status MpiCommunicator::start(int32_t exchange, std::span<const Transfer> transfers) {
+  Pending& pending = pending_[exchange];
+  for (const Transfer& transfer : transfers) {
+    for (int64_t done = 0; done < transfer.bytes; done += kMostBytes) {
+      Transfer piece = transfer;
+      piece.data = static_cast<std::byte*>(transfer.data) + done;
+      piece.bytes = std::min(kMostBytes, transfer.bytes - done);
+      const auto bytes = static_cast<int>(piece.bytes);
+      MPI_Request request = MPI_REQUEST_NULL;
+      if (piece.is_send) {
+        WH_RETURN_IF_ERROR(
+            check(MPI_Isend(piece.data, bytes, MPI_BYTE, piece.peer, kTag, comm_, &request),
+                  "MPI_Isend"));
+      } else {
+        WH_RETURN_IF_ERROR(
+            check(MPI_Irecv(piece.data, bytes, MPI_BYTE, piece.peer, kTag, comm_, &request),
+                  "MPI_Irecv"));
+      }
+      pending.requests.push_back(request);
+      pending.transfers.push_back(piece);
+    }
+  }
+  return {};
+}
+
+Status MpiCommunicator::finish(int32_t exchange, Clock::time_point deadline) {
+  Pending& pending = pending_[exchange];
+  const auto count = static_cast<int>(pending.requests.size());
+  for (;;) {
+    int is_done = 0;
+    WH_RETURN_IF_ERROR(check(
+        MPI_Testall(count, pending.requests.data(), &is_done, MPI_STATUSES_IGNORE), "MPI_Testall"));
+    if (is_done != 0) break;
+    if (Clock::now() < deadline) {
+      sched_yield();  // ranks may be more than cores
+      continue;
+    }
+    for (size_t i = 0; i < pending.requests.size(); ++i) {
+      int is_one_done = 0;
+      if (pending.requests[i] != MPI_REQUEST_NULL) {
+        MPI_Test(&pending.requests[i], &is_one_done, MPI_STATUS_IGNORE);
+      }
+      if (is_one_done != 0 || pending.requests[i] == MPI_REQUEST_NULL) continue;
+      const Transfer& late = pending.transfers[i];
+      return {Code::kDeviceError, fmt::format("rank {} did not {} {} bytes {} rank {} in time",
+                                              late.peer, late.is_send ? "take" : "send", late.bytes,
+                                              late.is_send ? "from" : "to", rank_)};
+    }
+  }
+  pending_.erase(exchange);
+  return {};
+}
+
+void MpiCommunicator::poll() {
+  if (!may_poll_ || pending_.empty()) return;
+  int is_there = 0;
+  MPI_Iprobe(MPI_ANY_SOURCE, kTag, comm_, &is_there, MPI_STATUS_IGNORE);
+}
+
+}  // namespace wh::sharded

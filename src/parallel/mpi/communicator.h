@@ -1,0 +1,41 @@
+// Ranks of an MPI communicator, whose tensors are host memory.
+#pragma once
+
+#include <mpi.h>
+
+#include <map>
+#include <vector>
+
+#include "parallel/communicator.h"
+
+namespace wh::sharded {
+
+class MpiCommunicator final : public Communicator {
+ public:
+  // The communicator stays the caller's and must outlive this; its messages are this one's alone
+  // while a run lasts. MPI must have been started so that one thread at a time may call it
+  // (MPI_THREAD_SERIALIZED) for messages to move beside the work; with less they move between
+  // steps.
+  explicit MpiCommunicator(MPI_Comm comm);
+  ~MpiCommunicator() override;
+
+  int32_t rank() const override { return rank_; }
+  int32_t ranks() const override { return ranks_; }
+  Status start(int32_t exchange, std::span<const Transfer> transfers) override;
+  Status finish(int32_t exchange, Clock::time_point deadline) override;
+  void poll() override;
+
+ private:
+  struct Pending {
+    std::vector<MPI_Request> requests;
+    std::vector<Transfer> transfers;  // of each request
+  };
+  Status check(int error, const char* call) const;
+
+  MPI_Comm comm_;
+  int32_t rank_ = 0, ranks_ = 1;
+  bool may_poll_ = false;
+  std::map<int32_t, Pending> pending_;
+};
+
+}  // namespace wh::sharded

@@ -1,0 +1,124 @@
+// Attention over the ranks of MPI, against float64. Every rank makes the same cases, and compares
+// its own rows. Started by mpirun, on more ranks than cores too.
+#include <gtest/gtest.h>
+#include <mpi.h>
+
+#include "api/machine.h"
+#include "parallel/executor.h"
+#include "parallel/mpi/communicator.h"
+#include "support/sharded_case.h"
+
+namespace wh::sharded {
+namespace {
+
+Result<Plan> plan_on_cpu(const Problem& problem, const Limits& limits) {
+  return make_plan(problem, limits, this_machine(Device::kCpu, 0));
+}
+
+int ranks() {
+  int count = 0;
+  MPI_Comm_size(MPI_COMM_WORLD, &count);
+  return count;
+}
+
+class ParallelMpi : public testing::TestWithParam<Strategy> {};
+
+TEST_P(ParallelMpi, IsTheWholeInFloat64) {
+  for (uint64_t seed = 1000; seed < 1060; ++seed) {
+    ShardedData sharded = random_case(ranks(), seed);
+    const ShardedProblem& s = sharded.problem();
+    SCOPED_TRACE(std::to_string(seed) + ": " + describe(s.whole));
+    if (!refusal(s, GetParam()).empty()) continue;
+    MpiCommunicator communicator(MPI_COMM_WORLD);
+    const int32_t rank = communicator.rank();
+    Limits limits;
+    limits.threads = 1;
+    const Result<RankPlan> plan = make_rank_plan(s, GetParam(), rank, limits, plan_on_cpu);
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    LocalTensors local = sharded.local(rank);
+    Tensors tensors = sharded.tensors(local);
+    GuardedTensor workspace(static_cast<int64_t>(plan->workspace_bytes));
+    tensors.workspace = workspace.data();
+    tensors.workspace_bytes = plan->workspace_bytes;
+    const ParallelRun run;
+    Status status = agree(s, GetParam(), {}, communicator, run);
+    ASSERT_TRUE(status.ok()) << status.message();
+    status = run_rank(s, *plan, tensors, communicator, run);
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_TRUE(workspace.guards_intact());
+    const std::string difference = sharded.difference_of(rank, local);
+    EXPECT_TRUE(difference.empty()) << "rank " << rank << ": " << difference;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Strategies, ParallelMpi,
+                         testing::Values(Strategy::kRing, Strategy::kGather, Strategy::kHeads,
+                                         Strategy::kQueries, Strategy::kOneRank),
+                         [](const auto& info) {
+                           return std::string(kStrategies.name(info.param));
+                         });
+
+// One rank asks for something else: every rank is told by whom.
+TEST(ParallelMpi, DisagreementIsAnErrorOnEveryRank) {
+  if (ranks() == 1) GTEST_SKIP() << "takes two ranks";
+  MpiCommunicator communicator(MPI_COMM_WORLD);
+  Problem p;
+  p.len_q = p.len_k = 64;
+  p.dim_qk = p.dim_v = 16;
+  p.softcap = communicator.rank() == 1 ? 3.0f : 0;
+  const ShardedProblem s = shard(p, contiguous(64, ranks()), contiguous(64, ranks()));
+  const Status status = agree(s, Strategy::kRing, {}, communicator, {});
+  EXPECT_EQ(status.message(), "softcap of rank 1 is not that of rank 0; all ranks must agree");
+}
+
+// The last rank never comes: the others stop waiting. On a communicator of its own, which is of no
+// more use.
+TEST(ParallelMpi, AbsenceIsATimeOut) {
+  if (ranks() == 1) GTEST_SKIP() << "takes two ranks";
+  MPI_Comm comm = MPI_COMM_NULL;
+  ASSERT_EQ(MPI_Comm_dup(MPI_COMM_WORLD, &comm), MPI_SUCCESS);
+  {
+    MpiCommunicator communicator(comm);
+    Problem p;
+    p.len_q = p.len_k = 64;
+    p.dim_qk = p.dim_v = 16;
+    const ShardedProblem s = shard(p, contiguous(64, ranks()), contiguous(64, ranks()));
+    ParallelRun run;
+    run.timeout = std::chrono::milliseconds(300);
+    if (communicator.rank() + 1 < ranks()) {
+      const Status status = agree(s, Strategy::kRing, {}, communicator, run);
+      EXPECT_EQ(status.code(), Code::kDeviceError);
+      EXPECT_NE(status.message().find("rank " + std::to_string(ranks() - 1) + " did not"),
+                std::string::npos)
+          << status.message();
+    }
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
+}
+
+}  // namespace
+}  // namespace wh::sharded
+
+int main(int argc, char** argv) {
+  int level = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &level);
+  testing::InitGoogleTest(&argc, argv);
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  if (rank > 0) {
+    // One report is enough, but for failures.
+    auto& listeners = testing::UnitTest::GetInstance()->listeners();
+    class Failures : public testing::EmptyTestEventListener {
+      void OnTestPartResult(const testing::TestPartResult& result) override {
+        if (result.failed()) std::fprintf(stderr, "%s\n", result.message());
+      }
+    };
+    delete listeners.Release(listeners.default_result_printer());
+    listeners.Append(new Failures);
+  }
+  const int code = RUN_ALL_TESTS();
+  int worst = code;
+  MPI_Allreduce(&code, &worst, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+  MPI_Finalize();
+  return worst;
+}
