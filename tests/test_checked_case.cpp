@@ -53,7 +53,7 @@ TEST(CheckedCase, NothingIsWrongWithAKernelThatIsRight) {
   const CaseResult result = run_spoilt(
       small_case(), [](const Tensors&) {}, options);
   EXPECT_EQ(result.outcome, Outcome::kRight) << result.message;
-  EXPECT_GT(result.relative_rms, 0);
+  EXPECT_GT(result.share_of_tolerance, 0);
 }
 
 TEST(CheckedCase, WrongNumbersAreNoticed) {

@@ -8,10 +8,11 @@
 #include <random>
 
 #include "api/machine.h"
-#include "cases.h"
 #include "plan/explain.h"
 #include "plan/plan_json.h"
 #include "plan/planner.h"
+#include "run_case.h"
+#include "verify/elements.h"
 #include "verify/execution.h"
 #include "verify/gradients.h"
 #include "widehead/widehead.hpp"
@@ -40,36 +41,26 @@ std::string run(const std::string& kernel, Limits limits, GradientTensors& data)
   return data.damage();
 }
 
-struct Tally {
-  int64_t checked = 0;
-  double worst_share = 0;
-};
-
 void check(const std::vector<Case>& cases) {
+  const CheckOptions options;
   std::map<std::string, Tally> tallies;
   int64_t wrong = 0;
   for (const Case& c : cases) {
-    GradientTensors data(c);
-    ASSERT_TRUE(validate(data.problem()).ok()) << c.name << validate(data.problem()).message();
-    const ExpectedGradients expected(data);
-    for (const std::string kernel : {kFused, kOracle}) {
-      std::string message = run(kernel, c.limits, data);
-      if (message.empty()) {
-        const GradientDifference difference = expected.compare(data);
-        message = difference.message;
-        Tally& tally = tallies[kernel];
-        ++tally.checked;
-        tally.worst_share = std::max(tally.worst_share, difference.worst_share);
-      }
-      EXPECT_EQ(message, "") << c.name << "\n  " << kernel;
-      if (!message.empty() && ++wrong == 20) FAIL() << "20 wrong cases; the rest is not run";
+    CheckedCase checked(c, options, Pass::kBackward);
+    ASSERT_TRUE(validate(checked.problem()).ok()) << c.name;
+    for (const std::string& kernel : kernels_for(Device::kCpu, CaseSet::kCi, Pass::kBackward)) {
+      const CaseResult result = checked.run(kernel);
+      tallies[kernel].add(result);
+      const bool is_wrong = result.outcome == Outcome::kWrong;
+      EXPECT_FALSE(is_wrong) << c.name << "\n  " << kernel << ": " << result.message;
+      if (is_wrong && ++wrong == 20) FAIL() << "20 wrong cases; the rest is not run";
     }
   }
   for (const auto& [kernel, tally] : tallies) {
     std::printf("%-24s %6ld checked, worst error %.2f of its tolerance\n", kernel.c_str(),
                 static_cast<long>(tally.checked), tally.worst_share);
+    EXPECT_EQ(tally.checked, static_cast<int64_t>(cases.size())) << kernel;
   }
-  EXPECT_EQ(tallies[kFused].checked, static_cast<int64_t>(cases.size()));
 }
 
 TEST(Gradients, Smoke) { check(make_cases(CaseSet::kSmoke, Device::kCpu, 20240229)); }
@@ -81,7 +72,44 @@ TEST(Gradients, Ci) {
 TEST(Gradients, Corner) { check(make_cases(CaseSet::kCorner, Device::kCpu, 20240229)); }
 
 // The table's sizes are within a tile or two; these are over several of each.
-TEST(Gradients, LargeShrunk) { check(make_large_cases(Device::kCpu, 20240229, 128)); }
+TEST(Gradients, LargeShrunk) {
+  std::vector<Case> cases = make_large_cases(Device::kCpu, 20240229, 128);
+  for (Case& c : cases) c.sampled_rows = 0;
+  check(cases);
+}
+// Gradients that are sampled, after a run of the forward pass.
+TEST(Gradients, LargeSampled) { check(make_large_cases(Device::kCpu, 20240229, 64)); }
+
+// A sample is summed from out and log-sum-exp, all gradients are from q, k and v: each is held to
+// the oracle's run.
+TEST(Gradients, ASampleIsOfTheSameGradients) {
+  int64_t compared = 0;
+  for (const Case& c : make_cases(CaseSet::kSmoke, Device::kCpu, 3)) {
+    if (c.has_visible_nan) continue;
+    GradientTensors data(c);
+    ASSERT_EQ(run(kOracle, c.limits, data), "") << c.name;
+    const ExpectedGradients few(data, 5), all(data, int64_t{1} << 40);
+    for (const ExpectedGradients* expected : {&few, &all}) {
+      EXPECT_EQ(expected->compare(data).message, "") << c.name;
+    }
+    EXPECT_LE(few.compared_rows(), 5);
+    EXPECT_LE(few.compared_keys(), 5);
+    // What is wrong in a row that is compared, is noticed.
+    const Problem& p = data.problem();
+    if (p.len_q == 0 || p.len_k == 0) continue;
+    const Tensors t = data.tensors();
+    const auto spoil = [&](void* to, Dtype dtype) {
+      put(static_cast<std::byte*>(to), dtype, 0, 1e3f);
+    };
+    spoil(t.dq, p.dtype_q);
+    EXPECT_NE(few.compare(data).message.find("dq[0, 0, 0, 0]"), std::string::npos) << c.name;
+    ASSERT_EQ(run(kOracle, c.limits, data), "") << c.name;
+    spoil(t.dk, p.dtype_kv);
+    EXPECT_NE(few.compare(data).message.find("dk[0, 0, 0, 0]"), std::string::npos) << c.name;
+    ++compared;
+  }
+  EXPECT_GT(compared, 150);
+}
 
 TEST(Gradients, SameBitsForAnyThreadsAndRun) {
   int64_t compared = 0;

@@ -20,28 +20,6 @@ constexpr int64_t kAffordableRows = 64;
 constexpr double kBudgetUs = 3e5;
 constexpr double kReferenceUs = 1.5e-3;  // a key and dimension, as cpu_reference estimates itself
 
-// The last row and the first, queries around the edges of tiles of 64, 128 and 192 rows, and random
-// ones.
-std::vector<int64_t> sample_rows(const Problem& p, int64_t most_rows) {
-  std::mt19937_64 random(static_cast<uint64_t>(p.len_q + p.len_k));
-  const auto pairs = static_cast<uint64_t>(p.batch * p.heads_q);
-  const auto rows = pairs * static_cast<uint64_t>(p.len_q);
-  const auto wanted = std::min(rows, static_cast<uint64_t>(most_rows));
-  std::set<int64_t> chosen;
-  const auto choose = [&](uint64_t row) {
-    if (chosen.size() < wanted) chosen.insert(static_cast<int64_t>(row));
-  };
-  choose(rows - 1);
-  choose(0);
-  for (const int64_t query : {int64_t{63}, int64_t{64}, int64_t{127}, int64_t{128}, int64_t{191},
-                              int64_t{192}, p.len_q - 65, p.len_q - 64, p.len_q - 1}) {
-    if (query < 0 || query >= p.len_q) continue;
-    choose(random() % pairs * static_cast<uint64_t>(p.len_q) + static_cast<uint64_t>(query));
-  }
-  while (chosen.size() < wanted) choose(random() % rows);
-  return {chosen.begin(), chosen.end()};
-}
-
 // The reference on one row at a time, in f32: rounded to 16 bits, its answer would hide the error
 // that is looked for.
 class ReferenceRow {
@@ -92,21 +70,46 @@ class ReferenceRow {
 
 }  // namespace
 
-int64_t affordable_rows(const Problem& p) {
-  const double row_us = kReferenceUs * static_cast<double>(p.len_k * (p.dim_qk + p.dim_v));
+// The last row and the first, queries around the edges of tiles of 64, 128 and 192 rows, and random
+// ones.
+std::vector<int64_t> sampled_rows(int64_t all_pairs, int64_t length, int64_t most_rows) {
+  const auto pairs = static_cast<uint64_t>(all_pairs);
+  const auto rows = pairs * static_cast<uint64_t>(length);
+  if (static_cast<uint64_t>(most_rows) >= rows) {
+    std::vector<int64_t> all(rows);
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
+  std::mt19937_64 random(static_cast<uint64_t>(length));
+  std::set<int64_t> chosen;
+  const auto choose = [&](uint64_t row) {
+    if (chosen.size() < static_cast<size_t>(most_rows)) chosen.insert(static_cast<int64_t>(row));
+  };
+  choose(rows - 1);
+  choose(0);
+  for (const int64_t query : {int64_t{63}, int64_t{64}, int64_t{127}, int64_t{128}, int64_t{191},
+                              int64_t{192}, length - 65, length - 64, length - 1}) {
+    if (query < 0 || query >= length) continue;
+    choose(random() % pairs * static_cast<uint64_t>(length) + static_cast<uint64_t>(query));
+  }
+  while (chosen.size() < static_cast<size_t>(most_rows)) choose(random() % rows);
+  return {chosen.begin(), chosen.end()};
+}
+
+int64_t affordable_rows(double multiply_adds) {
+  const double row_us = kReferenceUs * multiply_adds;
   return static_cast<int64_t>(
       std::clamp(kBudgetUs / std::max(1.0, row_us), 1.0, static_cast<double>(kAffordableRows)));
+}
+
+int64_t affordable_rows(const Problem& p) {
+  return affordable_rows(static_cast<double>(p.len_k * (p.dim_qk + p.dim_v)));
 }
 
 Expected expected_answer(const Problem& p, const Tensors& tensors, int64_t most_rows) {
   Expected expected;
   const int64_t all_rows = p.batch * p.heads_q * p.len_q;
-  if (most_rows > 0 && most_rows < all_rows) {
-    expected.rows = sample_rows(p, most_rows);
-  } else {
-    expected.rows.resize(static_cast<size_t>(all_rows));
-    std::iota(expected.rows.begin(), expected.rows.end(), 0);
-  }
+  expected.rows = sampled_rows(p.batch * p.heads_q, p.len_q, most_rows > 0 ? most_rows : all_rows);
   const auto rows = static_cast<int64_t>(expected.rows.size());
   expected.out.resize(static_cast<size_t>(rows * p.dim_v));
   expected.log_sum_exp.resize(expected.rows.size());
@@ -141,9 +144,8 @@ std::vector<float> rows_of_out(const Problem& p, const Tensors& tensors,
 }
 
 std::vector<float> all_of_out(const Problem& p, const Tensors& tensors) {
-  std::vector<int64_t> rows(static_cast<size_t>(p.batch * p.heads_q * p.len_q));
-  std::iota(rows.begin(), rows.end(), 0);
-  return rows_of_out(p, tensors, rows);
+  const int64_t rows = p.batch * p.heads_q * p.len_q;
+  return rows_of_out(p, tensors, sampled_rows(p.batch * p.heads_q, p.len_q, rows));
 }
 
 Errors errors_of(const Problem& p, const Tensors& tensors, const Expected& expected) {

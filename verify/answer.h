@@ -20,8 +20,13 @@ struct Expected {
 // tile of every size, and random ones. 0: all.
 Expected expected_answer(const Problem& problem, const Tensors& tensors, int64_t most_rows = 0);
 
+// So many of the pairs * length rows of a tensor, or all: those named above.
+std::vector<int64_t> sampled_rows(int64_t pairs, int64_t length, int64_t most_rows);
+
 // As many rows as the reference takes about 0.3 s for on one core, but at least 1 and at most 64.
 int64_t affordable_rows(const Problem& problem);
+// The same of rows that take so many multiply-adds each.
+int64_t affordable_rows(double multiply_adds);
 
 // Some rows of the tensors' out as floats, or all of them, in order.
 std::vector<float> rows_of_out(const Problem& problem, const Tensors& tensors,

@@ -10,14 +10,17 @@ namespace wh {
 
 // What the backward pass reads beside the forward pass's tensors, and what it writes. `problem`
 // is of the backward pass; its gradients lie as q, k and v do, or densely where those share
-// memory, and d_out as out does, by length first, or as one number for all.
+// memory, and d_out as out does or, of a hostile input, by length first or as one number for all.
 class GradientTensors {
  public:
   // Fills out and log-sum-exp by the float64 reference.
   explicit GradientTensors(const Input& input);
+  // By a run of the forward pass on the input's device: the reference takes minutes on long ones.
+  static Result<GradientTensors> after_a_run(const Input& input);
 
   const Problem& problem() const { return problem_; }
-  Tensors tensors();           // without a workspace
+  Tensors tensors() const;     // without a workspace
+  int64_t bytes() const;       // of all of them
   void poison_outputs();       // before every run
   std::string damage() const;  // what was written where it must not be; empty: nothing
   // The bytes of all gradients.
@@ -25,6 +28,9 @@ class GradientTensors {
 
  private:
   friend class ExpectedGradients;
+  struct Unfilled {};
+  GradientTensors(const Input& input, Unfilled);
+  void note_inputs();
 
   Problem problem_;
   HostTensors inputs_;
@@ -33,8 +39,10 @@ class GradientTensors {
 };
 
 struct GradientDifference {
-  double worst_share = 0;  // of the tolerance
-  std::string message;     // empty: within tolerance everywhere
+  // Of the gradient whose relative RMS error is the largest share of its tolerance.
+  double worst_share = 0, relative_rms = 0, tolerance = 0;
+  double largest = 0;   // error of an element
+  std::string message;  // empty: within tolerance everywhere
 };
 
 // In float64 arithmetic, rounded to f32 at the very end.
@@ -46,16 +54,30 @@ struct GradientDifference {
 // twice: it is one error for a whole row, and few rows are no mean. Elementwise 8 times as much.
 class ExpectedGradients {
  public:
+  // All of them, from q, k, v and d_out alone.
   explicit ExpectedGradients(const GradientTensors& data);
+  // dq of so many rows, dk and dv of as many keys, which are sums over all rows, and all d_sinks;
+  // from out and log-sum-exp as `data` has them.
+  ExpectedGradients(const GradientTensors& data, int64_t most_rows);
 
   GradientDifference compare(const GradientTensors& data) const;
+  int64_t compared_rows() const { return static_cast<int64_t>(dq_.rows.size()); }
+  int64_t compared_keys() const { return static_cast<int64_t>(dk_.rows.size()); }
 
  private:
-  // Dense f32 tensors.
-  struct Answer {
-    std::vector<float> dq, dk, dv, d_sinks;
+  // Rows of a gradient, of its batch * heads * length.
+  struct Rows {
+    std::vector<int64_t> rows;
+    std::vector<float> wanted, roundings;  // [rows, dim]
+
+    void allocate(int64_t dim);
+    void put(size_t index, double sum, double rounding);
   };
-  Answer gradients_, roundings_;
+
+  Rows dq_, dk_, dv_, d_sinks_;
 };
+
+// As many rows and as many keys as the reference takes about 0.3 s for.
+int64_t affordable_gradient_rows(const Problem& problem);
 
 }  // namespace wh

@@ -35,6 +35,7 @@ bool Documented::takes(const std::string& kernel) const {
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
   }
+  if (kernel == "cpu_backward" || kernel == "cpu_reference_backward") return is_cpu;
   if (kernel == "cpu_decode") return is_cpu && p.len_q * p.group() <= 128;
   if (kernel == "cpu_prefill_bf16") {
     return is_cpu && is_one_type() && p.dtype_q == Dtype::kBf16 && cpu().has_avx512_bf16;

@@ -1,12 +1,12 @@
 // Runs one case on one kernel and says what was wrong.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "cases.h"
 #include "plan/planner.h"
-#include "verify/answer.h"
 
 namespace wh {
 
@@ -23,15 +23,21 @@ enum class Outcome { kRight, kRefused, kWrong };
 struct CaseResult {
   std::string kernel;
   Outcome outcome = Outcome::kRight;
-  std::string message;  // why it was refused, or what was wrong
-  double relative_rms = 0;
-  double tolerance = 0;
+  std::string message;            // why it was refused, or what was wrong
+  double share_of_tolerance = 0;  // of the relative RMS error
 };
+
+// What a case's kernels read and write, and what they should answer.
+class CaseData;
 
 // A case with its answer, to be run by several kernels.
 class CheckedCase {
  public:
-  CheckedCase(const Case& c, const CheckOptions& options);
+  // Of the backward pass: the same case, whose out and log-sum-exp gradients are made from.
+  CheckedCase(const Case& c, const CheckOptions& options, Pass pass = Pass::kForward);
+  ~CheckedCase();
+
+  const Problem& problem() const;
 
   // kernel "": the planner's choice. A refusal is wrong where the kernel is documented to take the
   // problem (documented.h), and so is a run where it is not.
@@ -40,14 +46,12 @@ class CheckedCase {
 
  private:
   std::string run_plan(const Plan& plan, const Machine& machine);
-  std::string compare_all_rows();
 
   const Case& case_;
   const CheckOptions& options_;
-  HostTensors data_;
-  Expected expected_;
-  Difference difference_;             // of the last run
-  std::vector<std::byte> other_out_;  // of the first kernel that was right, where rows are sampled
+  std::unique_ptr<CaseData> data_;
+  std::string failure_;            // why there is no data; empty: there is
+  double share_of_tolerance_ = 0;  // of the last run
 };
 
 // What became of a kernel's cases.
@@ -58,8 +62,8 @@ struct Tally {
   void add(const CaseResult& result);
 };
 
-// Kernels of a device that are to be run on a set of cases: the float64 oracle takes minutes on
-// large ones.
-std::vector<std::string> kernels_for(Device device, CaseSet set);
+// A device's kernels of a pass that are to be run on a set of cases: the float64 oracle takes
+// minutes on large ones.
+std::vector<std::string> kernels_for(Device device, CaseSet set, Pass pass = Pass::kForward);
 
 }  // namespace wh
