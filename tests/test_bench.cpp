@@ -123,6 +123,29 @@ TEST(Bench, ComparesItsAnswersWithFloat64) {
   EXPECT_FALSE(json["blas"].get<std::string>().empty());
 }
 
+TEST(Bench, TimesTheBackwardPass) {
+  const Outcome outcome = widehead(
+      "bench " + kSmall + "--backward --against cpu_reference_backward --samples 1 --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto json = nlohmann::json::parse(outcome.out);
+  ASSERT_EQ(json["rows"].size(), 2u);
+  EXPECT_EQ(json["rows"][0]["kernel"], "cpu_backward");
+  EXPECT_EQ(json["rows"][1]["role"], "reference");
+  for (const auto& row : json["rows"]) {
+    EXPECT_TRUE(row["problem"].get<std::string>().starts_with("backward, ")) << row;
+    EXPECT_GT(row["relative_rms"], 1e-5) << row;
+    EXPECT_LT(row["relative_rms"], 2.7e-3) << row;
+    EXPECT_FALSE(row.contains("threshold_would_choose")) << row;
+  }
+  // A suite's rows, without the forward pass's kernels that it lists.
+  const Outcome suite =
+      widehead("bench square --backward --queries 64 --samples 1 --seconds 0.1 --json");
+  ASSERT_EQ(suite.code, 0) << suite.err;
+  for (const auto& row : nlohmann::json::parse(suite.out)["rows"]) {
+    EXPECT_EQ(row["kernel"], "cpu_backward") << row;
+  }
+}
+
 TEST(Bench, FeaturesHaveNamesOfTheirOwnAndAreMeasuredBesideThePlainKernel) {
   const Outcome outcome =
       widehead("bench features --queries 16 --keys 4096 --samples 1 --seconds 0.1 --json");

@@ -72,7 +72,7 @@ TEST(Cli, TheShapeOfAFileIsItsOwn) {
   for (const char* flag :
        {"--batch=1", "--heads=4/1", "--dim=256", "--queries=256", "--keys=2048", "--dtype=f16",
         "--kv-dtype=f16", "--mask=boolean", "--sinks", "--key-lengths=9", "--key-starts=0",
-        "--layout=heads-first", "--model=gemma-3-4b", "--context=9", "--seed=1"}) {
+        "--layout=heads-first", "--model=gemma-3-4b", "--context=9", "--backward", "--seed=1"}) {
     const Outcome outcome = widehead("run " + example("layer5-global") + flag);
     EXPECT_EQ(outcome.code, 2) << flag;
     const std::string name(flag, std::strcspn(flag, "="));
@@ -116,6 +116,7 @@ TEST(Cli, ARunTakesItsTensorsAndItsPlanInMemory) {
       {"--heads 8/2 --dim 64 --queries 4 --keys 20000", "cpu_decode", 256},
       {"--heads 8/2 --dim 64 --queries 256 --keys 2048", "cpu_unfused", 8192},
       {"--heads 8/2 --dim 64 --queries 4 --keys 2048", "cpu_reference", 256},
+      {"--heads 8/2 --dim 64 --queries 512 --keys 2048 --backward", "cpu_backward", 256},
   };
   for (const Case& one : cases) {
     const auto run = widehead(std::string("run ") + one.problem + " --kernel " + one.kernel +
@@ -145,6 +146,31 @@ TEST(Cli, RandomRunsAreComparedWithFloat64InEveryMode) {
   }
 }
 
+TEST(Cli, GradientsOfRandomRunsAreComparedWithFloat64) {
+  for (const char* flags :
+       {"--dtype f32", "--dtype bf16 --sinks", "--dtype f32 --kv-dtype f16 --softcap 3",
+        "--mask boolean --layout length-first", "--scale 4 --dtype f32",
+        "--batch 3 --key-lengths 5,0,40 --key-starts 2", "--causal=top-left --window 4,0",
+        "--dtype bf16 --kernel cpu_reference_backward"}) {
+    const Outcome outcome =
+        widehead("run --heads 4/2 --dim 40/24 --queries 33 --keys 40 --backward --json " +
+                 std::string(flags));
+    ASSERT_EQ(outcome.code, 0) << flags << "\n" << outcome.err;
+    const auto json = nlohmann::json::parse(outcome.out);
+    EXPECT_EQ(json["kernel"].get<std::string>().find("_backward") == std::string::npos, false);
+    EXPECT_GT(json["relative_rms"], 0) << flags;
+    EXPECT_LT(json["relative_rms"], 2.1e-2) << flags;
+    EXPECT_EQ(json["compared_rows"], 64) << flags;
+    EXPECT_EQ(json["compared_keys"], 64) << flags;
+    EXPECT_LE(json["peak_workspace_bytes"], json["workspace_bytes"]);
+  }
+  const Outcome text = widehead("run " + kSmall + "--backward");
+  ASSERT_EQ(text.code, 0) << text.err;
+  EXPECT_NE(text.out.find("gradient   agrees with float64 on 64 of 64 rows and 64 of 80 keys"),
+            std::string::npos)
+      << text.out;
+}
+
 TEST(Cli, RatesCountTheKeysThatAreThere) {
   const Outcome outcome = widehead(
       "run --batch 2 --heads 2 --dim 8 --queries 4 --keys 1000 --key-lengths 10,6 "
@@ -154,6 +180,13 @@ TEST(Cli, RatesCountTheKeysThatAreThere) {
   const double best_us = json["best_us"];
   EXPECT_NEAR(json["gflops"].get<double>() * best_us * 1e3, 4 * (8 + 4) * 2 * 2 * 16, 1);
   EXPECT_NEAR(json["kv_gbytes_per_s"].get<double>() * best_us * 1e3, (8 + 4) * 2 * 16 * 2, 1);
+  const Outcome backward = widehead(
+      "run --batch 2 --heads 2 --dim 8/4 --queries 4 --keys 1000 --key-lengths 10,6 "
+      "--key-starts 2 --backward --json");
+  ASSERT_EQ(backward.code, 0) << backward.err;
+  const auto gradients = nlohmann::json::parse(backward.out);
+  EXPECT_NEAR(gradients["gflops"].get<double>() * gradients["best_us"].get<double>() * 1e3,
+              4 * (8 + 4) * 2 * 2 * (3 * 8 + 2 * 4), 1);
 }
 
 TEST(Cli, RunWritesItsAnswer) {
@@ -387,6 +420,15 @@ const BadUsage kBadUsages[] = {
     {"bench cpu-prefil", 2, "did you mean \"cpu-prefill\"?"},
     {"bench --heads 4 --dim 64 --queries 4 --against cpu_unfusd", 2,
      "did you mean \"cpu_unfused\"?"},
+    {"plan --heads 4 --dim 64 --queries 4 --backward --log-sum-exp", 2,
+     "--log-sum-exp has no effect with --backward"},
+    {"run --heads 4 --dim 64 --queries 4 --backward --out x", 2,
+     "--out has no effect with --backward"},
+    {"run --heads 4 --dim 64 --queries 4 --backward --kernel cpu_prefill", 2,
+     "has no backward pass"},
+    {"bench --heads 4 --dim 64 --queries 4 --backward --against cpu_unfused", 2,
+     "did you mean \"cpu_backward\"?"},
+    {"check --backward --kernel cpu_prefill", 2, "did you mean \"cpu_backward\"?"},
     {"run nothing.safetensors", 2, "cannot open nothing.safetensors"},
     {"run /proc/self/status", 2, "safetensors"},
     {"check --cases many", 2, "valid: smoke, ci, full, corner"},
@@ -417,6 +459,13 @@ TEST(Cli, CheckCountsWhatItChecked) {
     checked += kernel["checked"].get<int64_t>();
   }
   EXPECT_EQ(json["checked"], checked);
+  const Outcome backward = widehead("check --backward --cases large --shrink 128 --runs 2 --json");
+  ASSERT_EQ(backward.code, 0) << backward.err << backward.out;
+  const auto gradients = nlohmann::json::parse(backward.out);
+  EXPECT_EQ(gradients["pass"], "backward");
+  ASSERT_EQ(gradients["kernels"].size(), 1u);  // not the oracle, on large cases
+  EXPECT_EQ(gradients["kernels"][0]["kernel"], "cpu_backward");
+  EXPECT_EQ(gradients["kernels"][0]["checked"], gradients["case_count"]);
   EXPECT_EQ(widehead("check --cases smoke --seconds 0.001 --json").code, 0);
 }
 

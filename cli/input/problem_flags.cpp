@@ -62,6 +62,8 @@ constexpr Flag kFlags[] = {
     {"device", &ProblemFlags::device, Part::kOption, nullptr, "cpu, cuda or cuda:1 (cpu)"},
     {"model", &ProblemFlags::model, Part::kShape, nullptr, "shapes of a model: see `list models`"},
     {"context", &ProblemFlags::context, Part::kShape, nullptr, "keys, with --model"},
+    {"backward", &ProblemFlags::backward, Part::kShape, "true",
+     "the gradients of q, k, v and sinks in place of out"},
 };
 
 const Flag* find_flag(const std::string& name) {
@@ -272,6 +274,12 @@ Result<Request> read_request(const ProblemFlags& flags) {
   p.stride_out = strides_of(layout, p.heads_q, p.len_q, p.dim_v);
   // One mask for all batch entries and heads: what models make.
   if (p.mask != MaskKind::kNone) p.stride_mask = {0, 0, p.len_k, 1};
+  if (!flags.backward.empty() && read.yes("backward", flags.backward)) {
+    if (!flags.log_sum_exp.empty()) {
+      read.fail("--log-sum-exp has no effect with --backward, which always reads it");
+    }
+    turn_backward(p);
+  }
   if (!read.status().ok()) return read.status();
   if (p.wants_log_sum_exp) request.details += ", log-sum-exp";
   if (layout == LayoutFlag::kLengthFirst) request.details += ", [batch, length, heads, dim]";
@@ -373,6 +381,14 @@ Input Request::input(uint64_t seed) const {
   return input;
 }
 
+void turn_backward(Problem& p) {
+  p.pass = Pass::kBackward;
+  p.stride_d_out = p.stride_out;
+  p.stride_dq = p.stride_q;
+  p.stride_dk = p.stride_k;
+  if (!p.values_in_keys) p.stride_dv = p.stride_v;
+}
+
 std::vector<int32_t> per_batch(const std::vector<int32_t>& values, int64_t batch) {
   if (values.size() != 1) return values;
   return std::vector<int32_t>(static_cast<size_t>(batch), values.front());
@@ -402,6 +418,9 @@ Result<std::vector<Request>> read_requests(const ProblemFlags& flags) {
 Status override_options(const ProblemFlags& flags, Problem& p) {
   for (const Flag& flag : kFlags) {
     if (flag.part == Part::kOption || (flags.*flag.value).empty()) continue;
+    if (flag.value == &ProblemFlags::backward) {
+      return invalid("--backward has no effect with a file, which holds no gradient of out");
+    }
     return invalid(fmt::format(
         "--{} has no effect with a file, whose tensors say what it would; leave one of the two out",
         flag.name));

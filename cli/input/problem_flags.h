@@ -18,8 +18,8 @@ namespace wh::cli {
 // As written; empty: not given.
 struct ProblemFlags {
   std::string batch, heads, dim, queries, keys, dtype, kv_dtype, causal, window, softcap, scale,
-      mask, sinks, key_lengths, key_starts, log_sum_exp, values_in_keys, f32_out, layout, device, model,
-      context;
+      mask, sinks, key_lengths, key_starts, log_sum_exp, values_in_keys, f32_out, layout, device,
+      model, context, backward;
 };
 
 // When a layer computes in this form: latent attention has one for prefill and one for decode.
@@ -39,6 +39,10 @@ struct Request {
   Input input(uint64_t seed) const;
   std::string name() const { return label.empty() ? describe(problem) + details : label; }
 };
+
+// Makes it the backward pass of the same problem: gradients lie as their tensors do, and the
+// gradient of out as out does.
+void turn_backward(Problem& problem);
 
 // One value for each batch entry.
 std::vector<int32_t> per_batch(const std::vector<int32_t>& values, int64_t batch);

@@ -31,7 +31,7 @@ double useful_flops(const Request& request) {
       pairs += static_cast<double>(visible_keys(p, present, i).size());
     }
   });
-  return pairs * static_cast<double>(p.heads_q) * 2 * static_cast<double>(p.dim_qk + p.dim_v);
+  return pairs * static_cast<double>(p.heads_q) * flops_a_pair(p);
 }
 
 double kv_bytes(const Request& request) {

@@ -43,10 +43,10 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
             {"kernel", row.kernel},
             {"role", kRoles.name(row.role)},
             {"chosen", row.kernel == result.chosen},
-            {"threshold_would_choose", threshold_choice(p)},
             {"estimates", result.estimates},
             {"estimated_us", row.estimated_us},
             {"workspace_bytes", row.workspace_bytes}};
+  if (p.pass == Pass::kForward) json["threshold_would_choose"] = threshold_choice(p);
   if (!row.ran()) {
     json["refused"] = row.refusal;
     return json;
@@ -182,7 +182,8 @@ std::string bench_table(const BenchDevice& device, const BenchResult& result) {
         gflops(result.request, row), 100 * gflops(result.request, row) / device.peak_of(row.kernel),
         kv_gbytes_per_s(result.request, row), read_share(device, result.request, row),
         format_bytes(row.workspace_bytes), speed);
-    text += fmt::format("  {}", name.empty() ? "" : threshold_choice(p));
+    text +=
+        fmt::format("  {}", name.empty() || p.pass == Pass::kBackward ? "" : threshold_choice(p));
     if (row.kernel == result.chosen && result.times_plain() > 0) {
       text += fmt::format("  {:.2f} x plain", result.times_plain());
     }

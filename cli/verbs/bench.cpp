@@ -17,12 +17,12 @@
 #include "input/limits_flags.h"
 #include "measure/imbalance.h"
 #include "measure/probe.h"
+#include "measure/request_data.h"
 #include "measure/useful_work.h"
 #include "plan/planner.h"
 #include "plan/units.h"
 #include "report/bench_result.h"
 #include "report/session.h"
-#include "verify/answer.h"
 #include "verify/execution.h"
 
 namespace wh::cli {
@@ -81,13 +81,18 @@ BenchDevice describe_device(const Problem& p, int32_t threads, const Guard& guar
 
 // Kernels to stand beside the planner's choice, by name, or "fused" and "unfused" for whatever
 // they are on the device and problem.
-Result<std::vector<std::string>> read_against(const std::string& list, Device device) {
+Result<std::vector<std::string>> read_against(const std::string& list, const Problem& p) {
+  std::vector<const Kernel*> kernels;
   std::vector<std::string> all, names;
-  for (const Kernel* kernel : kernels_of(device)) all.push_back(kernel->name);
+  for (const Kernel* kernel : kernels_of(p.device)) {
+    if (kernel->pass != p.pass) continue;
+    kernels.push_back(kernel);
+    all.push_back(kernel->name);
+  }
   for (size_t begin = 0; begin < list.size();) {
     const size_t end = std::min(list.find(',', begin), list.size());
     std::string name = list.substr(begin, end - begin);
-    for (const Kernel* kernel : kernels_of(device)) {
+    for (const Kernel* kernel : kernels) {
       if (name == "unfused" && kernel->role == Role::kBaseline) name = kernel->name;
     }
     if (name != "fused" && std::find(all.begin(), all.end(), name) == all.end()) {
@@ -180,7 +185,8 @@ class Bench {
     const auto ran = [](const BenchRow& row) { return row.ran(); };
     if (std::none_of(result.rows.begin(), result.rows.end(), ran)) return runnable_status(*plan);
     // Only now: what no kernel takes may have tensors of 100 GB.
-    const HostTensors tensors(result.request.input(1));
+    Result<RequestData> data = RequestData::make(result.request, 1);
+    if (!data.ok()) return data.status();
     std::vector<Contestant> contestants;
     for (size_t i = 0; i < result.rows.size(); ++i) {
       BenchRow& row = result.rows[i];
@@ -188,14 +194,14 @@ class Bench {
       Limits forced = limits_;
       forced.kernel = row.kernel;
       forced.policy = Policy::kAutomatic;
-      Result<Execution> execution = Execution::prepare(p, forced, tensors.tensors());
+      Result<Execution> execution = Execution::prepare(p, forced, data->tensors());
       if (execution.ok()) {
         contestants.push_back({std::move(*execution), i, 0});
       } else {
         row.refusal = execution.status().message();
       }
     }
-    return sample(contestants, tensors.tensors(), result);
+    return sample(contestants, *data, result);
   } catch (const std::bad_alloc&) {
     return {Code::kOutOfMemory, "not enough memory for its tensors"};
   }
@@ -262,16 +268,15 @@ class Bench {
     return row;
   }
 
-  Status sample(std::vector<Contestant>& contestants, const Tensors& tensors, BenchResult& result) {
-    const Problem& p = result.request.problem;
-    const Expected expected = expected_answer(p, tensors, affordable_rows(p));
+  Status sample(std::vector<Contestant>& contestants, RequestData& data, BenchResult& result) {
+    data.expect();
     std::vector<Run> runs;
     for (Contestant& one : contestants) {
       one.execution.watch_workspace();
-      // They share `out`: each answer is looked at before the next one overwrites it.
+      // They share outputs: each answer is looked at before the next one overwrites it.
       const auto look = [&]() -> Status {
         if (Status status = one.execution.fetch_outputs(); !status.ok()) return status;
-        one.relative_rms = errors_of(p, tensors, expected).relative_rms();
+        one.relative_rms = data.accuracy().relative_rms;
         return {};
       };
       runs.push_back({[&one] { return run(one.execution); }, look, device_clock(one.execution)});
@@ -322,9 +327,11 @@ class Bench {
   Status prepare_plain() {
     const auto suite = suites().find(flags_.suite);
     if (plain_ || suite == suites().end() || !suite->value("beside_first_row", false)) return {};
-    plain_tensors_ = HostTensors(requests_.front().input(1));
+    Result<RequestData> data = RequestData::make(requests_.front(), 1);
+    if (!data.ok()) return data.status();
+    plain_data_ = std::move(*data);
     Result<Execution> plain =
-        Execution::prepare(requests_.front().problem, limits_, plain_tensors_.tensors());
+        Execution::prepare(requests_.front().problem, limits_, plain_data_.tensors());
     if (!plain.ok()) return plain.status();
     plain_.emplace(std::move(*plain));
     return {};
@@ -353,7 +360,7 @@ class Bench {
   Guard guard_;
   BenchDevice device_;
   std::vector<BenchResult> results_;
-  HostTensors plain_tensors_;
+  RequestData plain_data_;
   std::optional<Execution> plain_;
 };
 
@@ -372,8 +379,11 @@ int run_bench(const BenchFlags& flags) {
   if (!facts.unavailable.empty()) return report({Code::kRefused, facts.unavailable});
   const auto suite = suites().find(flags.suite);
   std::string list = flags.against;
-  if (list.empty() && suite != suites().end()) list = suite->value("against", "");
-  auto against = read_against(list, p.device);
+  // A suite's own list is of the forward pass's kernels.
+  if (list.empty() && suite != suites().end() && p.pass == Pass::kForward) {
+    list = suite->value("against", "");
+  }
+  auto against = read_against(list, p);
   if (!against.ok()) return report(against.status());
   note_interrupts();  // the machine is probed first, for seconds
   return Bench(flags, *limits, std::move(*requests), std::move(*against)).run();

@@ -24,15 +24,23 @@ struct CheckFlags {
   int64_t shrink = 1;
   double seconds = 0;  // 0: until all is done
   bool leaves_workspace = false;
-  bool json = false, is_verbose = false;
+  bool is_backward = false, json = false, is_verbose = false;
   CheckOptions options;
+
+  Pass pass() const { return is_backward ? Pass::kBackward : Pass::kForward; }
 };
 
 Result<std::vector<std::string>> kernels_of_flags(const CheckFlags& flags, Device device,
                                                   CaseSet set) {
   std::vector<std::string> all, names;
-  for (const Kernel* kernel : kernels_of(device)) all.push_back(kernel->name);
-  if (flags.kernels.empty()) return kernels_for(device, set);
+  for (const Kernel* kernel : kernels_of(device)) {
+    if (kernel->pass == flags.pass()) all.push_back(kernel->name);
+  }
+  if (all.empty()) {
+    return Status(Code::kRefused,
+                  fmt::format("--device {} has no kernel of the backward pass", flags.device));
+  }
+  if (flags.kernels.empty()) return kernels_for(device, set, flags.pass());
   for (size_t begin = 0; begin < flags.kernels.size();) {
     const size_t end = std::min(flags.kernels.find(',', begin), flags.kernels.size());
     names.push_back(flags.kernels.substr(begin, end - begin));
@@ -65,7 +73,7 @@ class Check {
       if (set == CaseSet::kLarge || cases_run_ % 16 == 0) {
         line.show(fmt::format("case {} of {}: {}", cases_run_ + 1, cases.size(), c.name));
       }
-      CheckedCase checked(c, flags_.options);
+      CheckedCase checked(c, flags_.options, flags_.pass());
       for (const std::string& kernel : kernels) {
         // A kernel that hangs or brings the device down shows as the last one.
         if (flags_.is_verbose) fmt::print(stderr, "runs {} on {}\n", kernel, c.name);
@@ -107,20 +115,26 @@ class Check {
                       {"wrong", tally.wrong},
                       {"worst_share_of_tolerance", tally.worst_share}});
     }
-    Json document{{"cases", flags_.cases},     {"device", backend(device_).facts(0).name},
-                  {"seed", flags_.seed},       {"runs", flags_.options.runs},
-                  {"case_count", case_count_}, {"cases_run", cases_run_},
-                  {"seconds", seconds_},       {"checked", checked},
-                  {"kernels", rows},           {"wrong", wrong_}};
+    Json document{{"cases", flags_.cases},
+                  {"pass", kPasses.name(flags_.pass())},
+                  {"device", backend(device_).facts(0).name},
+                  {"seed", flags_.seed},
+                  {"runs", flags_.options.runs},
+                  {"case_count", case_count_},
+                  {"cases_run", cases_run_},
+                  {"seconds", seconds_},
+                  {"checked", checked},
+                  {"kernels", rows},
+                  {"wrong", wrong_}};
     if (!device_failure_.empty()) document["device_failed"] = device_failure_;
     return document;
   }
 
   void print() const {
-    fmt::print("{:<18} {:>8} {:>8} {:>6}  worst error, of its tolerance\n", "kernel", "checked",
+    fmt::print("{:<23} {:>8} {:>8} {:>6}  worst error, of its tolerance\n", "kernel", "checked",
                "refused", "wrong");
     for (const auto& [kernel, tally] : tallies_) {
-      fmt::print("{:<18} {:>8} {:>8} {:>6}  {:.2f}\n", kernel, tally.checked, tally.refused,
+      fmt::print("{:<23} {:>8} {:>8} {:>6}  {:.2f}\n", kernel, tally.checked, tally.refused,
                  tally.wrong, tally.worst_share);
     }
     if (cases_run_ < case_count_) {
@@ -177,6 +191,7 @@ void add_check(CLI::App& app, Action& action) {
   auto flags = std::make_shared<CheckFlags>();
   CLI::App* verb = app.add_subcommand("check", "Compare the kernels with float64 on many cases");
   verb->add_option("--cases", flags->cases, "smoke, ci, full, corner or large");
+  verb->add_flag("--backward", flags->is_backward, "the kernels of the backward pass");
   verb->add_option("--kernel", flags->kernels, "only these: A,B");
   verb->add_option("--device", flags->device, "cpu or cuda");
   verb->add_option("--seed", flags->seed, "of the cases");

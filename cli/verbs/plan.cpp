@@ -22,25 +22,17 @@ struct PlanFlags {
   ProblemFlags problem;
   LimitsFlags limits;
   std::string memory;
-  bool backward = false, json = false;
-};
+  bool json = false;
 
-// Gradients lie as their tensors do.
-Problem backward_of(Problem p) {
-  p.pass = Pass::kBackward;
-  p.stride_d_out = p.stride_out;
-  p.stride_dq = p.stride_q;
-  p.stride_dk = p.stride_k;
-  p.stride_dv = p.stride_v;
-  return p;
-}
+  bool is_backward() const { return problem.backward == "true"; }
+};
 
 // --memory, and the longest context that it holds.
 Result<MemoryLimit> read_memory(const PlanFlags& flags, const Limits& limits) {
   if (flags.memory.empty()) return MemoryLimit{};
-  if (flags.problem.model.empty() || flags.backward) {
+  if (flags.problem.model.empty() || flags.is_backward()) {
     return invalid(fmt::format("--memory has no effect {}; it is for a model's cache and workspace",
-                               flags.backward ? "with --backward" : "without --model"));
+                               flags.is_backward() ? "with --backward" : "without --model"));
   }
   const auto bytes = parse_bytes(flags.memory);
   if (!bytes) {
@@ -72,7 +64,7 @@ int run_plan(const PlanFlags& flags) {
   std::string text;
   std::vector<Plan> plans;
   for (const Request& request : *requests) {
-    const Problem p = flags.backward ? backward_of(request.problem) : request.problem;
+    const Problem& p = request.problem;
     Result<Plan> plan = plan_as_library(p, *limits);
     if (!plan.ok()) return report(plan.status());
     if (!plan->runnable()) code = kNoKernel;
@@ -88,7 +80,7 @@ int run_plan(const PlanFlags& flags) {
     text += environment_line(p) + explain(*plan);
     plans.push_back(std::move(*plan));
   }
-  if (!flags.problem.model.empty() && !flags.backward) {
+  if (!flags.problem.model.empty() && !flags.is_backward()) {
     const ModelTotal total = model_total(flags.problem.model, *requests, plans);
     text += "\n" + explain(total, *memory);
     for (Json& document : documents) document["model"] = to_json(total, *memory);
@@ -114,7 +106,6 @@ void add_plan(CLI::App& app, Action& action) {
   add_limits_flags(*verb, flags->limits);
   verb->add_option("--memory", flags->memory, "for the cache and the workspace of a --model: 24GiB")
       ->check(refuse_empty);
-  verb->add_flag("--backward", flags->backward, "plan the gradients of q, k and v instead");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return run_plan(*flags); }; });
 }

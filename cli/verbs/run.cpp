@@ -3,7 +3,6 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -17,6 +16,7 @@
 #include "input/problem_flags.h"
 #include "input/stored_problem.h"
 #include "measure/measure.h"
+#include "measure/request_data.h"
 #include "measure/resident.h"
 #include "measure/useful_work.h"
 #include "plan/explain.h"
@@ -46,6 +46,13 @@ Errors errors_of(const std::vector<float>& have, const std::vector<float>& wante
   Errors errors;
   for (size_t i = 0; i < have.size(); ++i) errors.add(have[i], wanted[i]);
   return errors;
+}
+
+Accuracy beside_stored(const Errors& errors, double tolerance) {
+  return {.relative_rms = errors.relative_rms(),
+          .largest = errors.largest(),
+          .tolerance = tolerance,
+          .reference = "the stored answer"};
 }
 
 // The first run: shown on a terminal, and measured for what the later ones do not tell.
@@ -95,23 +102,18 @@ Status warm_up(const Plan& plan) {
   p.heads_q = p.heads_kv = 16;
   p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
   set_dense(p);
-  const HostTensors tensors(small.input(1));
+  if (plan.problem.pass == Pass::kBackward) turn_backward(p);
+  const Result<RequestData> data = RequestData::make(small, 1);
+  if (!data.ok()) return data.status();
   Limits forced;
   forced.kernel = plan.kernel;
   forced.threads = plan.limits.threads;
-  Result<Execution> execution = Execution::prepare(p, forced, tensors.tensors());
+  Result<Execution> execution = Execution::prepare(p, forced, data->tensors());
   if (!execution.ok()) return execution.status();
   for (int i = 0; i < 20; ++i) {
     if (Status status = execution->run(); !status.ok()) return status;
   }
   return {};
-}
-
-// The bound holds for scores of about N(0, 1). An error of a score is one of its weight, and grows
-// with the score: a --scale that makes them wider makes the bound wider.
-double random_tolerance(const Problem& p) {
-  const double score = std::fabs(p.scale) * std::sqrt(static_cast<double>(p.dim_qk));
-  return tolerance_of(p.dtype_q) * std::max(1.0, score);
 }
 
 class Runner {
@@ -133,6 +135,9 @@ class Runner {
     }
     const auto requests = read_requests(flags_.problem);
     if (!requests.ok()) return report(requests.status());
+    if (!flags_.out.empty() && flags_.problem.backward == "true") {
+      return report(invalid("--out has no effect with --backward, which writes no out"));
+    }
     if (!flags_.out.empty() && requests->size() > 1) {
       return report(invalid(fmt::format("--out has room for one answer; {} has {} kinds of layers",
                                         flags_.problem.model, requests->size())));
@@ -169,8 +174,12 @@ class Runner {
     }
     const uint64_t resident_before = resident_bytes();
     // Only now: what the limits refuse may have tensors of 100 GB.
-    HostTensors random;
-    if (stored == nullptr) random = HostTensors(request.input(flags_.seed.value_or(1)));
+    RequestData random;
+    if (stored == nullptr) {
+      Result<RequestData> made = RequestData::make(request, flags_.seed.value_or(1));
+      if (!made.ok()) return fail(request, made.status());
+      random = std::move(*made);
+    }
     const Tensors tensors = stored == nullptr ? random.tensors() : stored->tensors;
     Result<Execution> execution = Execution::prepare(std::move(*plan), tensors);
     if (!execution.ok()) return fail(request, execution.status());
@@ -189,7 +198,7 @@ class Runner {
       document["peak_resident_bytes"] = first->peak_resident_bytes - resident_before;
     }
     if (!flags_.json) print_run(document);
-    const int code = stored == nullptr ? compare_sampled(p, tensors, document)
+    const int code = stored == nullptr ? compare_sampled(p, random, document)
                                        : compare_stored(*stored, tensors, document);
     if (!flags_.out.empty()) {
       if (Status status = write_out(p, tensors); !status.ok()) return fail(request, status);
@@ -252,38 +261,36 @@ class Runner {
       const Errors errors = errors_of(all_of_out(p, tensors), floats_of(*stored.out));
       document["relative_rms"] = errors.relative_rms();
       document["compared_rows"] = p.batch * p.heads_q * p.len_q;
-      code = judge("out", "the stored answer", errors, tolerance_of(p.dtype_q));
+      code = judge("out", beside_stored(errors, tolerance_of(p.dtype_q)));
     }
     if (stored.log_sum_exp && p.wants_log_sum_exp) {
       const float* lse = tensors.log_sum_exp;
       const std::vector<float> have(lse, lse + p.batch * p.heads_q * p.len_q);
       const Errors errors = errors_of(have, floats_of(*stored.log_sum_exp));
       document["log_sum_exp_relative_rms"] = errors.relative_rms();
-      code = std::max(code, judge("LSE", "the stored answer", errors, kLogSumExpTolerance));
+      code = std::max(code, judge("LSE", beside_stored(errors, kLogSumExpTolerance)));
     }
     return code;
   }
 
-  int compare_sampled(const Problem& p, const Tensors& tensors, Json& document) {
-    const Expected expected = expected_answer(p, tensors, affordable_rows(p));
-    const Errors errors = wh::errors_of(p, tensors, expected);
-    const size_t rows = expected.rows.size();
-    document["relative_rms"] = errors.relative_rms();
-    document["compared_rows"] = rows;
-    const auto reference =
-        fmt::format("float64 on {} of {} rows", rows, p.batch * p.heads_q * p.len_q);
-    return judge("out", reference, errors, random_tolerance(p));
+  int compare_sampled(const Problem& p, RequestData& data, Json& document) {
+    data.expect();
+    const Accuracy accuracy = data.accuracy();
+    document["relative_rms"] = accuracy.relative_rms;
+    document["compared_rows"] = accuracy.compared_rows;
+    const bool is_forward = p.pass == Pass::kForward;
+    if (!is_forward) document["compared_keys"] = accuracy.compared_keys;
+    return judge(is_forward ? "out" : "gradient", accuracy);
   }
 
-  int judge(const char* name, const std::string& reference, const Errors& errors,
-            double tolerance) const {
-    const bool is_right = errors.relative_rms() <= tolerance;  // NaN is not
+  int judge(const char* name, const Accuracy& accuracy) const {
+    const bool is_right = accuracy.relative_rms <= accuracy.tolerance;  // NaN is not
     if (!flags_.json) {
       fmt::print(
           "{:<10} {} {}: relative RMS error {:.2e}, at most {:.2g} is right; largest error "
           "{:.2e}\n",
-          name, is_right ? "agrees with" : "DIFFERS from", reference, errors.relative_rms(),
-          tolerance, errors.largest());
+          name, is_right ? "agrees with" : "DIFFERS from", accuracy.reference,
+          accuracy.relative_rms, accuracy.tolerance, accuracy.largest);
     }
     return is_right ? kFine : kWrongNumbers;
   }

@@ -39,11 +39,13 @@ int64_t most_visible_keys(const Problem& p, int64_t queries) {
 
 int64_t most_visible_keys(const Problem& p) { return most_visible_keys(p, p.len_q); }
 
+double flops_a_pair(const Problem& p) {
+  const int64_t dims = p.pass == Pass::kForward ? p.dim_qk + p.dim_v : 3 * p.dim_qk + 2 * p.dim_v;
+  return 2 * static_cast<double>(dims);
+}
+
 double useful_flops(const Problem& p) {
-  const int64_t dims =
-      p.pass == Pass::kForward ? p.dim_qk + p.dim_v : 3 * p.dim_qk + 2 * p.dim_v;
-  return visible_pairs(p) * static_cast<double>(p.batch * p.heads_q) * 2 *
-         static_cast<double>(dims);
+  return visible_pairs(p) * static_cast<double>(p.batch * p.heads_q) * flops_a_pair(p);
 }
 
 double kv_bytes(const Problem& p) {

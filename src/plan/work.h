@@ -14,9 +14,10 @@ double visible_pairs(const Problem& problem);
 int64_t most_visible_keys(const Problem& problem, int64_t queries);
 int64_t most_visible_keys(const Problem& problem);  // of all queries
 
-// Multiply-adds counted twice: 2 * (dim_qk + dim_v) a visible pair and query head, and in the
+// Multiply-adds counted twice, of a visible pair and query head: 2 * (dim_qk + dim_v), and in the
 // backward pass, of five products, 2 * (3 * dim_qk + 2 * dim_v).
-double useful_flops(const Problem& problem);
+double flops_a_pair(const Problem& problem);
+double useful_flops(const Problem& problem);  // of all
 
 // Bytes of K and V, each counted once, or of K alone where V lies in it: what decode streams.
 double kv_bytes(const Problem& problem);
