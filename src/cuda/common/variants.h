@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -70,6 +71,16 @@ inline CudaFacts with_all_instances(CudaFacts cuda) {
 inline std::string not_compiled(const Problem& p) {
   return fmt::format("has no code for {} heads of {}/{} in this build (WIDEHEAD_CUDA_INSTANCES=ci)",
                      kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v);
+}
+
+// Why none of them runs the problem. `limits` says what they take, and which heads are more.
+template <typename Variant, size_t kCount>
+std::optional<std::string> variant_refusal(
+    const std::array<Variant, kCount>& variants, const Problem& p, const CudaFacts& cuda,
+    fmt::format_string<const int64_t&, const int64_t&> limits) {
+  if (first_variant(variants, p, cuda) >= 0) return std::nullopt;
+  if (first_variant(variants, p, with_all_instances(cuda)) >= 0) return not_compiled(p);
+  return fmt::format(limits, p.dim_qk, p.dim_v);
 }
 
 }  // namespace wh::cuda

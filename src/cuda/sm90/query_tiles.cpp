@@ -4,8 +4,10 @@
 
 #include <algorithm>
 
+#include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/cuda_facts.h"
+#include "cuda/sm90/refusal.h"
 #include "plan/names.h"
 #include "plan/work.h"
 
@@ -15,20 +17,31 @@ namespace {
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // A worker's, of a tile whose queries see so many keys, those of cut tiles included.
-double tile_us(const Query& query, const TileCost& cost, double keys) {
-  double share = cost.share;
+double tile_us(const Query& query, const TileWork& work, double keys) {
+  double share = work.share;
   if (scores_of(query.problem) == Scores::kTransformed) share *= 0.65;
   if (scores_of(query.problem) == Scores::kMasked) share *= 0.4;
   // An H100 under load runs at 0.84 of the boost clock that its driver names.
   constexpr double kSustained = 0.84;
   const double worker_flops_per_us = cuda_facts(query).tensor_tflops * kSustained * share * 1e6 *
-                                     cost.worker_sms / std::max(1, cuda_facts(query).sms);
-  return keys * 2.0 * (cost.dims.dim_qk + cost.dims.dim_v) * cost.tile_q / worker_flops_per_us +
+                                     work.worker_sms / std::max(1, cuda_facts(query).sms);
+  return keys * 2.0 * (work.dims.dim_qk + work.dims.dim_v) * work.worker_rows /
+             worker_flops_per_us +
          1.0;
 }
 
 double read_us(const Query& query) {
   return kv_bytes(query.problem) / (std::max(1.0, cuda_facts(query).read_gbytes_per_s) * 1e3);
+}
+
+// A wave here is of the longest tiles that there are.
+TileWaves tile_waves(const Query& query, const TileWork& work, const Config& config) {
+  const int64_t workers = std::max(1, config.workers);
+  const int64_t keys = most_visible_keys(query.problem, work.order.tile_queries) + config.tile_k;
+  const double read_share = std::min(
+      1.0, static_cast<double>(workers) / static_cast<double>(std::max(1, work.order.tiles)));
+  return {work.order.tiles, workers,
+          std::max(tile_us(query, work, static_cast<double>(keys)), read_us(query) * read_share)};
 }
 
 }  // namespace
@@ -68,34 +81,46 @@ bool claims_tiles(const Problem& p, int64_t tiles, int32_t workers) {
                              p.window_right != kUnlimited || p.has_key_lengths || p.has_key_starts);
 }
 
-std::optional<std::string> tile_count_refusal(const Problem& p) {
+std::optional<std::string> tile_refusal(const Query& query) {
+  const Problem& p = query.problem;
+  if (auto reason = sm90_refusal(query)) return reason;
+  if (least_splits(p) > 1) return kWritesTypeOfQ;
   constexpr int64_t kMostTiles = int64_t{1} << 30;
   const int64_t tiles = p.batch * p.heads_q * divide_up(p.len_q, 64);
   if (tiles <= kMostTiles) return std::nullopt;
   return fmt::format("counts tiles of 64 queries by int32: {} are more than {}", tiles, kMostTiles);
 }
 
-double estimate_tiles_us(const Query& query, const TileOrder& order, const TileCost& cost) {
-  const Problem& p = query.problem;
-  const int32_t workers = std::max(1, cost.workers);
-  // Keys of a query on average, and half a tile more where its last tile is cut.
-  const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q)) +
-                      static_cast<double>(cost.tile_k) / 2;
-  // Tiles dealt in turn end together; claimed ones leave half a tile idle in the end.
-  const double rounds = claims_tiles(p, order.tiles, workers)
-                            ? static_cast<double>(order.tiles) / workers + 0.5
-                            : static_cast<double>(divide_up(order.tiles, workers));
-  constexpr double kFixedUs = 12;  // what small problems take in a graph, beyond their tiles
-  return std::max(tile_us(query, cost, keys) * rounds, read_us(query)) + kFixedUs;
+void deal_tiles(const Query& query, const TileWork& work, Config& config) {
+  const int32_t workers = cuda_facts(query).sms / work.worker_sms;
+  config.workers = std::max(1, std::min(workers, work.order.tiles));
+  if (query.limits.longest_step_us > 0) {
+    config.step_tiles =
+        choose_step_tiles(query, tile_waves(query, work, config), tiles_us(query, work, config));
+  }
 }
 
-TileWaves tile_waves(const Query& query, const TileOrder& order, const TileCost& cost) {
-  const int64_t workers = std::max(1, cost.workers);
-  const auto keys =
-      static_cast<double>(most_visible_keys(query.problem, order.tile_queries) + cost.tile_k);
-  const double read_share =
-      std::min(1.0, static_cast<double>(workers) / static_cast<double>(std::max(1, order.tiles)));
-  return {order.tiles, workers, std::max(tile_us(query, cost, keys), read_us(query) * read_share)};
+size_t tiles_workspace_bytes(const Problem& p, const TileWork& work, const Config& config) {
+  return claims_tiles(p, work.order.tiles, config.workers) ? sizeof(*work.order.next) : 0;
+}
+
+double tiles_us(const Query& query, const TileWork& work, const Config& config) {
+  const Problem& p = query.problem;
+  const int32_t workers = std::max(1, config.workers);
+  // Keys of a query on average, and half a tile more where its last tile is cut.
+  const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q)) +
+                      static_cast<double>(config.tile_k) / 2;
+  // Tiles dealt in turn end together; claimed ones leave half a tile idle in the end.
+  const double rounds = claims_tiles(p, work.order.tiles, workers)
+                            ? static_cast<double>(work.order.tiles) / workers + 0.5
+                            : static_cast<double>(divide_up(work.order.tiles, workers));
+  constexpr double kFixedUs = 12;  // what small problems take in a graph, beyond their tiles
+  return std::max(tile_us(query, work, keys) * rounds, read_us(query)) + kFixedUs;
+}
+
+double tiles_step_us(const Query& query, const TileWork& work, const Config& config) {
+  return step_us_of(tile_waves(query, work, config), config.step_tiles,
+                    tiles_us(query, work, config));
 }
 
 }  // namespace wh::cuda

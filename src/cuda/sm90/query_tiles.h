@@ -1,17 +1,46 @@
-// Planning of the kernels that work through tiles of query rows: order, packing, time.
+// Planning of the kernels that work through tiles of query rows: instances, order, packing, time.
+// A kernel says how it lays rows over tiles and at which rate it works (TileWork); what the planner
+// asks of it follows from that in one place.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
 
+#include "cuda/common/attention_args.h"
 #include "cuda/common/steps.h"
 #include "cuda/common/tile_order.h"
-#include "cuda/sm90/prefill/tiles.h"
+#include "cuda/common/variants.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
+
+struct TileVariant {
+  Instance instance;
+  std::array<const void* (*)(), 3> function;  // by Scores
+};
+
+// One for each of a table's instances, with functions.operator()<kDims, kDtype, kScores>().
+template <const auto& kInstances, typename Functions>
+constexpr auto tile_variants(Functions functions) {
+  return variants_of<kInstances>([&]<Instance kInstance>() {
+    TileVariant variant{kInstance, {}};
+    if constexpr (kInstance.is_compiled) {
+      const auto function = [&]<Scores kScores>() {
+        return functions.template operator()<kInstance.dims, kInstance.dtype, kScores>();
+      };
+      variant.function = {function.template operator()<Scores::kPlain>(),
+                          function.template operator()<Scores::kTransformed>(),
+                          function.template operator()<Scores::kMasked>()};
+    }
+    return variant;
+  });
+}
+
+// Why a kernel of this kind refuses whatever its dimensions.
+std::optional<std::string> tile_refusal(const Query& query);
 
 // "wgmma bf16": Kernel::variant of both of them.
 std::string wgmma_variant(const Query& query, const Config& config);
@@ -23,21 +52,35 @@ TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packe
 // Whether so many tiles differ in length and are more than the workers, so that claiming them from
 // a counter beats dealing them in turn.
 bool claims_tiles(const Problem& problem, int64_t tiles, int32_t workers);
-constexpr size_t kTileCounterBytes = sizeof(int32_t);
 
-// Too many tiles to count by int32.
-std::optional<std::string> tile_count_refusal(const Problem& problem);
-
-struct TileCost {
-  HeadDims dims;   // computed, padding included
-  int32_t tile_q;  // rows of a worker's tile
-  int32_t tile_k;
-  int32_t workers;     // blocks or clusters
-  int32_t worker_sms;  // a block's one, a cluster's two
-  double share;        // of the card's dense tensor rate that the main loop reaches
+struct TileWork {
+  TileOrder order;
+  HeadDims dims;        // computed, padding included
+  int32_t worker_rows;  // of a tile
+  int32_t worker_sms;   // 1 where a worker is a block, 2 where it is a cluster of two
+  double share;         // of the card's dense tensor rate that the main loop reaches
 };
-double estimate_tiles_us(const Query& query, const TileOrder& order, const TileCost& cost);
-// A wave here is of the longest tiles that there are.
-TileWaves tile_waves(const Query& query, const TileOrder& order, const TileCost& cost);
+
+// The rest of a configuration that has its instance and its tiles.
+void deal_tiles(const Query& query, const TileWork& work, Config& config);
+
+size_t tiles_workspace_bytes(const Problem& problem, const TileWork& work, const Config& config);
+double tiles_us(const Query& query, const TileWork& work, const Config& config);
+double tiles_step_us(const Query& query, const TileWork& work, const Config& config);
+
+// Those three as a Kernel has them.
+using TileWorkOf = TileWork (*)(const Problem& problem, const Config& config);
+template <TileWorkOf kWorkOf>
+size_t workspace_bytes_by(const Problem& problem, const Config& config) {
+  return tiles_workspace_bytes(problem, kWorkOf(problem, config), config);
+}
+template <TileWorkOf kWorkOf>
+double estimate_us_by(const Query& query, const Config& config) {
+  return tiles_us(query, kWorkOf(query.problem, config), config);
+}
+template <TileWorkOf kWorkOf>
+double step_us_by(const Query& query, const Config& config) {
+  return tiles_step_us(query, kWorkOf(query.problem, config), config);
+}
 
 }  // namespace wh::cuda

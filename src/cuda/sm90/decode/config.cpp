@@ -117,10 +117,9 @@ std::optional<std::string> refusal(const Query& query) {
     }
   }
   if (auto reason = sm90_refusal({mapped, query.limits, query.facts})) return reason;
-  if (first_variant(kVariants, p, cuda_facts(query)) < 0) {
-    if (first_variant(kVariants, p, with_all_instances(cuda_facts(query))) >= 0)
-      return not_compiled(p);
-    return fmt::format("takes heads of up to 576/512, these are {}/{}", p.dim_qk, p.dim_v);
+  if (auto reason = variant_refusal(kVariants, p, cuda_facts(query),
+                                    "takes heads of up to 576/512, these are {}/{}")) {
+    return reason;
   }
   // Of this kernel, and of the one that merges.
   const int64_t most_blocks = std::max(p.batch * p.heads_kv * row_tiles(p) * kMostSplits,

@@ -7,7 +7,7 @@
 namespace wh::cuda {
 Status run_prefill(const Launch& launch) {
   const Problem& p = launch.problem;
-  const PrefillVariant& variant = prefill_variant(launch.config);
+  const TileVariant& variant = prefill_variant(launch.config);
   const HeadDims dims = variant.instance.dims;
   const PrefillTile tile = prefill_tile(dims, scores_of(p));
   const TileOrder order = tile_order(p, tile.tile_q(), 1);

@@ -1,63 +1,30 @@
 #include "cuda/sm90/prefill_wide/config.h"
 
-#include <fmt/format.h>
-
-#include <algorithm>
-
-#include "cuda/combine/combine.h"
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/sm90/prefill_wide/kernel.h"
-#include "cuda/sm90/query_tiles.h"
-#include "cuda/sm90/refusal.h"
 
 namespace wh::cuda {
 namespace {
 
-template <Instance kInstance>
-constexpr WideVariant variant() {
-  WideVariant variant{kInstance, {}};
-  if constexpr (kInstance.is_compiled) {
-    constexpr HeadDims kDims = kInstance.dims;
-    variant.function = {
-        wide_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kPlain>,
-        wide_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kTransformed>,
-        wide_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Scores::kMasked>};
-  }
-  return variant;
-}
 constexpr auto kVariants =
-    variants_of<kWideInstances>([]<Instance kInstance>() { return variant<kInstance>(); });
+    tile_variants<kWideInstances>([]<HeadDims kDims, Dtype kDtype, Scores kScores>() {
+      return wide_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores>;
+    });
 
 std::optional<std::string> refusal(const Query& query) {
-  const Problem& p = query.problem;
-  if (auto reason = sm90_refusal(query)) return reason;
-  if (least_splits(p) > 1) return kWritesTypeOfQ;
-  if (first_variant(kVariants, p, cuda_facts(query)) < 0) {
-    if (first_variant(kVariants, p, with_all_instances(cuda_facts(query))) >= 0)
-      return not_compiled(p);
-    return fmt::format("holds queries up to 576 and values up to 512 wide, not {}/{}", p.dim_qk,
-                       p.dim_v);
-  }
-  return tile_count_refusal(p);
+  if (auto reason = tile_refusal(query)) return reason;
+  return variant_refusal(kVariants, query.problem, cuda_facts(query),
+                         "holds queries up to 576 and values up to 512 wide, not {}/{}");
 }
 
-TileCost cost_of(const Config& config) {
-  return {.dims = wide_variant(config).instance.dims,
-          .tile_q = kWideCluster * kWideTileQ,
-          .tile_k = static_cast<int32_t>(config.tile_k),
-          .workers = config.workers,
+TileWork work_of(const Problem& p, const Config& config) {
+  return {.order = wide_order(p),
+          .dims = wide_variant(config).instance.dims,
+          .worker_rows = kWideCluster * kWideTileQ,
           .worker_sms = kWideCluster,
           .share = 0.61};  // of the dense tensor rate, measured on an H100
-}
-
-double estimate_us(const Query& query, const Config& config) {
-  return estimate_tiles_us(query, wide_order(query.problem), cost_of(config));
-}
-
-TileWaves waves_of(const Query& query, const Config& config) {
-  return tile_waves(query, wide_order(query.problem), cost_of(config));
 }
 
 Config configure(const Query& query) {
@@ -67,26 +34,13 @@ Config configure(const Query& query) {
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kWideTileQ;
   config.tile_k = wide_tile(wide_variant(config).instance.dims, scores_of(p)).tile_k;
-  const int32_t clusters = std::min(cuda_facts(query).sms / kWideCluster, wide_order(p).tiles);
-  config.workers = std::max(1, clusters);
-  if (query.limits.longest_step_us > 0) {
-    config.step_tiles =
-        choose_step_tiles(query, waves_of(query, config), estimate_us(query, config));
-  }
+  deal_tiles(query, work_of(p, config), config);
   return config;
-}
-
-size_t workspace_bytes(const Problem& p, const Config& config) {
-  return claims_tiles(p, wide_order(p).tiles, config.workers) ? kTileCounterBytes : 0;
-}
-
-double step_us(const Query& query, const Config& config) {
-  return step_us_of(waves_of(query, config), config.step_tiles, estimate_us(query, config));
 }
 
 }  // namespace
 
-const WideVariant& wide_variant(const Config& config) {
+const TileVariant& wide_variant(const Config& config) {
   return kVariants[static_cast<size_t>(config.instance)];
 }
 
@@ -108,9 +62,9 @@ const Kernel kSm90PrefillWide{
     .refusal = refusal,
     .configure = configure,
     .variant = wgmma_variant,
-    .workspace_bytes = workspace_bytes,
-    .estimate_us = estimate_us,
+    .workspace_bytes = workspace_bytes_by<work_of>,
+    .estimate_us = estimate_us_by<work_of>,
     .run = run_prefill_wide,
-    .step_us = step_us};
+    .step_us = step_us_by<work_of>};
 
 }  // namespace wh::cuda

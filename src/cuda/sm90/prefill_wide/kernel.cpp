@@ -6,7 +6,7 @@
 namespace wh::cuda {
 Status run_prefill_wide(const Launch& launch) {
   const Problem& p = launch.problem;
-  const WideVariant& variant = wide_variant(launch.config);
+  const TileVariant& variant = wide_variant(launch.config);
   const HeadDims dims = variant.instance.dims;
   const WideTile tile = wide_tile(dims, scores_of(p));
   const TileOrder order = wide_order(p);
