@@ -34,8 +34,8 @@ TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
     }
     // As tools/gpu_check asks of a run on a Hopper card, where cuBLASLt is.
     if (GetParam() != CaseSet::kCi || facts.compute_capability != 90) continue;
-    EXPECT_GE(taken["sm90_prefill"], 900);
-    EXPECT_GE(taken["sm90_prefill_wide"], 1100);
+    EXPECT_GE(taken["sm90_prefill"], 800);
+    EXPECT_GE(taken["sm90_prefill_wide"], 1000);
     EXPECT_GE(taken["sm90_decode"], 1100);
     EXPECT_GE(taken["cuda_portable"], 2700);
   }
