@@ -436,6 +436,43 @@ const BadUsage kBadUsages[] = {
     {"list models2", 2, "did you mean models?"},
 };
 
+TEST(Cli, PlansForRanksNameEveryStrategy) {
+  const std::string problem = "plan --heads 8/2 --dim 64 --queries 4096 --causal --ranks 4 ";
+  const std::string picture = testing::TempDir() + "widehead_timeline.svg";
+  const Outcome outcome =
+      widehead(problem + "--link 10GB/s,3us --threads 1 --json --timeline " + picture);
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto json = nlohmann::json::parse(outcome.out);
+  EXPECT_EQ(json["ranks"], 4);
+  EXPECT_EQ(json["link_latency_us"], 3);
+  ASSERT_EQ(json["candidates"].size(), 5u);
+  for (const auto& candidate : json["candidates"]) {
+    EXPECT_EQ(candidate["workspace_bytes"].size(), 4u) << candidate;
+    EXPECT_GE(candidate["estimated_us"], json["estimated_us"]);
+  }
+  std::ifstream file(picture);
+  const std::string svg(std::istreambuf_iterator<char>(file), {});
+  for (const char* text : {"rank 3</text>", "<title>attend: ", "from rank 0: "}) {
+    EXPECT_NE(svg.find(text), std::string::npos) << text;
+  }
+  const Outcome table = widehead(problem + "--link 10GB/s --strategy heads --tokens contiguous");
+  EXPECT_EQ(table.code, 0) << table.err;
+  EXPECT_NE(table.out.find("the caller forces heads"), std::string::npos) << table.out;
+  const std::pair<const char*, const char*> wrong[] = {
+      {"--link 3furlongs", "must be a rate as in 400GB/s"},
+      {"", "--link is missing"},
+      {"--link 1GB/s --tokens odd", "valid: contiguous, zigzag"},
+      {"--link 1GB/s --strategy star", "valid: ring, gather, heads, queries, one_rank"},
+      {"--link 1GB/s --card h200", "needs --device cuda"},
+      {"--link 1GB/s --backward", "must be of the forward pass"}};
+  for (const auto& [flags, message] : wrong) {
+    const Outcome refused = widehead(problem + flags);
+    EXPECT_EQ(refused.code, 2) << flags;
+    EXPECT_NE(refused.err.find(message), std::string::npos) << refused.err;
+  }
+  EXPECT_EQ(widehead("plan " + kSmall + "--link 1GB/s").code, 2);
+}
+
 TEST(Cli, BadUsageSaysWhatToDo) {
   for (const BadUsage& bad : kBadUsages) {
     const Outcome outcome = widehead(bad.arguments);

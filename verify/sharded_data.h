@@ -96,6 +96,21 @@ class ShardedData {
     put(rank, t);
     return compare(data_, mine).message;
   }
+  // The relative RMS error of those of the rank's rows that are among `most_rows` of the whole's.
+  double relative_rms_of(int32_t rank, const LocalTensors& t, int64_t most_rows) {
+    const Problem& p = whole();
+    const Expected expected = expected_answer(p, data_.tensors(), most_rows);
+    put(rank, t);
+    const std::vector<float> have = rows_of_out(p, data_.tensors(), expected.rows);
+    Errors errors;
+    for (size_t i = 0; i < have.size(); ++i) {
+      const int64_t token = expected.rows[i / static_cast<size_t>(p.dim_v)] % p.len_q;
+      for (const TokenRange& range : sharded_.q[static_cast<size_t>(rank)]) {
+        if (range.begin <= token && token < range.end) errors.add(have[i], expected.out[i]);
+      }
+    }
+    return errors.relative_rms();
+  }
   void poison() { data_.poison_outputs(); }
   // Empty: within the tolerance of the type.
   std::string difference() const {

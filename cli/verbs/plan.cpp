@@ -2,18 +2,22 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <fstream>
 #include <memory>
 
 #include "core/byte_size.h"
 #include "input/limits_flags.h"
+#include "input/parallel_flags.h"
 #include "input/planning.h"
 #include "input/problem_flags.h"
 #include "measure/useful_work.h"
 #include "plan/explain.h"
+#include "plan/names.h"
 #include "plan/plan_json.h"
 #include "plan/units.h"
 #include "report/model_total.h"
 #include "report/session.h"
+#include "report/timeline.h"
 
 namespace wh::cli {
 namespace {
@@ -22,6 +26,8 @@ struct PlanFlags {
   ProblemFlags problem;
   LimitsFlags limits;
   std::string memory;
+  ParallelFlags parallel;
+  std::string timeline;
   bool json = false;
 
   bool is_backward() const { return problem.backward == "true"; }
@@ -48,9 +54,73 @@ Result<MemoryLimit> read_memory(const PlanFlags& flags, const Limits& limits) {
   return MemoryLimit{bytes, *keys};
 }
 
+Json json_of(const sharded::ParallelPlan& plan) {
+  Json rows = Json::array();
+  for (const sharded::StrategyCandidate& candidate : plan.candidates) {
+    rows.push_back({{"strategy", sharded::kStrategies.name(candidate.strategy)},
+                    {"verdict", kVerdicts.name(candidate.verdict)},
+                    {"reason", candidate.reason},
+                    {"workspace_bytes", candidate.workspace_bytes},
+                    {"sent_bytes", candidate.sent_bytes},
+                    {"estimated_us", candidate.estimated_us}});
+  }
+  return {{"problem", describe(plan.problem.whole)},
+          {"ranks", plan.problem.ranks()},
+          {"link_gbytes_per_s", plan.link.gbytes_per_s},
+          {"link_latency_us", plan.link.latency_us},
+          {"strategy", plan.runnable() ? sharded::kStrategies.name(plan.best().strategy) : ""},
+          {"estimated_us", plan.runnable() ? plan.best().estimated_us : 0},
+          {"one_device_us", plan.alone_us},
+          {"candidates", rows}};
+}
+
+int run_parallel_plan(const PlanFlags& flags, const Request& request, const Limits& limits,
+                      Json& documents) {
+  if (!flags.memory.empty()) return report(invalid("--memory has no effect with --ranks"));
+  const auto planner = planner_for(flags.parallel, request.problem);
+  if (!planner.ok()) return report(planner.status());
+  if (flags.parallel.link.empty()) {
+    return report(invalid("--link is missing: what connects the ranks, as in 400GB/s"));
+  }
+  const auto link = read_link(flags.parallel.link, planner->memory_gbytes_per_s);
+  if (!link.ok()) return report(link.status());
+  const auto sharded = read_sharded(flags.parallel, request, flags.parallel.ranks);
+  if (!sharded.ok()) return report(sharded.status());
+  const auto plan =
+      make_parallel_plan(*sharded, {limits, flags.parallel.strategy}, *link, planner->plan_one);
+  if (!plan.ok()) return report(plan.status());
+  documents.push_back(json_of(*plan));
+  if (!flags.json) fmt::print("{}", explain(*plan));
+  if (!plan->runnable()) return kNoKernel;
+  if (flags.timeline.empty()) return kFine;
+  std::ofstream file(flags.timeline);
+  file << timeline_svg(fmt::format("{}, {} ranks, {}", request.name(), plan->problem.ranks(),
+                                   sharded::kStrategies.name(plan->best().strategy)),
+                       plan->best().simulation, plan->problem.ranks());
+  if (file.flush()) return kFine;
+  return report({Code::kInternal, fmt::format("cannot write {}", flags.timeline)});
+}
+
+int run_parallel_plans(const PlanFlags& flags, const Limits& limits) {
+  const auto requests = read_requests(flags.problem);
+  if (!requests.ok()) return report(requests.status());
+  Json documents = Json::array();
+  int worst = kFine;
+  for (const Request& request : *requests) {
+    worst = std::max(worst, run_parallel_plan(flags, request, limits, documents));
+  }
+  if (flags.json && !documents.empty()) {
+    fmt::print("{}\n", (flags.problem.model.empty() ? documents.front() : documents).dump(2));
+  }
+  return worst;
+}
+
 int run_plan(const PlanFlags& flags) {
   const auto limits = read_limits(flags.limits);
   if (!limits.ok()) return report(limits.status());
+  if (flags.parallel.ranks > 0) return run_parallel_plans(flags, *limits);
+  if (Status status = refuse_parallel_flags(flags.parallel); !status.ok()) return report(status);
+  if (!flags.timeline.empty()) return report(invalid("--timeline has no effect without --ranks"));
   const auto memory = read_memory(flags, *limits);
   if (!memory.ok()) return report(memory.status());
   ProblemFlags problem = flags.problem;
@@ -106,6 +176,15 @@ void add_plan(CLI::App& app, Action& action) {
   add_limits_flags(*verb, flags->limits);
   verb->add_option("--memory", flags->memory, "for the cache and the workspace of a --model: 24GiB")
       ->check(refuse_empty);
+  verb->add_option("--ranks", flags->parallel.ranks, "plan for so many ranks, each with a part")
+      ->check(CLI::Range(1, 4096))
+      ->group("PARALLEL");
+  add_parallel_flags(*verb, flags->parallel);
+  verb->add_option("--card", flags->parallel.card,
+                   "plan ranks of a card that need not be there: h100 or h200")
+      ->group("PARALLEL");
+  verb->add_option("--timeline", flags->timeline, "write what ranks do when to this .svg file")
+      ->group("PARALLEL");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return run_plan(*flags); }; });
 }

@@ -12,6 +12,7 @@
 #include "api/machine.h"
 #include "cpu/cpu_facts.h"
 #include "input/limits_flags.h"
+#include "input/parallel_flags.h"
 #include "input/planning.h"
 #include "input/problem_flags.h"
 #include "input/stored_problem.h"
@@ -19,6 +20,7 @@
 #include "measure/request_data.h"
 #include "measure/resident.h"
 #include "measure/useful_work.h"
+#include "parallel/mpi_run.h"
 #include "plan/explain.h"
 #include "plan/units.h"
 #include "report/session.h"
@@ -32,6 +34,8 @@ struct RunFlags {
   std::string file, out;
   ProblemFlags problem;
   LimitsFlags limits;
+  std::string parallel;
+  ParallelFlags ranks;
   std::optional<uint64_t> seed;
   bool json = false;
 };
@@ -123,7 +127,13 @@ class Runner {
   int run() {
     const auto limits = read_limits(flags_.limits);
     if (!limits.ok()) return report(limits.status());
+    if (flags_.parallel.empty()) {
+      if (Status status = refuse_parallel_flags(flags_.ranks); !status.ok()) return report(status);
+    }
     if (!flags_.file.empty()) {
+      if (!flags_.parallel.empty()) {
+        return report(invalid("--parallel has no effect with a file"));
+      }
       if (flags_.seed) return report(invalid("--seed has no effect with a file"));
       Result<StoredProblem> stored = read_problem_file(flags_.file, flags_.problem);
       if (!stored.ok()) return report(stored.status());
@@ -135,6 +145,7 @@ class Runner {
     }
     const auto requests = read_requests(flags_.problem);
     if (!requests.ok()) return report(requests.status());
+    if (!flags_.parallel.empty()) return run_parallel(*requests, *limits);
     if (!flags_.out.empty() && flags_.problem.backward == "true") {
       return report(invalid("--out has no effect with --backward, which writes no out"));
     }
@@ -157,6 +168,16 @@ class Runner {
   }
 
  private:
+  int run_parallel(const std::vector<Request>& requests, const Limits& limits) const {
+    if (requests.size() > 1) {
+      return report(invalid(fmt::format("--parallel runs one problem; {} has {} kinds of layers",
+                                        flags_.problem.model, requests.size())));
+    }
+    if (!flags_.out.empty()) return report(invalid("--out has no effect with --parallel"));
+    return run_over_mpi(
+        {requests.front(), limits, flags_.ranks, flags_.seed.value_or(1), flags_.json});
+  }
+
   // The other kinds of layers of a model still run.
   int fail(const Request& request, const Status& status) {
     documents_.push_back({{"problem", request.name()}, {"error", status.message()}});
@@ -325,6 +346,11 @@ void add_run(CLI::App& app, Action& action) {
   verb->add_option("--seed", flags->seed,
                    "of the random data (1); some rows of its answer are compared with float64");
   verb->add_option("--out", flags->out, "write out (f32) to this .safetensors file");
+  verb->add_option("--parallel", flags->parallel,
+                   "mpi: this process is a rank of mpirun's, with a part of the tokens")
+      ->check(CLI::IsMember({"mpi"}))
+      ->group("PARALLEL");
+  add_parallel_flags(*verb, flags->ranks);
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return Runner(*flags).run(); }; });
 }
