@@ -30,6 +30,7 @@
 #include "cuda/sm90/common/query_rows.cuh"
 #include "cuda/sm90/common/ring.cuh"
 #include "cuda/sm90/common/tile_softmax.cuh"
+#include "cuda/sm90/common/tile_walk.cuh"
 #include "cuda/sm90/prefill/kernel.h"
 #include "cuda/sm90/prefill/tiles.h"
 
@@ -113,20 +114,9 @@ struct PrefillBlock {
   }
 
   // A tile's place in the problem and the keys it works on.
-  struct Work {
-    QueryTile at;
-    Keys present;
-    KeyTiles keys;
-  };
+  using Work = WalkedTile;
   __device__ __forceinline__ Work work(int32_t index) const {
-    // Opaque: computing it again after the main loop is cheaper than ten registers through it.
-    asm volatile("" : "+r"(index));
-    Work w;
-    w.at = query_tile(order, args.heads_q, index);
-    w.present = present_keys(args, w.at.batch_idx);
-    const int32_t last = min(args.len_q, w.at.first_query + order.tile_queries) - 1;
-    w.keys = key_tiles(args, w.present, w.at.first_query, last, kTileK);
-    return w;
+    return walked_tile(args, order, index, kTileK);
   }
 
   // --- producer: one thread ---
@@ -136,7 +126,8 @@ struct PrefillBlock {
     uint32_t q_parity = 1;
     const uint32_t q_bytes =
         kMemory.panels_qk * panel_bytes(order.packed_heads * order.tile_queries);
-    for (int32_t index = first_tile(order, blockIdx.x);; index = next_tile(index)) {
+    for (int32_t index = first_tile(order, blockIdx.x);;
+         index = next_query_tile(order, gridDim.x, index)) {
       const bool is_last = index >= order.end;
       ptx::mbarrier_wait(barrier(kQFree), q_parity);
       q_parity ^= 1;
@@ -165,11 +156,6 @@ struct PrefillBlock {
         ring.next();
       }
     }
-  }
-
-  __device__ __forceinline__ int32_t next_tile(int32_t index) const {
-    if (order.next == nullptr) return index + gridDim.x;
-    return claimed_tile(order, gridDim.x, atomicAdd(order.next, 1));
   }
 
   struct TileAt {
@@ -358,21 +344,9 @@ struct PrefillBlock {
         int32_t n = keys.end - 1;
         if (n >= keys.begin) {
           first_tile(n--);
-          if constexpr (kIsMasked) {  // no tile is full
-#pragma unroll 1
-            for (; n >= keys.begin; --n) next_tile<true>(n);
-          } else {
-            // From a full tile on, down to here, all are full: one comparison a tile. Two bodies in
-            // two loops: one that tests for the mask in between would keep products from
-            // overlapping.
-            const int32_t full_begin = max(keys.begin, keys.full_begin);
-            while (n >= keys.begin) {
-#pragma unroll 1
-              for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
-#pragma unroll 1
-              for (; n >= full_begin; --n) next_tile<false>(n);
-            }
-          }
+          walk_keys<kIsMasked>(
+              keys, n, [&](int32_t tile) { next_tile<true>(tile); },
+              [&](int32_t tile) { next_tile<false>(tile); });
           __syncwarp();
           release(kQFree);
           last_values();

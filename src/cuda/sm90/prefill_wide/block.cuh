@@ -11,6 +11,7 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/common/ring.cuh"
+#include "cuda/sm90/common/tile_walk.cuh"
 #include "cuda/sm90/prefill_wide/kernel.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
 
@@ -106,22 +107,13 @@ struct WideBlock {
     for (int i = 0; i < 4; ++i) mailbox()->dropped[i / 2][i % 2] = 0;
   }
 
-  struct Work {
-    QueryTile at;  // of this block
-    Keys present;
-    KeyTiles keys;  // of the cluster
-  };
+  // `at` is of this block, `keys` of the cluster.
+  using Work = WalkedTile;
   __device__ __forceinline__ int32_t block_queries() const {
     return order.tile_queries / kWideCluster;
   }
   __device__ __forceinline__ Work work(int32_t index) const {
-    // Opaque: computing it again after the main loop is cheaper than ten registers through it.
-    asm volatile("" : "+r"(index));
-    Work w;
-    w.at = query_tile(order, args.heads_q, index);
-    w.present = present_keys(args, w.at.batch_idx);
-    const int32_t last = min(args.len_q, w.at.first_query + order.tile_queries) - 1;
-    w.keys = key_tiles(args, w.present, w.at.first_query, last, kTileK);
+    Work w = walked_tile(args, order, index, kTileK);
     w.at.first_query += rank * block_queries();
     return w;
   }
@@ -142,10 +134,7 @@ struct WideBlock {
     for (uint32_t number = 0;; ++number) {
       ptx::mbarrier_expect(barrier(kTileFull), sizeof(int32_t));
       if (rank == 0) {
-        if (number > 0) {
-          index = order.next == nullptr ? index + clusters
-                                        : claimed_tile(order, clusters, atomicAdd(order.next, 1));
-        }
+        if (number > 0) index = next_query_tile(order, clusters, index);
         ptx::mbarrier_wait(barrier(kTileFree), (number + 1) % 2);
         const uint32_t word = s_q + kMemory.barrier_offset + kBarriers * 8;
         for (uint32_t block = 0; block < kWideCluster; ++block) {

@@ -227,19 +227,9 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
       int32_t n = keys.end - 1;
       if (n >= keys.begin) {
         first_tile(n--);
-        if constexpr (kIsMasked) {  // no tile is full
-#pragma unroll 1
-          for (; n >= keys.begin; --n) next_tile<true>(n);
-        } else {
-          // From a full tile on, down to here, all are full: one comparison a tile.
-          const int32_t full_begin = max(keys.begin, keys.full_begin);
-          while (n >= keys.begin) {
-#pragma unroll 1
-            for (; n >= keys.begin && !keys.is_full(n); --n) next_tile<true>(n);
-#pragma unroll 1
-            for (; n >= full_begin; --n) next_tile<false>(n);
-          }
-        }
+        walk_keys<kIsMasked>(
+            keys, n, [&](int32_t tile) { next_tile<true>(tile); },
+            [&](int32_t tile) { next_tile<false>(tile); });
         if (this->is_first_lane()) ptx::mbarrier_arrive(block.barrier(Block::kQFree));
         last_values();
       } else {
