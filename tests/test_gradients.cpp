@@ -23,16 +23,19 @@ namespace {
 constexpr const char* kFused = "cpu_backward";
 constexpr const char* kOracle = "cpu_reference_backward";
 
-// Runs a kernel in a workspace of NaN between guards. Empty: all is well so far.
-std::string run(const std::string& kernel, Limits limits, GradientTensors& data) {
+// The kernel on these tensors, in a workspace of NaN between guards.
+Result<Execution> prepare(const std::string& kernel, Limits limits, GradientTensors& data) {
   limits.kernel = kernel;
-  const Machine machine = this_machine(Device::kCpu, 0);
-  const Result<Plan> plan = make_plan(data.problem(), limits, machine);
-  if (!plan.ok()) return plan.status().message();
-  if (!plan->runnable()) return runnable_status(*plan).message();
+  Result<Plan> plan = make_plan(data.problem(), limits, this_machine(Device::kCpu, 0));
+  if (!plan.ok()) return plan.status();
   data.poison_outputs();
-  Result<Execution> execution = Execution::prepare(
-      *plan, data.tensors(), {.guard_bytes = GuardedTensor::kGuardBytes, .paints_workspace = true});
+  return Execution::prepare(*plan, data.tensors(),
+                            {.guard_bytes = GuardedTensor::kGuardBytes, .paints_workspace = true});
+}
+
+// Runs it. Empty: all is well so far.
+std::string run(const std::string& kernel, const Limits& limits, GradientTensors& data) {
+  Result<Execution> execution = prepare(kernel, limits, data);
   if (!execution.ok()) return execution.status().message();
   if (Status status = execution->run(); !status.ok()) return status.message();
   const Result<bool> intact = execution->guards_intact();
@@ -249,21 +252,13 @@ TEST(Gradients, ReportTheirProgressAndStop) {
   };
   for (const char* name : {kFused, kOracle}) {
     Limits limits;
-    limits.kernel = name;
     limits.threads = 2;
-    const Machine machine = this_machine(Device::kCpu, 0);
-    const Result<Plan> plan = make_plan(data.problem(), limits, machine);
-    ASSERT_TRUE(plan.ok() && plan->runnable());
-    std::vector<std::byte> workspace(plan->workspace_bytes + 64);
-    Tensors t = data.tensors();
-    t.workspace =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+    Result<Execution> execution = prepare(name, limits, data);
+    ASSERT_TRUE(execution.ok()) << execution.status().message();
     for (const double cancel_at : {2.0, 0.4}) {
       Watcher watcher{cancel_at};
-      Progress progress(Watcher::look, &watcher);
-      const Kernel* kernel = find_kernel(machine.kernels, name);
       const Status status =
-          kernel->run({plan->problem, plan->config, t, default_executor(), progress});
+          execution->run({.progress = Watcher::look, .progress_context = &watcher});
       if (cancel_at > 1) {
         EXPECT_TRUE(status.ok()) << status.message();
         EXPECT_EQ(watcher.last, 1) << name;
