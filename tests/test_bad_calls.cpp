@@ -18,7 +18,131 @@ struct BadCall {
   std::vector<const char*> message;  // all of these appear
 };
 
+// Queries and keys of two sequences, of 2 and 1 queries and of 3 and 2 keys.
+void pack(Call& c) {
+  static const int32_t queries[] = {0, 2, 3}, keys[] = {0, 3, 5};
+  c.problem.batch = 2;
+  c.problem.query_layout = WH_QUERIES_PACKED;
+  c.problem.key_layout = WH_KEYS_PACKED;
+  c.problem.total_q = 3;
+  c.problem.total_k = 5;
+  EXPECT_EQ(wh_problem_set_dense(&c.problem), WH_OK);
+  c.tensors.query_offsets = queries;
+  c.tensors.key_offsets = keys;
+}
+
+// The keys in two pages of 4, the second of which comes first.
+void page(Call& c) {
+  static const int32_t table[] = {1, 0};
+  c.k.resize(8 * 8);
+  c.v.resize(8 * 8);
+  c.tensors.k = c.k.data();
+  c.tensors.v = c.v.data();
+  c.problem.key_layout = WH_KEYS_PAGED;
+  c.problem.page_size = 4;
+  c.problem.pages = 2;
+  c.problem.uses = WH_USES_KEY_LENGTHS;
+  EXPECT_EQ(wh_problem_set_dense(&c.problem), WH_OK);
+  c.tensors.key_lengths = c.lengths.data();
+  c.tensors.page_table = table;
+}
+
+template <int32_t... values>
+const int32_t* ints() {
+  static const int32_t list[] = {values...};
+  return list;
+}
+
 const BadCall kBadCalls[] = {
+    {"query_layout", [](Call& c) { c.problem.query_layout = 2; }, {"query_layout is 2"}},
+    {"key_layout", [](Call& c) { c.problem.key_layout = -1; }, {"key_layout is -1"}},
+    {"total_q_of_dense", [](Call& c) { c.problem.total_q = 3; }, {"total_q is 3", "must be 0"}},
+    {"page_size_of_dense", [](Call& c) { c.problem.page_size = 16; }, {"page_size is 16"}},
+    {"no_page_size",
+     [](Call& c) {
+       page(c);
+       c.problem.page_size = 0;
+     },
+     {"page_size is 0", "at least 1"}},
+    {"pages_without_lengths",
+     [](Call& c) {
+       page(c);
+       c.problem.uses = 0;
+     },
+     {"no key_lengths", "0 to len_k"}},
+    {"mask_over_packed",
+     [](Call& c) {
+       pack(c);
+       c.problem.mask = WH_MASK_BOOLEAN;
+     },
+     {"mask is boolean", "queries are packed"}},
+    {"backward_of_pages",
+     [](Call& c) {
+       page(c);
+       c.problem.pass = WH_BACKWARD;
+     },
+     {"pass is backward", "must be dense"}},
+    {"null_query_offsets",
+     [](Call& c) {
+       pack(c);
+       c.tensors.query_offsets = nullptr;
+     },
+     {"query_offsets is null"}},
+    {"first_offset",
+     [](Call& c) {
+       pack(c);
+       c.tensors.query_offsets = ints<1, 2, 3>();
+     },
+     {"query_offsets[0] is 1", "must be 0"}},
+    {"falling_offsets",
+     [](Call& c) {
+       pack(c);
+       c.tensors.key_offsets = ints<0, 3, 2>();
+     },
+     {"key_offsets[2] is 2", "between key_offsets[1], 3, and total_k, 5"}},
+    {"offsets_past_the_end",
+     [](Call& c) {
+       pack(c);
+       c.tensors.query_offsets = ints<0, 2, 4>();
+     },
+     {"query_offsets[2] is 4", "total_q, 3"}},
+    {"a_long_sequence",
+     [](Call& c) {
+       pack(c);
+       c.problem.len_k = 2;
+     },
+     {"key_offsets[1] is 3, 3 after the one before", "the most, is 2"}},
+    {"packed_key_lengths",
+     [](Call& c) {
+       pack(c);
+       c.problem.uses = WH_USES_KEY_LENGTHS;
+       c.tensors.key_lengths = ints<3, 3>();
+     },
+     {"key_lengths[1] is 3", "packed keys, 2"}},
+    {"negative_page",
+     [](Call& c) {
+       page(c);
+       c.tensors.page_table = ints<1, -1>();
+     },
+     {"page_table[1] is -1", "page 1 of sequence 0", "between 0 and 1"}},
+    {"page_beyond_the_pool",
+     [](Call& c) {
+       page(c);
+       c.tensors.page_table = ints<2, 0>();
+     },
+     {"page_table[0] is 2", "between 0 and 1"}},
+    {"pages_too_few",
+     [](Call& c) {
+       page(c);
+       c.problem.uses |= WH_USES_PAGE_OFFSETS;
+       c.problem.page_entries = 2;
+       c.problem.stride_page_table = 0;
+       c.tensors.page_offsets = ints<0, 1>();
+     },
+     {"key_lengths[0] is 5", "at most 4", "page_offsets[1]"}},
+    {"more_sequences_than_planned",
+     [](Call& c) { c.tensors.batch = 2; },
+     {"tensors.batch is 2", "0 and 1"}},
     {"batch", [](Call& c) { c.problem.batch = -1; }, {"batch is -1", "between 0"}},
     {"heads", [](Call& c) { c.problem.heads_kv = 4; }, {"heads_q is 2", "multiple of heads_kv"}},
     {"no_heads", [](Call& c) { c.problem.heads_kv = 0; }, {"heads_kv is 0", "between 1"}},
@@ -42,7 +166,7 @@ const BadCall kBadCalls[] = {
     {"causal", [](Call& c) { c.problem.causal = 3; }, {"causal is 3", "between 0 and 2"}},
     {"mask", [](Call& c) { c.problem.mask = 7; }, {"mask is 7", "between 0 and 3"}},
     {"device", [](Call& c) { c.problem.device = 2; }, {"device is 2", "between 0 and 1"}},
-    {"uses", [](Call& c) { c.problem.uses = 1024; }, {"uses is 0x400", "0x5f"}},
+    {"uses", [](Call& c) { c.problem.uses = 1024; }, {"uses is 0x400", "0x7f"}},
     {"values_wider_than_keys",
      [](Call& c) {
        c.problem.uses = WH_USES_VALUES_IN_KEYS;

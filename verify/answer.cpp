@@ -9,6 +9,7 @@
 #include <random>
 #include <set>
 
+#include "core/sequence.h"
 #include "cpu/reference/reference.h"
 #include "verify/elements.h"
 #include "verify/rows.h"
@@ -19,6 +20,15 @@ namespace {
 constexpr int64_t kAffordableRows = 64;
 constexpr double kBudgetUs = 3e5;
 constexpr double kReferenceUs = 1.5e-3;  // a key and dimension, as cpu_reference estimates itself
+
+// All of them, or as many as are wanted.
+std::vector<int64_t> rows_to_look_at(const Problem& p, const Tensors& tensors, int64_t most_rows) {
+  const int64_t all_rows = query_rows(p, tensors);
+  const int64_t wanted = most_rows > 0 ? most_rows : all_rows;
+  const bool is_dense = p.query_layout == QueryLayout::kDense;
+  return is_dense ? sampled_rows(p.batch * p.heads_q, p.len_q, wanted)
+                  : sampled_rows(1, all_rows, wanted);
+}
 
 // The reference on one row at a time, in f32: rounded to 16 bits, its answer would hide the error
 // that is looked for.
@@ -42,8 +52,7 @@ class ReferenceRow {
 
   // Writes its dim_v values; `log_sum_exp` has room for that of every row.
   void run(int64_t row, float* out, float* log_sum_exp) {
-    const int64_t i = row % p_.len_q, pair = row / p_.len_q;
-    const int64_t b = pair / p_.heads_q, head = pair % p_.heads_q;
+    const auto [b, head, i] = query_row(p_, row);
     for (int64_t d = 0; d < p_.dim_qk; ++d) {
       q_[static_cast<size_t>(d)] =
           load_element(given_.q, p_.dtype_q, offset_of(p_.stride_q, b, head, i, d));
@@ -108,12 +117,11 @@ int64_t affordable_rows(const Problem& p) {
 
 Expected expected_answer(const Problem& p, const Tensors& tensors, int64_t most_rows) {
   Expected expected;
-  const int64_t all_rows = p.batch * p.heads_q * p.len_q;
-  expected.rows = sampled_rows(p.batch * p.heads_q, p.len_q, most_rows > 0 ? most_rows : all_rows);
+  expected.rows = rows_to_look_at(p, tensors, most_rows);
   const auto rows = static_cast<int64_t>(expected.rows.size());
   expected.out.resize(static_cast<size_t>(rows * p.dim_v));
   expected.log_sum_exp.resize(expected.rows.size());
-  std::vector<float> log_sum_exp(static_cast<size_t>(all_rows));
+  std::vector<float> log_sum_exp(static_cast<size_t>(all_query_rows(p)));
   // A few rows of a small problem are not worth a task.
   const int64_t at_once = std::clamp<int64_t>(20000 / (1 + p.len_k * (p.dim_qk + p.dim_v)), 1, 64);
   parallel(default_executor(), static_cast<int32_t>((rows + at_once - 1) / at_once),
@@ -133,9 +141,8 @@ std::vector<float> rows_of_out(const Problem& p, const Tensors& tensors,
   std::vector<float> out;
   out.reserve(rows.size() * static_cast<size_t>(p.dim_v));
   for (const int64_t row : rows) {
-    const int64_t pair = row / p.len_q;
-    const int64_t first =
-        offset_of(p.stride_out, pair / p.heads_q, pair % p.heads_q, row % p.len_q, 0);
+    const QueryRow at = query_row(p, row);
+    const int64_t first = offset_of(p.stride_out, at.query_batch, at.head_q, at.query_idx, 0);
     for (int64_t d = 0; d < p.dim_v; ++d) {
       out.push_back(load_element(tensors.out, p.dtype_out(), first + d * p.stride_out[3]));
     }
@@ -144,8 +151,7 @@ std::vector<float> rows_of_out(const Problem& p, const Tensors& tensors,
 }
 
 std::vector<float> all_of_out(const Problem& p, const Tensors& tensors) {
-  const int64_t rows = p.batch * p.heads_q * p.len_q;
-  return rows_of_out(p, tensors, sampled_rows(p.batch * p.heads_q, p.len_q, rows));
+  return rows_of_out(p, tensors, rows_to_look_at(p, tensors, 0));
 }
 
 Errors errors_of(const Problem& p, const Tensors& tensors, const Expected& expected) {
@@ -169,10 +175,9 @@ Difference compare(const HostTensors& data, const Expected& expected) {
   for (size_t i = 0; i < out.size(); ++i) {
     const float have = out[i], want = expected.out[i];
     const auto at = [&] {
-      const int64_t row = expected.rows[i / static_cast<size_t>(p.dim_v)], pair = row / p.len_q;
-      return fmt::format("out[{}, {}, {}, {}] is {}, expected {}", pair / p.heads_q,
-                         pair % p.heads_q, row % p.len_q, i % static_cast<size_t>(p.dim_v), have,
-                         want);
+      const QueryRow row = query_row(p, expected.rows[i / static_cast<size_t>(p.dim_v)]);
+      return fmt::format("out[{}, {}, {}, {}] is {}, expected {}", row.query_batch, row.head_q,
+                         row.query_idx, i % static_cast<size_t>(p.dim_v), have, want);
     };
     if (std::isfinite(want) != std::isfinite(have)) report(at());
     if (!std::isfinite(want) || !std::isfinite(have)) continue;
@@ -213,9 +218,10 @@ std::string disagreement(const HostTensors& data, const std::vector<std::byte>& 
   const double most = 10 * tolerance_of(p.dtype_q);
   std::mutex mutex;
   std::string message;
-  for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
+  for_each_row(1, 1, query_rows(p, data.tensors()), [&](RowIndex one) {
+    const QueryRow row = query_row(p, one.idx);
     Errors errors;
-    const int64_t first = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, 0);
+    const int64_t first = offset_of(p.stride_out, row.query_batch, row.head_q, row.query_idx, 0);
     for (int64_t d = 0; d < p.dim_v; ++d) {
       const int64_t offset = first + d * p.stride_out[3];
       errors.add(load_element(data.out.data(), p.dtype_out(), offset),
@@ -224,7 +230,7 @@ std::string disagreement(const HostTensors& data, const std::vector<std::byte>& 
     if (errors.relative_rms() <= most) return;
     const std::lock_guard lock(mutex);
     message = fmt::format("out[{}, {}, {}] is off by {:.3g} of its length from another kernel's",
-                          row.batch_idx, row.head, row.idx, errors.relative_rms());
+                          row.query_batch, row.head_q, row.query_idx, errors.relative_rms());
   });
   return message;
 }

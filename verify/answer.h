@@ -11,7 +11,7 @@ namespace wh {
 
 // In float64 arithmetic, rounded to f32 at the very end.
 struct Expected {
-  std::vector<int64_t> rows;       // which of the batch * heads_q * len_q these are
+  std::vector<int64_t> rows;       // numbered as core/sequence.h does
   std::vector<float> out;          // [rows, dim_v]
   std::vector<float> log_sum_exp;  // [rows]
 };

@@ -36,7 +36,7 @@ Result<Execution> Execution::prepare(Plan plan, const Tensors& host,
   const Problem& p = plan.problem;
   // Here, where the tensors still are the host's: a device's key lengths nobody looks at.
   WH_RETURN_IF_ERROR(validate(p, host));
-  WH_RETURN_IF_ERROR(validate_key_ranges(p, host));
+  WH_RETURN_IF_ERROR(validate_sequences(p, host));
   const size_t guards = 2 * static_cast<size_t>(options.guard_bytes);
   Result<Workspace> workspace =
       Workspace::allocate({p.device, {p.device_index, nullptr}}, plan.workspace_bytes + guards);
@@ -85,6 +85,10 @@ Status Execution::place_tensors() {
   WH_RETURN_IF_ERROR(place(tensors_.sinks, bytes.sinks, false));
   WH_RETURN_IF_ERROR(place(tensors_.key_lengths, bytes.key_lengths, false));
   WH_RETURN_IF_ERROR(place(tensors_.key_starts, bytes.key_starts, false));
+  WH_RETURN_IF_ERROR(place(tensors_.query_offsets, bytes.query_offsets, false));
+  WH_RETURN_IF_ERROR(place(tensors_.key_offsets, bytes.key_offsets, false));
+  WH_RETURN_IF_ERROR(place(tensors_.page_table, bytes.page_table, false));
+  WH_RETURN_IF_ERROR(place(tensors_.page_offsets, bytes.page_offsets, false));
   WH_RETURN_IF_ERROR(place(tensors_.out, bytes.out, is_forward));
   WH_RETURN_IF_ERROR(place(tensors_.log_sum_exp, bytes.log_sum_exp, is_forward));
   WH_RETURN_IF_ERROR(place(tensors_.d_out, bytes.d_out, false));

@@ -291,37 +291,40 @@ class Pairs {
 
   cpu::Row row(int64_t row_idx) const {
     const int64_t pair = row_idx / p_.len_q, head = pair % p_.heads_q;
-    return {pair / p_.heads_q, head, head / p_.group(), row_idx % p_.len_q};
+    return {sequence_at(p_, t_, pair / p_.heads_q), head, head / p_.group(), row_idx % p_.len_q};
   }
   KeyRange keys_of(const cpu::Row& row) const {
-    return visible_keys(p_, present_keys(p_, t_, row.batch_idx), row.query_idx);
+    return visible_keys(p_, row.sequence, row.query_idx);
   }
   double q(const cpu::Row& row, int64_t d) const {
-    return load_element(t_.q, p_.dtype_q,
-                        offset_of(p_.stride_q, row.batch_idx, row.head_q, row.query_idx, d));
+    return load_element(
+        t_.q, p_.dtype_q,
+        offset_of(p_.stride_q, row.sequence.batch_idx, row.head_q, row.query_idx, d));
   }
   double d_out(const cpu::Row& row, int64_t d) const {
-    return load_element(t_.d_out, p_.dtype_q,
-                        offset_of(p_.stride_d_out, row.batch_idx, row.head_q, row.query_idx, d));
+    return load_element(
+        t_.d_out, p_.dtype_q,
+        offset_of(p_.stride_d_out, row.sequence.batch_idx, row.head_q, row.query_idx, d));
   }
   double k(const cpu::Row& row, int64_t key, int64_t d) const {
     return load_element(t_.k, p_.dtype_kv,
-                        offset_of(p_.stride_k, row.batch_idx, row.head_kv, key, d));
+                        offset_of(p_.stride_k, row.sequence.batch_idx, row.head_kv, key, d));
   }
 
   RowState state(const cpu::Row& row) const {
     RowState state;
     double squares = 0;
     for (int64_t d = 0; d < p_.dim_v; ++d) {
-      const double out =
-          load_element(t_.out, p_.dtype_q,
-                       offset_of(p_.stride_out, row.batch_idx, row.head_q, row.query_idx, d));
+      const double out = load_element(
+          t_.out, p_.dtype_q,
+          offset_of(p_.stride_out, row.sequence.batch_idx, row.head_q, row.query_idx, d));
       const double term = d_out(row, d) * out;
       state.delta += term;
       squares += term * term;
     }
     state.delta_rounding = std::sqrt(squares);
-    const int64_t row_idx = (row.batch_idx * p_.heads_q + row.head_q) * p_.len_q + row.query_idx;
+    const int64_t row_idx =
+        (row.sequence.batch_idx * p_.heads_q + row.head_q) * p_.len_q + row.query_idx;
     state.shift = t_.log_sum_exp[row_idx];
     // Where rounded ones are coarse, kernels do not go by them either.
     constexpr double kCoarse = 64;
@@ -335,8 +338,8 @@ class Pairs {
     if (is_visible == 0 || is_empty_row(state)) return {};
     double gradient = 0, squares = 0;
     for (int64_t d = 0; d < p_.dim_v; ++d) {
-      const double v = load_element(t_.v, p_.dtype_kv,
-                                    offset_of(p_.stride_v, row.batch_idx, row.head_kv, key, d));
+      const double v = load_element(
+          t_.v, p_.dtype_kv, offset_of(p_.stride_v, row.sequence.batch_idx, row.head_kv, key, d));
       const double term = d_out(row, d) * v;
       gradient += term;
       squares += term * term;

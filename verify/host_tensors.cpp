@@ -8,9 +8,11 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <optional>
 
 #include "core/array_mask.h"
-#include "core/key_range.h"
+#include "core/key_rows.h"
+#include "core/sequence.h"
 #include "verify/elements.h"
 #include "verify/random_rows.h"
 #include "verify/rows.h"
@@ -150,15 +152,15 @@ void fill_mask(const Input& input, HostTensors& data) {
                });
 }
 
-// Which keys of one (batch, kv head) any row of the group sees.
-std::vector<bool> seen_keys(const Problem& p, const Tensors& t, int64_t b, int64_t head_kv) {
+// Which keys of one (sequence, kv head) any row of the group sees.
+std::vector<bool> seen_keys(const Problem& p, const Tensors& t, const Sequence& sequence,
+                            int64_t head_kv) {
   std::vector<bool> seen(static_cast<size_t>(p.len_k), false);
-  const KeyRange present = present_keys(p, t, b);
   if (p.mask == MaskKind::kNone) {
     // Ranges move to the right with the query, so that one begins where those before it ended.
     int64_t done = 0;
-    for (int64_t i = 0; i < p.len_q; ++i) {
-      const KeyRange keys = visible_keys(p, present, i);
+    for (int64_t i = 0; i < sequence.len_q; ++i) {
+      const KeyRange keys = visible_keys(p, sequence, i);
       for (int64_t j = std::max(done, keys.begin); j < keys.end; ++j) {
         seen[static_cast<size_t>(j)] = true;
       }
@@ -167,38 +169,62 @@ std::vector<bool> seen_keys(const Problem& p, const Tensors& t, int64_t b, int64
     return seen;
   }
   for (int64_t g = 0; g < distinct(p.group(), p.stride_mask[1]); ++g) {
-    for (int64_t i = 0; i < p.len_q; ++i) {
-      const KeyRange keys = visible_keys(p, present, i);
+    for (int64_t i = 0; i < sequence.len_q; ++i) {
+      const KeyRange keys = visible_keys(p, sequence, i);
       for (int64_t j = keys.begin; j < keys.end; ++j) {
         if (seen[static_cast<size_t>(j)]) continue;
         seen[static_cast<size_t>(j)] =
-            mask_bias(p, t.mask, b, head_kv * p.group() + g, i, j) != -kInfinity;
+            mask_bias(p, t.mask, sequence.batch_idx, head_kv * p.group() + g, i, j) != -kInfinity;
       }
     }
   }
   return seen;
 }
 
-// By (batch, kv head). Those that share memory (stride 0) must agree on which keys are seen.
-std::vector<std::vector<bool>> all_seen_keys(const Problem& p, const Tensors& t) {
-  std::vector<std::vector<bool>> all;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t h = 0; h < p.heads_kv; ++h) {
-      if (h > 0 && p.mask == MaskKind::kNone) {
-        all.push_back(all.back());  // a range is every head's
-      } else {
-        all.push_back(seen_keys(p, t, b, h));
+// Of every row of K and V as they are stored, by batch entry or page, kv head and token: whether
+// some row of some sequence sees it. Heads that share memory (stride 0) must agree.
+class SeenKeys {
+ public:
+  SeenKeys(const Problem& p, const Tensors& t)
+      : heads_(p.heads_kv), storage_(key_storage(p)), seen_(size()) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence sequence = sequence_at(p, t, b);
+      const KeyRows rows = key_rows(p, t, sequence);
+      std::vector<bool> seen;
+      for (int64_t h = 0; h < heads_; ++h) {
+        // Without an array mask a key is every head's.
+        if (h == 0 || p.mask != MaskKind::kNone) seen = seen_keys(p, t, sequence, h);
+        for (size_t j = 0; j < seen.size(); ++j) {
+          if (!seen[j]) continue;
+          const auto [batch_idx, token] = rows.place(static_cast<int64_t>(j));
+          seen_[index(batch_idx, h, token)] = true;
+        }
       }
     }
-    if (p.stride_k[1] != 0 && p.stride_v[1] != 0) continue;
-    const auto heads = all.end() - p.heads_kv;
-    for (auto other = heads; other != all.end(); ++other) {
-      for (size_t j = 0; j < heads->size(); ++j) (*heads)[j] = (*heads)[j] || (*other)[j];
-    }
-    std::fill(heads, all.end(), std::vector<bool>(*heads));
+    if (p.stride_k[1] == 0 || p.stride_v[1] == 0) share_heads();
   }
-  return all;
-}
+
+  bool at(const RowIndex& row) const { return seen_[index(row.batch_idx, row.head, row.idx)]; }
+
+ private:
+  size_t size() const { return static_cast<size_t>(storage_.batch * heads_ * storage_.length); }
+  size_t index(int64_t batch_idx, int64_t head, int64_t token) const {
+    return static_cast<size_t>((batch_idx * heads_ + head) * storage_.length + token);
+  }
+  void share_heads() {
+    for (int64_t b = 0; b < storage_.batch; ++b) {
+      for (int64_t i = 0; i < storage_.length; ++i) {
+        bool any = false;
+        for (int64_t h = 0; h < heads_; ++h) any = any || seen_[index(b, h, i)];
+        for (int64_t h = 0; h < heads_; ++h) seen_[index(b, h, i)] = any;
+      }
+    }
+  }
+
+  int64_t heads_;
+  Storage storage_;
+  std::vector<bool> seen_;
+};
 
 void raise_to(std::atomic<float>& largest, float value) {
   float before = largest;
@@ -208,17 +234,16 @@ void raise_to(std::atomic<float>& largest, float value) {
 
 void fill_kv(const Input& input, HostTensors& data) {
   const Problem& p = input.problem;
-  std::vector<std::vector<bool>> seen;
-  if (input.is_hostile) seen = all_seen_keys(p, data.tensors());
+  const Storage storage = key_storage(p);
+  std::optional<SeenKeys> seen;
+  if (input.is_hostile) seen.emplace(p, data.tensors());
   std::atomic<float> largest{0};
   const auto fill = [&](GuardedTensor& tensor, const Strides& stride, int64_t dim, Stream stream,
                         float mean) {
-    for_each_row(p.batch, distinct(p.heads_kv, stride[1]), p.len_k, [&](RowIndex row) {
-      const int64_t pair = row.batch_idx * p.heads_kv + row.head;
-      const int64_t key = pair * p.len_k + row.idx;
+    for_each_row(storage.batch, distinct(p.heads_kv, stride[1]), storage.length, [&](RowIndex row) {
+      const int64_t key = (row.batch_idx * p.heads_kv + row.head) * storage.length + row.idx;
       RowRandom poison(input.seed, kOfPoison, key);
-      const bool is_seen =
-          seen.empty() || seen[static_cast<size_t>(pair)][static_cast<size_t>(row.idx)];
+      const bool is_seen = !seen || seen->at(row);
       const bool is_nan = !is_seen || (input.has_visible_nan && poison.bits() % 16 == 0);
       const TensorRow to{tensor.data(), p.dtype_kv,
                          offset_of(stride, row.batch_idx, row.head, row.idx, 0), stride[3], dim};
@@ -300,7 +325,12 @@ HostTensors::HostTensors(const Input& input)
   };
   copy(input.key_lengths, key_lengths);
   copy(input.key_starts, key_starts);
-  for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
+  copy(input.query_offsets, query_offsets);
+  copy(input.key_offsets, key_offsets);
+  copy(input.page_table, page_table);
+  copy(input.page_offsets, page_offsets);
+  const Storage queries = query_storage(p);
+  for_each_row(queries.batch, p.heads_q, queries.length, [&](RowIndex row) {
     const int64_t offset = offset_of(p.stride_q, row.batch_idx, row.head, row.idx, 0);
     const TensorRow to{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk};
     if (has_extreme_biases(input) && !masks_as_programs_do(row.idx)) return to.fill(0);
@@ -309,17 +339,24 @@ HostTensors::HostTensors(const Input& input)
   fill_mask(input, *this);
   fill_kv(input, *this);
   if (!input.is_hostile) return;
-  const int64_t bytes_out = bytes_of(p.dtype_out());
-  if (p.batch * p.heads_q * p.len_q * p.dim_v * bytes_out < out.size()) {
-    out_owned_.assign(static_cast<size_t>(out.size()), 0);
-    for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex row) {
-      for (int64_t d = 0; d < p.dim_v; ++d) {
-        const int64_t at = offset_of(p.stride_out, row.batch_idx, row.head, row.idx, d) * bytes_out;
-        std::fill_n(out_owned_.begin() + at, bytes_out, uint8_t{1});
-      }
-    });
-  }
+  find_owned_bytes();
   for (const Named& input : inputs()) fingerprints_.push_back(input.tensor->fingerprint());
+}
+
+// All of them, where rows lie side by side and each is a sequence's.
+void HostTensors::find_owned_bytes() {
+  const Problem& p = problem;
+  const int64_t bytes_out = bytes_of(p.dtype_out()), rows = query_rows(p, tensors());
+  if (rows * p.dim_v * bytes_out == out.size()) return;
+  out_owned_.assign(static_cast<size_t>(out.size()), 0);
+  for_each_row(1, 1, rows, [&](RowIndex row) {
+    const QueryRow at = query_row(p, row.idx);
+    for (int64_t d = 0; d < p.dim_v; ++d) {
+      const int64_t begin =
+          offset_of(p.stride_out, at.query_batch, at.head_q, at.query_idx, d) * bytes_out;
+      std::fill_n(out_owned_.begin() + begin, bytes_out, uint8_t{1});
+    }
+  });
 }
 
 std::vector<HostTensors::Named> HostTensors::inputs() const {
@@ -329,7 +366,11 @@ std::vector<HostTensors::Named> HostTensors::inputs() const {
           {"mask", &mask},
           {"sinks", &sinks},
           {"key_lengths", &key_lengths},
-          {"key_starts", &key_starts}};
+          {"key_starts", &key_starts},
+          {"query_offsets", &query_offsets},
+          {"key_offsets", &key_offsets},
+          {"page_table", &page_table},
+          {"page_offsets", &page_offsets}};
 }
 
 int64_t HostTensors::bytes() const {
@@ -355,6 +396,10 @@ Tensors HostTensors::tensors() const {
   if (problem.has_key_lengths) t.key_lengths = ints(key_lengths);
   if (problem.has_key_starts) t.key_starts = ints(key_starts);
   if (problem.wants_log_sum_exp) t.log_sum_exp = floats(log_sum_exp);
+  if (problem.query_layout == QueryLayout::kPacked) t.query_offsets = ints(query_offsets);
+  if (problem.key_layout == KeyLayout::kPacked) t.key_offsets = ints(key_offsets);
+  if (problem.key_layout == KeyLayout::kPaged) t.page_table = ints(page_table);
+  if (problem.has_page_offsets) t.page_offsets = ints(page_offsets);
   return t;
 }
 
@@ -371,6 +416,12 @@ std::string HostTensors::damage() const {
   for (size_t i = 0; i < out_owned_.size(); ++i) {
     if (out_owned_[i] == 0 && out.data()[i] != kPoison) {
       return fmt::format("byte {} between the elements of out was written", i);
+    }
+  }
+  if (problem.query_layout == QueryLayout::kPacked && problem.wants_log_sum_exp) {
+    for (int64_t i = query_rows(problem, tensors()) * 4; i < log_sum_exp.size(); ++i) {
+      if (log_sum_exp.data()[i] == kPoison) continue;
+      return fmt::format("log_sum_exp of row {}, which is no sequence's, was written", i / 4);
     }
   }
   const std::vector<Named> all = inputs();

@@ -49,7 +49,8 @@ struct HostTensors {
 
   Problem problem;
   bool v_is_k = false;
-  GuardedTensor q, k, v, out, mask, sinks, key_lengths, key_starts, log_sum_exp;
+  GuardedTensor q, k, v, out, mask, sinks, key_lengths, key_starts, log_sum_exp, query_offsets,
+      key_offsets, page_table, page_offsets;
   float largest_value = 0;  // of |v|, poison aside
 
  private:
@@ -58,6 +59,7 @@ struct HostTensors {
     const GuardedTensor* tensor;
   };
   std::vector<Named> inputs() const;
+  void find_owned_bytes();
 
   std::vector<uint64_t> fingerprints_;  // of the inputs; empty: nobody looks
   std::vector<uint8_t> out_owned_;  // whether each byte of `out` is an element's; empty: all are

@@ -18,7 +18,8 @@ enum class MaskPattern : uint8_t {
 // A problem, and what of its values is not left to chance.
 struct Input {
   Problem problem;
-  std::vector<int32_t> key_lengths, key_starts;  // empty: not used
+  std::vector<int32_t> key_lengths, key_starts;                               // empty: not used
+  std::vector<int32_t> query_offsets, key_offsets, page_table, page_offsets;  // as the layout asks
   MaskPattern mask_pattern = MaskPattern::kRandom;
   bool has_extreme_sinks = false;  // of the sizes of kExtremes
   float mean_v = 0;

@@ -49,20 +49,28 @@ enum wh_mask {
 /* Backward: from q, k, v, out, log_sum_exp and d_out, the gradient of out, to those of q, k, v and
  * the sinks. A mask has none: it is taken as a constant. */
 enum wh_pass { WH_FORWARD = 0, WH_BACKWARD = 1 };
+/* Packed: the tokens of all sequences one after another. Paged: keys in pages of a pool, listed by
+ * a table. docs/serving.md has a picture. */
+enum wh_query_layout { WH_QUERIES_DENSE = 0, WH_QUERIES_PACKED = 1 };
+enum wh_key_layout { WH_KEYS_DENSE = 0, WH_KEYS_PACKED = 1, WH_KEYS_PAGED = 2 };
 enum wh_policy { WH_AUTOMATIC = 0, WH_FUSED = 1, WH_FUSED_ABOVE = 2 };
 enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
 
 /* Optional tensors, results and properties of a problem, combined with |. */
 enum wh_uses {
-  WH_USES_SINKS = 1,          /* f32 [heads_q]: one more logit a head, in the denominator only */
-  WH_USES_KEY_LENGTHS = 2,    /* int32 [batch], 0..len_k: keys from there on are not read, and the
-                                 diagonal of causal and window is aligned to the length */
-  WH_USES_KEY_STARTS = 4,     /* int32 [batch], >= 0: keys before it are not read */
-  WH_USES_LOG_SUM_EXP = 8,    /* f32 [batch, heads_q, len_q], contiguous: natural log, written. The
-                                 backward pass always reads it */
-  WH_USES_VALUES_IN_KEYS = 16, /* v is the first dim_v columns of k, as in absorbed latent attention:
-                                 stride_v equals stride_k, v is NULL or k, and K is read once */
-  WH_USES_F32_OUT = 64         /* out is f32, whatever q is: for parts that wh_merge() will merge */
+  WH_USES_SINKS = 1,       /* f32 [heads_q]: one more logit a head, in the denominator only */
+  WH_USES_KEY_LENGTHS = 2, /* int32 [batch], 0..len_k: keys from there on are not read, and the
+                              diagonal of causal and window is aligned to the length */
+  WH_USES_KEY_STARTS = 4,  /* int32 [batch], >= 0: keys before it are not read */
+  WH_USES_LOG_SUM_EXP = 8, /* f32 [batch, heads_q, len_q], of packed queries [total_q, heads_q],
+                              contiguous: natural log, written. The backward pass always reads
+                              it */
+  WH_USES_VALUES_IN_KEYS =
+      16,                    /* v is the first dim_v columns of k, as in absorbed latent attention:
+                               stride_v equals stride_k, v is NULL or k, and K is read once */
+  WH_USES_PAGE_OFFSETS = 32, /* int32 [batch + 1]: the page table is one list, of which sequence b
+                                has those from page_offsets[b] on, to before page_offsets[b + 1] */
+  WH_USES_F32_OUT = 64       /* out is f32, whatever q is: for parts that wh_merge() will merge */
 };
 
 #define WH_UNLIMITED (-1)                   /* a window side that hides nothing */
@@ -73,7 +81,12 @@ enum wh_uses {
  * len_k, dim_v], out [batch, heads_q, len_q, dim_v], mask [batch, heads_q, len_q, len_k]. Strides
  * are in elements, in that order, not negative; 0 broadcasts; those of a dimension of 1 may be
  * anything. heads_q is a multiple of heads_kv; query head h reads kv head h / (heads_q /
- * heads_kv). Dimensions are 1..1024, other sizes 0 (heads: 1)..2^31-1. */
+ * heads_kv). Dimensions are 1..1024, other sizes 0 (heads: 1)..2^31-1.
+ *
+ * Packed queries: q and out are [total_q, heads_q, dim] by strides [2], [1] and [3]; [0] may be
+ * anything. Packed keys: the same with total_k. Paged keys: k and v are [pages, heads_kv,
+ * page_size, dim], stride [0] is a page's. Batch, len_q, len_k, total_q and total_k are then the
+ * most that a run may have. */
 typedef struct wh_problem {
   size_t size; /* of this struct; set by wh_problem_init() */
   int32_t device;
@@ -92,6 +105,14 @@ typedef struct wh_problem {
   /* Of the backward pass: d_out is of out's shape and type, dq of q's, dk of k's, dv of v's. */
   int64_t stride_d_out[4], stride_dq[4], stride_dk[4], stride_dv[4];
   int32_t pass; /* of enum wh_pass */
+  /* Of packed queries and keys and of paged keys; 0 in dense ones. */
+  int64_t total_q, total_k;  /* tokens of all sequences together */
+  int64_t page_size, pages;  /* keys of a page, and pages of the pool */
+  int64_t page_entries;      /* of the page table, with WH_USES_PAGE_OFFSETS */
+  int64_t stride_page_table; /* without: from a sequence's row to the next's, of ceil(len_k /
+                                page_size) pages each */
+  int32_t query_layout;      /* of enum wh_query_layout */
+  int32_t key_layout;        /* of enum wh_key_layout; paged needs WH_USES_KEY_LENGTHS */
 } wh_problem;
 
 typedef struct wh_limits {
@@ -131,8 +152,16 @@ typedef struct wh_tensors {
   const void* d_out; /* the gradient of out */
   void* dq;
   void* dk;
-  void* dv;       /* NULL where v lies in k: its gradient is then part of dk */
-  float* d_sinks; /* [heads_q] */
+  void* dv;                     /* NULL where v lies in k: its gradient is then part of dk */
+  float* d_sinks;               /* [heads_q] */
+  const int32_t* query_offsets; /* [batch + 1], ascending from 0: where each sequence's begin */
+  const int32_t* key_offsets;   /* the same of packed keys */
+  const int32_t* page_table;    /* pages of each sequence, in order; those that no key length makes
+                                   visible are not read, and neither is what their pages hold */
+  const int32_t* page_offsets;
+  /* What this run has of the plan's most: 0 is all of it. A plan runs any smaller batch. */
+  int64_t batch;
+  int64_t total_q; /* of packed queries: tokens that q and out have room for */
 } wh_tensors;
 
 /* Threads of the host program for CPU kernels: parallel() calls task(argument, i) once for every i

@@ -15,7 +15,9 @@ namespace {
 static_assert(WH_CUDA == static_cast<int>(Device::kCuda) &&
               WH_BF16 == static_cast<int>(Dtype::kBf16) &&
               WH_CAUSAL_TOP_LEFT == static_cast<int>(Causal::kTopLeft) &&
-              WH_MASK_ADDITIVE == static_cast<int>(MaskKind::kAdditiveQ));
+              WH_MASK_ADDITIVE == static_cast<int>(MaskKind::kAdditiveQ) &&
+              WH_QUERIES_PACKED == static_cast<int>(QueryLayout::kPacked) &&
+              WH_KEYS_PAGED == static_cast<int>(KeyLayout::kPaged));
 
 template <typename Enum>
 Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
@@ -85,15 +87,32 @@ static_assert(sizeof(wh_problem) >= 280 && sizeof(wh_limits) >= 72 &&
               sizeof(wh_tensors) >= kTensorsStruct.first_bytes &&
               sizeof(wh_run_options) >= kRunOptionsStruct.first_bytes);
 
+namespace {
+
+// Answers with the bits that are known.
+uint32_t read_uses(uint32_t uses, Problem& to) {
+  uint32_t known = 0;
+  for (const Use& use : kUses) {
+    known |= use.bit;
+    to.*use.field = (uses & use.bit) != 0;
+  }
+  return known;
+}
+
+}  // namespace
+
+Status read_layout(const wh_problem& from, Problem& to) {
+  WH_RETURN_IF_ERROR(copy_fields(from, to));
+  read_uses(from.uses, to);
+  return to.key_layout != KeyLayout::kPaged ? Status()
+                                            : check_range("page_size", to.page_size, 1, kMaxLength);
+}
+
 Status read_problem(const wh_problem* from, Problem& to) {
   wh_problem c{};
   WH_RETURN_IF_ERROR(read_sized(problem_struct(), from, c));
   WH_RETURN_IF_ERROR(copy_fields(c, to));
-  uint32_t known = 0;
-  for (const Use& use : kUses) {
-    known |= use.bit;
-    to.*use.field = (c.uses & use.bit) != 0;
-  }
+  const uint32_t known = read_uses(c.uses, to);
   if ((c.uses & ~known) != 0) {
     return invalid(fmt::format("uses is {:#x}; valid: combinations of {:#x}", c.uses, known));
   }
@@ -132,8 +151,28 @@ Status read_limits(const wh_limits* from, const Problem& problem, Limits& to) {
 Status read_tensors(const wh_tensors* from, Tensors& to) {
   wh_tensors c{};
   WH_RETURN_IF_ERROR(read_sized(kTensorsStruct, from, c));
-  to = {c.q,           c.k,     c.v,  c.out, c.mask, c.sinks,   c.key_lengths, c.key_starts,
-        c.log_sum_exp, c.d_out, c.dq, c.dk,  c.dv,   c.d_sinks, c.workspace,   c.workspace_bytes};
+  to = {.q = c.q,
+        .k = c.k,
+        .v = c.v,
+        .out = c.out,
+        .mask = c.mask,
+        .sinks = c.sinks,
+        .key_lengths = c.key_lengths,
+        .key_starts = c.key_starts,
+        .log_sum_exp = c.log_sum_exp,
+        .d_out = c.d_out,
+        .dq = c.dq,
+        .dk = c.dk,
+        .dv = c.dv,
+        .d_sinks = c.d_sinks,
+        .query_offsets = c.query_offsets,
+        .key_offsets = c.key_offsets,
+        .page_table = c.page_table,
+        .page_offsets = c.page_offsets,
+        .batch = c.batch,
+        .total_q = c.total_q,
+        .workspace = c.workspace,
+        .workspace_bytes = c.workspace_bytes};
   return {};
 }
 

@@ -22,6 +22,8 @@ constexpr SizedStruct<wh_merged> kMergedStruct{"merged", 128, {}};
 
 // Validated. The environment has a say in limits.
 Status read_problem(const wh_problem* from, Problem& to);
+// What dense strides follow from, of a problem that has no valid ones yet.
+Status read_layout(const wh_problem& from, Problem& to);
 Status read_limits(const wh_limits* from, const Problem& problem, Limits& to);
 Status read_tensors(const wh_tensors* from, Tensors& to);
 

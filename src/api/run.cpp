@@ -17,6 +17,10 @@ Tensors used_tensors(const Problem& p, Tensors t) {
   if (!p.has_sinks) t.sinks = nullptr;
   if (!p.has_key_lengths) t.key_lengths = nullptr;
   if (!p.has_key_starts) t.key_starts = nullptr;
+  if (p.query_layout != QueryLayout::kPacked) t.query_offsets = nullptr;
+  if (p.key_layout != KeyLayout::kPacked) t.key_offsets = nullptr;
+  if (p.key_layout != KeyLayout::kPaged) t.page_table = nullptr;
+  if (!p.has_page_offsets) t.page_offsets = nullptr;
   if (p.pass == Pass::kBackward) {
     if (!p.has_sinks) t.d_sinks = nullptr;
     if (p.values_in_keys) t.dv = nullptr;
@@ -81,10 +85,12 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   WH_RETURN_IF_ERROR(check_workspace(plan, used));
   used.workspace_bytes = plan.workspace_bytes;  // more may be there, and hold something else
   if (plan.workspace_bytes == 0) used.workspace = nullptr;  // wherever it points
-  const Problem& p = plan.problem;
+  const Result<Problem> asked = problem_of_run(plan.problem, used);
+  if (!asked.ok()) return asked.status();
+  const Problem& p = *asked;
   const Backend& device = backend(p.device);
   WH_RETURN_IF_ERROR(validate(p, used));
-  if (device.is_host()) WH_RETURN_IF_ERROR(validate_key_ranges(p, used));
+  if (device.is_host()) WH_RETURN_IF_ERROR(validate_sequences(p, used));
   if (!writes_anything(p)) return {};
   Tensors callers = used;
   // While a stream is captured, what is allocated on it is no memory yet, and looks like the
@@ -94,8 +100,13 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   if (p.values_in_keys) used.v = used.k;  // it need not be set
   Progress progress(options.progress, options.progress_context);
   const auto kernels = options.kernels.empty() ? device.kernels() : options.kernels;
-  return device.run(*find_kernel(kernels, plan.kernel),
-                    {p, plan.config, used, options.executor, progress, options.stream});
+  const Kernel& kernel = *find_kernel(kernels, plan.kernel);
+  // Fewer sequences never take more.
+  if (kernel.workspace_bytes(p, plan.config) > plan.workspace_bytes) {
+    return {Code::kInternal, fmt::format("{} takes more workspace for {} sequences than for {}",
+                                         kernel.name, p.batch, plan.problem.batch)};
+  }
+  return device.run(kernel, {p, plan.config, used, options.executor, progress, options.stream});
 }
 
 }  // namespace wh

@@ -134,15 +134,22 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
     wh_problem p{};
     WH_RETURN_IF_ERROR(wh::read_sized(wh::problem_struct(), problem, p));
     WH_RETURN_IF_ERROR(wh::check_extents(p));
-    const auto set = [](int64_t(&stride)[4], int64_t heads, int64_t length, int64_t dim) {
-      const wh::Strides dense = wh::dense_strides(heads, length, dim);
-      std::copy(dense.begin(), dense.end(), stride);
+    const auto copy = [](const wh::Strides& from, int64_t(&to)[4]) {
+      std::copy(from.begin(), from.end(), to);
     };
-    set(problem->stride_q, p.heads_q, p.len_q, p.dim_qk);
-    set(problem->stride_k, p.heads_kv, p.len_k, p.dim_qk);
-    const bool values_in_keys = (p.uses & WH_USES_VALUES_IN_KEYS) != 0;
-    set(problem->stride_v, p.heads_kv, p.len_k, values_in_keys ? p.dim_qk : p.dim_v);
-    set(problem->stride_out, p.heads_q, p.len_q, p.dim_v);
+    const auto set = [&](int64_t(&stride)[4], int64_t heads, int64_t length, int64_t dim) {
+      copy(wh::dense_strides(heads, length, dim), stride);
+    };
+    wh::Problem layout;
+    if (Status status = wh::read_layout(p, layout); !status.ok()) return status;
+    wh::set_dense(layout);
+    copy(layout.stride_q, problem->stride_q);
+    copy(layout.stride_k, problem->stride_k);
+    copy(layout.stride_v, problem->stride_v);
+    copy(layout.stride_out, problem->stride_out);
+    if (problem->size >= offsetof(wh_problem, query_layout)) {
+      problem->stride_page_table = layout.stride_page_table;
+    }
     set(problem->stride_mask, p.heads_q, p.len_q, p.len_k);
     if (problem->size >= offsetof(wh_problem, pass)) {
       set(problem->stride_d_out, p.heads_q, p.len_q, p.dim_v);

@@ -46,5 +46,7 @@ constexpr Names<Device, 2> kDevices{{"cpu", "cuda"}};
 constexpr Names<Causal, 3> kCausals{{"none", "bottom-right", "top-left"}};
 constexpr Names<MaskKind, 4> kMasks{{"none", "boolean", "additive-f32", "additive"}};
 constexpr Names<Pass, 2> kPasses{{"forward", "backward"}};
+constexpr Names<QueryLayout, 2> kQueryLayouts{{"dense", "packed"}};
+constexpr Names<KeyLayout, 3> kKeyLayouts{{"dense", "packed", "paged"}};
 
 }  // namespace wh

@@ -61,10 +61,13 @@ Status check_alignment(const Bytes& bytes) {
                              bytes.name, bytes.data, bytes.element_bytes));
 }
 
-Extents extents_q(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_qk}; }
-Extents extents_k(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_qk}; }
-Extents extents_v(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_v}; }
-Extents extents_out(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_v}; }
+Extents extents_of(Storage storage, int64_t heads, int64_t dim) {
+  return {storage.batch, heads, storage.length, dim};
+}
+Extents extents_q(const Problem& p) { return extents_of(query_storage(p), p.heads_q, p.dim_qk); }
+Extents extents_k(const Problem& p) { return extents_of(key_storage(p), p.heads_kv, p.dim_qk); }
+Extents extents_v(const Problem& p) { return extents_of(key_storage(p), p.heads_kv, p.dim_v); }
+Extents extents_out(const Problem& p) { return extents_of(query_storage(p), p.heads_q, p.dim_v); }
 Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.len_k}; }
 
 Status validate_gradients(const Problem& p) {
@@ -78,7 +81,67 @@ Status validate_gradients(const Problem& p) {
   return check_distinct("dv", extents_v(p), p.stride_dv);
 }
 
+// A layout's fields are set where it is chosen, and 0 where it is not.
+Status check_used(const char* name, int64_t value, bool is_used, const char* layout) {
+  if (is_used == (value > 0)) return {};
+  if (is_used) return invalid(fmt::format("{} is 0; {} need at least 1", name, layout));
+  return invalid(fmt::format("{} is {}; it must be 0 but for {}", name, value, layout));
+}
+
+Status validate_layouts(const Problem& p) {
+  const bool is_packed_q = p.query_layout == QueryLayout::kPacked;
+  const bool is_paged = p.key_layout == KeyLayout::kPaged;
+  if (!is_packed_q) WH_RETURN_IF_ERROR(check_used("total_q", p.total_q, false, "packed queries"));
+  if (p.key_layout != KeyLayout::kPacked) {
+    WH_RETURN_IF_ERROR(check_used("total_k", p.total_k, false, "packed keys"));
+  }
+  WH_RETURN_IF_ERROR(check_used("page_size", p.page_size, is_paged, "paged keys"));
+  if (!is_paged) {
+    WH_RETURN_IF_ERROR(check_used("pages", p.pages, false, "paged keys"));
+    WH_RETURN_IF_ERROR(check_used("stride_page_table", p.stride_page_table, false, "paged keys"));
+    if (p.has_page_offsets) {
+      return invalid("uses says page_offsets, which cut the page table of paged keys alone");
+    }
+  } else if (!p.has_key_lengths) {
+    return invalid("uses has no key_lengths; paged keys need them, from 0 to len_k each");
+  }
+  if (!p.has_page_offsets) {
+    WH_RETURN_IF_ERROR(
+        check_used("page_entries", p.page_entries, false, "page tables that page_offsets cut"));
+  }
+  const __int128 table = static_cast<__int128>(p.batch) * p.stride_page_table;
+  if (table > std::numeric_limits<int64_t>::max() / 16) {
+    return invalid("batch * stride_page_table overflows a 64-bit byte offset");
+  }
+  if (is_packed_q && p.mask != MaskKind::kNone) {
+    return invalid(
+        fmt::format("mask is {}; it must be none where queries are packed", kMasks.name(p.mask)));
+  }
+  if (!p.is_dense() && p.pass == Pass::kBackward) {
+    return invalid(fmt::format("pass is backward with {} queries and {} keys; both must be dense",
+                               kQueryLayouts.name(p.query_layout), kKeyLayouts.name(p.key_layout)));
+  }
+  return {};
+}
+
 }  // namespace
+
+Storage query_storage(const Problem& p) {
+  if (p.query_layout == QueryLayout::kPacked) return {1, p.total_q};
+  return {p.batch, p.len_q};
+}
+
+Storage key_storage(const Problem& p) {
+  switch (p.key_layout) {
+    case KeyLayout::kDense:
+      break;
+    case KeyLayout::kPacked:
+      return {1, p.total_k};
+    case KeyLayout::kPaged:
+      return {p.pages, p.page_size};
+  }
+  return {p.batch, p.len_k};
+}
 
 int64_t mask_element_bytes(const Problem& problem) {
   switch (problem.mask) {
@@ -99,6 +162,11 @@ Strides dense_strides(int64_t heads, int64_t length, int64_t dim) {
   return {saturating_product(heads, head), head, dim, 1};
 }
 
+Strides token_strides(int64_t heads, int64_t length, int64_t dim) {
+  const int64_t token = saturating_product(heads, dim);
+  return {saturating_product(length, token), dim, token, 1};
+}
+
 Problem canonical(Problem p) {
   p.stride_q = stepped_strides(extents_q(p), p.stride_q);
   p.stride_k = stepped_strides(extents_k(p), p.stride_k);
@@ -114,14 +182,20 @@ Problem canonical(Problem p) {
   p.stride_dq = of_gradient(extents_q(p), p.stride_dq);
   p.stride_dk = of_gradient(extents_k(p), p.stride_dk);
   p.stride_dv = p.values_in_keys ? Strides{} : of_gradient(extents_v(p), p.stride_dv);
+  if (p.has_page_offsets || p.batch <= 1) p.stride_page_table = 0;
   return p;
 }
 
 void set_dense(Problem& p) {
-  p.stride_q = dense_strides(p.heads_q, p.len_q, p.dim_qk);
-  p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
-  p.stride_v = p.values_in_keys ? p.stride_k : dense_strides(p.heads_kv, p.len_k, p.dim_v);
-  p.stride_out = dense_strides(p.heads_q, p.len_q, p.dim_v);
+  const auto of_queries = p.query_layout == QueryLayout::kDense ? dense_strides : token_strides;
+  const auto of_keys = p.key_layout == KeyLayout::kDense ? dense_strides : token_strides;
+  const int64_t queries = query_storage(p).length, keys = key_storage(p).length;
+  p.stride_q = of_queries(p.heads_q, queries, p.dim_qk);
+  p.stride_k = of_keys(p.heads_kv, keys, p.dim_qk);
+  p.stride_v = p.values_in_keys ? p.stride_k : of_keys(p.heads_kv, keys, p.dim_v);
+  p.stride_out = of_queries(p.heads_q, queries, p.dim_v);
+  const bool has_rows = p.key_layout == KeyLayout::kPaged && !p.has_page_offsets;
+  p.stride_page_table = has_rows ? p.pages_a_sequence() : 0;
   p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
 }
 
@@ -140,8 +214,18 @@ TensorBytes tensor_bytes(const Problem& p) {
   if (p.has_sinks) bytes.sinks = p.heads_q * 4;
   if (p.has_key_lengths) bytes.key_lengths = p.batch * 4;
   if (p.has_key_starts) bytes.key_starts = p.batch * 4;
+  if (p.query_layout == QueryLayout::kPacked) bytes.query_offsets = (p.batch + 1) * 4;
+  if (p.key_layout == KeyLayout::kPacked) bytes.key_offsets = (p.batch + 1) * 4;
+  if (p.has_page_offsets) {
+    bytes.page_table = p.page_entries * 4;
+    bytes.page_offsets = (p.batch + 1) * 4;
+  } else if (p.key_layout == KeyLayout::kPaged && p.batch > 0 && p.pages_a_sequence() > 0) {
+    bytes.page_table = ((p.batch - 1) * p.stride_page_table + p.pages_a_sequence()) * 4;
+  }
   const bool is_backward = p.pass == Pass::kBackward;
-  if (p.wants_log_sum_exp || is_backward) bytes.log_sum_exp = p.batch * p.heads_q * p.len_q * 4;
+  if (p.wants_log_sum_exp || is_backward) {
+    bytes.log_sum_exp = query_storage(p).batch * p.heads_q * query_storage(p).length * 4;
+  }
   if (!is_backward) return bytes;
   bytes.d_out = span_elements(extents_out(p), p.stride_d_out) * bytes_q;
   bytes.dq = span_elements(extents_q(p), p.stride_dq) * bytes_q;
@@ -157,6 +241,7 @@ Status validate(const Problem& p) {
     return invalid(fmt::format("heads_q is {}; it must be a multiple of heads_kv, which is {}",
                                p.heads_q, p.heads_kv));
   }
+  WH_RETURN_IF_ERROR(validate_layouts(p));
   WH_RETURN_IF_ERROR(check_strides("stride_q", extents_q(p), p.stride_q));
   WH_RETURN_IF_ERROR(check_strides("stride_k", extents_k(p), p.stride_k));
   WH_RETURN_IF_ERROR(check_strides("stride_v", extents_v(p), p.stride_v));
@@ -178,7 +263,8 @@ Status validate(const Problem& p) {
   if (p.mask != MaskKind::kNone) {
     WH_RETURN_IF_ERROR(check_strides("stride_mask", extents_mask(p), p.stride_mask));
   }
-  const __int128 rows = static_cast<__int128>(p.batch) * p.heads_q * p.len_q;
+  const __int128 rows = static_cast<__int128>(std::max<int64_t>(p.batch, 1)) * p.heads_q *
+                        std::max(p.len_q, p.total_q);
   if (rows * p.dim_v > std::numeric_limits<int64_t>::max() / 16) {
     return invalid("batch * heads_q * len_q * dim_v overflows a 64-bit byte offset");
   }
@@ -206,6 +292,10 @@ Status validate(const Problem& p, const Tensors& t) {
                           {"sinks", t.sinks, bytes.sinks, 4},
                           {"key_lengths", t.key_lengths, bytes.key_lengths, 4},
                           {"key_starts", t.key_starts, bytes.key_starts, 4},
+                          {"query_offsets", t.query_offsets, bytes.query_offsets, 4},
+                          {"key_offsets", t.key_offsets, bytes.key_offsets, 4},
+                          {"page_table", t.page_table, bytes.page_table, 4},
+                          {"page_offsets", t.page_offsets, bytes.page_offsets, 4},
                           is_backward ? out : none,
                           is_backward ? lse : none,
                           {"d_out", t.d_out, bytes.d_out, element_q}};
@@ -240,19 +330,102 @@ Status validate(const Problem& p, const Tensors& t) {
   return {};
 }
 
-Status validate_key_ranges(const Problem& p, const Tensors& t) {
+namespace {
+
+// Of the parts into which a tensor of `total` tokens or pages is cut.
+struct Cut {
+  const char* name;  // of the offsets
+  const int32_t* offsets;
+  int64_t most;  // of one part
+  const char* most_name;
+  int64_t total;
+  const char* total_name;
+};
+
+Status validate_cut(const Cut& cut, int64_t batch) {
+  if (cut.offsets == nullptr) return {};
+  if (cut.offsets[0] != 0) {
+    return invalid(fmt::format("{}[0] is {}; it must be 0", cut.name, cut.offsets[0]));
+  }
+  for (int64_t b = 1; b <= batch; ++b) {
+    const int64_t end = cut.offsets[b], begin = cut.offsets[b - 1];
+    if (end < begin || end > cut.total) {
+      return invalid(fmt::format("{}[{}] is {}; it must be between {}[{}], {}, and {}, {}",
+                                 cut.name, b, end, cut.name, b - 1, begin, cut.total_name,
+                                 cut.total));
+    }
+    if (end - begin > cut.most) {
+      return invalid(fmt::format("{}[{}] is {}, {} after the one before; {}, the most, is {}",
+                                 cut.name, b, end, end - begin, cut.most_name, cut.most));
+    }
+  }
+  return {};
+}
+
+// The entries of the table that a length makes visible.
+Status validate_pages(const Problem& p, const Tensors& t, int64_t b) {
+  const int64_t length = t.key_lengths[b];
+  const int64_t begin = p.has_key_starts ? std::min<int64_t>(t.key_starts[b], length) : 0;
+  if (p.has_page_offsets) {
+    const int64_t listed = (t.page_offsets[b + 1] - t.page_offsets[b]) * p.page_size;
+    if (length > listed) {
+      return invalid(fmt::format(
+          "key_lengths[{}] is {}; it must be at most {}, what the pages between page_offsets[{}] "
+          "and page_offsets[{}] hold",
+          b, length, listed, b, b + 1));
+    }
+  }
+  const int64_t first = p.has_page_offsets ? t.page_offsets[b] : b * p.stride_page_table;
+  for (int64_t i = begin / p.page_size; i * p.page_size < length; ++i) {
+    const int32_t page = t.page_table[first + i];
+    if (page >= 0 && page < p.pages) continue;
+    return invalid(
+        fmt::format("page_table[{}] is {}, page {} of sequence {}; it must be between 0 and {}",
+                    first + i, page, i, b, p.pages - 1));
+  }
+  return {};
+}
+
+}  // namespace
+
+Status validate_sequences(const Problem& p, const Tensors& t) {
   if (!writes_anything(p)) return {};  // and nothing is read: they may be null
+  const bool is_packed_q = p.query_layout == QueryLayout::kPacked;
+  const bool is_packed_k = p.key_layout == KeyLayout::kPacked;
+  const Cut cuts[] = {{"query_offsets", is_packed_q ? t.query_offsets : nullptr, p.len_q, "len_q",
+                       p.total_q, "total_q"},
+                      {"key_offsets", is_packed_k ? t.key_offsets : nullptr, p.len_k, "len_k",
+                       p.total_k, "total_k"},
+                      {"page_offsets", p.has_page_offsets ? t.page_offsets : nullptr, kMaxLength,
+                       "2^31 - 1", p.page_entries, "page_entries"}};
+  for (const Cut& cut : cuts) WH_RETURN_IF_ERROR(validate_cut(cut, p.batch));
   for (int64_t b = 0; b < p.batch; ++b) {
-    if (p.has_key_lengths && (t.key_lengths[b] < 0 || t.key_lengths[b] > p.len_k)) {
-      return invalid(fmt::format("key_lengths[{}] is {}; it must be between 0 and len_k, {}", b,
-                                 t.key_lengths[b], p.len_k));
+    const int64_t len_k = is_packed_k ? t.key_offsets[b + 1] - t.key_offsets[b] : p.len_k;
+    if (p.has_key_lengths && (t.key_lengths[b] < 0 || t.key_lengths[b] > len_k)) {
+      return invalid(fmt::format("key_lengths[{}] is {}; it must be between 0 and {}, {}", b,
+                                 t.key_lengths[b], is_packed_k ? "its packed keys" : "len_k",
+                                 len_k));
     }
     if (p.has_key_starts && t.key_starts[b] < 0) {
       return invalid(
           fmt::format("key_starts[{}] is {}; it must not be negative", b, t.key_starts[b]));
     }
+    if (p.key_layout == KeyLayout::kPaged) WH_RETURN_IF_ERROR(validate_pages(p, t, b));
   }
   return {};
+}
+
+Result<Problem> problem_of_run(const Problem& planned, const Tensors& t) {
+  Problem p = planned;
+  if (t.batch != 0) {
+    WH_RETURN_IF_ERROR(check_range("tensors.batch", t.batch, 0, planned.batch));
+    p.batch = t.batch;
+  }
+  if (t.total_q != 0) {
+    WH_RETURN_IF_ERROR(check_range("tensors.total_q", t.total_q, 0, planned.total_q));
+    p.total_q = t.total_q;
+  }
+  return p;
 }
 
 bool writes_anything(const Problem& p) {
@@ -283,6 +456,11 @@ std::string describe(const Problem& p) {
   if (p.has_key_starts) text += ", key starts";
   if (p.values_in_keys) text += ", values in keys";
   if (p.f32_out) text += ", f32 out";
+  if (p.query_layout == QueryLayout::kPacked) text += fmt::format(", {} packed queries", p.total_q);
+  if (p.key_layout == KeyLayout::kPacked) text += fmt::format(", {} packed keys", p.total_k);
+  if (p.key_layout == KeyLayout::kPaged) {
+    text += fmt::format(", {} pages of {}", p.pages, p.page_size);
+  }
   return text;
 }
 

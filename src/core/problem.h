@@ -19,6 +19,10 @@ enum class Device : uint8_t { kCpu, kCuda };
 enum class Causal : uint8_t { kNone, kBottomRight, kTopLeft };
 enum class MaskKind : uint8_t { kNone, kBoolean, kAdditiveF32, kAdditiveQ };
 enum class Pass : uint8_t { kForward, kBackward };
+// Packed: the tokens of all sequences one after another, from offsets on.
+enum class QueryLayout : uint8_t { kDense, kPacked };
+// Paged: keys in pages of a pool, which a table lists for each sequence.
+enum class KeyLayout : uint8_t { kDense, kPacked, kPaged };
 
 constexpr int64_t kMaxDim = 1024;
 constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // key lengths are int32
@@ -35,7 +39,8 @@ constexpr size_t dtype_bytes(Dtype dtype) {
   return 0;  // validate() knows no other
 }
 
-// In elements, ordered batch, heads, length, dim.
+// In elements, ordered batch, heads, length, dim; the batch's is a page's where keys are paged, and
+// none's where tokens are packed.
 using Strides = std::array<int64_t, 4>;
 
 struct Problem {
@@ -46,7 +51,7 @@ struct Problem {
   int64_t batch = 1;
   int64_t heads_q = 1;
   int64_t heads_kv = 1;
-  int64_t len_q = 0;
+  int64_t len_q = 0;  // where sequences have lengths of their own, the most of one
   int64_t len_k = 0;
   int64_t dim_qk = 0;
   int64_t dim_v = 0;
@@ -73,9 +78,25 @@ struct Problem {
   Strides stride_dq{};     // of dq, of q's extents and type
   Strides stride_dk{};     // of dk, of k's
   Strides stride_dv{};     // of dv, of v's; as v lies in k there is no dv, and dk has its part too
+  // Of packed and paged tensors (core/sequence.h); zeros in dense ones. All are the most that a run
+  // may have.
+  int64_t total_q = 0;            // tokens of packed queries
+  int64_t total_k = 0;            // tokens of packed keys
+  int64_t page_size = 0;          // keys of a page
+  int64_t pages = 0;              // of the pool
+  int64_t page_entries = 0;       // of the page table, where page_offsets cut it into sequences
+  int64_t stride_page_table = 0;  // else from one sequence's row of it to the next's
+  QueryLayout query_layout = QueryLayout::kDense;
+  KeyLayout key_layout = KeyLayout::kDense;
+  bool has_page_offsets = false;
 
   int64_t group() const { return heads_q / heads_kv; }
   Dtype dtype_out() const { return f32_out ? Dtype::kF32 : dtype_q; }
+  bool is_dense() const {
+    return query_layout == QueryLayout::kDense && key_layout == KeyLayout::kDense;
+  }
+  // Paged keys: the most that one sequence has.
+  int64_t pages_a_sequence() const { return (len_k + page_size - 1) / page_size; }
   bool operator==(const Problem&) const = default;
 };
 
@@ -89,13 +110,19 @@ struct Tensors {
   const float* sinks = nullptr;          // [heads_q]
   const int32_t* key_lengths = nullptr;  // [batch], each 0..len_k
   const int32_t* key_starts = nullptr;   // [batch], each >= 0
-  float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], contiguous
+  float* log_sum_exp = nullptr;  // [batch, heads_q, len_q] or [total_q, heads_q], contiguous
   // Of the backward pass, which reads out and log_sum_exp.
   const void* d_out = nullptr;
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
-  float* d_sinks = nullptr;  // [heads_q]
+  float* d_sinks = nullptr;                // [heads_q]
+  const int32_t* query_offsets = nullptr;  // [batch + 1], ascending from 0
+  const int32_t* key_offsets = nullptr;    // the same of packed keys
+  const int32_t* page_table = nullptr;     // a row of pages for each sequence
+  const int32_t* page_offsets = nullptr;   // [batch + 1]: where each one's begin, instead of rows
+  int64_t batch = 0;                       // sequences of this run; 0: as many as planned
+  int64_t total_q = 0;                     // tokens that q and out have; 0: as many as planned
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
@@ -103,7 +130,10 @@ struct Tensors {
 // Strides of a dense row-major tensor of these extents. A product beyond 64 bits saturates:
 // validate() refuses it where it would be stepped by, and an empty tensor does not care.
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim);
-// Sets the strides of q, k, v and out, where v may lie in k, and the usual scale, 1 / sqrt(dim_qk).
+// The same of tokens one after another, [.., length, heads, dim], as packed ones and pages have it.
+Strides token_strides(int64_t heads, int64_t length, int64_t dim);
+// Sets the strides of q, k, v and out, where v may lie in k, those of packed tensors and of pages
+// token by token, the page table's, and the usual scale, 1 / sqrt(dim_qk).
 void set_dense(Problem& problem);
 
 int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
@@ -112,7 +142,8 @@ int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
 // problem does not use it.
 struct TensorBytes {
   int64_t q = 0, k = 0, v = 0, out = 0, mask = 0, sinks = 0, key_lengths = 0, key_starts = 0,
-          log_sum_exp = 0, d_out = 0, dq = 0, dk = 0, dv = 0, d_sinks = 0;
+          log_sum_exp = 0, d_out = 0, dq = 0, dk = 0, dv = 0, d_sinks = 0, query_offsets = 0,
+          key_offsets = 0, page_table = 0, page_offsets = 0;
 };
 // The problem must be one that validate() accepts.
 TensorBytes tensor_bytes(const Problem& problem);
@@ -125,8 +156,19 @@ Problem canonical(Problem problem);
 // Answers with the first thing wrong, naming the field, its value and what would be valid.
 Status validate(const Problem& problem);
 Status validate(const Problem& problem, const Tensors& tensors);
-// Key lengths and starts, which lie where the device has them: of a problem of the host.
-Status validate_key_ranges(const Problem& problem, const Tensors& tensors);
+// Lengths, offsets and tables, which lie where the device has them: of a problem of the host.
+Status validate_sequences(const Problem& problem, const Tensors& tensors);
+
+// What the tensors make of a plan's problem: fewer sequences or tokens, but never more.
+Result<Problem> problem_of_run(const Problem& planned, const Tensors& tensors);
+
+// The tensors of q and out, and of K and V, as they are stored: [batch, heads, length, dim], a
+// batch of one where tokens are packed, and one of pages.
+struct Storage {
+  int64_t batch, length;
+};
+Storage query_storage(const Problem& problem);
+Storage key_storage(const Problem& problem);
 
 // Whether a run has anything to do.
 bool writes_anything(const Problem& problem);

@@ -104,6 +104,14 @@ void visit_fields(Visit&& visit, Problems&... p) {
   visit(StridesOf{"stride_dq"}, p.stride_dq...);
   visit(StridesOf{"stride_dk"}, p.stride_dk...);
   visit(StridesOf{"stride_dv"}, p.stride_dv...);
+  visit(Extent{"total_q", 0, kMaxLength}, p.total_q...);
+  visit(Extent{"total_k", 0, kMaxLength}, p.total_k...);
+  visit(Extent{"page_size", 0, kMaxLength}, p.page_size...);
+  visit(Extent{"pages", 0, kMaxLength}, p.pages...);
+  visit(Whole{"page_entries", 0, kMaxLength}, p.page_entries...);
+  visit(Whole{"stride_page_table", 0, kMaxLength}, p.stride_page_table...);
+  visit(Choice("query_layout", "query_layout", kQueryLayouts), p.query_layout...);
+  visit(Choice("key_layout", "key_layout", kKeyLayouts), p.key_layout...);
 }
 
 // What a problem uses or not: a bit of wh_problem's `uses` each.
@@ -117,6 +125,7 @@ constexpr Use kUses[] = {{"sinks", WH_USES_SINKS, &Problem::has_sinks},
                          {"key_starts", WH_USES_KEY_STARTS, &Problem::has_key_starts},
                          {"log_sum_exp", WH_USES_LOG_SUM_EXP, &Problem::wants_log_sum_exp},
                          {"values_in_keys", WH_USES_VALUES_IN_KEYS, &Problem::values_in_keys},
+                         {"page_offsets", WH_USES_PAGE_OFFSETS, &Problem::has_page_offsets},
                          {"f32_out", WH_USES_F32_OUT, &Problem::f32_out}};
 
 // The first field that is out of its range, of either kind of problem.

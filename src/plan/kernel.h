@@ -86,6 +86,9 @@ struct Kernel {
   Role role;
   const char* summary;
   Pass pass = Pass::kForward;
+  // Asks core/sequence.h and core/key_rows.h where queries and keys lie; else the planner refuses
+  // whatever is not dense.
+  bool takes_all_layouts = false;
 
   std::optional<std::string> (*refusal)(const Query&);  // nullopt: it can
   Config (*configure)(const Query&);

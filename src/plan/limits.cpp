@@ -19,8 +19,8 @@ Status validate(const Limits& limits) {
                                limits.longest_step_us));
   }
   if (limits.fresh_keys < kAnyKeys) {
-    return invalid(fmt::format("limits.fresh_keys is {}; valid: -1 (no promise) or a number of keys",
-                               limits.fresh_keys));
+    return invalid(fmt::format(
+        "limits.fresh_keys is {}; valid: -1 (no promise) or a number of keys", limits.fresh_keys));
   }
   return {};
 }

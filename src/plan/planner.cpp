@@ -123,6 +123,12 @@ Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
                                    kPasses.name(query.problem.pass));
     return result;
   }
+  if (!kernel.takes_all_layouts && !query.problem.is_dense()) {
+    candidate.reason = fmt::format(
+        "takes dense queries and keys, these are {} and {}; a dense copy of them would do",
+        kQueryLayouts.name(query.problem.query_layout), kKeyLayouts.name(query.problem.key_layout));
+    return result;
+  }
   if (const auto reason = kernel.refusal(query)) {
     candidate.reason = *reason;
     return result;

@@ -44,12 +44,20 @@ double flops_a_pair(const Problem& p) {
   return 2 * static_cast<double>(dims);
 }
 
+double sequences(const Problem& p) {
+  const auto batch = static_cast<double>(p.batch);
+  if (p.query_layout == QueryLayout::kDense || p.len_q == 0) return batch;
+  return std::min(batch, static_cast<double>(p.total_q) / static_cast<double>(p.len_q));
+}
+
 double useful_flops(const Problem& p) {
-  return visible_pairs(p) * static_cast<double>(p.batch * p.heads_q) * flops_a_pair(p);
+  return visible_pairs(p) * sequences(p) * static_cast<double>(p.heads_q) * flops_a_pair(p);
 }
 
 double kv_bytes(const Problem& p) {
-  return static_cast<double>(p.batch * p.heads_kv) * static_cast<double>(p.len_k) *
+  const double keys = p.key_layout == KeyLayout::kPacked ? static_cast<double>(p.total_k)
+                                                         : static_cast<double>(p.batch * p.len_k);
+  return static_cast<double>(p.heads_kv) * keys *
          static_cast<double>(p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) *
          static_cast<double>(dtype_bytes(p.dtype_kv));
 }

@@ -14,6 +14,10 @@ double visible_pairs(const Problem& problem);
 int64_t most_visible_keys(const Problem& problem, int64_t queries);
 int64_t most_visible_keys(const Problem& problem);  // of all queries
 
+// How many sequences of the most queries the work is that of: fewer than the batch has where
+// queries are packed and most sequences have fewer.
+double sequences(const Problem& problem);
+
 // Multiply-adds counted twice, of a visible pair and query head: 2 * (dim_qk + dim_v), and in the
 // backward pass, of five products, 2 * (3 * dim_qk + 2 * dim_v).
 double flops_a_pair(const Problem& problem);

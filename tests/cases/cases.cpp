@@ -6,6 +6,8 @@
 #include <cmath>
 #include <random>
 
+#include "layouts.h"
+
 namespace wh {
 namespace {
 
@@ -34,10 +36,11 @@ class Generator {
  public:
   Generator(Device device, uint64_t seed) : device_(device), random_(seed) {}
 
-  Case next(int64_t index) {
+  Case next(int64_t index, bool is_dense) {
     Case c;
     do {
       c = draw();
+      if (!is_dense) draw_layout(c, random_);
       c.problem.f32_out = index % 8 == 7 && c.problem.dtype_q != Dtype::kF32;
     } while (multiply_adds(c.problem) > kMostMultiplyAdds || !validate(c.problem).ok());
     c.seed = random_();
@@ -273,10 +276,16 @@ std::vector<Case> corner_cases(Device device) {
 std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed) {
   if (set == CaseSet::kCorner) return corner_cases(device);
   if (set == CaseSet::kLarge) return make_large_cases(device, seed, 1);
-  const int64_t count = set == CaseSet::kSmoke ? 200 : (set == CaseSet::kCi ? 3400 : 30000);
   Generator generator(device, seed);
   std::vector<Case> cases;
-  for (int64_t i = 0; i < count; ++i) cases.push_back(generator.next(i));
+  const auto add = [&](int64_t count, bool is_dense) {
+    for (int64_t i = 0; i < count; ++i) cases.push_back(generator.next(i, is_dense));
+  };
+  if (set == CaseSet::kLayouts) {
+    add(3200, false);
+    return cases;
+  }
+  add(set == CaseSet::kSmoke ? 200 : (set == CaseSet::kCi ? 3400 : 30000), true);
   return cases;
 }
 

@@ -11,11 +11,12 @@
 namespace wh {
 
 enum class CaseSet : uint8_t {
-  kSmoke,   // some 200 small ones, for sanitizers
-  kCi,      // 3,400: every lists' values, in random combinations
-  kFull,    // 30,000 of the same
-  kCorner,  // few, each for one thing that went wrong somewhere
-  kLarge,   // few, of the sizes that people run: many tiles a multiprocessor, up to 262,144 keys
+  kSmoke,    // some 200 small ones, for sanitizers
+  kCi,       // 3,400: every lists' values, in random combinations
+  kFull,     // 30,000 of the same
+  kLayouts,  // 3,200 with packed queries, packed keys or keys in pages
+  kCorner,   // few, each for one thing that went wrong somewhere
+  kLarge,    // few, of the sizes that people run: many tiles a multiprocessor, up to 262,144 keys
 };
 
 enum class Layout : uint8_t {

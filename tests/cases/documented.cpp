@@ -32,6 +32,7 @@ bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
+  if (!p.is_dense()) return is_cpu && kernel == "cpu_reference";
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
   }

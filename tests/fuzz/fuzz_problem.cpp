@@ -71,12 +71,23 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool is_small =
       problem.batch <= 4 && problem.heads_q <= 64 && problem.len_q <= 64 && problem.len_k <= 256 &&
       problem.batch * problem.heads_q * problem.len_q * problem.len_k <= pairs_limit &&
+      problem.total_q <= 64 && problem.total_k <= 256 && problem.pages <= 64 &&
+      problem.page_size <= 64 && problem.page_entries <= 64 && problem.stride_page_table <= 64 &&
       wh_plan_workspace_bytes(plan) < (64 << 20);
   if (is_small && limits.threads < 4) {
-    const int64_t q[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_qk};
-    const int64_t k[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_qk};
-    const int64_t v[] = {problem.batch, problem.heads_kv, problem.len_k, problem.dim_v};
-    const int64_t out[] = {problem.batch, problem.heads_q, problem.len_q, problem.dim_v};
+    const bool packs_queries = problem.query_layout == WH_QUERIES_PACKED;
+    const bool packs_keys = problem.key_layout == WH_KEYS_PACKED;
+    const bool has_pages = problem.key_layout == WH_KEYS_PAGED;
+    const int64_t batch_q = packs_queries ? 1 : problem.batch;
+    const int64_t queries = packs_queries ? problem.total_q : problem.len_q;
+    const int64_t batch_k = packs_keys ? 1 : has_pages ? problem.pages : problem.batch;
+    const int64_t keys = packs_keys  ? problem.total_k
+                         : has_pages ? problem.page_size
+                                     : problem.len_k;
+    const int64_t q[] = {batch_q, problem.heads_q, queries, problem.dim_qk};
+    const int64_t k[] = {batch_k, problem.heads_kv, keys, problem.dim_qk};
+    const int64_t v[] = {batch_k, problem.heads_kv, keys, problem.dim_v};
+    const int64_t out[] = {batch_q, problem.heads_q, queries, problem.dim_v};
     std::vector<char> q_data(span_of(q, problem.stride_q) * element_bytes(problem.dtype_q));
     std::vector<char> k_data(span_of(k, problem.stride_k) * element_bytes(problem.dtype_kv));
     std::vector<char> v_data(span_of(v, problem.stride_v) * element_bytes(problem.dtype_kv));
@@ -104,10 +115,30 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                            holds(v_data, v) && holds(out_data, out) &&
                            (problem.mask == WH_MASK_NONE || holds(mask_data, mask));
     std::vector<float> sinks(static_cast<size_t>(problem.heads_q)),
-        lse(static_cast<size_t>(problem.batch * problem.heads_q * problem.len_q));
+        lse(static_cast<size_t>(batch_q * problem.heads_q * queries));
     std::vector<int32_t> lengths(static_cast<size_t>(problem.batch),
                                  static_cast<int32_t>(problem.len_k / 2)),
         starts(static_cast<size_t>(problem.batch), static_cast<int32_t>(problem.len_k / 4));
+    const auto offsets = [&](int64_t total, int64_t most) {
+      std::vector<int32_t> list(1);
+      for (int64_t b = 0; b < problem.batch; ++b) {
+        list.push_back(list.back() +
+                       static_cast<int32_t>(std::min(total - list.back(), most / (1 + b % 3))));
+      }
+      return list;
+    };
+    const std::vector<int32_t> query_offsets = offsets(problem.total_q, problem.len_q),
+                               key_offsets = offsets(problem.total_k, problem.len_k),
+                               page_offsets = offsets(problem.page_entries, problem.len_k);
+    std::vector<int32_t> page_table(static_cast<size_t>(
+        problem.page_entries + problem.batch * problem.stride_page_table + problem.len_k));
+    for (size_t i = 0; i < page_table.size(); ++i) {
+      page_table[i] =
+          static_cast<int32_t>(static_cast<int64_t>(i * 7) % std::max<int64_t>(1, problem.pages));
+    }
+    if (packs_keys) {
+      for (size_t b = 0; b < lengths.size(); ++b) lengths[b] = key_offsets[b + 1] - key_offsets[b];
+    }
     wh_tensors tensors;
     wh_tensors_init(&tensors, sizeof(tensors));
     tensors.q = q_data.data();
@@ -119,6 +150,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     tensors.key_lengths = lengths.data();
     tensors.key_starts = starts.data();
     tensors.log_sum_exp = lse.data();
+    tensors.query_offsets = query_offsets.data();
+    tensors.key_offsets = key_offsets.data();
+    tensors.page_table = page_table.data();
+    tensors.page_offsets = page_offsets.data();
     tensors.d_out = d_out_data.data();
     tensors.dq = dq_data.data();
     tensors.dk = dk_data.data();

@@ -50,11 +50,12 @@ class Backward {
     const int64_t group = p_.group();
     std::fill_n(w_.d_sinks, group, 0.0);
     for (int64_t b = 0; b < p_.batch; ++b) {
+      const Sequence sequence = sequence_at(p_, t_, b);
       std::fill_n(w_.dk, p_.len_k * p_.dim_qk, 0.0);
       std::fill_n(w_.dv, p_.len_k * p_.dim_v, 0.0);
       for (int64_t row = 0; row < group * p_.len_q; ++row) {
         progress.writing_out();
-        add_row({b, head_kv * group + row / p_.len_q, head_kv, row % p_.len_q});
+        add_row({sequence, head_kv * group + row / p_.len_q, head_kv, row % p_.len_q});
         if (!progress.step_done()) return false;
       }
       store_keys(b, head_kv);
@@ -71,7 +72,7 @@ class Backward {
 
   // Adds the row's part to dk, dv and d_sinks, and stores its dq.
   void add_row(const Row& row) {
-    const KeyRange keys = visible_keys(p_, present_keys(p_, t_, row.batch_idx), row.query_idx);
+    const KeyRange keys = visible_keys(p_, row.sequence, row.query_idx);
     const double shift = score_row(p_, t_, row, keys, {w_.scores, w_.is_visible, w_.slopes});
     const double sink_weight = std::exp(sink_of(p_, t_, row) - shift);
     double denominator = sink_weight;
@@ -84,7 +85,7 @@ class Backward {
       add_scores(row, keys, delta);
       w_.d_sinks[row.head_q % p_.group()] -= sink_term(sink_weight / denominator * delta);
     }
-    const int64_t dq = offset_of(p_.stride_dq, row.batch_idx, row.head_q, row.query_idx);
+    const int64_t dq = offset_of(p_.stride_dq, row.sequence.batch_idx, row.head_q, row.query_idx);
     for (int64_t d = 0; d < p_.dim_qk; ++d) {
       store_element(t_.dq, p_.dtype_q, dq + d * p_.stride_dq[3],
                     static_cast<float>(total(w_.dq[d])));
@@ -95,12 +96,13 @@ class Backward {
 
   // Weights and their gradients; adds to dv. Returns the sum over keys of weight times gradient.
   double weigh(const Row& row, KeyRange keys, double denominator) {
-    const int64_t d_out = offset_of(p_.stride_d_out, row.batch_idx, row.head_q, row.query_idx);
+    const int64_t d_out =
+        offset_of(p_.stride_d_out, row.sequence.batch_idx, row.head_q, row.query_idx);
     double delta = 0;
     for (int64_t j = 0; j < keys.size(); ++j) {
       if (w_.is_visible[j] == 0) continue;
       const int64_t key = keys.begin + j;
-      const int64_t v = offset_of(p_.stride_v, row.batch_idx, row.head_kv, key);
+      const int64_t v = offset_of(p_.stride_v, row.sequence.batch_idx, row.head_kv, key);
       const double weight = w_.scores[j] /= denominator;
       double gradient = 0;
       for (int64_t d = 0; d < p_.dim_v; ++d) {
@@ -116,11 +118,11 @@ class Backward {
 
   // Adds to dq and dk.
   void add_scores(const Row& row, KeyRange keys, double delta) {
-    const int64_t q = offset_of(p_.stride_q, row.batch_idx, row.head_q, row.query_idx);
+    const int64_t q = offset_of(p_.stride_q, row.sequence.batch_idx, row.head_q, row.query_idx);
     for (int64_t j = 0; j < keys.size(); ++j) {
       if (w_.is_visible[j] == 0) continue;
       const int64_t key = keys.begin + j;
-      const int64_t k = offset_of(p_.stride_k, row.batch_idx, row.head_kv, key);
+      const int64_t k = offset_of(p_.stride_k, row.sequence.batch_idx, row.head_kv, key);
       const double of_weight =
           is_roundings_ ? w_.gradients[j] + delta : (w_.gradients[j] - delta) * w_.slopes[j];
       const double gradient = w_.scores[j] * of_weight * p_.scale;

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "core/carver.h"
+#include "core/sequence.h"
 #include "cpu/cpu_facts.h"
 #include "cpu/reference/reference.h"
 #include "cpu/registry.h"
@@ -11,11 +12,9 @@
 namespace wh::cpu {
 namespace {
 
-int64_t rows_of(const Problem& p) { return p.batch * p.heads_q * p.len_q; }
-
 // That a row is left for.
 int32_t workers_of(const Problem& p, const Config& config) {
-  return static_cast<int32_t>(std::min<int64_t>(config.workers, rows_of(p)));
+  return static_cast<int32_t>(std::min<int64_t>(config.workers, all_query_rows(p)));
 }
 
 WorkerScratches scratches_of(const Problem& p) {
@@ -33,7 +32,7 @@ Config configure(const Query& query) {
 
 Status run(const Launch& launch) {
   const Problem& p = launch.problem;
-  const int64_t rows = rows_of(p);
+  const int64_t rows = query_rows(p, launch.tensors);
   const WorkerScratches scratches = scratches_of(p);
   Progress& progress = launch.progress;
   progress.start(rows);
@@ -60,7 +59,7 @@ constexpr double kMultiplyAddUs = 1.5e-3;  // on one core: strided loads, conver
 double estimate_us(const Query& query, const Config& config) {
   constexpr double kCallUs = 3;
   const Problem& p = query.problem;
-  const double out = static_cast<double>(p.batch * p.heads_q * p.len_q * p.dim_v);
+  const double out = static_cast<double>(all_query_rows(p) * p.dim_v);
   return (useful_flops(p) / 2 + out) * kMultiplyAddUs /
              std::min(config.workers, cpu_facts(query).cores) +
          kCallUs;
@@ -77,6 +76,7 @@ const Kernel kReference{
     .name = "cpu_reference",
     .role = Role::kReference,
     .summary = "float64, row by row: the oracle",
+    .takes_all_layouts = true,
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
     .configure = configure,
     .variant = [](const Query&, const Config&) -> std::string { return "float64"; },

@@ -5,6 +5,7 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
+#include "core/key_rows.h"
 #include "core/score_rules.h"
 #include "cpu/reference/row.h"
 
@@ -12,17 +13,17 @@ namespace wh::cpu {
 
 double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange keys,
                  const ScoredRow& scored) {
-  const int64_t q =
-      row.batch_idx * p.stride_q[0] + row.head_q * p.stride_q[1] + row.query_idx * p.stride_q[2];
+  const int64_t q = row.offset(p.stride_q);
+  const KeyRows key_rows = wh::key_rows(p, t, row.sequence);
   double largest = -std::numeric_limits<double>::infinity();
   for (int64_t j = keys.begin; j < keys.end; ++j) {
-    const float bias = mask_bias(p, t.mask, row.batch_idx, row.head_q, row.query_idx, j);
+    const float bias = mask_bias(p, t.mask, row.sequence.batch_idx, row.head_q, row.query_idx, j);
     double& score = scored.scores[j - keys.begin];
     double& is_visible = scored.is_visible[j - keys.begin];
     is_visible = bias != -std::numeric_limits<float>::infinity();
     if (is_visible == 0) continue;
     const int64_t k =
-        row.batch_idx * p.stride_k[0] + row.head_kv * p.stride_k[1] + j * p.stride_k[2];
+        key_rows.offset(p.stride_k[0], p.stride_k[2], j) + row.head_kv * p.stride_k[1];
     double dot = 0;
     for (int64_t d = 0; d < p.dim_qk; ++d) {
       dot += double{load_element(t.q, p.dtype_q, q + d * p.stride_q[3])} *
@@ -52,7 +53,8 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   double* scores = scratch;
   double* is_visible = scores + p.len_k;
   double* sums = is_visible + p.len_k;  // [dim_v]
-  const KeyRange keys = visible_keys(p, present_keys(p, t, row.batch_idx), row.query_idx);
+  const KeyRange keys = visible_keys(p, row.sequence, row.query_idx);
+  const KeyRows key_rows = wh::key_rows(p, t, row.sequence);
   const double shift = score_row(p, t, row, keys, {scores, is_visible, nullptr});
 
   double denominator = std::exp(sink_of(p, t, row) - shift);
@@ -62,14 +64,13 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
     const double weight = std::exp(scores[j - keys.begin] - shift);
     denominator += weight;
     const int64_t v =
-        row.batch_idx * p.stride_v[0] + row.head_kv * p.stride_v[1] + j * p.stride_v[2];
+        key_rows.offset(p.stride_v[0], p.stride_v[2], j) + row.head_kv * p.stride_v[1];
     for (int64_t d = 0; d < p.dim_v; ++d) {
       sums[d] += weight * load_element(t.v, p.dtype_kv, v + d * p.stride_v[3]);
     }
   }
   const bool is_empty = is_empty_row(denominator);
-  const int64_t out = row.batch_idx * p.stride_out[0] + row.head_q * p.stride_out[1] +
-                      row.query_idx * p.stride_out[2];
+  const int64_t out = row.offset(p.stride_out);
   for (int64_t d = 0; d < p.dim_v; ++d) {
     store_element(t.out, p.dtype_out(), out + d * p.stride_out[3],
                   static_cast<float>(is_empty ? kEmptyRowOut : sums[d] / denominator));
@@ -89,8 +90,9 @@ size_t reference_workspace_bytes(const Problem& problem) {
 void reference_rows(const Problem& p, const Tensors& t, int64_t begin, int64_t end,
                     double* scratch) {
   for (int64_t row_idx = begin; row_idx < end; ++row_idx) {
-    const int64_t head = row_idx / p.len_q % p.heads_q;
-    const Row row{row_idx / p.len_q / p.heads_q, head, head / p.group(), row_idx % p.len_q};
+    const QueryRow at = query_row(p, row_idx);
+    const Sequence sequence = sequence_of_row(p, t, at);
+    const Row row{sequence, at.head_q, at.head_q / p.group(), at.query_idx - sequence.first_query};
     reference_row(p, t, row, row_idx, scratch);
   }
 }

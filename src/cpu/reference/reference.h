@@ -11,7 +11,7 @@ namespace wh::cpu {
 // Scores of one row (float64), one row of sums.
 size_t reference_workspace_bytes(const Problem& problem);
 
-// Runs rows [begin, end) of the batch * heads_q * len_q query rows.
+// Runs rows [begin, end) of those that core/sequence.h numbers.
 void reference_rows(const Problem& problem, const Tensors& tensors, int64_t begin, int64_t end,
                     double* scratch);
 

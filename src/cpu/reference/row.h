@@ -1,14 +1,21 @@
 // A row's scores in float64, which both passes of the reference start from.
 #pragma once
 
-#include "core/key_range.h"
 #include "core/problem.h"
 #include "core/score_rules.h"
+#include "core/sequence.h"
 
 namespace wh::cpu {
 
 struct Row {
-  int64_t batch_idx, head_q, head_kv, query_idx;
+  Sequence sequence;
+  int64_t head_q, head_kv, query_idx;
+
+  // Of q's or out's first element of the row.
+  int64_t offset(const Strides& stride) const {
+    return sequence.query_batch * stride[0] + head_q * stride[1] +
+           (sequence.first_query + query_idx) * stride[2];
+  }
 };
 
 // Of each key in the row's range.
