@@ -3,13 +3,13 @@
 
 #include "support/gpu_attention.h"
 
-namespace widehead_gpu {
+namespace wh {
 namespace {
 
 class GpuInputs : public GpuKernel {};
 
 // Runs with `tensors` while the stream is captured: what a call launches shows as nodes of a graph.
-void expect_error(Attention& attention, const wh_tensors& tensors,
+void expect_error(GpuAttention& attention, const wh_tensors& tensors,
                   const std::vector<std::string>& words) {
   attention.out.fill(0xff);
   cudaStream_t stream = nullptr;
@@ -44,8 +44,8 @@ constexpr Pointer kInputs[] = {{"q", &wh_tensors::q}, {"k", &wh_tensors::k}, {"v
 TEST_P(GpuInputs, HostMemoryIsAnError) {
   wh_problem p = problem_with_workspace();
   p.uses = WH_USES_KEY_LENGTHS;
-  Attention attention(p);
-  attention.make_plan(kernel());
+  GpuAttention attention(p);
+  attention.plan_for(kernel());
   std::vector<uint16_t> plain(attention.q.size() + attention.k.size());
   void* pinned = nullptr;
   ASSERT_EQ(cudaMallocHost(&pinned, plain.size() * 2), cudaSuccess);
@@ -70,8 +70,8 @@ TEST_P(GpuInputs, HostMemoryIsAnError) {
 }
 
 TEST_P(GpuInputs, MisalignedMemoryIsAnError) {
-  Attention attention(problem_with_workspace());
-  attention.make_plan(kernel());
+  GpuAttention attention(problem_with_workspace());
+  attention.plan_for(kernel());
   const bool needs_16_bytes = kernel().rfind("sm90", 0) == 0;
   const auto shifted = [](const void* pointer, int bytes) {
     return static_cast<const void*>(static_cast<const char*>(pointer) + bytes);
@@ -98,8 +98,8 @@ TEST_P(GpuInputs, MisalignedMemoryIsAnError) {
 }
 
 TEST_P(GpuInputs, AWorkspaceTooSmallIsAnError) {
-  Attention attention(problem_with_workspace());
-  attention.make_plan(kernel());
+  GpuAttention attention(problem_with_workspace());
+  attention.plan_for(kernel());
   wh_tensors t = attention.tensors();
   ASSERT_GT(t.workspace_bytes, 0u);
   const std::string planned = std::to_string(t.workspace_bytes);
@@ -111,8 +111,8 @@ TEST_P(GpuInputs, AWorkspaceTooSmallIsAnError) {
 
 TEST_P(GpuInputs, MemoryOfAnotherDeviceIsAnError) {
   if (device_count() < 2) GTEST_SKIP() << "needs two GPUs";
-  Attention attention(problem_with_workspace());
-  attention.make_plan(kernel());
+  GpuAttention attention(problem_with_workspace());
+  attention.plan_for(kernel());
   ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
   {
     const DeviceBuffer other(attention.q.size() * 2 + attention.k.size() * 2);
@@ -129,7 +129,7 @@ TEST_P(GpuInputs, MemoryOfAnotherDeviceIsAnError) {
 }
 
 // Nothing is launched with such a stream: out keeps its bits.
-void expect_stream_error(Attention& attention, cudaStream_t stream) {
+void expect_stream_error(GpuAttention& attention, cudaStream_t stream) {
   attention.out.fill(0xff);
   EXPECT_NE(attention.run(attention.tensors(), stream), WH_OK);
   const std::string message = wh_last_error();
@@ -141,8 +141,8 @@ void expect_stream_error(Attention& attention, cudaStream_t stream) {
 
 TEST_P(GpuInputs, AStreamOfAnotherDeviceIsAnError) {
   if (device_count() < 2) GTEST_SKIP() << "needs two GPUs";
-  Attention attention(problem_with_workspace());
-  attention.make_plan(kernel());
+  GpuAttention attention(problem_with_workspace());
+  attention.plan_for(kernel());
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
   ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
@@ -163,8 +163,8 @@ Function driver_function(const char* name, unsigned version) {
 }
 
 TEST_P(GpuInputs, AStreamOfAnotherContextIsAnError) {
-  Attention attention(problem_with_workspace());
-  attention.make_plan(kernel());
+  GpuAttention attention(problem_with_workspace());
+  attention.plan_for(kernel());
   // The ABI of CUDA 11: context, flags, device.
   const auto create = driver_function<int (*)(void**, unsigned, int)>("cuCtxCreate", 11000);
   const auto pop = driver_function<int (*)(void**)>("cuCtxPopCurrent", 11000);
@@ -188,7 +188,7 @@ TEST_P(GpuInputs, AStreamOfAnotherContextIsAnError) {
 
 TEST(Gpu, ADeviceThatDoesNotExistIsRefused) {
   if (device_count() == 0) GTEST_SKIP() << "no GPU";
-  wh_problem p = problem_of(1, 2, 1, 8, 8, 64);
+  wh_problem p = gpu_problem(1, 2, 1, 8, 8, 64);
   p.device_index = 99;
   wh_plan* plan = nullptr;
   EXPECT_EQ(wh_plan_create(&p, nullptr, &plan), WH_REFUSED);
@@ -197,7 +197,7 @@ TEST(Gpu, ADeviceThatDoesNotExistIsRefused) {
   wh_plan_destroy(plan);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cuda, GpuInputs, testing::ValuesIn(kKernels), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, GpuInputs, testing::ValuesIn(kernels_under_test()), kernel_name);
 
 }  // namespace
-}  // namespace widehead_gpu
+}  // namespace wh

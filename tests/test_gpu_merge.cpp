@@ -5,7 +5,7 @@
 #include "core/element.h"
 #include "support/gpu_attention.h"
 
-namespace widehead_gpu {
+namespace wh {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -21,8 +21,8 @@ class GpuMerge : public testing::Test {
 
 // An output on both sides. Rows are packed, or lie apart with the columns outermost.
 struct Output {
-  Output(wh::Dtype type, int64_t dim, bool is_packed, std::mt19937& random)
-      : dtype(type), host(static_cast<size_t>(kRows * dim) * wh::dtype_bytes(type)), lse(kRows) {
+  Output(Dtype type, int64_t dim, bool is_packed, std::mt19937& random)
+      : dtype(type), host(static_cast<size_t>(kRows * dim) * dtype_bytes(type)), lse(kRows) {
     std::normal_distribution<float> normal;
     const int64_t row = is_packed ? dim : 1;
     const int64_t strides[] = {row * kHeads * kQueries, row, row * kHeads, is_packed ? 1 : kRows};
@@ -31,7 +31,7 @@ struct Output {
     std::copy(std::begin(steps), std::end(steps), part.stride_log_sum_exp);
     for (float& value : lse) value = random() % 4 == 0 ? -kInf : 3 * normal(random);
     for (int64_t i = 0; i < kRows * dim; ++i) {
-      wh::store_element(host.data(), dtype, i, normal(random));
+      store_element(host.data(), dtype, i, normal(random));
     }
     // What saw nothing may hold anything.
     for (int64_t b = 0, i = 0; b < kBatch; ++b) {
@@ -40,7 +40,7 @@ struct Output {
           if (lse[static_cast<size_t>(i)] != -kInf) continue;
           for (int64_t d = 0; d < dim; ++d) {
             const int64_t at = b * strides[0] + h * strides[1] + q * strides[2] + d * strides[3];
-            wh::store_element(host.data(), dtype, at, std::numeric_limits<float>::quiet_NaN());
+            store_element(host.data(), dtype, at, std::numeric_limits<float>::quiet_NaN());
           }
         }
       }
@@ -57,14 +57,14 @@ struct Output {
     return made;
   }
   std::vector<float> floats(const std::vector<std::byte>& from) const {
-    std::vector<float> values(from.size() / wh::dtype_bytes(dtype));
+    std::vector<float> values(from.size() / dtype_bytes(dtype));
     for (size_t i = 0; i < values.size(); ++i) {
-      values[i] = wh::load_element(from.data(), dtype, static_cast<int64_t>(i));
+      values[i] = load_element(from.data(), dtype, static_cast<int64_t>(i));
     }
     return values;
   }
 
-  wh::Dtype dtype;
+  Dtype dtype;
   std::vector<std::byte> host;
   std::vector<float> lse;
   wh_partial part{};
@@ -96,9 +96,9 @@ wh_status merge_on(int32_t where, const Output& to, const std::vector<Output>& p
 // Within the rounding of out's type and of f32 exponentials, empty rows exactly.
 void expect_as_host(const Output& out) {
   const auto have = out.floats(out.device->download<std::byte>()), want = out.floats(out.host);
-  wh::Errors errors;
+  Errors errors;
   for (size_t i = 0; i < want.size(); ++i) errors.add(have[i], want[i]);
-  EXPECT_LE(errors.relative_rms(), wh::tolerance_of(out.dtype));
+  EXPECT_LE(errors.relative_rms(), tolerance_of(out.dtype));
   const auto have_lse = out.device_lse->download<float>();
   for (size_t i = 0; i < have_lse.size(); ++i) {
     if (out.lse[i] == -kInf) {
@@ -113,13 +113,13 @@ TEST_F(GpuMerge, IsAsTheHosts) {
   std::mt19937 random(1);
   const std::vector<float> sinks = {0.5f, -2, 3};
   const DeviceBuffer device_sinks(sinks);
-  for (const wh::Dtype to : {wh::Dtype::kF32, wh::Dtype::kF16, wh::Dtype::kBf16}) {
+  for (const Dtype to : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
     for (const int64_t dim : {1, 7, 64, 192, 512, 1024}) {
       for (const int count : {0, 1, 2, 9, 32, 33, 100}) {  // more than 32 are merged in rounds
         SCOPED_TRACE(std::to_string(dim) + " x " + std::to_string(count));
         std::vector<Output> parts;
         for (int i = 0; i < count; ++i) {
-          parts.emplace_back(static_cast<wh::Dtype>(random() % 3), dim, random() % 3 != 0, random);
+          parts.emplace_back(static_cast<Dtype>(random() % 3), dim, random() % 3 != 0, random);
         }
         Output out(to, dim, count % 2 == 0, random);
         const bool has_sinks = random() % 2 == 0;
@@ -137,8 +137,8 @@ TEST_F(GpuMerge, IsAsTheHosts) {
 TEST_F(GpuMerge, IsTheSameInPlace) {
   std::mt19937 random(2);
   std::vector<Output> parts;
-  for (int i = 0; i < 3; ++i) parts.emplace_back(wh::Dtype::kBf16, 96, true, random);
-  const Output out(wh::Dtype::kBf16, 96, true, random);
+  for (int i = 0; i < 3; ++i) parts.emplace_back(Dtype::kBf16, 96, true, random);
+  const Output out(Dtype::kBf16, 96, true, random);
   ASSERT_EQ(merge_on(WH_CUDA, out, parts, 96, nullptr), WH_OK) << wh_last_error();
   ASSERT_EQ(merge_on(WH_CUDA, parts[1], parts, 96, nullptr), WH_OK) << wh_last_error();
   EXPECT_EQ(parts[1].device->download<std::byte>(), out.device->download<std::byte>());
@@ -149,8 +149,8 @@ TEST_F(GpuMerge, IsTheSameInPlace) {
 TEST_F(GpuMerge, NamesHostMemory) {
   std::mt19937 random(3);
   std::vector<Output> parts;
-  for (int i = 0; i < 2; ++i) parts.emplace_back(wh::Dtype::kF32, 8, true, random);
-  const Output out(wh::Dtype::kF32, 8, true, random);
+  for (int i = 0; i < 2; ++i) parts.emplace_back(Dtype::kF32, 8, true, random);
+  const Output out(Dtype::kF32, 8, true, random);
   const float sinks[kHeads] = {};
   EXPECT_EQ(merge_on(WH_CUDA, out, parts, 8, sinks), WH_INVALID_ARGUMENT);
   EXPECT_NE(std::string(wh_last_error()).find("sinks is host memory"), std::string::npos)
@@ -158,4 +158,4 @@ TEST_F(GpuMerge, NamesHostMemory) {
 }
 
 }  // namespace
-}  // namespace widehead_gpu
+}  // namespace wh

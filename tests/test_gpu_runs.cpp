@@ -3,7 +3,7 @@
 
 #include "support/gpu_attention.h"
 
-namespace widehead_gpu {
+namespace wh {
 namespace {
 
 class GpuRuns : public GpuKernel {};
@@ -23,7 +23,7 @@ struct Graph {
   Graph& operator=(const Graph&) = delete;
 
   // Global: a call that allocates, or does anything else a capture must not, fails.
-  void capture(const Attention& attention) {
+  void capture(const GpuAttention& attention) {
     const wh_tensors t = attention.tensors();
     ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
     EXPECT_EQ(attention.run(t, stream), WH_OK) << wh_last_error();
@@ -38,11 +38,11 @@ struct Graph {
 
 TEST_P(GpuRuns, AReplayedGraphFollowsTheKeyLengths) {
   wh_problem p =
-      is_prefill() ? problem_of(2, 8, 2, 300, 900, 128) : problem_of(2, 8, 2, 2, 3000, 128);
+      is_prefill() ? gpu_problem(2, 8, 2, 300, 900, 128) : gpu_problem(2, 8, 2, 2, 3000, 128);
   p.causal = WH_CAUSAL_BOTTOM_RIGHT;
   p.uses = WH_USES_KEY_LENGTHS;
-  Attention attention(p);
-  attention.make_plan(kernel());
+  GpuAttention attention(p);
+  attention.plan_for(kernel());
   attention.run_alone();  // what loads code does so before the capture
   Graph graph;
   graph.capture(attention);
@@ -60,8 +60,8 @@ TEST_P(GpuRuns, AReplayedGraphFollowsTheKeyLengths) {
 }
 
 TEST_P(GpuRuns, ManyRunsBehindEachOtherGiveTheSameBits) {
-  Attention attention(problem_with_workspace());
-  attention.make_plan(kernel());
+  GpuAttention attention(problem_with_workspace());
+  attention.plan_for(kernel());
   const std::vector<uint16_t> first = attention.run_alone();
   attention.out.fill(0xff);
   // No wait between them: a run must not see the workspace of the one in front half done.
@@ -72,15 +72,15 @@ TEST_P(GpuRuns, ManyRunsBehindEachOtherGiveTheSameBits) {
 }
 
 TEST_P(GpuRuns, APromiseAboutFreshKeysKeepsTheBits) {
-  const wh_problem p = problem_of(1, 8, 2, 1, 20000, 128);
-  Attention attention(p);
-  attention.make_plan(kernel());
+  const wh_problem p = gpu_problem(1, 8, 2, 1, 20000, 128);
+  GpuAttention attention(p);
+  attention.plan_for(kernel());
   const std::vector<uint16_t> plain = attention.run_alone();
-  Attention front(problem_of(1, 8, 8, 2048, 2048, 128), 7);
-  front.make_plan("cuda_portable");
+  GpuAttention front(gpu_problem(1, 8, 8, 2048, 2048, 128), 7);
+  front.plan_for("cuda_portable");
   for (const int64_t fresh : {int64_t{0}, int64_t{1}, int64_t{100}, p.len_k}) {
     attention.limits.fresh_keys = fresh;
-    attention.make_plan(kernel());
+    attention.plan_for(kernel());
     for (int i = 0; i < 5; ++i) {
       attention.out.fill(0xff);
       ASSERT_EQ(front.run(front.tensors()), WH_OK) << wh_last_error();
@@ -93,9 +93,9 @@ TEST_P(GpuRuns, APromiseAboutFreshKeysKeepsTheBits) {
 TEST_P(GpuRuns, BatchInvariantRowsKeepTheirBits) {
   const int64_t len_q = is_prefill() ? 70 : 1;
   constexpr int64_t kBatch = 16;
-  Attention all(problem_of(kBatch, 8, 2, len_q, 5000, 128));
+  GpuAttention all(gpu_problem(kBatch, 8, 2, len_q, 5000, 128));
   all.limits.batch_invariant = 1;
-  all.make_plan(kernel());
+  all.plan_for(kernel());
   const std::vector<uint16_t> want = all.run_alone();
   const auto entries = [](const std::vector<uint16_t>& of, int64_t first, int64_t count) {
     const auto each = static_cast<int64_t>(of.size()) / kBatch;
@@ -103,15 +103,15 @@ TEST_P(GpuRuns, BatchInvariantRowsKeepTheirBits) {
   };
   for (const int64_t batch : {1, 2}) {
     const int64_t first = kBatch - batch - 3;
-    Attention few(problem_of(batch, 8, 2, len_q, 5000, 128), entries(all.q, first, batch),
-                  entries(all.k, first, batch), entries(all.v, first, batch));
+    GpuAttention few(gpu_problem(batch, 8, 2, len_q, 5000, 128), entries(all.q, first, batch),
+                     entries(all.k, first, batch), entries(all.v, first, batch));
     few.limits.batch_invariant = 1;
-    few.make_plan(kernel());
+    few.plan_for(kernel());
     EXPECT_EQ(few.run_alone(), entries(want, first, batch)) << "batch " << batch;
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cuda, GpuRuns, testing::ValuesIn(kKernels), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, GpuRuns, testing::ValuesIn(kernels_under_test()), kernel_name);
 
 }  // namespace
-}  // namespace widehead_gpu
+}  // namespace wh

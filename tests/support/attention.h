@@ -8,12 +8,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "support/kernels_under_test.h"
+#include "support/makers.h"
 #include "verify/elements.h"
 #include "widehead/widehead.h"
 
@@ -38,40 +38,23 @@ inline std::vector<float> floats_of(const std::vector<std::byte>& from, int32_t 
   return to;
 }
 
-struct DestroyPlan {
-  void operator()(wh_plan* plan) const { wh_plan_destroy(plan); }
-};
-
 struct Attention {
   wh_problem problem;
-  wh_limits limits;
+  wh_limits limits = no_limits();
   std::vector<float> q, k, v, out, lse;  // the last two hold NaN until a run writes them
   std::vector<float> mask;               // [len_q, len_k], additive; of q's type, or f32
   std::vector<float> sinks;              // [heads_q]
   std::vector<int32_t> key_lengths;
-  int32_t dtype = WH_F32;                      // where the kernel takes it: see dtypes_of()
-  std::unique_ptr<wh_plan, DestroyPlan> plan;  // of the last run
+  int32_t dtype = WH_F32;  // where the kernel takes it: see dtypes_of()
+  PlanHandle plan;         // of the last run
 
   Attention(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim,
-            int64_t batch = 1) {
-    EXPECT_EQ(wh_problem_init(&problem, sizeof(problem)), WH_OK);
-    EXPECT_EQ(wh_limits_init(&limits, sizeof(limits)), WH_OK);
-    problem.batch = batch;
-    problem.heads_q = heads_q;
-    problem.heads_kv = heads_kv;
-    problem.len_q = len_q;
-    problem.len_k = len_k;
-    problem.dim_qk = problem.dim_v = dim;
-    EXPECT_EQ(wh_problem_set_dense(&problem), WH_OK);
+            int64_t batch = 1)
+      : problem(problem_of(batch, heads_q, heads_kv, len_q, len_k, dim)) {
     std::mt19937 random(7);
-    std::normal_distribution<float> normal;
-    const auto fill = [&](std::vector<float>& to, int64_t count) {
-      to.resize(static_cast<size_t>(count));
-      for (float& value : to) value = normal(random);
-    };
-    fill(q, batch * heads_q * len_q * dim);
-    fill(k, batch * heads_kv * len_k * dim);
-    fill(v, batch * heads_kv * len_k * dim);
+    q = normal_values(batch * heads_q * len_q * dim, random);
+    k = normal_values(batch * heads_kv * len_k * dim, random);
+    v = normal_values(batch * heads_kv * len_k * dim, random);
   }
 
   void run(const std::string& kernel, const wh_executor* executor = nullptr) {
@@ -96,12 +79,9 @@ struct Attention {
     }
     p.uses = WH_USES_LOG_SUM_EXP | (key_lengths.empty() ? 0 : WH_USES_KEY_LENGTHS) |
              (sinks.empty() ? 0 : WH_USES_SINKS);
-    limits.kernel = kernel.c_str();
-    wh_plan* made = nullptr;
-    const wh_status planned = wh_plan_create(&p, &limits, &made);
-    limits.kernel = nullptr;
-    plan.reset(made);
+    const wh_status planned = make_plan(p, limits, kernel, plan);
     if (planned != WH_OK) return planned;
+    const uint64_t workspace_bytes = wh_plan_workspace_bytes(plan.get());
 
     out.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v), kNan);
     lse.assign(static_cast<size_t>(p.batch * p.heads_q * p.len_q), kNan);
@@ -112,8 +92,7 @@ struct Attention {
     const Placed at_q(elements_of(q, dtype)), at_k(elements_of(k, dtype)),
         at_v(elements_of(v, dtype)), at_out(elements_of(out, dtype)), at_lse(bytes(lse)),
         at_mask(elements_of(mask, p.mask == WH_MASK_ADDITIVE ? dtype : WH_F32)),
-        at_sinks(bytes(sinks)), at_lengths(bytes(key_lengths)),
-        workspace(wh_plan_workspace_bytes(made));
+        at_sinks(bytes(sinks)), at_lengths(bytes(key_lengths)), workspace(workspace_bytes);
     wh_tensors t;
     EXPECT_EQ(wh_tensors_init(&t, sizeof(t)), WH_OK);
     t.q = at_q.data();
@@ -125,13 +104,19 @@ struct Attention {
     t.key_lengths = static_cast<const int32_t*>(at_lengths.data());
     t.log_sum_exp = static_cast<float*>(at_lse.data());
     t.workspace = workspace.data();
-    t.workspace_bytes = wh_plan_workspace_bytes(made);
-    const wh_status status = wh_plan_run(made, &t, &options);
+    t.workspace_bytes = workspace_bytes;
+    const wh_status status = wh_plan_run(plan.get(), &t, &options);
     out = floats_of(at_out.fetch(), dtype);
     lse = floats_of(at_lse.fetch(), WH_F32);
     return status;
   }
 };
+
+inline void expect_near(const std::vector<float>& have, const std::vector<float>& want,
+                        float bound) {
+  ASSERT_EQ(have.size(), want.size());
+  for (size_t i = 0; i < have.size(); ++i) ASSERT_NEAR(have[i], want[i], bound) << "element " << i;
+}
 
 inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;

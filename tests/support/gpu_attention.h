@@ -13,10 +13,12 @@
 #include <vector>
 
 #include "core/float16.h"
+#include "support/kernels_under_test.h"
+#include "support/makers.h"
 #include "verify/errors.h"
 #include "widehead/widehead.h"
 
-namespace widehead_gpu {
+namespace wh {
 
 inline int device_count() {
   int count = 0;
@@ -58,51 +60,39 @@ class DeviceBuffer {
   size_t bytes_;
 };
 
-struct PlanDeleter {
-  void operator()(wh_plan* plan) const { wh_plan_destroy(plan); }
-};
-using PlanHandle = std::unique_ptr<wh_plan, PlanDeleter>;
-
-inline wh_problem problem_of(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
-                             int64_t len_k, int64_t dim) {
-  wh_problem p;
-  EXPECT_EQ(wh_problem_init(&p, sizeof(p)), WH_OK);
+inline wh_problem gpu_problem(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
+                              int64_t len_k, int64_t dim) {
+  wh_problem p = problem_of(batch, heads_q, heads_kv, len_q, len_k, dim);
   p.device = WH_CUDA;
   p.dtype_q = p.dtype_kv = WH_BF16;
-  p.batch = batch;
-  p.heads_q = heads_q;
-  p.heads_kv = heads_kv;
-  p.len_q = len_q;
-  p.len_k = len_k;
-  p.dim_qk = p.dim_v = dim;
-  EXPECT_EQ(wh_problem_set_dense(&p), WH_OK);
   return p;
 }
 
 inline std::vector<uint16_t> random_bf16(int64_t count, unsigned seed) {
-  std::vector<uint16_t> values(static_cast<size_t>(count));
   std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  for (uint16_t& value : values) value = wh::from_float<wh::Bfloat16>(normal(random)).bits;
+  std::vector<uint16_t> values;
+  for (const float value : normal_values(count, random)) {
+    values.push_back(from_float<Bfloat16>(value).bits);
+  }
   return values;
 }
 
 // One problem with its tensors on the device and everything a run needs.
-struct Attention {
+struct GpuAttention {
   wh_problem problem;
-  wh_limits limits{};
+  wh_limits limits = no_limits();
   std::vector<uint16_t> q, k, v;
   std::vector<int32_t> key_lengths;
   DeviceBuffer device_q, device_k, device_v, out, device_lengths;
   PlanHandle plan;  // null where planning failed: runs then fail too
   std::unique_ptr<DeviceBuffer> workspace;
 
-  explicit Attention(const wh_problem& p, unsigned seed = 1)
-      : Attention(p, random_bf16(p.batch * p.heads_q * p.len_q * p.dim_qk, seed),
-                  random_bf16(p.batch * p.heads_kv * p.len_k * p.dim_qk, seed + 1),
-                  random_bf16(p.batch * p.heads_kv * p.len_k * p.dim_v, seed + 2)) {}
-  Attention(const wh_problem& p, std::vector<uint16_t> q_, std::vector<uint16_t> k_,
-            std::vector<uint16_t> v_)
+  explicit GpuAttention(const wh_problem& p, unsigned seed = 1)
+      : GpuAttention(p, random_bf16(p.batch * p.heads_q * p.len_q * p.dim_qk, seed),
+                     random_bf16(p.batch * p.heads_kv * p.len_k * p.dim_qk, seed + 1),
+                     random_bf16(p.batch * p.heads_kv * p.len_k * p.dim_v, seed + 2)) {}
+  GpuAttention(const wh_problem& p, std::vector<uint16_t> q_, std::vector<uint16_t> k_,
+               std::vector<uint16_t> v_)
       : problem(p),
         q(std::move(q_)),
         k(std::move(k_)),
@@ -113,17 +103,11 @@ struct Attention {
         device_v(v),
         out(static_cast<size_t>(p.batch * p.heads_q * p.len_q * p.dim_v) * 2),
         device_lengths(key_lengths),
-        workspace(std::make_unique<DeviceBuffer>(0)) {
-    EXPECT_EQ(wh_limits_init(&limits, sizeof(limits)), WH_OK);
-  }
+        workspace(std::make_unique<DeviceBuffer>(0)) {}
 
-  void make_plan(const std::string& kernel) {
-    limits.kernel = kernel.c_str();
-    wh_plan* made = nullptr;
-    ASSERT_EQ(wh_plan_create(&problem, &limits, &made), WH_OK) << wh_last_error();
-    limits.kernel = nullptr;
-    plan.reset(made);
-    workspace = std::make_unique<DeviceBuffer>(wh_plan_workspace_bytes(made));
+  void plan_for(const std::string& kernel) {
+    ASSERT_EQ(make_plan(problem, limits, kernel, plan), WH_OK) << wh_last_error();
+    workspace = std::make_unique<DeviceBuffer>(wh_plan_workspace_bytes(plan.get()));
   }
 
   wh_tensors tensors() const {
@@ -170,8 +154,8 @@ struct Attention {
     t.out = want.data();
     t.key_lengths = lengths.data();
     EXPECT_EQ(wh_attention(&p, &oracle, &t, nullptr), WH_OK) << wh_last_error();
-    const auto value = [](uint16_t bits_of) { return wh::to_float(wh::Bfloat16{bits_of}); };
-    wh::Errors errors;
+    const auto value = [](uint16_t bits_of) { return to_float(Bfloat16{bits_of}); };
+    Errors errors;
     for (size_t i = 0; i < bits.size(); ++i) errors.add(value(bits[i]), value(want[i]));
     return errors.relative_rms();
   }
@@ -180,17 +164,8 @@ struct Attention {
 // The answer is rounded to bf16 too, hence more than the 7e-3 of the contract.
 constexpr double kTolerance = 8e-3;
 
-// Tests of one CUDA kernel; those for Hopper are skipped on other cards.
-class GpuKernel : public testing::TestWithParam<const char*> {
+class GpuKernel : public KernelTest {
  protected:
-  void SetUp() override {
-    if (device_count() == 0) GTEST_SKIP() << "no GPU";
-    ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
-    int major = 0;
-    ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
-    if (kernel().rfind("sm90", 0) == 0 && major != 9) GTEST_SKIP() << "no Hopper GPU";
-  }
-
   static std::string kernel() { return GetParam(); }
   static bool is_prefill() { return kernel().find("prefill") != std::string::npos; }
 
@@ -198,17 +173,10 @@ class GpuKernel : public testing::TestWithParam<const char*> {
   // are claimed from a counter; or so few rows that keys are split.
   static wh_problem problem_with_workspace() {
     wh_problem p =
-        is_prefill() ? problem_of(1, 8, 8, 4096, 4096, 128) : problem_of(1, 8, 2, 1, 20000, 128);
+        is_prefill() ? gpu_problem(1, 8, 8, 4096, 4096, 128) : gpu_problem(1, 8, 2, 1, 20000, 128);
     if (is_prefill()) p.causal = WH_CAUSAL_BOTTOM_RIGHT;
     return p;
   }
 };
 
-constexpr const char* kKernels[] = {"sm90_prefill", "sm90_prefill_wide", "sm90_decode",
-                                    "cuda_portable", "cuda_unfused"};
-
-inline std::string kernel_name(const testing::TestParamInfo<const char*>& info) {
-  return info.param;
-}
-
-}  // namespace widehead_gpu
+}  // namespace wh
