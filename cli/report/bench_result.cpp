@@ -76,11 +76,19 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
   return json;
 }
 
-// A line of a chart: problems that differ in length alone.
-std::string series_name(const Problem& p) {
+// A line of a chart: problems that differ in length alone. As many queries as keys are the first
+// chunk of a prompt where longer ones follow.
+std::string series_name(const Problem& p, const std::vector<BenchResult>& results) {
   const std::string dim =
       p.dim_qk == p.dim_v ? fmt::format("d{}", p.dim_qk) : fmt::format("d{}/{}", p.dim_qk, p.dim_v);
-  const char* phase = p.len_q == 1 ? "decode" : (p.len_q == p.len_k ? "square" : "chunk");
+  const bool is_chunk =
+      p.len_q != p.len_k ||
+      std::any_of(results.begin(), results.end(), [&](const BenchResult& one) {
+        return one.request.problem.len_q == p.len_q && one.request.problem.len_k > p.len_k;
+      });
+  const std::string phase = p.len_q == 1 ? "decode"
+                            : is_chunk   ? fmt::format("chunk of {}", p.len_q)
+                                         : "square";
   return fmt::format("{}/{} {} {}", p.heads_q, p.heads_kv, dim, phase);
 }
 
@@ -95,7 +103,8 @@ void add_point(Chart& chart, const std::string& name, double x, double y) {
 }
 
 // How often unfused takes the time of the fastest fused kernel: the crossover is at 1.
-void add_crossover(Chart& chart, const BenchResult& result) {
+void add_crossover(Chart& chart, const BenchResult& result,
+                   const std::vector<BenchResult>& results) {
   const BenchRow* unfused = result.unfused();
   double fused_us = 0;
   for (const BenchRow& row : result.rows) {
@@ -104,7 +113,7 @@ void add_crossover(Chart& chart, const BenchResult& result) {
   }
   if (unfused == nullptr || fused_us == 0) return;
   const Problem& p = result.request.problem;
-  add_point(chart, series_name(p), static_cast<double>(p.len_k),
+  add_point(chart, series_name(p, results), static_cast<double>(p.len_k),
             unfused->samples.best() / fused_us);
 }
 
@@ -299,17 +308,20 @@ Chart bench_chart(const std::string& suite, const BenchDevice& device,
   Chart chart;
   chart.title = suite.empty() ? "widehead bench" : "widehead bench " + suite + ", " + device.name;
   chart.x_label = "keys";
+  chart.x_unit = Unit::kKeys;
   if (y == "crossover") {
     chart.y_label = "time of unfused / fused";
     chart.level = 1;
   } else if (y == "gflops") {
     chart.y_label = "GFLOP/s on visible pairs";
   } else {
-    chart.y_label = y == "kv_gbytes_per_s" ? "GB/s of K and V" : "microseconds";
+    const bool is_rate = y == "kv_gbytes_per_s";
+    chart.y_label = is_rate ? "GB/s of K and V" : "time";
+    chart.y_unit = is_rate ? Unit::kNumber : Unit::kMicroseconds;
   }
   for (const BenchResult& result : results) {
     if (y == "crossover") {
-      add_crossover(chart, result);
+      add_crossover(chart, result, results);
       continue;
     }
     const Problem& p = result.request.problem;
@@ -318,7 +330,8 @@ Chart bench_chart(const std::string& suite, const BenchDevice& device,
       const double value = y == "gflops"            ? gflops(result.request, row)
                            : y == "kv_gbytes_per_s" ? kv_gbytes_per_s(result.request, row)
                                                     : row.samples.best();
-      add_point(chart, row.kernel + " " + series_name(p), static_cast<double>(p.len_k), value);
+      add_point(chart, row.kernel + " " + series_name(p, results), static_cast<double>(p.len_k),
+                value);
     }
   }
   for (Series& series : chart.series) std::sort(series.points.begin(), series.points.end());

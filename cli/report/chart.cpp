@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "plan/units.h"
+
 namespace wh::cli {
 namespace {
 
@@ -31,36 +33,54 @@ std::string escape(const std::string& text) {
   return escaped;
 }
 
-std::string short_number(double value) {
-  if (value >= 1e6) return fmt::format("{:.3g}M", value / 1e6);
-  if (value >= 1e3) return fmt::format("{:.3g}K", value / 1e3);
-  return fmt::format("{:.3g}", value);
-}
-
-// A logarithmic axis over the values seen, from one power of `base` to another.
+// A logarithmic axis that ends at the ticks next to the values seen. Numbers have ticks at 1, 2 and
+// 5 times a power of ten, lengths at powers of two.
 class Axis {
  public:
-  Axis(double base, double low, double high, double from, double to)
-      : base_(base), from_(from), to_(to) {
-    first_ = std::floor(std::log(low) / std::log(base));
-    last_ = std::max(std::ceil(std::log(high) / std::log(base)), first_ + 1);
+  Axis(Unit unit, double low, double high, double from, double to)
+      : unit_(unit), from_(from), to_(to) {
+    int64_t first = 0, last = 0;
+    while (tick(first) > low) --first;
+    while (tick(first + 1) <= low) ++first;
+    last = first + 1;
+    while (tick(last) < high) ++last;
+    // At most about nine labels: of numbers over many decades the powers of ten alone.
+    step_ = (last - first + 8) / 9;
+    if (unit != Unit::kKeys && step_ > 1) {
+      step_ = (step_ + 2) / 3 * 3;
+      first -= ((first % 3) + 3) % 3;
+    }
+    first_ = first;
+    last_ = last;
   }
   double position(double value) const {
-    const double share = (std::log(value) / std::log(base_) - first_) / (last_ - first_);
-    return from_ + share * (to_ - from_);
+    const double low = std::log(tick(first_));
+    return from_ + (std::log(value) - low) / (std::log(tick(last_)) - low) * (to_ - from_);
   }
   std::vector<double> ticks() const {
-    // At most about nine labels.
-    const double step = std::max(1.0, std::ceil((last_ - first_) / 9));
     std::vector<double> values;
-    for (double exponent = first_; exponent <= last_; exponent += step) {
-      values.push_back(std::pow(base_, exponent));
-    }
+    for (int64_t i = first_; i <= last_; i += step_) values.push_back(tick(i));
     return values;
+  }
+  std::string label(double value) const {
+    if (unit_ == Unit::kMicroseconds) return format_us(value);
+    const double kilo = unit_ == Unit::kKeys ? 1024 : 1000;
+    if (value >= kilo * kilo) return fmt::format("{:g}M", value / kilo / kilo);
+    if (value >= kilo) return fmt::format("{:g}K", value / kilo);
+    return fmt::format("{:g}", value);
   }
 
  private:
-  double base_, from_, to_, first_, last_;
+  double tick(int64_t i) const {
+    if (unit_ == Unit::kKeys) return std::exp2(static_cast<double>(i));
+    const int64_t decade = (i >= 0 ? i : i - 2) / 3;
+    constexpr double kSteps[] = {1, 2, 5};
+    return kSteps[i - 3 * decade] * std::pow(10, static_cast<double>(decade));
+  }
+
+  Unit unit_;
+  double from_, to_;
+  int64_t first_, last_, step_;
 };
 
 std::string text_at(double x, double y, const char* anchor, const std::string& text) {
@@ -94,19 +114,19 @@ std::string to_svg(const Chart& chart) {
     y_high = std::max(y_high, chart.level);
   }
   if (x_high <= 0 || y_high <= 0 || x_low <= 0 || y_low <= 0) return svg + "</svg>\n";
-  const Axis x_axis(2, x_low, x_high, kLeft, kWidth - kRight);
-  const Axis y_axis(y_high / y_low < 100 ? 2 : 10, y_low, y_high, height - kBottom, kTop);
+  const Axis x_axis(chart.x_unit, x_low, x_high, kLeft, kWidth - kRight);
+  const Axis y_axis(chart.y_unit, y_low, y_high, height - kBottom, kTop);
   for (const double tick : x_axis.ticks()) {
     const double x = x_axis.position(tick);
     svg +=
         fmt::format("<path d=\"M{0:.1f} {1} V{2}\" stroke=\"#ddd\"/>\n", x, kTop, height - kBottom);
-    svg += text_at(x, height - kBottom + 18, "middle", short_number(tick));
+    svg += text_at(x, height - kBottom + 18, "middle", x_axis.label(tick));
   }
   for (const double tick : y_axis.ticks()) {
     const double y = y_axis.position(tick);
     svg +=
         fmt::format("<path d=\"M{0} {1:.1f} H{2}\" stroke=\"#ddd\"/>\n", kLeft, y, kWidth - kRight);
-    svg += text_at(kLeft - 8, y + 4, "end", short_number(tick));
+    svg += text_at(kLeft - 8, y + 4, "end", y_axis.label(tick));
   }
   svg += text_at((kLeft + kWidth - kRight) / 2, height - 18, "middle", chart.x_label);
   svg += fmt::format(

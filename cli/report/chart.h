@@ -7,6 +7,9 @@
 
 namespace wh::cli {
 
+// What an axis counts, and so where its ticks are and what they are called.
+enum class Unit : uint8_t { kNumber, kKeys, kMicroseconds };
+
 struct Series {
   std::string name;
   std::vector<std::pair<double, double>> points;  // positive
@@ -14,6 +17,7 @@ struct Series {
 
 struct Chart {
   std::string title, x_label, y_label;
+  Unit x_unit = Unit::kNumber, y_unit = Unit::kNumber;
   std::vector<Series> series;
   double level = 0;  // a line across at this y; 0: none
 };
