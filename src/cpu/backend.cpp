@@ -54,6 +54,32 @@ class CpuBackend final : public Backend {
     std::memcpy(to, from, bytes);
     return {};
   }
+  Status copy(DeviceStream, const TensorCopy& copy, const Executor& executor) const override {
+    const auto& e = copy.extents;
+    const bool is_row = copy.stride_to[3] == 1 && copy.stride_from[3] == 1;
+    const int64_t pieces = is_row ? 1 : e[3];
+    const auto bytes = static_cast<size_t>((is_row ? e[3] : 1) * copy.element_bytes);
+    const auto copy_row = [&](int64_t b, int64_t h, int64_t i) {
+      const auto offset = [&](const Strides& s) { return b * s[0] + h * s[1] + i * s[2]; };
+      const int64_t to = offset(copy.stride_to), from = offset(copy.stride_from);
+      for (int64_t d = 0; d < pieces; ++d) {
+        std::memcpy(
+            static_cast<std::byte*>(copy.to) + (to + d * copy.stride_to[3]) * copy.element_bytes,
+            static_cast<const std::byte*>(copy.from) +
+                (from + d * copy.stride_from[3]) * copy.element_bytes,
+            bytes);
+      }
+    };
+    const auto workers = static_cast<int32_t>(std::min<int64_t>(e[2], 1 << 20));
+    parallel(executor, workers, [&](int32_t worker) {
+      for (int64_t i = worker; i < e[2]; i += workers) {
+        for (int64_t b = 0; b < e[0]; ++b) {
+          for (int64_t h = 0; h < e[1]; ++h) copy_row(b, h, i);
+        }
+      }
+    });
+    return {};
+  }
   Status synchronize(DeviceStream) const override { return {}; }
 
   Status check(const Problem&, const Tensors&, void*) const override { return {}; }

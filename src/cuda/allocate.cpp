@@ -100,6 +100,35 @@ Status copy(DeviceStream on, void* to, const void* from, size_t bytes) {
   return synchronize(on);
 }
 
+Status copy(DeviceStream on, const TensorCopy& c) {
+  const DeviceScope scope(on.device_index);
+  WH_RETURN_IF_ERROR(scope.status());
+  // Rows of the longer of heads and length in one call.
+  const auto& e = c.extents;
+  const int outer = e[1] <= e[2] ? 1 : 2, inner = 3 - outer;
+  const auto bytes = [&](int64_t elements) {
+    return static_cast<size_t>(elements * c.element_bytes);
+  };
+  const size_t width = bytes(e[3]);
+  const auto pitch = [&](const Strides& strides) {
+    return e[inner] > 1 ? bytes(strides[static_cast<size_t>(inner)]) : width;
+  };
+  for (int64_t b = 0; b < e[0]; ++b) {
+    for (int64_t i = 0; i < e[static_cast<size_t>(outer)]; ++i) {
+      const auto offset = [&](const Strides& s) {
+        return bytes(b * s[0] + i * s[static_cast<size_t>(outer)]);
+      };
+      WH_RETURN_IF_ERROR(cuda_status(
+          cudaMemcpy2DAsync(static_cast<std::byte*>(c.to) + offset(c.stride_to), pitch(c.stride_to),
+                            static_cast<const std::byte*>(c.from) + offset(c.stride_from),
+                            pitch(c.stride_from), width, static_cast<size_t>(e[inner]),
+                            cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(on.stream)),
+          "cudaMemcpy2DAsync"));
+    }
+  }
+  return {};
+}
+
 Status synchronize(DeviceStream on) {
   const DeviceScope scope(on.device_index);
   if (Status status = scope.status(); !status.ok()) return status;

@@ -10,6 +10,7 @@ Result<void*> allocate(DeviceStream on, size_t bytes);
 void release(DeviceStream on, void* data) noexcept;
 
 Status copy(DeviceStream on, void* to, const void* from, size_t bytes);
+Status copy(DeviceStream on, const TensorCopy& copy);
 Status synchronize(DeviceStream on);
 
 }  // namespace wh::cuda

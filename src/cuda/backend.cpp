@@ -61,6 +61,9 @@ class CudaBackend final : public Backend {
   Status copy(DeviceStream on, void* to, const void* from, size_t bytes) const override {
     return cuda::copy(on, to, from, bytes);
   }
+  Status copy(DeviceStream on, const TensorCopy& copy, const Executor&) const override {
+    return cuda::copy(on, copy);
+  }
   Status synchronize(DeviceStream on) const override { return cuda::synchronize(on); }
 
   Status check(const Problem& problem, const Tensors& tensors, void* stream) const override {

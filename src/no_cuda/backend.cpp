@@ -35,6 +35,7 @@ class NoBackend final : public Backend {
   Result<void*> allocate(DeviceStream, size_t) const override { return refused(); }
   void release(DeviceStream, void*) const noexcept override {}
   Status copy(DeviceStream, void*, const void*, size_t) const override { return refused(); }
+  Status copy(DeviceStream, const TensorCopy&, const Executor&) const override { return refused(); }
   Status synchronize(DeviceStream) const override { return refused(); }
 
   Status check(const Problem&, const Tensors&, void*) const override { return refused(); }

@@ -25,11 +25,14 @@ class Communicator {
   virtual int32_t ranks() const = 0;
 
   // Sends and receives at once, without waiting. Transfers between two ranks meet in the order in
-  // which both start them. On a device with streams they follow what the stream holds by now.
+  // which both start them. On a device with streams they follow what the stream holds by now, and
+  // memory is the device's; under a negative number it is the host's.
   virtual Status start(int32_t exchange, std::span<const Transfer> transfers) = 0;
   // Waits for what start() began under this number, on a device by its stream. After a failure, of
   // which the status names the rank, the connection is of no more use.
   virtual Status finish(int32_t exchange, Clock::time_point deadline) = 0;
+  // Waits for all that the rank's device still does: run_rank() leaves the rest of it on a stream.
+  virtual Status settle(Clock::time_point) { return {}; }
   // Called now and then while the rank computes, from any thread but never from two at once: for
   // connections that move only when they are asked to.
   virtual void poll() {}

@@ -73,32 +73,9 @@ class Runner {
       : s_(s), plan_(plan), t_(tensors), communicator_(communicator), run_(run) {}
 
   Status operator()(const Copy& copy) const {
-    const auto* from = static_cast<const std::byte*>(at(copy.from.place));
-    auto* to = static_cast<std::byte*>(at(copy.to.place));
-    const auto& e = copy.extents;
-    const int64_t element = copy.from.element_bytes;
-    const bool is_row = copy.from.strides[3] == 1 && copy.to.strides[3] == 1;
-    parallel(run_.options.executor, static_cast<int32_t>(std::min<int64_t>(e[2], 1 << 20)),
-             [&](int32_t worker) {
-               const int64_t workers = std::min<int64_t>(e[2], 1 << 20);
-               for (int64_t i = worker; i < e[2]; i += workers) {
-                 for (int64_t b = 0; b < e[0]; ++b) {
-                   for (int64_t h = 0; h < e[1]; ++h) {
-                     const auto offset = [&](const TensorAt& tensor, int64_t d) {
-                       return (b * tensor.strides[0] + h * tensor.strides[1] +
-                               i * tensor.strides[2] + d * tensor.strides[3]) *
-                              element;
-                     };
-                     const int64_t pieces = is_row ? 1 : e[3];
-                     for (int64_t d = 0; d < pieces; ++d) {
-                       std::memcpy(to + offset(copy.to, d), from + offset(copy.from, d),
-                                   static_cast<size_t>((is_row ? e[3] : 1) * element));
-                     }
-                   }
-                 }
-               }
-             });
-    return {};
+    const TensorCopy work{at(copy.to.place), at(copy.from.place), copy.to.strides,
+                          copy.from.strides, copy.extents,        copy.from.element_bytes};
+    return device().copy(stream(), work, run_.options.executor);
   }
 
   Status operator()(const Attend& attend) const {
@@ -118,11 +95,14 @@ class Runner {
       t.workspace_bytes = 0;
     }
     RunOptions options = run_.options;
-    options.progress = [](void* context, double) -> int32_t {
-      static_cast<Communicator*>(context)->poll();
-      return 0;
-    };
-    options.progress_context = &communicator_;
+    // A device with streams would wait for each kernel to tell how far it is.
+    if (device().is_host()) {
+      options.progress = [](void* context, double) -> int32_t {
+        static_cast<Communicator*>(context)->poll();
+        return 0;
+      };
+      options.progress_context = &communicator_;
+    }
     return run_plan(plan, t, options);
   }
 
@@ -145,8 +125,7 @@ class Runner {
                            {lse[0], lse[1], lse[2]},
                            static_cast<const float*>(at(merge.sinks)),
                            parts};
-    return backend(s_.whole.device)
-        .merge(work, run_.options.executor, {s_.whole.device_index, run_.options.stream});
+    return device().merge(work, run_.options.executor, stream());
   }
 
   Status operator()(const Start& start) const {
@@ -162,6 +141,8 @@ class Runner {
   }
 
  private:
+  const Backend& device() const { return backend(s_.whole.device); }
+  DeviceStream stream() const { return {s_.whole.device_index, run_.options.stream}; }
   void* at(Place place) const {
     const auto moved = [&](const void* base) -> void* {
       return const_cast<std::byte*>(static_cast<const std::byte*>(base)) + place.offset_bytes;

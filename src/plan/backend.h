@@ -2,6 +2,7 @@
 // a part of its backend: nothing else tells devices apart.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -36,6 +37,15 @@ class Replay {
   virtual Result<double> us() = 0;
 };
 
+// Strides in elements; those of dim are 1 on a device with streams.
+struct TensorCopy {
+  void* to;
+  const void* from;
+  Strides stride_to, stride_from;
+  std::array<int64_t, 4> extents;  // batch, heads, length, dim
+  int64_t element_bytes;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -65,6 +75,8 @@ class Backend {
   virtual void release(DeviceStream on, void* data) const noexcept = 0;
   // Either way between the host and the device; done when it returns.
   virtual Status copy(DeviceStream on, void* to, const void* from, size_t bytes) const = 0;
+  // One tensor [batch, heads, length, dim] into another on the device, in the order of the stream.
+  virtual Status copy(DeviceStream on, const TensorCopy& copy, const Executor& executor) const = 0;
   // Waits, and answers with what went wrong on the stream.
   virtual Status synchronize(DeviceStream on) const = 0;
 

@@ -22,7 +22,7 @@ inline Sharding random_sharding(int64_t length, int32_t ranks, std::mt19937_64& 
 }
 
 // A problem of every kind of mask, split in one of the usual ways or at random.
-inline ShardedData random_case(int32_t ranks, uint64_t seed) {
+inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Device::kCpu) {
   std::mt19937_64 random(seed);
   const auto pick = [&](auto... values) {
     const std::common_type_t<decltype(values)...> list[] = {values...};
@@ -32,6 +32,7 @@ inline ShardedData random_case(int32_t ranks, uint64_t seed) {
   Input input;
   input.seed = seed;
   Problem& p = input.problem;
+  p.device = device;
   p.dtype_q = pick(Dtype::kF32, Dtype::kF16, Dtype::kBf16);
   p.dtype_kv = p.dtype_q;
   p.batch = pick(1, 1, 2, 3);

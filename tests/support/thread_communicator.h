@@ -1,4 +1,5 @@
-// Ranks that are threads of one process: messages are copies.
+// Ranks that are threads of one process: messages are copies. Of a device's memory too, on which it
+// stands in for what connects several devices.
 #pragma once
 
 #include <fmt/format.h>
@@ -6,6 +7,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -17,14 +19,26 @@ namespace wh::sharded {
 
 class ThreadGroup {
  public:
-  explicit ThreadGroup(int32_t ranks) : ranks_(ranks) {}
+  // copy(to, from, bytes) must have ended when it returns.
+  using CopyBytes = std::function<Status(void*, const void*, size_t)>;
+  explicit ThreadGroup(
+      int32_t ranks,
+      CopyBytes copy = [](void* to, const void* from, size_t bytes) -> Status {
+        std::memcpy(to, from, bytes);
+        return {};
+      })
+      : ranks_(ranks), copy_(std::move(copy)) {}
 
   class Member final : public Communicator {
    public:
-    Member(ThreadGroup& group, int32_t rank) : group_(group), rank_(rank) {}
+    // `wait` ends when what the rank computed so far is there.
+    Member(
+        ThreadGroup& group, int32_t rank, std::function<Status()> wait = [] { return Status(); })
+        : group_(group), rank_(rank), wait_(std::move(wait)) {}
     int32_t rank() const override { return rank_; }
     int32_t ranks() const override { return group_.ranks_; }
     Status start(int32_t exchange, std::span<const Transfer> transfers) override {
+      WH_RETURN_IF_ERROR(wait_());
       const std::lock_guard lock(group_.mutex_);
       for (const Transfer& t : transfers) {
         auto& channel =
@@ -39,7 +53,11 @@ class ThreadGroup {
             return {Code::kInternal,
                     fmt::format("{} bytes sent, {} expected", from.bytes, to.bytes)};
           }
-          if (from.bytes > 0) std::memcpy(to.data, from.data, static_cast<size_t>(from.bytes));
+          if (from.bytes > 0 && exchange < 0) {
+            std::memcpy(to.data, from.data, static_cast<size_t>(from.bytes));
+          } else if (from.bytes > 0) {
+            WH_RETURN_IF_ERROR(group_.copy_(to.data, from.data, static_cast<size_t>(from.bytes)));
+          }
           ++channel.done;
         }
       }
@@ -74,11 +92,13 @@ class ThreadGroup {
     };
     ThreadGroup& group_;
     int32_t rank_;
+    std::function<Status()> wait_;
     std::map<int32_t, std::vector<Pending>> pending_;
   };
 
  private:
   int32_t ranks_;
+  CopyBytes copy_;
   std::mutex mutex_;
   std::condition_variable arrived_;
   std::map<std::pair<int32_t, int32_t>, Member::Channel> channels_;
