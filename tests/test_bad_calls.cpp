@@ -166,6 +166,58 @@ const BadCall kBadCalls[] = {
     {"causal", [](Call& c) { c.problem.causal = 3; }, {"causal is 3", "between 0 and 2"}},
     {"mask", [](Call& c) { c.problem.mask = 7; }, {"mask is 7", "between 0 and 3"}},
     {"device", [](Call& c) { c.problem.device = 2; }, {"device is 2", "between 0 and 1"}},
+    {"quantised_k",
+     [](Call& c) { c.problem.quantised_k = 5; },
+     {"quantised_k is 5", "between 0 and 4"}},
+    {"quantised_v",
+     [](Call& c) { c.problem.quantised_v = -1; },
+     {"quantised_v is -1", "between 0 and 4"}},
+    {"scales", [](Call& c) { c.problem.scales_v = 9; }, {"scales_v is 9", "between 0 and 4"}},
+    {"scales_of_elements",
+     [](Call& c) { c.problem.scales_k = WH_SCALES_HEAD; },
+     {"scales_k is head", "must be none where quantised_k is none"}},
+    {"scales_of_blocks",
+     [](Call& c) {
+       c.problem.quantised_v = WH_Q8_0;
+       c.problem.scales_v = WH_SCALES_TENSOR;
+     },
+     {"scales_v is tensor", "must be none where quantised_v is q8_0"}},
+    {"half_a_block",
+     [](Call& c) { c.problem.quantised_k = WH_Q4_0; },
+     {"dim_qk is 8", "q4_0", "a multiple of 32"}},
+    {"block_stride",
+     [](Call& c) {
+       c.problem.dim_v = 32;
+       c.problem.quantised_v = WH_Q8_0;
+       EXPECT_EQ(wh_problem_set_dense(&c.problem), WH_OK);
+       c.problem.stride_v[2] = 40;
+     },
+     {"stride_v[2] is 40", "q8_0", "a multiple of 32"}},
+    {"scale_stride",
+     [](Call& c) {
+       c.problem.quantised_k = WH_INT8;
+       c.problem.scales_k = WH_SCALES_CHANNEL;
+       c.problem.stride_scales_k[3] = -1;
+     },
+     {"stride_scales_k[3] is -1", "not be negative"}},
+    {"null_scales",
+     [](Call& c) {
+       c.problem.quantised_v = WH_E4M3;
+       c.problem.scales_v = WH_SCALES_TENSOR;
+     },
+     {"scales_v is null"}},
+    {"values_quantised_beside_keys",
+     [](Call& c) {
+       c.problem.uses = WH_USES_VALUES_IN_KEYS;
+       c.problem.quantised_k = WH_E4M3;
+     },
+     {"quantised_v is none", "as v lies in k it must be e4m3"}},
+    {"gradients_of_codes",
+     [](Call& c) {
+       c.problem.pass = WH_BACKWARD;
+       c.problem.quantised_k = WH_E4M3;
+     },
+     {"quantised_k is e4m3", "none in the backward pass"}},
     {"uses", [](Call& c) { c.problem.uses = 1024; }, {"uses is 0x400", "0x7f"}},
     {"values_wider_than_keys",
      [](Call& c) {
@@ -243,6 +295,14 @@ const BadCall kBadCalls[] = {
        c.tensors.k = reinterpret_cast<char*>(c.k.data()) + 1;
      },
      {"k is at 0x", "aligned to its elements of 2 bytes"}},
+    {"misaligned_scales",
+     [](Call& c) {
+       alignas(4) static char scales[8];
+       c.problem.quantised_k = WH_E4M3;
+       c.problem.scales_k = WH_SCALES_TENSOR;
+       c.tensors.scales_k = reinterpret_cast<float*>(scales + 2);
+     },
+     {"scales_k is at 0x", "aligned to its elements of 4 bytes"}},
     {"misaligned_v",
      [](Call& c) { c.tensors.v = reinterpret_cast<char*>(c.v.data()) + 1; },
      {"v is at 0x", "4 bytes"}},

@@ -81,6 +81,8 @@ Status Execution::place_tensors() {
   } else {
     WH_RETURN_IF_ERROR(place(tensors_.v, bytes.v, false));
   }
+  WH_RETURN_IF_ERROR(place(tensors_.scales_k, bytes.scales_k, false));
+  WH_RETURN_IF_ERROR(place(tensors_.scales_v, bytes.scales_v, false));
   WH_RETURN_IF_ERROR(place(tensors_.mask, bytes.mask, false));
   WH_RETURN_IF_ERROR(place(tensors_.sinks, bytes.sinks, false));
   WH_RETURN_IF_ERROR(place(tensors_.key_lengths, bytes.key_lengths, false));

@@ -38,6 +38,8 @@ Input forward_input(Input input) {
   input.problem.pass = Pass::kForward;
   input.problem.wants_log_sum_exp = true;
   input.problem.f32_out = false;  // the backward pass takes no other type than d_out has
+  input.problem.quantised_k = input.problem.quantised_v = Quantised::kNone;  // nor codes
+  input.problem.scales_k = input.problem.scales_v = Scales::kNone;
   return input;
 }
 

@@ -12,6 +12,7 @@
 
 #include "core/array_mask.h"
 #include "core/key_rows.h"
+#include "core/kv_tensor.h"
 #include "core/sequence.h"
 #include "verify/elements.h"
 #include "verify/random_rows.h"
@@ -27,7 +28,7 @@ constexpr std::byte kPoison{0xff};
 constexpr std::align_val_t kAlignment{64};
 
 // Streams of random numbers.
-enum Stream : uint64_t { kOfQ, kOfK, kOfV, kOfMask, kOfSinks, kOfPoison };
+enum Stream : uint64_t { kOfQ, kOfK, kOfV, kOfMask, kOfSinks, kOfPoison, kOfScalesK, kOfScalesV };
 
 struct TensorRow {
   std::byte* data;
@@ -232,28 +233,105 @@ void raise_to(std::atomic<float>& largest, float value) {
   }
 }
 
+// Of a tensor of about N(mean, 1): different enough that a scale of something else shows. What is
+// beyond the highest code becomes it.
+void fill_scales(const Input& input, const KvTensor& tensor, Stream stream, float* scales) {
+  const Problem& p = input.problem;
+  const auto extents = scales_extents(p, tensor.scales, tensor.dim);
+  const float highest = tensor.format == Quantised::kE4m3 ? kHighestE4m3 : kHighestInt8;
+  const Strides& stride = tensor.stride_scales;
+  for_each_row(extents[0], extents[1], extents[2], [&](RowIndex row) {
+    for (int64_t d = 0; d < extents[3]; ++d) {
+      const int64_t at =
+          row.batch_idx * stride[0] + row.head * stride[1] + row.idx * stride[2] + d * stride[3];
+      RowRandom random(input.seed, stream, at);
+      const auto share = static_cast<float>(random.bits() % 1024) / 1024;
+      scales[at] = (3 + 2 * share + std::fabs(input.mean_v)) / highest;
+    }
+  });
+}
+
+// A row of K or V that is not elements of a type: codes, by scales of its own where it has one.
+struct QuantisedRow {
+  const KvTensor& tensor;
+  KvPlace place;
+
+  // Answers with the largest |value| that comes back.
+  float fill(RowRandom random, float mean) const {
+    std::vector<float> values(static_cast<size_t>(tensor.dim));
+    for (float& value : values) value = mean + random.normal();
+    if (tensor.scales == Scales::kTokenHead) {
+      const float scale = scale_of_row(values.data(), tensor.dim, tensor.format);
+      const_cast<float*>(tensor.scales_data)[tensor.scale_offset(place)] = scale;
+    }
+    std::vector<float> scales;
+    for (int64_t d = 0; d < tensor.dim; ++d) scales.push_back(tensor.scale(place, d));
+    std::vector<std::byte> codes(static_cast<size_t>(tensor.bytes(tensor.dim)));
+    quantise_row(values.data(), tensor.dim, tensor.format, scales.data(), 1, codes.data());
+    const auto size = static_cast<int64_t>(codes.size());
+    const int64_t step = is_block_format(tensor.format) ? 1 : tensor.stride[3];
+    for (int64_t i = 0; i < size; ++i) bytes()[i * step] = codes[static_cast<size_t>(i)];
+    float largest = 0;
+    for (int64_t d = 0; d < tensor.dim; ++d) {
+      largest = std::max(largest, std::fabs(tensor.element(place, d)));
+    }
+    return largest;
+  }
+  // NaN, or for int8 whose scale is not the row's own, which has none, its lowest code.
+  void poison() const {
+    if (tensor.scales == Scales::kTokenHead) {
+      const_cast<float*>(tensor.scales_data)[tensor.scale_offset(place)] = kNan;
+    }
+    const bool is_int8 = tensor.format == Quantised::kInt8;
+    const int64_t step = is_block_format(tensor.format) ? 1 : tensor.stride[3];
+    for (int64_t i = 0; i < tensor.bytes(tensor.dim); ++i) {
+      bytes()[i * step] = is_int8 ? std::byte{0x80} : kPoison;
+    }
+  }
+
+ private:
+  std::byte* bytes() const {
+    return const_cast<std::byte*>(static_cast<const std::byte*>(tensor.data)) +
+           tensor.bytes(tensor.offset(place));
+  }
+};
+
 void fill_kv(const Input& input, HostTensors& data) {
   const Problem& p = input.problem;
   const Storage storage = key_storage(p);
   std::optional<SeenKeys> seen;
   if (input.is_hostile) seen.emplace(p, data.tensors());
   std::atomic<float> largest{0};
-  const auto fill = [&](GuardedTensor& tensor, const Strides& stride, int64_t dim, Stream stream,
-                        float mean) {
+  const auto fill = [&](GuardedTensor& tensor, const KvTensor& stored, Stream stream, float mean) {
+    const Strides& stride = stored.stride;
+    if (stored.scales != Scales::kNone) {
+      fill_scales(input, stored, stream == kOfK ? kOfScalesK : kOfScalesV,
+                  const_cast<float*>(stored.scales_data));
+    }
     for_each_row(storage.batch, distinct(p.heads_kv, stride[1]), storage.length, [&](RowIndex row) {
       const int64_t key = (row.batch_idx * p.heads_kv + row.head) * storage.length + row.idx;
       RowRandom poison(input.seed, kOfPoison, key);
       const bool is_seen = !seen || seen->at(row);
       const bool is_nan = !is_seen || (input.has_visible_nan && poison.bits() % 16 == 0);
+      if (stored.format != Quantised::kNone) {
+        // Of a page that sequences share, codes by the first one's scales do as well as any.
+        const int64_t sequence = p.key_layout == KeyLayout::kDense ? row.batch_idx : 0;
+        const QuantisedRow to{stored, {row.batch_idx, row.head, row.idx, sequence}};
+        if (is_nan) return to.poison();
+        const float most = to.fill({input.seed, stream, key}, mean);
+        if (stream == kOfV || data.v_is_k) raise_to(largest, most);
+        return;
+      }
       const TensorRow to{tensor.data(), p.dtype_kv,
-                         offset_of(stride, row.batch_idx, row.head, row.idx, 0), stride[3], dim};
+                         offset_of(stride, row.batch_idx, row.head, row.idx, 0), stride[3],
+                         stored.dim};
       if (is_nan) return to.fill(is_seen || poison.bits() % 2 == 0 ? kNan : kInfinity);
       const float most = to.fill({input.seed, stream, key}, mean);
       if (stream == kOfV || data.v_is_k) raise_to(largest, most);
     });
   };
-  fill(data.k, p.stride_k, p.dim_qk, kOfK, 0);
-  if (!data.v_is_k) fill(data.v, p.stride_v, p.dim_v, kOfV, input.mean_v);
+  fill(data.k, keys_of(p, data.tensors()), kOfK, 0);
+  if (!data.v_is_k) fill(data.v, values_of(p, data.tensors()), kOfV, input.mean_v);
   data.largest_value = largest;
 }
 
@@ -308,6 +386,10 @@ HostTensors::HostTensors(const Input& input)
   q = GuardedTensor(bytes.q, misaligned_by);
   k = GuardedTensor(bytes.k, misaligned_by);
   if (!v_is_k) v = GuardedTensor(bytes.v, misaligned_by);
+  if (p.scales_k != Scales::kNone) scales_k = GuardedTensor(bytes.scales_k, misaligned_by);
+  if (p.scales_v != Scales::kNone && !v_is_k) {
+    scales_v = GuardedTensor(bytes.scales_v, misaligned_by);
+  }
   out = GuardedTensor(bytes.out, misaligned_by);
   if (p.wants_log_sum_exp) log_sum_exp = GuardedTensor(bytes.log_sum_exp, misaligned_by);
   if (p.has_sinks) {
@@ -363,6 +445,8 @@ std::vector<HostTensors::Named> HostTensors::inputs() const {
   return {{"q", &q},
           {"k", &k},
           {"v", &v},
+          {"scales_k", &scales_k},
+          {"scales_v", &scales_v},
           {"mask", &mask},
           {"sinks", &sinks},
           {"key_lengths", &key_lengths},
@@ -392,6 +476,8 @@ Tensors HostTensors::tensors() const {
   t.v = v_is_k ? k.data() : v.data();
   t.out = out.data();
   if (problem.mask != MaskKind::kNone) t.mask = mask.data();
+  if (problem.scales_k != Scales::kNone) t.scales_k = floats(scales_k);
+  if (problem.scales_v != Scales::kNone) t.scales_v = floats(v_is_k ? scales_k : scales_v);
   if (problem.has_sinks) t.sinks = floats(sinks);
   if (problem.has_key_lengths) t.key_lengths = ints(key_lengths);
   if (problem.has_key_starts) t.key_starts = ints(key_starts);

@@ -49,8 +49,8 @@ struct HostTensors {
 
   Problem problem;
   bool v_is_k = false;
-  GuardedTensor q, k, v, out, mask, sinks, key_lengths, key_starts, log_sum_exp, query_offsets,
-      key_offsets, page_table, page_offsets;
+  GuardedTensor q, k, v, scales_k, scales_v, out, mask, sinks, key_lengths, key_starts, log_sum_exp,
+      query_offsets, key_offsets, page_table, page_offsets;
   float largest_value = 0;  // of |v|, poison aside
 
  private:

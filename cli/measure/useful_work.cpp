@@ -39,8 +39,7 @@ double kv_bytes(const Request& request) {
   if (has_every_key(p)) return wh::kv_bytes(p);
   double keys = 0;
   for_each_entry(request, [&](KeyRange present) { keys += static_cast<double>(present.size()); });
-  return keys * static_cast<double>(p.heads_kv) * static_cast<double>(p.dim_qk + p.dim_v) *
-         static_cast<double>(dtype_bytes(p.dtype_kv));
+  return keys * static_cast<double>(p.heads_kv) * kv_bytes_a_key(p);
 }
 
 }  // namespace wh::cli

@@ -53,6 +53,20 @@ enum wh_pass { WH_FORWARD = 0, WH_BACKWARD = 1 };
  * a table. docs/serving.md has a picture. */
 enum wh_query_layout { WH_QUERIES_DENSE = 0, WH_QUERIES_PACKED = 1 };
 enum wh_key_layout { WH_KEYS_DENSE = 0, WH_KEYS_PACKED = 1, WH_KEYS_PAGED = 2 };
+/* How K and V are stored. E4m3: bytes of 4 exponent and 3 mantissa bits, highest 448, no infinity.
+ * Int8: symmetric, -128 to 127. Q8_0 and q4_0: ggml's blocks of 32 elements of a row, 34 and 18
+ * bytes with their f16 scale; dimensions and strides are multiples of 32, still in elements. */
+enum wh_quantised { WH_NOT_QUANTISED = 0, WH_E4M3 = 1, WH_INT8 = 2, WH_Q8_0 = 3, WH_Q4_0 = 4 };
+/* What shares one f32 scale of e4m3 or int8: code times scale, rounded to f32, is the element.
+ * Without scales it is the code. */
+enum wh_scales {
+  WH_SCALES_NONE = 0,
+  WH_SCALES_TENSOR = 1,     /* [1] */
+  WH_SCALES_HEAD = 2,       /* [batch, heads_kv] */
+  WH_SCALES_TOKEN_HEAD = 3, /* as keys are stored, [batch, heads_kv, len_k] or [pages, heads_kv,
+                               page_size]; those of absent keys are not read */
+  WH_SCALES_CHANNEL = 4     /* [batch, heads_kv, 1, dim_qk], or dim_v */
+};
 enum wh_policy { WH_AUTOMATIC = 0, WH_FUSED = 1, WH_FUSED_ABOVE = 2 };
 enum wh_precision { WH_NATIVE = 0, WH_HIGH = 1 };
 
@@ -92,7 +106,7 @@ typedef struct wh_problem {
   int32_t device;
   int32_t device_index;
   int32_t dtype_q;  /* of q, and of out without WH_USES_F32_OUT */
-  int32_t dtype_kv; /* of k and v */
+  int32_t dtype_kv; /* of k and v, where they are not quantised */
   int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
   int64_t stride_q[4], stride_k[4], stride_v[4], stride_out[4], stride_mask[4];
   float scale;   /* finite; wh_problem_set_dense() sets 1 / sqrt(dim_qk) */
@@ -113,6 +127,11 @@ typedef struct wh_problem {
                                 page_size) pages each */
   int32_t query_layout;      /* of enum wh_query_layout */
   int32_t key_layout;        /* of enum wh_key_layout; paged needs WH_USES_KEY_LENGTHS */
+  /* Of the forward pass, on the CPU. Strides of scales are in elements, ordered batch, kv head, key
+   * and column, 0 broadcasts; where scales do not differ they may be anything. */
+  int32_t quantised_k, quantised_v; /* of enum wh_quantised; v that lies in k is as k */
+  int32_t scales_k, scales_v;       /* of enum wh_scales */
+  int64_t stride_scales_k[4], stride_scales_v[4];
 } wh_problem;
 
 typedef struct wh_limits {
@@ -162,6 +181,8 @@ typedef struct wh_tensors {
   /* What this run has of the plan's most: 0 is all of it. A plan runs any smaller batch. */
   int64_t batch;
   int64_t total_q; /* of packed queries: tokens that q and out have room for */
+  const float* scales_k;
+  const float* scales_v; /* NULL where v lies in k */
 } wh_tensors;
 
 /* Threads of the host program for CPU kernels: parallel() calls task(argument, i) once for every i

@@ -17,7 +17,9 @@ static_assert(WH_CUDA == static_cast<int>(Device::kCuda) &&
               WH_CAUSAL_TOP_LEFT == static_cast<int>(Causal::kTopLeft) &&
               WH_MASK_ADDITIVE == static_cast<int>(MaskKind::kAdditiveQ) &&
               WH_QUERIES_PACKED == static_cast<int>(QueryLayout::kPacked) &&
-              WH_KEYS_PAGED == static_cast<int>(KeyLayout::kPaged));
+              WH_KEYS_PAGED == static_cast<int>(KeyLayout::kPaged) &&
+              WH_Q4_0 == static_cast<int>(Quantised::kQ4_0) &&
+              WH_SCALES_CHANNEL == static_cast<int>(Scales::kChannel));
 
 template <typename Enum>
 Status read_enum(const char* name, int32_t value, int32_t last, Enum& to) {
@@ -171,6 +173,8 @@ Status read_tensors(const wh_tensors* from, Tensors& to) {
         .page_offsets = c.page_offsets,
         .batch = c.batch,
         .total_q = c.total_q,
+        .scales_k = c.scales_k,
+        .scales_v = c.scales_v,
         .workspace = c.workspace,
         .workspace_bytes = c.workspace_bytes};
   return {};

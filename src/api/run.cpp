@@ -21,6 +21,8 @@ Tensors used_tensors(const Problem& p, Tensors t) {
   if (p.key_layout != KeyLayout::kPacked) t.key_offsets = nullptr;
   if (p.key_layout != KeyLayout::kPaged) t.page_table = nullptr;
   if (!p.has_page_offsets) t.page_offsets = nullptr;
+  if (p.scales_k == Scales::kNone) t.scales_k = nullptr;
+  if (p.scales_v == Scales::kNone || p.values_in_keys) t.scales_v = nullptr;
   if (p.pass == Pass::kBackward) {
     if (!p.has_sinks) t.d_sinks = nullptr;
     if (p.values_in_keys) t.dv = nullptr;
@@ -97,7 +99,10 @@ Status run_plan(const Plan& plan, const Tensors& tensors, const RunOptions& opti
   // host's.
   if (own != nullptr) callers.workspace = nullptr;
   WH_RETURN_IF_ERROR(device.check(p, callers, options.stream));
-  if (p.values_in_keys) used.v = used.k;  // it need not be set
+  if (p.values_in_keys) {  // they need not be set
+    used.v = used.k;
+    used.scales_v = used.scales_k;
+  }
   Progress progress(options.progress, options.progress_context);
   const auto kernels = options.kernels.empty() ? device.kernels() : options.kernels;
   const Kernel& kernel = *find_kernel(kernels, plan.kernel);

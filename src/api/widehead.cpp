@@ -71,6 +71,22 @@ wh_status code_of(const Status& status) {
   return WH_INTERNAL_ERROR;
 }
 
+Status set_dense_scales(const wh_problem& p, wh_problem& to) {
+  Problem shape;
+  shape.batch = p.batch;
+  shape.heads_kv = p.heads_kv;
+  shape.len_k = p.len_k;
+  const auto set = [&](const char* name, int32_t scales, int64_t columns, int64_t(&stride)[4]) {
+    WH_RETURN_IF_ERROR(Choice(name, name, kScales).check(scales));
+    const Strides dense = dense_scales_strides(shape, static_cast<Scales>(scales), columns);
+    std::copy(dense.begin(), dense.end(), stride);
+    return Status();
+  };
+  const bool values_in_keys = (p.uses & WH_USES_VALUES_IN_KEYS) != 0;
+  WH_RETURN_IF_ERROR(set("scales_k", p.scales_k, p.dim_qk, to.stride_scales_k));
+  return set("scales_v", p.scales_v, values_in_keys ? p.dim_qk : p.dim_v, to.stride_scales_v);
+}
+
 // Needs no memory: a refusal must not turn into another failure after its plan has been handed out.
 wh_status answer(Status status) {
   return status.ok() ? WH_OK : fail(code_of(status), std::move(status).message());
@@ -156,6 +172,9 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
       set(problem->stride_dq, p.heads_q, p.len_q, p.dim_qk);
       set(problem->stride_dk, p.heads_kv, p.len_k, p.dim_qk);
       set(problem->stride_dv, p.heads_kv, p.len_k, p.dim_v);
+    }
+    if (problem->size >= offsetof(wh_problem, stride_scales_v) + sizeof(p.stride_scales_v)) {
+      WH_RETURN_IF_ERROR(wh::set_dense_scales(p, *problem));
     }
     problem->scale = 1.0f / std::sqrt(static_cast<float>(p.dim_qk));
     return {};

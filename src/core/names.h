@@ -45,6 +45,8 @@ constexpr Names<Dtype, 3> kDtypes{{"f32", "f16", "bf16"}};
 constexpr Names<Device, 2> kDevices{{"cpu", "cuda"}};
 constexpr Names<Causal, 3> kCausals{{"none", "bottom-right", "top-left"}};
 constexpr Names<MaskKind, 4> kMasks{{"none", "boolean", "additive-f32", "additive"}};
+constexpr Names<Quantised, 5> kQuantiseds{{"none", "e4m3", "int8", "q8_0", "q4_0"}};
+constexpr Names<Scales, 5> kScales{{"none", "tensor", "head", "token-head", "channel"}};
 constexpr Names<Pass, 2> kPasses{{"forward", "backward"}};
 constexpr Names<QueryLayout, 2> kQueryLayouts{{"dense", "packed"}};
 constexpr Names<KeyLayout, 3> kKeyLayouts{{"dense", "packed", "paged"}};

@@ -8,6 +8,7 @@
 
 #include "core/layout_checks.h"
 #include "core/problem_fields.h"
+#include "core/quantised.h"
 
 namespace wh {
 namespace {
@@ -69,6 +70,66 @@ Extents extents_k(const Problem& p) { return extents_of(key_storage(p), p.heads_
 Extents extents_v(const Problem& p) { return extents_of(key_storage(p), p.heads_kv, p.dim_v); }
 Extents extents_out(const Problem& p) { return extents_of(query_storage(p), p.heads_q, p.dim_v); }
 Extents extents_mask(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.len_k}; }
+
+// K or V: what is said of each of them.
+struct Quantisation {
+  const char* letter;
+  Quantised format;
+  Scales scales;
+  const Strides& stride_scales;
+  const Strides& stride;
+  Extents extents;  // of the tensor
+};
+Quantisation quantisation_k(const Problem& p) {
+  return {"k", p.quantised_k, p.scales_k, p.stride_scales_k, p.stride_k, extents_k(p)};
+}
+Quantisation quantisation_v(const Problem& p) {
+  return {"v", p.quantised_v, p.scales_v, p.stride_scales_v, p.stride_v, extents_v(p)};
+}
+
+Status validate_quantised(const Problem& p, const Quantisation& q) {
+  const char* format = kQuantiseds.name(q.format);
+  const bool is_block = is_block_format(q.format);
+  if (q.scales != Scales::kNone && (is_block || q.format == Quantised::kNone)) {
+    return invalid(fmt::format("scales_{} is {}; it must be none where quantised_{} is {}",
+                               q.letter, kScales.name(q.scales), q.letter, format));
+  }
+  WH_RETURN_IF_ERROR(check_strides(fmt::format("stride_scales_{}", q.letter).c_str(),
+                                   scales_extents(p, q.scales, q.extents[3]), q.stride_scales));
+  if (!is_block) return {};
+  if (q.extents[3] % kBlockElements != 0) {
+    return invalid(fmt::format("dim_{} is {}; as quantised_{} is {} it must be a multiple of {}",
+                               q.letter[0] == 'k' ? "qk" : "v", q.extents[3], q.letter, format,
+                               kBlockElements));
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    if (!is_stepped_over(q.extents[i])) continue;
+    if (i == 3 ? q.stride[i] == 1 : q.stride[i] % kBlockElements == 0) continue;
+    return invalid(fmt::format("stride_{}[{}] is {}; as quantised_{} is {} it must be {}", q.letter,
+                               i, q.stride[i], q.letter, format,
+                               i == 3 ? "1" : fmt::format("a multiple of {}", kBlockElements)));
+  }
+  return {};
+}
+
+Status validate_quantised(const Problem& p) {
+  WH_RETURN_IF_ERROR(validate_quantised(p, quantisation_k(p)));
+  WH_RETURN_IF_ERROR(validate_quantised(p, quantisation_v(p)));
+  if (p.values_in_keys && (p.quantised_v != p.quantised_k || p.scales_v != p.scales_k)) {
+    const auto text = [](Quantised format, Scales scales) {
+      return fmt::format("{} with scales {}", kQuantiseds.name(format), kScales.name(scales));
+    };
+    return invalid(fmt::format("quantised_v is {}; as v lies in k it must be {}",
+                               text(p.quantised_v, p.scales_v), text(p.quantised_k, p.scales_k)));
+  }
+  if (p.pass == Pass::kBackward && is_quantised(p)) {
+    return invalid(
+        fmt::format("quantised_k is {} and quantised_v {}; both must be none in the "
+                    "backward pass, as codes have no gradients",
+                    kQuantiseds.name(p.quantised_k), kQuantiseds.name(p.quantised_v)));
+  }
+  return {};
+}
 
 Status validate_gradients(const Problem& p) {
   WH_RETURN_IF_ERROR(check_strides("stride_d_out", extents_out(p), p.stride_d_out));
@@ -167,6 +228,27 @@ Strides token_strides(int64_t heads, int64_t length, int64_t dim) {
   return {saturating_product(length, token), dim, token, 1};
 }
 
+Extents scales_extents(const Problem& p, Scales scales, int64_t columns) {
+  switch (scales) {
+    case Scales::kNone:
+      return {0, 0, 0, 0};
+    case Scales::kTensor:
+      return {1, 1, 1, 1};
+    case Scales::kHead:
+      return {p.batch, p.heads_kv, 1, 1};
+    case Scales::kTokenHead:
+      return {key_storage(p).batch, p.heads_kv, key_storage(p).length, 1};
+    case Scales::kChannel:
+      return {p.batch, p.heads_kv, 1, columns};
+  }
+  __builtin_unreachable();
+}
+
+Strides dense_scales_strides(const Problem& p, Scales scales, int64_t columns) {
+  const Extents extents = scales_extents(p, scales, columns);
+  return dense_strides(extents[1], extents[2], extents[3]);
+}
+
 Problem canonical(Problem p) {
   p.stride_q = stepped_strides(extents_q(p), p.stride_q);
   p.stride_k = stepped_strides(extents_k(p), p.stride_k);
@@ -183,6 +265,15 @@ Problem canonical(Problem p) {
   p.stride_dk = of_gradient(extents_k(p), p.stride_dk);
   p.stride_dv = p.values_in_keys ? Strides{} : of_gradient(extents_v(p), p.stride_dv);
   if (p.has_page_offsets || p.batch <= 1) p.stride_page_table = 0;
+  const auto of_scales = [&](Scales scales, int64_t columns, const Strides& strides) {
+    if (scales == Scales::kNone) return Strides{};
+    return stepped_strides(scales_extents(p, scales, columns), strides);
+  };
+  p.stride_scales_k = of_scales(p.scales_k, p.dim_qk, p.stride_scales_k);
+  p.stride_scales_v =
+      p.values_in_keys ? p.stride_scales_k : of_scales(p.scales_v, p.dim_v, p.stride_scales_v);
+  const bool has_elements = p.quantised_k == Quantised::kNone || p.quantised_v == Quantised::kNone;
+  if (!has_elements) p.dtype_kv = p.dtype_q;  // nothing is of it
   return p;
 }
 
@@ -196,16 +287,28 @@ void set_dense(Problem& p) {
   p.stride_out = of_queries(p.heads_q, queries, p.dim_v);
   const bool has_rows = p.key_layout == KeyLayout::kPaged && !p.has_page_offsets;
   p.stride_page_table = has_rows ? p.pages_a_sequence() : 0;
+  p.stride_scales_k = dense_scales_strides(p, p.scales_k, p.dim_qk);
+  p.stride_scales_v =
+      p.values_in_keys ? p.stride_scales_k : dense_scales_strides(p, p.scales_v, p.dim_v);
   p.scale = 1 / std::sqrt(static_cast<float>(p.dim_qk));
 }
 
 TensorBytes tensor_bytes(const Problem& p) {
   const auto bytes_q = static_cast<int64_t>(dtype_bytes(p.dtype_q));
-  const auto bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
+  const auto stored = [&](const Quantisation& q) {
+    return stored_bytes(q.format, p.dtype_kv, span_elements(q.extents, q.stride));
+  };
+  const auto scales = [&](const Quantisation& q) {
+    return 4 * span_elements(scales_extents(p, q.scales, q.extents[3]), q.stride_scales);
+  };
   TensorBytes bytes;
   bytes.q = span_elements(extents_q(p), p.stride_q) * bytes_q;
-  bytes.k = span_elements(extents_k(p), p.stride_k) * bytes_kv;
-  if (!p.values_in_keys) bytes.v = span_elements(extents_v(p), p.stride_v) * bytes_kv;
+  bytes.k = stored(quantisation_k(p));
+  bytes.scales_k = scales(quantisation_k(p));
+  if (!p.values_in_keys) {
+    bytes.v = stored(quantisation_v(p));
+    bytes.scales_v = scales(quantisation_v(p));
+  }
   const auto bytes_out = static_cast<int64_t>(dtype_bytes(p.dtype_out()));
   bytes.out = span_elements(extents_out(p), p.stride_out) * bytes_out;
   if (p.mask != MaskKind::kNone) {
@@ -228,6 +331,7 @@ TensorBytes tensor_bytes(const Problem& p) {
   }
   if (!is_backward) return bytes;
   bytes.d_out = span_elements(extents_out(p), p.stride_d_out) * bytes_q;
+  const auto bytes_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
   bytes.dq = span_elements(extents_q(p), p.stride_dq) * bytes_q;
   bytes.dk = span_elements(extents_k(p), p.stride_dk) * bytes_kv;
   if (!p.values_in_keys) bytes.dv = span_elements(extents_v(p), p.stride_dv) * bytes_kv;
@@ -254,6 +358,7 @@ Status validate(const Problem& p) {
     return invalid(fmt::format("stride_v[{}] is {}; as v lies in k it must be stride_k[{}], {}", i,
                                p.stride_v[i], i, p.stride_k[i]));
   }
+  WH_RETURN_IF_ERROR(validate_quantised(p));
   WH_RETURN_IF_ERROR(check_strides("stride_out", extents_out(p), p.stride_out));
   WH_RETURN_IF_ERROR(check_distinct("out", extents_out(p), p.stride_out));
   if (p.pass == Pass::kBackward) {
@@ -286,8 +391,10 @@ Status validate(const Problem& p, const Tensors& t) {
       {"dq", t.dq, bytes.dq, element_q},  {"dk", t.dk, bytes.dk, element_kv},
       {"dv", t.dv, bytes.dv, element_kv}, {"d_sinks", t.d_sinks, bytes.d_sinks, 4}};
   const Bytes inputs[] = {{"q", t.q, bytes.q, element_q},
-                          {"k", t.k, bytes.k, element_kv},
-                          {"v", t.v, bytes.v, element_kv},
+                          {"k", t.k, bytes.k, stored_alignment(p.quantised_k, p.dtype_kv)},
+                          {"v", t.v, bytes.v, stored_alignment(p.quantised_v, p.dtype_kv)},
+                          {"scales_k", t.scales_k, bytes.scales_k, 4},
+                          {"scales_v", t.scales_v, bytes.scales_v, 4},
                           {"mask", t.mask, bytes.mask, mask_element_bytes(p)},
                           {"sinks", t.sinks, bytes.sinks, 4},
                           {"key_lengths", t.key_lengths, bytes.key_lengths, 4},
@@ -441,7 +548,18 @@ std::string describe(const Problem& p) {
   text += fmt::format("{}/{} heads, dim {}", p.heads_q, p.heads_kv, p.dim_qk);
   if (p.dim_v != p.dim_qk) text += fmt::format("/{}", p.dim_v);
   text += fmt::format(", {} x {}, {}", p.len_q, p.len_k, kDtypes.name(p.dtype_q));
-  if (p.dtype_kv != p.dtype_q) text += fmt::format(" over {}", kDtypes.name(p.dtype_kv));
+  const auto stored = [&](Quantised format, Scales scales) {
+    if (format == Quantised::kNone) return std::string(kDtypes.name(p.dtype_kv));
+    std::string name = kQuantiseds.name(format);
+    if (scales != Scales::kNone) name += fmt::format(":{}", kScales.name(scales));
+    return name;
+  };
+  const std::string k = stored(p.quantised_k, p.scales_k), v = stored(p.quantised_v, p.scales_v);
+  if (k != v) {
+    text += fmt::format(" over {} keys and {} values", k, v);
+  } else if (k != kDtypes.name(p.dtype_q)) {
+    text += " over " + k;
+  }
   if (p.causal == Causal::kBottomRight) text += ", causal";
   if (p.causal == Causal::kTopLeft) text += ", causal top-left";
   if (p.window_left != kUnlimited || p.window_right != kUnlimited) {

@@ -23,6 +23,11 @@ enum class Pass : uint8_t { kForward, kBackward };
 enum class QueryLayout : uint8_t { kDense, kPacked };
 // Paged: keys in pages of a pool, which a table lists for each sequence.
 enum class KeyLayout : uint8_t { kDense, kPacked, kPaged };
+// How K or V are stored: as elements of dtype_kv, or in a format of core/quantised.h.
+enum class Quantised : uint8_t { kNone, kE4m3, kInt8, kQ8_0, kQ4_0 };
+// What shares an f32 scale, which a code is multiplied by: nothing has one, the whole tensor, each
+// kv head of a batch entry, each key of it, each of its columns.
+enum class Scales : uint8_t { kNone, kTensor, kHead, kTokenHead, kChannel };
 
 constexpr int64_t kMaxDim = 1024;
 constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // key lengths are int32
@@ -47,7 +52,7 @@ struct Problem {
   Device device = Device::kCpu;
   int32_t device_index = 0;
   Dtype dtype_q = Dtype::kF32;   // of q, and of out unless that is f32
-  Dtype dtype_kv = Dtype::kF32;  // of k and v
+  Dtype dtype_kv = Dtype::kF32;  // of k and v, where they are not quantised
   int64_t batch = 1;
   int64_t heads_q = 1;
   int64_t heads_kv = 1;
@@ -90,6 +95,14 @@ struct Problem {
   KeyLayout key_layout = KeyLayout::kDense;
   bool has_page_offsets = false;
 
+  // Quantised keys and values. The answer is attention over codes times scales, rounded to f32.
+  Quantised quantised_k = Quantised::kNone;
+  Quantised quantised_v = Quantised::kNone;
+  Scales scales_k = Scales::kNone;
+  Scales scales_v = Scales::kNone;
+  Strides stride_scales_k{};  // of scales_k, see scales_extents(); 0 broadcasts
+  Strides stride_scales_v{};
+
   int64_t group() const { return heads_q / heads_kv; }
   Dtype dtype_out() const { return f32_out ? Dtype::kF32 : dtype_q; }
   bool is_dense() const {
@@ -123,6 +136,8 @@ struct Tensors {
   const int32_t* page_offsets = nullptr;   // [batch + 1]: where each one's begin, instead of rows
   int64_t batch = 0;                       // sequences of this run; 0: as many as planned
   int64_t total_q = 0;                     // tokens that q and out have; 0: as many as planned
+  const float* scales_k = nullptr;
+  const float* scales_v = nullptr;
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
@@ -132,8 +147,10 @@ struct Tensors {
 Strides dense_strides(int64_t heads, int64_t length, int64_t dim);
 // The same of tokens one after another, [.., length, heads, dim], as packed ones and pages have it.
 Strides token_strides(int64_t heads, int64_t length, int64_t dim);
-// Sets the strides of q, k, v and out, where v may lie in k, those of packed tensors and of pages
-// token by token, the page table's, and the usual scale, 1 / sqrt(dim_qk).
+// Of scales side by side, for a tensor of so many columns.
+Strides dense_scales_strides(const Problem& problem, Scales scales, int64_t columns);
+// Sets the strides of q, k, v, their scales and out, where v may lie in k, those of packed tensors
+// and of pages token by token, the page table's, and the usual scale, 1 / sqrt(dim_qk).
 void set_dense(Problem& problem);
 
 int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
@@ -143,7 +160,7 @@ int64_t mask_element_bytes(const Problem& problem);  // 0 without a mask
 struct TensorBytes {
   int64_t q = 0, k = 0, v = 0, out = 0, mask = 0, sinks = 0, key_lengths = 0, key_starts = 0,
           log_sum_exp = 0, d_out = 0, dq = 0, dk = 0, dv = 0, d_sinks = 0, query_offsets = 0,
-          key_offsets = 0, page_table = 0, page_offsets = 0;
+          key_offsets = 0, page_table = 0, page_offsets = 0, scales_k = 0, scales_v = 0;
 };
 // The problem must be one that validate() accepts.
 TensorBytes tensor_bytes(const Problem& problem);
@@ -169,6 +186,13 @@ struct Storage {
 };
 Storage query_storage(const Problem& problem);
 Storage key_storage(const Problem& problem);
+
+// [batch, heads_kv, keys, columns] of scales of K or V with so many columns: 1 where they share
+// one, 0 where there are none.
+std::array<int64_t, 4> scales_extents(const Problem& problem, Scales scales, int64_t columns);
+constexpr bool is_quantised(const Problem& p) {
+  return p.quantised_k != Quantised::kNone || p.quantised_v != Quantised::kNone;
+}
 
 // Whether a run has anything to do.
 bool writes_anything(const Problem& problem);

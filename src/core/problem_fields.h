@@ -112,6 +112,12 @@ void visit_fields(Visit&& visit, Problems&... p) {
   visit(Whole{"stride_page_table", 0, kMaxLength}, p.stride_page_table...);
   visit(Choice("query_layout", "query_layout", kQueryLayouts), p.query_layout...);
   visit(Choice("key_layout", "key_layout", kKeyLayouts), p.key_layout...);
+  visit(Choice("quantised_k", "quantised_k", kQuantiseds), p.quantised_k...);
+  visit(Choice("quantised_v", "quantised_v", kQuantiseds), p.quantised_v...);
+  visit(Choice("scales_k", "scales_k", kScales), p.scales_k...);
+  visit(Choice("scales_v", "scales_v", kScales), p.scales_v...);
+  visit(StridesOf{"stride_scales_k"}, p.stride_scales_k...);
+  visit(StridesOf{"stride_scales_v"}, p.stride_scales_v...);
 }
 
 // What a problem uses or not: a bit of wh_problem's `uses` each.

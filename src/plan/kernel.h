@@ -99,6 +99,9 @@ struct Kernel {
   Status (*run)(const Launch&);
   // The longest piece between two looks at Launch::progress. Null: the whole call is one.
   double (*step_us)(const Query&, const Config&) = nullptr;
+  // Whether it reads quantised keys and values; the planner refuses them for the others, whose
+  // config would take codes for elements of dtype_kv.
+  bool reads_quantised = false;
 
   bool is_fused() const { return role == Role::kFused; }
 };

@@ -129,6 +129,13 @@ Assessment assess(const Kernel& kernel, Query query, const Profile* profile) {
         kQueryLayouts.name(query.problem.query_layout), kKeyLayouts.name(query.problem.key_layout));
     return result;
   }
+  if (is_quantised(query.problem) && !kernel.reads_quantised) {
+    const Problem& p = query.problem;
+    candidate.reason = fmt::format(
+        "reads keys and values of f32, f16 and bf16, these are {}",
+        kQuantiseds.name(p.quantised_k != Quantised::kNone ? p.quantised_k : p.quantised_v));
+    return result;
+  }
   if (const auto reason = kernel.refusal(query)) {
     candidate.reason = *reason;
     return result;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/quantised.h"
 #include "core/score_rules.h"
 
 namespace wh {
@@ -54,12 +55,19 @@ double useful_flops(const Problem& p) {
   return visible_pairs(p) * sequences(p) * static_cast<double>(p.heads_q) * flops_a_pair(p);
 }
 
+double kv_bytes_a_key(const Problem& p) {
+  const auto bytes = [&](Quantised format, Scales scales, int64_t dim) {
+    return stored_bytes(format, p.dtype_kv, dim) + (scales == Scales::kTokenHead ? 4 : 0);
+  };
+  int64_t sum = bytes(p.quantised_k, p.scales_k, p.dim_qk);
+  if (!p.values_in_keys) sum += bytes(p.quantised_v, p.scales_v, p.dim_v);
+  return static_cast<double>(sum);
+}
+
 double kv_bytes(const Problem& p) {
   const double keys = p.key_layout == KeyLayout::kPacked ? static_cast<double>(p.total_k)
                                                          : static_cast<double>(p.batch * p.len_k);
-  return static_cast<double>(p.heads_kv) * keys *
-         static_cast<double>(p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) *
-         static_cast<double>(dtype_bytes(p.dtype_kv));
+  return static_cast<double>(p.heads_kv) * keys * kv_bytes_a_key(p);
 }
 
 }  // namespace wh

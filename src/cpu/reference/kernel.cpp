@@ -83,6 +83,7 @@ const Kernel kReference{
     .workspace_bytes = workspace_bytes,
     .estimate_us = estimate_us,
     .run = run,
-    .step_us = step_us};
+    .step_us = step_us,
+    .reads_quantised = true};
 
 }  // namespace wh::cpu

@@ -6,6 +6,7 @@
 #include "core/array_mask.h"
 #include "core/element.h"
 #include "core/key_rows.h"
+#include "core/kv_tensor.h"
 #include "core/score_rules.h"
 #include "cpu/reference/row.h"
 
@@ -15,6 +16,7 @@ double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange ke
                  const ScoredRow& scored) {
   const int64_t q = row.offset(p.stride_q);
   const KeyRows key_rows = wh::key_rows(p, t, row.sequence);
+  const KvTensor stored = keys_of(p, t);
   double largest = -std::numeric_limits<double>::infinity();
   for (int64_t j = keys.begin; j < keys.end; ++j) {
     const float bias = mask_bias(p, t.mask, row.sequence.batch_idx, row.head_q, row.query_idx, j);
@@ -22,12 +24,10 @@ double score_row(const Problem& p, const Tensors& t, const Row& row, KeyRange ke
     double& is_visible = scored.is_visible[j - keys.begin];
     is_visible = bias != -std::numeric_limits<float>::infinity();
     if (is_visible == 0) continue;
-    const int64_t k =
-        key_rows.offset(p.stride_k[0], p.stride_k[2], j) + row.head_kv * p.stride_k[1];
+    const KvPlace place = place_of(key_rows, row.sequence, row.head_kv, j);
     double dot = 0;
     for (int64_t d = 0; d < p.dim_qk; ++d) {
-      dot += double{load_element(t.q, p.dtype_q, q + d * p.stride_q[3])} *
-             load_element(t.k, p.dtype_kv, k + d * p.stride_k[3]);
+      dot += double{load_element(t.q, p.dtype_q, q + d * p.stride_q[3])} * stored.element(place, d);
     }
     score = dot * p.scale;
     double slope = 1;
@@ -57,17 +57,15 @@ void reference_row(const Problem& p, const Tensors& t, const Row& row, int64_t r
   const KeyRows key_rows = wh::key_rows(p, t, row.sequence);
   const double shift = score_row(p, t, row, keys, {scores, is_visible, nullptr});
 
+  const KvTensor values = values_of(p, t);
   double denominator = std::exp(sink_of(p, t, row) - shift);
   for (int64_t d = 0; d < p.dim_v; ++d) sums[d] = 0;
   for (int64_t j = keys.begin; j < keys.end; ++j) {
     if (is_visible[j - keys.begin] == 0) continue;
     const double weight = std::exp(scores[j - keys.begin] - shift);
     denominator += weight;
-    const int64_t v =
-        key_rows.offset(p.stride_v[0], p.stride_v[2], j) + row.head_kv * p.stride_v[1];
-    for (int64_t d = 0; d < p.dim_v; ++d) {
-      sums[d] += weight * load_element(t.v, p.dtype_kv, v + d * p.stride_v[3]);
-    }
+    const KvPlace place = place_of(key_rows, row.sequence, row.head_kv, j);
+    for (int64_t d = 0; d < p.dim_v; ++d) sums[d] += weight * values.element(place, d);
   }
   const bool is_empty = is_empty_row(denominator);
   const int64_t out = row.offset(p.stride_out);

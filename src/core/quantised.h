@@ -1,0 +1,132 @@
+// How quantised keys and values are stored: the bytes of each format, widening them exactly and
+// rounding to them, to nearest even. Scalar on purpose: kernels widen with SIMD
+// (cpu/common/kv_rows-inl.h), everything else is not hot.
+//
+//   e4m3   8 bits: sign, 4 of exponent (bias 7), 3 of mantissa; no infinity, 448 is the highest,
+//          0x7f and 0xff are NaN. The OCP's "fn" format.
+//   int8   8 bits, symmetric: no zero point
+//   q8_0   blocks of 32 elements of a row: an f16 scale and 32 of int8. ggml's layout
+//   q4_0   blocks of 32: an f16 scale and 16 bytes, of which byte i has element i in its low four
+//          bits and element i + 16 in its high ones, 8 higher than it is. ggml's layout
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/float16.h"
+#include "core/problem.h"
+
+namespace wh {
+
+struct E4m3 {
+  uint8_t bits;
+};
+struct Int8 {
+  int8_t bits;
+};
+
+constexpr int64_t kBlockElements = 32;
+struct Q8_0 {
+  Half scale;
+  int8_t codes[kBlockElements];
+};
+struct Q4_0 {
+  Half scale;
+  uint8_t codes[kBlockElements / 2];
+};
+static_assert(sizeof(Q8_0) == 34 && alignof(Q8_0) == 2);
+static_assert(sizeof(Q4_0) == 18 && alignof(Q4_0) == 2);
+
+constexpr bool is_block_format(Quantised format) {
+  switch (format) {
+    case Quantised::kNone:
+    case Quantised::kE4m3:
+    case Quantised::kInt8:
+      return false;
+    case Quantised::kQ8_0:
+    case Quantised::kQ4_0:
+      return true;
+  }
+  __builtin_unreachable();  // validate() knows no other
+}
+
+// Of elements side by side, as many as whole blocks have; `dtype` is theirs where they are not
+// quantised.
+constexpr int64_t stored_bytes(Quantised format, Dtype dtype, int64_t elements) {
+  switch (format) {
+    case Quantised::kNone:
+      return elements * static_cast<int64_t>(dtype_bytes(dtype));
+    case Quantised::kE4m3:
+    case Quantised::kInt8:
+      return elements;
+    case Quantised::kQ8_0:
+      return elements / kBlockElements * static_cast<int64_t>(sizeof(Q8_0));
+    case Quantised::kQ4_0:
+      return elements / kBlockElements * static_cast<int64_t>(sizeof(Q4_0));
+  }
+  __builtin_unreachable();
+}
+
+// What the tensor's address must be a multiple of.
+constexpr int64_t stored_alignment(Quantised format, Dtype dtype) {
+  return is_block_format(format) ? 2 : stored_bytes(format, dtype, 1);
+}
+
+inline float to_float(Int8 value) { return value.bits; }
+inline float to_float(E4m3 value) {
+  const int magnitude = value.bits & 0x7f, exponent = magnitude >> 3, mantissa = magnitude & 7;
+  const float sign = value.bits & 0x80 ? -1.0f : 1.0f;
+  if (magnitude == 0x7f) return std::copysign(std::bit_cast<float>(0x7fc00000u), sign);
+  if (exponent == 0) return sign * static_cast<float>(mantissa) * 0x1p-9f;
+  return sign * std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+}
+inline float to_float(const Q8_0& block, int64_t idx) {
+  return static_cast<float>(block.codes[idx]) * to_float(block.scale);
+}
+inline float to_float(const Q4_0& block, int64_t idx) {
+  constexpr int64_t kHalf = kBlockElements / 2;
+  const int code = idx < kHalf ? block.codes[idx] & 15 : block.codes[idx - kHalf] >> 4;
+  return static_cast<float>(code - 8) * to_float(block.scale);
+}
+
+constexpr float kHighestE4m3 = 448;
+constexpr float kHighestInt8 = 127;  // -128 is read, never written
+
+// Beyond 448, infinity included, it is 448.
+template <>
+inline E4m3 from_float<E4m3>(float value) {
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  if (std::isnan(value)) return {static_cast<uint8_t>(sign | 0x7f)};
+  const float magnitude = std::min(std::fabs(value), kHighestE4m3);
+  if (magnitude < 0x1p-6f) {  // subnormal result: let the adder round at 2^-9
+    const auto rounded = std::bit_cast<uint32_t>(magnitude + 0x1p14f);
+    return {static_cast<uint8_t>(sign | (rounded - std::bit_cast<uint32_t>(0x1p14f)))};
+  }
+  const auto bits = std::bit_cast<uint32_t>(magnitude);
+  const uint32_t rounded = bits + 0x7ffffu + ((bits >> 20) & 1u) - (120u << 23);
+  return {static_cast<uint8_t>(sign | (rounded >> 20))};
+}
+
+// To the nearest integer within [-most, most]; NaN, which has no code, becomes 0.
+inline float round_to_code(float value, float most) {
+  if (!(std::fabs(value) <= most)) return std::isnan(value) ? 0 : std::copysign(most, value);
+  constexpr float kMagic = 0x1.8p23f;  // the adder rounds at 1
+  return (value + kMagic) - kMagic;
+}
+template <>
+inline Int8 from_float<Int8>(float value) {
+  return {static_cast<int8_t>(round_to_code(value, kHighestInt8))};
+}
+
+// The scale that gives a row's largest element the highest code; NaN where one is NaN.
+float scale_of_row(const float* row, int64_t dim, Quantised format);
+
+// Rounds a row to stored bytes. `scales` has one for each element, `scale_stride` apart; formats of
+// blocks find their own, and take none. A scale of 0 makes codes of 0.
+void quantise_row(const float* row, int64_t dim, Quantised format, const float* scales,
+                  int64_t scale_stride, void* to);
+
+}  // namespace wh

@@ -1,0 +1,169 @@
+// The stored formats: every code, every tie, and ggml's blocks byte by byte.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "core/quantised.h"
+
+namespace wh {
+namespace {
+
+// By the definition, not by the code under test.
+double e4m3_value(int code) {
+  const int exponent = (code >> 3) & 15, mantissa = code & 7;
+  const double sign = code & 0x80 ? -1 : 1;
+  if ((code & 0x7f) == 0x7f) return std::nan("");
+  if (exponent == 0) return sign * mantissa / 8.0 * std::pow(2.0, -6);
+  return sign * (1 + mantissa / 8.0) * std::pow(2.0, exponent - 7);
+}
+
+uint8_t code_of(float value) { return from_float<E4m3>(value).bits; }
+
+TEST(Quantised, EveryE4m3CodeWidensExactlyAndComesBack) {
+  for (int code = 0; code < 256; ++code) {
+    const float value = to_float(E4m3{static_cast<uint8_t>(code)});
+    const double wanted = e4m3_value(code);
+    if (std::isnan(wanted)) {
+      EXPECT_TRUE(std::isnan(value)) << code;
+    } else {
+      EXPECT_EQ(value, wanted) << code;
+      EXPECT_EQ(std::signbit(value), (code & 0x80) != 0) << code;
+    }
+    EXPECT_EQ(code_of(value), code);
+  }
+  EXPECT_EQ(e4m3_value(0x7e), 448);
+}
+
+TEST(Quantised, E4m3RoundsToNearestEven) {
+  for (int code = 0; code < 0x7e; ++code) {
+    const auto low = static_cast<float>(e4m3_value(code));
+    const auto high = static_cast<float>(e4m3_value(code + 1));
+    const float middle = (low + high) / 2;  // exact
+    const int even = code % 2 == 0 ? code : code + 1;
+    EXPECT_EQ(code_of(middle), even) << code;
+    EXPECT_EQ(code_of(std::nextafter(middle, low)), code) << code;
+    EXPECT_EQ(code_of(std::nextafter(middle, high)), code + 1) << code;
+    EXPECT_EQ(code_of(-middle), even | 0x80) << code;
+  }
+}
+
+TEST(Quantised, E4m3HasNoInfinity) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(code_of(449), 0x7e);
+  EXPECT_EQ(code_of(1e30f), 0x7e);
+  EXPECT_EQ(code_of(kInfinity), 0x7e);
+  EXPECT_EQ(code_of(-kInfinity), 0xfe);
+  EXPECT_EQ(code_of(std::numeric_limits<float>::quiet_NaN()), 0x7f);
+  EXPECT_EQ(code_of(std::numeric_limits<float>::denorm_min()), 0);
+  EXPECT_EQ(code_of(-0.0f), 0x80);
+}
+
+TEST(Quantised, Int8RoundsToNearestEvenAndIsSymmetric) {
+  for (int code = -128; code <= 127; ++code) {
+    EXPECT_EQ(to_float(Int8{static_cast<int8_t>(code)}), code);
+  }
+  for (int code = -127; code < 127; ++code) {
+    const auto low = static_cast<float>(code);
+    EXPECT_EQ(from_float<Int8>(low).bits, code);
+    EXPECT_EQ(from_float<Int8>(low + 0.5f).bits, code % 2 == 0 ? code : code + 1);
+    EXPECT_EQ(from_float<Int8>(std::nextafter(low + 0.5f, -1000.0f)).bits, code);
+    EXPECT_EQ(from_float<Int8>(std::nextafter(low + 0.5f, 1000.0f)).bits, code + 1);
+  }
+  EXPECT_EQ(from_float<Int8>(1e9f).bits, 127);
+  EXPECT_EQ(from_float<Int8>(-std::numeric_limits<float>::infinity()).bits, -127);
+  EXPECT_EQ(from_float<Int8>(std::numeric_limits<float>::quiet_NaN()).bits, 0);
+}
+
+// Blocks as ggml's headers describe them, written by hand: f16 2.0 is 0x4000, little-endian.
+TEST(Quantised, BlocksLieAsGgmlWritesThem) {
+  std::vector<uint8_t> bytes{0x00, 0x40};
+  for (int i = 0; i < 32; ++i) bytes.push_back(static_cast<uint8_t>(i - 16));
+  Q8_0 eight;
+  ASSERT_EQ(bytes.size(), sizeof(eight));
+  std::memcpy(&eight, bytes.data(), sizeof(eight));
+  for (int i = 0; i < 32; ++i) EXPECT_EQ(to_float(eight, i), 2.0f * static_cast<float>(i - 16));
+
+  bytes = {0x00, 0x40};
+  for (int i = 0; i < 16; ++i) bytes.push_back(static_cast<uint8_t>(i | (15 - i) << 4));
+  Q4_0 four;
+  ASSERT_EQ(bytes.size(), sizeof(four));
+  std::memcpy(&four, bytes.data(), sizeof(four));
+  for (int i = 0; i < 16; ++i) {
+    EXPECT_EQ(to_float(four, i), 2.0f * static_cast<float>(i - 8));
+    EXPECT_EQ(to_float(four, i + 16), 2.0f * static_cast<float>(7 - i));
+  }
+}
+
+TEST(Quantised, BlocksAreWrittenAsGgmlReadsThem) {
+  // A step of 1 that f16 has: rounding moves nothing, so the bytes are known.
+  float row[64] = {};
+  row[0] = 127, row[1] = -3, row[31] = 5, row[32] = -8, row[33] = 7, row[47] = -1, row[48] = 2;
+  Q8_0 eight[2];
+  quantise_row(row, 64, Quantised::kQ8_0, nullptr, 0, eight);
+  EXPECT_EQ(eight[0].scale.bits, 0x3c00);  // 1.0
+  EXPECT_EQ(eight[0].codes[0], 127);
+  EXPECT_EQ(eight[0].codes[1], -3);
+  EXPECT_EQ(eight[0].codes[2], 0);
+  EXPECT_EQ(eight[0].codes[31], 5);
+  Q4_0 four[2];
+  quantise_row(row, 64, Quantised::kQ4_0, nullptr, 0, four);
+  EXPECT_EQ(four[1].scale.bits, 0x3c00);
+  EXPECT_EQ(four[1].codes[0], 0 | (2 + 8) << 4);  // elements 32 and 48
+  EXPECT_EQ(four[1].codes[1], (7 + 8) | 8 << 4);
+  EXPECT_EQ(four[1].codes[15], (-1 + 8) | 8 << 4);
+}
+
+TEST(Quantised, RowsComeBackWithinHalfAStep) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> row(96);
+  for (int i = 0; i < 200; ++i) {
+    for (float& x : row) x = normal(random);
+    for (const Quantised format : {Quantised::kInt8, Quantised::kE4m3}) {
+      const float scale = scale_of_row(row.data(), 96, format);
+      std::vector<uint8_t> codes(96);
+      quantise_row(row.data(), 96, format, &scale, 0, codes.data());
+      for (size_t d = 0; d < 96; ++d) {
+        const bool is_int8 = format == Quantised::kInt8;
+        const float value =
+            is_int8 ? to_float(Int8{static_cast<int8_t>(codes[d])}) : to_float(E4m3{codes[d]});
+        const float step = is_int8 ? scale : std::max(std::fabs(row[d]) / 8, scale * 0x1p-9f);
+        EXPECT_LE(std::fabs(value * scale - row[d]), step * 0.5001f);
+      }
+    }
+    Q8_0 eight[3];
+    quantise_row(row.data(), 96, Quantised::kQ8_0, nullptr, 0, eight);
+    Q4_0 four[3];
+    quantise_row(row.data(), 96, Quantised::kQ4_0, nullptr, 0, four);
+    for (int64_t d = 0; d < 96; ++d) {
+      const float x = row[static_cast<size_t>(d)];
+      const float step_8 = to_float(eight[d / 32].scale), step_4 = to_float(four[d / 32].scale);
+      EXPECT_LE(std::fabs(to_float(eight[d / 32], d % 32) - x), step_8 * 0.57f);  // 127 clamps
+      EXPECT_LE(std::fabs(to_float(four[d / 32], d % 32) - x), std::fabs(step_4) * 1.01f);
+    }
+  }
+}
+
+TEST(Quantised, EmptyAndSpoiltRows) {
+  std::vector<float> row(32, 0.0f);
+  EXPECT_EQ(scale_of_row(row.data(), 32, Quantised::kInt8), 0);
+  const float scale = 0;
+  std::vector<uint8_t> codes(32, 0xaa);
+  quantise_row(row.data(), 32, Quantised::kE4m3, &scale, 0, codes.data());
+  EXPECT_EQ(codes, std::vector<uint8_t>(32, 0));
+  Q4_0 four;
+  quantise_row(row.data(), 32, Quantised::kQ4_0, nullptr, 0, &four);
+  EXPECT_EQ(to_float(four, 5), 0);
+  // A NaN has no code of int8: the row's scale says that it was there.
+  row[7] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(std::isnan(scale_of_row(row.data(), 32, Quantised::kInt8)));
+  Q8_0 eight;
+  quantise_row(row.data(), 32, Quantised::kQ8_0, nullptr, 0, &eight);
+  EXPECT_TRUE(std::isnan(to_float(eight, 0)));
+}
+
+}  // namespace
+}  // namespace wh
