@@ -91,6 +91,36 @@ class Generator {
     p.scale = (chance(0.9) ? 1.0f : -0.5f) / std::sqrt(static_cast<float>(p.dim_qk));
   }
 
+  // Whatever the layout is: what a format cannot have, as blocks of odd dims, is drawn again.
+  void draw_quantised(Problem& p) {
+    if (device_ != Device::kCpu || !chance(0.35)) return;
+    constexpr Quantised kFormats[] = {Quantised::kE4m3, Quantised::kInt8, Quantised::kQ8_0,
+                                      Quantised::kQ4_0};
+    constexpr Scales kKinds[] = {Scales::kNone, Scales::kTensor, Scales::kHead, Scales::kTokenHead,
+                                 Scales::kChannel};
+    const auto draw = [&](Quantised& format, Scales& scales, Strides& stride, int64_t dim) {
+      format = pick(kFormats);
+      const bool is_block = format == Quantised::kQ8_0 || format == Quantised::kQ4_0;
+      // Codes of int8 alone are of hundreds: scores that float32 does not hold well.
+      if (!is_block) scales = format == Quantised::kInt8 ? kKinds[1 + random_() % 4] : pick(kKinds);
+      stride = dense_scales_strides(p, scales, dim);
+      if (chance(0.2)) stride = {stride[0] * 2, stride[1] * 2, stride[2] * 2, stride[3] * 2};
+      if (scales == Scales::kTokenHead) return;
+      if (chance(0.2)) stride[0] = 0;
+      if (chance(0.1)) stride[1] = 0;
+    };
+    draw(p.quantised_k, p.scales_k, p.stride_scales_k, p.dim_qk);
+    draw(p.quantised_v, p.scales_v, p.stride_scales_v, p.dim_v);
+    if (chance(0.5)) {
+      p.quantised_v = p.quantised_k;
+      p.scales_v = p.scales_k;
+      p.stride_scales_v = dense_scales_strides(p, p.scales_v, p.dim_v);
+    } else if (chance(0.3)) {  // one of them elements
+      p.quantised_v = Quantised::kNone;
+      p.scales_v = Scales::kNone;
+    }
+  }
+
   void draw_features(Case& c) {
     Problem& p = c.problem;
     constexpr Causal kCausals[] = {Causal::kNone, Causal::kNone, Causal::kBottomRight,
@@ -181,6 +211,7 @@ class Generator {
     draw_shape(c.problem);
     draw_features(c);
     draw_strides(c.problem);
+    draw_quantised(c.problem);
     c.limits.threads = static_cast<int32_t>(between(1, 3));
     c.limits.precision = chance(0.2) ? Precision::kHigh : Precision::kNative;
     c.limits.batch_invariant = chance(0.2);

@@ -33,6 +33,9 @@ bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
   if (!p.is_dense()) return is_cpu && kernel == "cpu_reference";
+  const bool reads_codes =
+      kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference";
+  if (is_quantised(p) && !reads_codes) return false;
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
   }

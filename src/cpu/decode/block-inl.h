@@ -1,5 +1,6 @@
 // The products of decode: a block of 1 to 8 query rows against a tile of keys that lie as the
-// caller left them. Re-included per target.
+// caller left them, or widened: `Keys` and `Values` are rows of cpu/common/kv_rows-inl.h.
+// Re-included per target.
 #if defined(WH_CPU_DECODE_BLOCK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef WH_CPU_DECODE_BLOCK_INL_H_
 #undef WH_CPU_DECODE_BLOCK_INL_H_
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/common/kv_rows-inl.h"
 #include "cpu/common/tile-inl.h"
 #include "cpu/common/vector_math-inl.h"
 #include "cpu/decode/config.h"
@@ -39,13 +41,6 @@ constexpr int kAccumulators = HWY_TARGET <= HWY_AVX3 ? 16
 template <int kRows>
 constexpr int kBlockKeys = kAccumulators<kRows> / kRows;
 
-// A matrix whose rows are read in place: K or V of one kv head, from its first key of the tile.
-template <typename T>
-struct Matrix {
-  const T* data;
-  ptrdiff_t row_stride;
-};
-
 // Rows to bring into L2 (into L1 they would evict the tile at work), one whenever a loop comes
 // round: all at once would fill the line buffers and stall the loads of the tile.
 struct Prefetch {
@@ -54,11 +49,9 @@ struct Prefetch {
   int64_t rows;
   int64_t row_bytes;
 
-  template <typename T>
-  static Prefetch of(Matrix<T> matrix, int64_t rows, int64_t columns) {
-    const auto element = static_cast<ptrdiff_t>(sizeof(T));
-    return {reinterpret_cast<const char*>(matrix.data), matrix.row_stride * element,
-            columns == 0 ? 0 : rows, columns * element};
+  static Prefetch of(const KvTensor& tensor, const KvPlace& first, int64_t rows) {
+    return {static_cast<const char*>(tensor.data) + tensor.bytes(tensor.offset(first)),
+            tensor.bytes(tensor.stride[2]), rows, tensor.bytes(tensor.dim)};
   }
   HWY_INLINE void fetch(int64_t row) const {
     if (row >= rows) return;
@@ -139,8 +132,8 @@ HWY_INLINE void keep_in_register([[maybe_unused]] Vec& v) {
 }
 
 // s[i][r] = q[r] . k[i] for kBlockKeys<kRows> keys.
-template <int kRows, typename T>
-HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Matrix<T> k, float* HWY_RESTRICT s) {
+template <int kRows, typename Keys>
+HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Keys k, float* HWY_RESTRICT s) {
   constexpr int kKeys = kBlockKeys<kRows>;
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
@@ -148,7 +141,7 @@ HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Matrix<T> k, float
   WH_UNROLL for (int i = 0; i < kAccumulators<kRows>; ++i) acc[i] = hn::Zero(f32);
   for (int64_t d = 0; d < columns; d += lanes) {
     Vec key[kKeys];
-    WH_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = load_f32(k.data + i * k.row_stride + d);
+    WH_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = k.load(i, d);
     WH_UNROLL for (int r = 0; r < kRows; ++r) {
       auto query = hn::Load(f32, q.data + r * q.row_stride + d);
       keep_in_register(query);
@@ -161,39 +154,38 @@ HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Matrix<T> k, float
 }
 
 // One row, one key: what is left of a tile after whole blocks.
-template <typename T>
-HWY_INLINE float score_one(const float* HWY_RESTRICT q, int64_t columns, const T* k) {
+template <typename Keys>
+HWY_INLINE float score_one(const float* HWY_RESTRICT q, int64_t columns, Keys k, int64_t key) {
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
   auto sum = hn::Zero(f32);
   for (int64_t d = 0; d < columns; d += lanes) {
-    sum = hn::MulAdd(hn::Load(f32, q + d), load_f32(k + d), sum);
+    sum = hn::MulAdd(hn::Load(f32, q + d), k.load(key, d), sum);
   }
   return hn::GetLane(hn::SumOfLanes(f32, sum));
 }
 
 // s[j][r] for all keys of a tile, fetching a row of `ahead` for each key.
-template <int kRows, typename T>
-void score_rows(Matrix<float> q, int64_t columns, Matrix<T> k, int64_t keys, const Prefetch& ahead,
+template <int kRows, typename Keys>
+void score_rows(Matrix<float> q, int64_t columns, Keys k, int64_t keys, const Prefetch& ahead,
                 float* s) {
   constexpr int kKeys = kBlockKeys<kRows>;
   int64_t j = 0;
   for (; j + kKeys <= keys; j += kKeys) {
     for (int64_t i = j; i < j + kKeys; ++i) ahead.fetch(i);
-    score_block<kRows>(q, columns, Matrix<T>{k.data + j * k.row_stride, k.row_stride},
-                       s + j * kRows);
+    score_block<kRows>(q, columns, k.from(j, 0), s + j * kRows);
   }
   for (; j < keys; ++j) {
     ahead.fetch(j);
     for (int r = 0; r < kRows; ++r) {
-      s[j * kRows + r] = score_one(q.data + r * q.row_stride, columns, k.data + j * k.row_stride);
+      s[j * kRows + r] = score_one(q.data + r * q.row_stride, columns, k, j);
     }
   }
 }
 
 // kVectors vectors of columns: o[r] = alpha[r] * o[r] + sum_j p[j][r] * v[j].
-template <int kRows, int kVectors, typename T>
-HWY_INLINE void value_block(const float* HWY_RESTRICT p, Matrix<T> v, int64_t keys,
+template <int kRows, int kVectors, typename Values>
+HWY_INLINE void value_block(const float* HWY_RESTRICT p, Values v, int64_t keys,
                             const float* HWY_RESTRICT alpha, const Prefetch& ahead,
                             float* HWY_RESTRICT o, int64_t o_stride) {
   const F32 f32;
@@ -207,14 +199,14 @@ HWY_INLINE void value_block(const float* HWY_RESTRICT p, Matrix<T> v, int64_t ke
   }
   for (int64_t j = 0; j < keys; ++j) {
     Vec value[kVectors];
-    WH_UNROLL for (int c = 0; c < kVectors; ++c) value[c] = load_f32(v.data + c * lanes);
+    WH_UNROLL for (int c = 0; c < kVectors; ++c) value[c] = v.load(0, c * lanes);
     WH_UNROLL for (int r = 0; r < kRows; ++r) {
       const auto weight = hn::Set(f32, p[j * kRows + r]);
       WH_UNROLL for (int c = 0; c < kVectors; ++c) {
         acc[r][c] = hn::MulAdd(weight, value[c], acc[r][c]);
       }
     }
-    v.data += v.row_stride;
+    v = v.from(1, 0);
     ahead.fetch(j);
   }
   WH_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -225,8 +217,8 @@ HWY_INLINE void value_block(const float* HWY_RESTRICT p, Matrix<T> v, int64_t ke
 }
 
 // All columns, fetching `ahead` evenly over them.
-template <int kRows, typename T>
-void value_rows(const float* p, Matrix<T> v, int64_t keys, int64_t columns, const float* alpha,
+template <int kRows, typename Values>
+void value_rows(const float* p, Values v, int64_t keys, int64_t columns, const float* alpha,
                 const Prefetch& ahead, float* o, int64_t o_stride) {
   constexpr int kVectors = std::min(kAccumulators<kRows> / kRows, 8);
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
@@ -239,8 +231,7 @@ void value_rows(const float* p, Matrix<T> v, int64_t keys, int64_t columns, cons
     const Prefetch part{ahead.data + fetched * ahead.row_stride_bytes, ahead.row_stride_bytes,
                         end - fetched, ahead.row_bytes};
     fetched = end;
-    value_block<kRows, count()>(p, Matrix<T>{v.data + d, v.row_stride}, keys, alpha, part, o + d,
-                                o_stride);
+    value_block<kRows, count()>(p, v.from(0, d), keys, alpha, part, o + d, o_stride);
   };
   while (first < vectors) {
     const int64_t left = vectors - first;
@@ -256,14 +247,14 @@ void value_rows(const float* p, Matrix<T> v, int64_t keys, int64_t columns, cons
 }
 
 // Whether a weight of zero hides every row of v.
-template <typename T>
-bool all_finite(Matrix<T> v, int64_t rows, int64_t dim) {
+template <typename Values>
+bool all_finite(Values v, int64_t rows, int64_t dim) {
   const F32 f32;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
   auto finite = hn::Zero(f32);  // stays 0 while everything is finite
-  for (int64_t j = 0; j < rows; ++j, v.data += v.row_stride) {
+  for (int64_t j = 0; j < rows; ++j) {
     for (int64_t d = 0; d < dim; d += lanes) {
-      finite = hn::MulAdd(load_f32(v.data + d), hn::Zero(f32), finite);
+      finite = hn::MulAdd(v.load(j, d), hn::Zero(f32), finite);
     }
   }
   return hn::AllTrue(f32, hn::Eq(finite, hn::Zero(f32)));

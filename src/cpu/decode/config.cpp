@@ -192,10 +192,16 @@ const Kernel kDecode{
     .summary = "few queries, keys split into chunks, each read once for a whole group",
     .refusal = refusal,
     .configure = configure,
-    .variant = [](const Query& query, const Config&) { return cpu_facts(query).isa + " f32"; },
+    .variant =
+        [](const Query& query, const Config&) {
+          const char* widens =
+              is_quantised(query.problem) ? ", codes widened as they are read" : "";
+          return cpu_facts(query).isa + " f32" + widens;
+        },
     .workspace_bytes = workspace_bytes,
     .estimate_us = estimate_us,
     .run = run_decode,
-    .step_us = step_us};
+    .step_us = step_us,
+    .reads_quantised = true};
 
 }  // namespace wh::cpu

@@ -38,7 +38,7 @@ KeyRange keys_of_chunk(const Problem& problem, KeyRange present, const DecodeSha
 struct DecodeScratch {
   float* q;        // [rows, columns_qk], scale folded in
   float* o;        // [rows, columns_v], unnormalised
-  float* k;        // [tile_k, columns_qk]: a tile that cannot be read in place, widened
+  float* k;        // [tile_k, columns_qk]: a tile that is no whole vectors, widened
   float* v;        // [tile_k, columns_v]
   float* s;        // [rows, tile_k]: scores, then weights, of each block as [key, row]
   float* bias;     // [tile_k]: a row of the array mask, only where there is one

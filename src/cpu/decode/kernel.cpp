@@ -19,6 +19,7 @@
 #include "core/array_mask.h"
 #include "core/element.h"
 #include "core/key_range.h"
+#include "core/kv_tensor.h"
 #include "core/score_rules.h"
 #include "cpu/common/steps.h"
 #include "cpu/decode/config.h"
@@ -43,7 +44,14 @@ class DecodeWorker {
  public:
   DecodeWorker(const Problem& p, const Tensors& t, const DecodeShape& shape,
                const DecodeScratch& scratch, const Partials& partials, Steps& steps)
-      : p_(p), t_(t), shape_(shape), w_(scratch), partials_(partials), steps_(steps) {}
+      : p_(p),
+        t_(t),
+        k_(keys_of(p, t)),
+        v_(values_of(p, t)),
+        shape_(shape),
+        w_(scratch),
+        partials_(partials),
+        steps_(steps) {}
 
   // False: the caller wants to stop, and the item has left nothing behind.
   bool run(int64_t batch_idx, int64_t head_kv, int64_t chunk) {
@@ -106,49 +114,44 @@ class DecodeWorker {
     std::fill_n(w_.o, shape_.rows * shape_.columns_v, 0.0f);
   }
 
-  template <typename T>
-  Matrix<T> rows_at(const void* data, const Strides& stride, int64_t key) const {
-    return {static_cast<const T*>(data) + batch_idx_ * stride[0] + head_kv_ * stride[1] +
-                key * stride[2],
-            stride[2]};
-  }
-
   bool run_tiles(KeyRange keys) {
-    return with_element_type(p_.dtype_kv, [&]<typename T>(T) { return run_tiles_of<T>(keys); });
-  }
-
-  template <typename T>
-  bool run_tiles_of(KeyRange keys) {
-    const bool k_in_place = p_.stride_k[3] == 1 && p_.dim_qk % vector_lanes() == 0;
-    const bool v_in_place = p_.stride_v[3] == 1 && p_.dim_v % vector_lanes() == 0;
+    const bool k_in_place = is_whole_vectors(k_), v_in_place = is_whole_vectors(v_);
+    const Prefetch nothing{};
     for (int64_t k0 = keys.begin; k0 < keys.end; k0 += shape_.tile_k) {
       tile_ = {k0, std::min(k0 + shape_.tile_k, keys.end)};
       const int64_t count = tile_.size();
-      const Matrix<T> k = rows_at<T>(t_.k, p_.stride_k, k0), v = rows_at<T>(t_.v, p_.stride_v, k0);
-      const Matrix<T> next_k = rows_at<T>(t_.k, p_.stride_k, tile_.end);
+      const KvPlace first{batch_idx_, head_kv_, k0, batch_idx_};
+      const Prefetch ahead_v = v_in_place ? Prefetch::of(v_, first, count) : nothing;
       if (k_in_place) {
-        scores(k, p_.dim_qk, Prefetch::of(v, count, v_in_place ? p_.dim_v : 0));
+        with_rows(k_, first, [&](const auto& k) HWY_ATTR { scores(k, p_.dim_qk, ahead_v); });
       } else {
-        widen_rows(k.data, p_.stride_k, count, p_.dim_qk, shape_.columns_qk, w_.k);
-        scores(Matrix<float>{w_.k, shape_.columns_qk}, shape_.columns_qk,
-               Prefetch::of(v, count, v_in_place ? p_.dim_v : 0));
+        widen_rows(k_, first, count, shape_.columns_qk, w_.k);
+        scores(Matrix<float>{w_.k, shape_.columns_qk}, shape_.columns_qk, ahead_v);
       }
-      const Prefetch ahead = Prefetch::of(next_k, std::min(shape_.tile_k, keys.end - tile_.end),
-                                          k_in_place ? p_.dim_qk : 0);
+      const int64_t next = std::min(shape_.tile_k, keys.end - tile_.end);
+      const Prefetch ahead_k =
+          k_in_place ? Prefetch::of(k_, {batch_idx_, head_kv_, tile_.end, batch_idx_}, next)
+                     : nothing;
       const bool is_edge = !all_rows_see_tile();
       for_blocks([&](auto rows, int64_t row) HWY_ATTR { softmax<rows()>(row, is_edge); });
       const bool has_hidden = is_edge || p_.mask != MaskKind::kNone;
-      if (v_in_place && (!has_hidden || all_finite(v, count, p_.dim_v))) {
-        values(v, p_.dim_v, ahead);
-      } else if (widen_rows(v.data, p_.stride_v, count, p_.dim_v, shape_.columns_v, w_.v) ||
-                 !has_hidden) {
-        values(Matrix<float>{w_.v, shape_.columns_v}, shape_.columns_v, ahead);
+      if (v_in_place && (!has_hidden || is_finite(v_, first, count))) {
+        with_rows(v_, first, [&](const auto& v) HWY_ATTR { values(v, p_.dim_v, ahead_k); });
+      } else if (widen_rows(v_, first, count, shape_.columns_v, w_.v) || !has_hidden) {
+        values(Matrix<float>{w_.v, shape_.columns_v}, shape_.columns_v, ahead_k);
       } else {
         add_values_one_by_one();
       }
       if (!steps_.done(tile_work(p_, shape_.rows, tile_))) return false;
     }
     return true;
+  }
+
+  static bool is_finite(const KvTensor& tensor, const KvPlace& first, int64_t count) {
+    bool finite = false;
+    with_rows(tensor, first,
+              [&](const auto& rows) HWY_ATTR { finite = all_finite(rows, count, tensor.dim); });
+    return finite;
   }
 
   bool all_rows_see_tile() const {
@@ -158,8 +161,8 @@ class DecodeWorker {
     return true;
   }
 
-  template <typename T>
-  void scores(Matrix<T> k, int64_t columns, Prefetch ahead) {
+  template <typename Keys>
+  void scores(Keys k, int64_t columns, Prefetch ahead) {
     for_blocks([&](auto rows, int64_t row) HWY_ATTR {
       const Matrix<float> q{w_.q + row * shape_.columns_qk, shape_.columns_qk};
       score_rows<rows()>(q, columns, k, tile_.size(), ahead, block_s(row));
@@ -225,8 +228,8 @@ class DecodeWorker {
     }
   }
 
-  template <typename T>
-  void values(Matrix<T> v, int64_t columns, Prefetch ahead) {
+  template <typename Values>
+  void values(Values v, int64_t columns, Prefetch ahead) {
     for_blocks([&](auto rows, int64_t row) HWY_ATTR {
       value_rows<rows()>(block_s(row), v, tile_.size(), columns, w_.alpha + row * kLaneStride,
                          ahead, w_.o + row * shape_.columns_v, shape_.columns_v);
@@ -279,6 +282,7 @@ class DecodeWorker {
 
   const Problem& p_;
   const Tensors& t_;
+  const KvTensor k_, v_;
   const DecodeShape& shape_;
   const DecodeScratch& w_;
   const Partials& partials_;

@@ -162,10 +162,15 @@ const Kernel kPrefill{
     .summary = "queries on SIMD lanes, grouped heads folded into rows",
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
     .configure = configure,
-    .variant = [](const Query& query, const Config&) { return cpu_facts(query).isa + " f32"; },
+    .variant =
+        [](const Query& query, const Config&) {
+          const char* widens = is_quantised(query.problem) ? ", codes widened once a tile" : "";
+          return cpu_facts(query).isa + " f32" + widens;
+        },
     .workspace_bytes = prefill_workspace_bytes,
     .estimate_us = prefill_estimate_us,
     .run = run_prefill,
-    .step_us = prefill_step_us};
+    .step_us = prefill_step_us,
+    .reads_quantised = true};
 
 }  // namespace wh::cpu

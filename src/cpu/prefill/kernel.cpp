@@ -14,6 +14,7 @@
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
+#include "cpu/common/kv_rows-inl.h"
 #include "cpu/prefill/worker-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -25,7 +26,7 @@ class F32Products {
  public:
   // Scores come out in base 2.
   F32Products(const Problem& p, const Tensors& t, const PrefillScratch& scratch)
-      : p_(p), t_(t), w_(scratch), scale_(scale_to_base_2(p)) {}
+      : p_(p), k_(keys_of(p, t)), v_(values_of(p, t)), w_(scratch), scale_(scale_to_base_2(p)) {}
 
   void load_query(const void* row, float* to) const {
     widen_row(row, p_.dtype_q, 0, p_.stride_q[3], p_.dim_qk, to);
@@ -35,19 +36,15 @@ class F32Products {
   bool load_tile(int64_t batch_idx, int64_t head_kv, KeyRange tile) {
     k_begin_ = tile.begin;
     v_begin_ = tile.begin / 2 * 2;
-    const auto first = [&](const Strides& stride) {
-      return batch_idx * stride[0] + head_kv * stride[1] + tile.begin * stride[2];
-    };
+    const KvPlace first{batch_idx, head_kv, tile.begin, batch_idx};
     const int64_t keys = tile.size();
-    widen_rows(t_.k, p_.dtype_kv, first(p_.stride_k), p_.stride_k, keys, p_.dim_qk, w_.k_columns,
-               w_.k);
+    widen_rows(k_, first, keys, w_.k_columns, w_.k);
     float* v = w_.v;
     if (v_begin_ < tile.begin) {
       std::fill_n(v, w_.v_columns, 0.0f);
       v += w_.v_columns;
     }
-    const bool is_finite = widen_rows(t_.v, p_.dtype_kv, first(p_.stride_v), p_.stride_v, keys,
-                                      p_.dim_v, w_.v_columns, v);
+    const bool is_finite = widen_rows(v_, first, keys, w_.v_columns, v);
     if (!is_finite) {
       for (float* x = v; x < v + keys * w_.v_columns; ++x) *x = std::isfinite(*x) ? *x : 0.0f;
     }
@@ -88,7 +85,7 @@ class F32Products {
 
  private:
   const Problem& p_;
-  const Tensors& t_;
+  const KvTensor k_, v_;
   const PrefillScratch& w_;
   const float scale_;
   int64_t k_begin_ = 0, v_begin_ = 0;  // the keys of the scratch's first rows

@@ -26,6 +26,7 @@
 #include "core/array_mask.h"
 #include "core/element.h"
 #include "core/key_range.h"
+#include "core/kv_tensor.h"
 #include "cpu/common/steps.h"
 #include "cpu/common/tile-inl.h"
 #include "cpu/common/vector_math-inl.h"
@@ -293,11 +294,10 @@ class PrefillWorker {
   template <int kVectors>
   void add_special_values(int64_t panel, int64_t begin, int64_t keys) {
     const int64_t width = kVectors * vector_lanes();
-    const int64_t v = item_.batch_idx * p_.stride_v[0] + item_.head_kv * p_.stride_v[1];
+    const KvTensor v = values_of(p_, t_);
     for (int64_t key = std::max(begin, tile_.begin); key < begin + keys; ++key) {
       for (int64_t d = 0; d < p_.dim_v; ++d) {
-        const int64_t offset = v + key * p_.stride_v[2] + d * p_.stride_v[3];
-        const float value = load_element(t_.v, p_.dtype_kv, offset);
+        const float value = v.element({item_.batch_idx, item_.head_kv, key, item_.batch_idx}, d);
         if (std::isfinite(value)) continue;
         for (int64_t r = 0; r < panel_rows(panel); ++r) {
           if (!sees(panel * shape_.lanes + r, key)) continue;
