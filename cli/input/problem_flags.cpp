@@ -37,7 +37,9 @@ constexpr Flag kFlags[] = {
     {"queries", &ProblemFlags::queries, Part::kShape, nullptr, "query length"},
     {"keys", &ProblemFlags::keys, Part::kShape, nullptr, "key length (as many as queries)"},
     {"dtype", &ProblemFlags::dtype, Part::kShape, nullptr, "f32, f16 or bf16 (f16)"},
-    {"kv-dtype", &ProblemFlags::kv_dtype, Part::kShape, nullptr, "type of k and v (as --dtype)"},
+    {"kv-dtype", &ProblemFlags::kv_dtype, Part::kShape, nullptr,
+     "type of k and v (as --dtype), or K/V: e4m3, int8, either with scales :tensor, :head, "
+     ":token-head or :channel, q8_0, q4_0"},
     {"causal", &ProblemFlags::causal, Part::kOption, "bottom-right",
      "bottom-right (of the bare flag) or top-left"},
     {"window", &ProblemFlags::window, Part::kOption, nullptr,
@@ -177,12 +179,14 @@ std::string flag_name(std::string json_name) {
 }
 
 // The flags of one part that are a field of the problem each. What is not given keeps the problem's
-// value. The device comes with an index: read_device().
+// value. The device comes with an index: read_device(); k and v with scales: read_kv_dtype().
 void read_fields(const ProblemFlags& flags, Part part, Problem& p, ValueReader& read) {
   const auto given = [&](const char* json_name) -> const Flag* {
     const Flag* flag = find_flag(flag_name(json_name));
     const bool is_given = flag != nullptr && flag->part == part && !(flags.*flag->value).empty();
-    return is_given && flag->value != &ProblemFlags::device ? flag : nullptr;
+    const bool is_plain =
+        is_given && flag->value != &ProblemFlags::device && flag->value != &ProblemFlags::kv_dtype;
+    return is_plain ? flag : nullptr;
   };
   visit_fields(
       [&](const auto& field, auto& value) {
@@ -217,6 +221,48 @@ void read_device(const std::string& text, Problem& p, ValueReader& read) {
     numbered += fmt::format(", or {0}:0 to {0}:{1}", kDevices.name(device), kDeviceIndex.most);
   }
   read.fail(fmt::format("--device is \"{}\"; valid: {}{}", text, kDevices.list(), numbered));
+}
+
+// Of K or of V: a type, or a format with what shares a scale behind a colon.
+void read_stored(const std::string& text, Problem& p, Quantised& format, Scales& scales,
+                 ValueReader& read) {
+  const size_t colon = text.find(':');
+  const std::string name = text.substr(0, colon);
+  const bool has_scales = colon != std::string::npos;
+  if (const auto dtype = kDtypes.value(name); dtype && !has_scales) {
+    p.dtype_kv = *dtype;
+    return;
+  }
+  const auto quantised = kQuantiseds.value(name);
+  const auto kind = has_scales ? kScales.value(text.substr(colon + 1)) : Scales::kNone;
+  const bool is_scaled = quantised == Quantised::kE4m3 || quantised == Quantised::kInt8;
+  if (!quantised || quantised == Quantised::kNone || !kind || (has_scales && !is_scaled)) {
+    read.fail(
+        fmt::format("--kv-dtype is \"{}\"; valid: {}, e4m3, int8, either with :tensor, :head, "
+                    ":token-head or :channel behind it, q8_0, q4_0, or two of them, K/V",
+                    text, kDtypes.list()));
+    return;
+  }
+  format = *quantised;
+  scales = *kind;
+}
+
+void read_kv_dtype(const std::string& text, Problem& p, ValueReader& read) {
+  p.dtype_kv = p.dtype_q;
+  if (text.empty()) return;
+  const size_t slash = text.find('/');
+  const std::string k = text.substr(0, slash);
+  const std::string v = slash == std::string::npos ? k : text.substr(slash + 1);
+  read_stored(k, p, p.quantised_k, p.scales_k, read);
+  const Dtype dtype_k = p.dtype_kv;
+  read_stored(v, p, p.quantised_v, p.scales_v, read);
+  const bool are_elements = kDtypes.value(k).has_value() && kDtypes.value(v).has_value();
+  if (are_elements && p.dtype_kv != dtype_k) {
+    read.fail(
+        fmt::format("--kv-dtype is \"{}\"; K and V must be of one type where neither is "
+                    "quantised",
+                    text));
+  }
 }
 
 std::vector<int32_t> read_per_batch(const char* name, const std::string& text, int64_t most,
@@ -264,7 +310,7 @@ Result<Request> read_request(const ProblemFlags& flags) {
   p.len_k = read.optional("keys", flags.keys, p.len_q);
   p.dtype_q = Dtype::kF16;
   read_fields(flags, Part::kShape, p, read);
-  if (flags.kv_dtype.empty()) p.dtype_kv = p.dtype_q;
+  read_kv_dtype(flags.kv_dtype, p, read);
   p.scale = 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, p.dim_qk)));
   read_options(flags, p, read);
   const LayoutFlag layout = read.choice("layout", flags.layout, kLayouts, LayoutFlag::kHeadsFirst);
@@ -272,6 +318,9 @@ Result<Request> read_request(const ProblemFlags& flags) {
   p.stride_k = strides_of(layout, p.heads_kv, p.len_k, p.dim_qk);
   p.stride_v = p.values_in_keys ? p.stride_k : strides_of(layout, p.heads_kv, p.len_k, p.dim_v);
   p.stride_out = strides_of(layout, p.heads_q, p.len_q, p.dim_v);
+  p.stride_scales_k = dense_scales_strides(p, p.scales_k, p.dim_qk);
+  p.stride_scales_v =
+      p.values_in_keys ? p.stride_scales_k : dense_scales_strides(p, p.scales_v, p.dim_v);
   // One mask for all batch entries and heads: what models make.
   if (p.mask != MaskKind::kNone) p.stride_mask = {0, 0, p.len_k, 1};
   if (!flags.backward.empty() && read.yes("backward", flags.backward)) {

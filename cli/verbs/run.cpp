@@ -103,6 +103,10 @@ Status warm_up(const Plan& plan) {
   Problem& p = small.problem;
   p.dtype_q = plan.problem.dtype_q;
   p.dtype_kv = plan.problem.dtype_kv;
+  p.quantised_k = plan.problem.quantised_k;
+  p.quantised_v = plan.problem.quantised_v;
+  p.scales_k = plan.problem.scales_k;
+  p.scales_v = plan.problem.scales_v;
   p.heads_q = p.heads_kv = 16;
   p.len_q = p.len_k = p.dim_qk = p.dim_v = 64;
   set_dense(p);
