@@ -12,6 +12,7 @@
 #include <hwy/highway.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/element.h"
 #include "core/kv_tensor.h"
@@ -68,12 +69,62 @@ HWY_INLINE Vec broadcast_f32(Half value) {
 }
 #endif
 
+// Two vectors side by side.
+struct VecPair {
+  Vec low, high;
+};
+
+// Where a vector is half a block, or codes widen by twice as many, rows say kHasPairs, and
+// load_pair() does for two vectors what would else be done twice. Of BlockRows it is a whole block.
+#if HWY_TARGET <= HWY_AVX3
+constexpr bool kPairsAreWorthIt = true;
+
+HWY_INLINE VecPair load_pair(const E4m3* from) {
+  const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(code), 7),
+                                        _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __m512i highest = _mm512_set1_epi16(0x3f80);
+  const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, highest), highest);
+  const __m512i half = _mm512_mask_blend_epi16(is_nan, bits, _mm512_set1_epi16(0x7fff));
+  const __m512 factor = _mm512_set1_ps(256);
+  return {Vec{_mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), factor)},
+          Vec{_mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), factor)}};
+}
+HWY_INLINE VecPair load_pair(const Q8_0& block) {
+  const Vec scale = broadcast_f32(block.scale);
+  const auto* codes = reinterpret_cast<const Int8*>(block.codes);
+  return {hn::Mul(load_f32(codes), scale), hn::Mul(load_f32(codes + 16), scale)};
+}
+// A code is an index: VPERMPS looks at the lowest four bits alone.
+HWY_INLINE VecPair load_pair(const Q4_0& block) {
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i bytes =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block.codes)));
+  const Vec scale = broadcast_f32(block.scale);
+  return {hn::Mul(Vec{_mm512_permutexvar_ps(bytes, values)}, scale),
+          hn::Mul(Vec{_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values)}, scale)};
+}
+#else
+constexpr bool kPairsAreWorthIt = false;
+
+// Never called, so that who calls it need not be compiled twice.
+template <typename From>
+HWY_INLINE VecPair load_pair(const From&) {
+  return {hn::Zero(F32()), hn::Zero(F32())};
+}
+#endif
+
 // Elements of a type.
 template <typename T>
 struct Matrix {
+  static constexpr bool kHasPairs = kPairsAreWorthIt && std::is_same_v<T, E4m3>;
+
   const T* data;
   ptrdiff_t row_stride;
 
+  HWY_INLINE VecPair load_pair(int64_t row, int64_t column) const {
+    return HWY_NAMESPACE::load_pair(data + row * row_stride + column);
+  }
   HWY_INLINE Vec load(int64_t row, int64_t column) const {
     return load_f32(data + row * row_stride + column);
   }
@@ -85,10 +136,17 @@ struct Matrix {
 // Codes with a scale for each row, or for all of them where they are 0 apart.
 template <typename T>
 struct ScaledRows {
+  static constexpr bool kHasPairs = Matrix<T>::kHasPairs;
+
   Matrix<T> codes;
   const float* scales;
   ptrdiff_t scale_stride;
 
+  HWY_INLINE VecPair load_pair(int64_t row, int64_t column) const {
+    const VecPair pair = codes.load_pair(row, column);
+    const auto scale = hn::Set(F32(), scales[row * scale_stride]);
+    return {hn::Mul(pair.low, scale), hn::Mul(pair.high, scale)};
+  }
   HWY_INLINE Vec load(int64_t row, int64_t column) const {
     return hn::Mul(codes.load(row, column), hn::Set(F32(), scales[row * scale_stride]));
   }
@@ -100,9 +158,17 @@ struct ScaledRows {
 // Codes with a scale for each column, side by side.
 template <typename T>
 struct ScaledColumns {
+  static constexpr bool kHasPairs = Matrix<T>::kHasPairs;
+
   Matrix<T> codes;
   const float* scales;
 
+  HWY_INLINE VecPair load_pair(int64_t row, int64_t column) const {
+    const VecPair pair = codes.load_pair(row, column);
+    const auto lanes = static_cast<int64_t>(hn::Lanes(F32()));
+    return {hn::Mul(pair.low, hn::LoadU(F32(), scales + column)),
+            hn::Mul(pair.high, hn::LoadU(F32(), scales + column + lanes))};
+  }
   HWY_INLINE Vec load(int64_t row, int64_t column) const {
     return hn::Mul(codes.load(row, column), hn::LoadU(F32(), scales + column));
   }
@@ -128,10 +194,16 @@ HWY_INLINE Vec load_f32(const Q4_0& block, int64_t idx) {
 // Blocks along the row.
 template <typename Block>
 struct BlockRows {
+  static constexpr bool kHasPairs = kPairsAreWorthIt;
+
   const Block* data;
   ptrdiff_t row_stride;  // in blocks
   int64_t first_column;
 
+  HWY_INLINE VecPair load_pair(int64_t row, int64_t column) const {
+    const int64_t block = (first_column + column) / kBlockElements;
+    return HWY_NAMESPACE::load_pair(data[row * row_stride + block]);
+  }
   HWY_INLINE Vec load(int64_t row, int64_t column) const {
     const int64_t at = first_column + column;
     return load_f32(data[row * row_stride + at / kBlockElements], at % kBlockElements);

@@ -139,7 +139,23 @@ HWY_INLINE void score_block(Matrix<float> q, int64_t columns, Keys k, float* HWY
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f32));
   Vec acc[kAccumulators<kRows>];
   WH_UNROLL for (int i = 0; i < kAccumulators<kRows>; ++i) acc[i] = hn::Zero(f32);
-  for (int64_t d = 0; d < columns; d += lanes) {
+  int64_t d = 0;
+  if constexpr (Keys::kHasPairs) {
+    // Key by key: pairs of all of them would fill the registers. Each sum adds up in the same
+    // order.
+    for (; d + 2 * lanes <= columns; d += 2 * lanes) {
+      WH_UNROLL for (int i = 0; i < kKeys; ++i) {
+        const VecPair key = k.load_pair(i, d);
+        WH_UNROLL for (int r = 0; r < kRows; ++r) {
+          const float* query = q.data + r * q.row_stride + d;
+          Vec& sum = acc[i * kRows + r];
+          sum = hn::MulAdd(hn::Load(f32, query), key.low, sum);
+          sum = hn::MulAdd(hn::Load(f32, query + lanes), key.high, sum);
+        }
+      }
+    }
+  }
+  for (; d < columns; d += lanes) {
     Vec key[kKeys];
     WH_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = k.load(i, d);
     WH_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -199,7 +215,15 @@ HWY_INLINE void value_block(const float* HWY_RESTRICT p, Values v, int64_t keys,
   }
   for (int64_t j = 0; j < keys; ++j) {
     Vec value[kVectors];
-    WH_UNROLL for (int c = 0; c < kVectors; ++c) value[c] = v.load(0, c * lanes);
+    constexpr int kPaired = Values::kHasPairs ? kVectors / 2 * 2 : 0;
+    if constexpr (kPaired > 0) {
+      WH_UNROLL for (int c = 0; c < kPaired; c += 2) {
+        const VecPair pair = v.load_pair(0, c * lanes);
+        value[c] = pair.low;
+        value[c + 1] = pair.high;
+      }
+    }
+    WH_UNROLL for (int c = kPaired; c < kVectors; ++c) value[c] = v.load(0, c * lanes);
     WH_UNROLL for (int r = 0; r < kRows; ++r) {
       const auto weight = hn::Set(f32, p[j * kRows + r]);
       WH_UNROLL for (int c = 0; c < kVectors; ++c) {
