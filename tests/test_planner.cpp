@@ -481,8 +481,10 @@ TEST(Profile, TheCardChoosesAmongThoseOfItsInstructionSet) {
   EXPECT_EQ(shipped_for("sm_90", "NVIDIA H100 PCIe"), "NVIDIA H100 80GB HBM3");
   EXPECT_EQ(shipped_for("sm_90", "NVIDIA GH200 480GB"), "NVIDIA H100 80GB HBM3");
   EXPECT_EQ(shipped_for("sm_90", ""), "NVIDIA H100 80GB HBM3");
-  EXPECT_EQ(shipped_for("AVX3", "Intel Xeon"), "AMD EPYC");
-  EXPECT_EQ(shipped_for("AVX2", "AMD EPYC"), "none");
+  EXPECT_EQ(shipped_for("AVX3", "Intel Xeon, family 6"), "AMD EPYC, family 25");
+  EXPECT_EQ(shipped_for("AVX3", "AMD EPYC, family 25"), "AMD EPYC, family 25");
+  EXPECT_EQ(shipped_for("AVX3", "AMD EPYC, family 26"), "AMD EPYC, family 26");
+  EXPECT_EQ(shipped_for("AVX2", "AMD EPYC, family 25"), "none");
   EXPECT_EQ(shipped_for("sm_80", "NVIDIA H200"), "none");
 }
 

@@ -12,18 +12,21 @@
 namespace wh {
 namespace {
 
-std::string model_name() {
+// A field of the first core in /proc/cpuinfo; empty when there is none.
+std::string cpuinfo_field(const char* name) {
   std::ifstream cpuinfo("/proc/cpuinfo");
   for (std::string line; std::getline(cpuinfo, line);) {
     const size_t colon = line.find(": ");
-    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
+    if (line.starts_with(name) && colon != std::string::npos) return line.substr(colon + 2);
   }
-  return "unknown CPU";
+  return "";
 }
 
 CpuFacts detect() {
   CpuFacts facts;
-  facts.name = model_name();
+  facts.name = cpuinfo_field("model name");
+  if (facts.name.empty()) facts.name = "unknown CPU";
+  facts.family = cpuinfo_field("cpu family");
   facts.isa = cpu::simd_target_name();
   facts.simd_floats = cpu::simd_floats();
 #if defined(__x86_64__)

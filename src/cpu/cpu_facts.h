@@ -7,6 +7,7 @@ namespace wh {
 
 struct CpuFacts : DeviceFacts {
   std::string isa;          // the Highway target the kernels dispatch to: "AVX2", "AVX3", ...
+  std::string family;       // x86: its number; a Zen 4 and a Zen 5 may have one name and isa
   int32_t simd_floats = 4;  // f32 lanes of that target
   bool has_avx512_bf16 = false;
   double gflops_per_core = 30;      // f32 multiply-adds counted twice
