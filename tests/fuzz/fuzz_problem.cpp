@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/problem.h"
+#include "core/quantised.h"
 #include "widehead/widehead.h"
 
 namespace {
@@ -89,9 +90,32 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const int64_t v[] = {batch_k, problem.heads_kv, keys, problem.dim_v};
     const int64_t out[] = {batch_q, problem.heads_q, queries, problem.dim_v};
     std::vector<char> q_data(span_of(q, problem.stride_q) * element_bytes(problem.dtype_q));
-    std::vector<char> k_data(span_of(k, problem.stride_k) * element_bytes(problem.dtype_kv));
-    std::vector<char> v_data(span_of(v, problem.stride_v) * element_bytes(problem.dtype_kv));
-    std::vector<char> out_data(span_of(out, problem.stride_out) * element_bytes(problem.dtype_q));
+    // Any codes, NaN among them; elements are zeros.
+    const auto stored = [&](int32_t format, size_t elements) {
+      const auto quantised = static_cast<wh::Quantised>(format);
+      std::vector<char> bytes(static_cast<size_t>(wh::stored_bytes(
+          quantised, static_cast<wh::Dtype>(problem.dtype_kv), static_cast<int64_t>(elements))));
+      for (size_t i = 0; quantised != wh::Quantised::kNone && i < bytes.size(); ++i) {
+        bytes[i] = static_cast<char>(i * 37);
+      }
+      return bytes;
+    };
+    std::vector<char> k_data = stored(problem.quantised_k, span_of(k, problem.stride_k));
+    std::vector<char> v_data = stored(problem.quantised_v, span_of(v, problem.stride_v));
+    const auto scales_of = [&](int32_t kind, const int64_t(&of)[4], const int64_t(&strides)[4]) {
+      const bool of_tensor = kind == WH_SCALES_TENSOR, of_token = kind == WH_SCALES_TOKEN_HEAD;
+      const int64_t extents[] = {of_tensor  ? 1
+                                 : of_token ? of[0]
+                                            : problem.batch,
+                                 of_tensor ? 1 : of[1], of_token ? of[2] : 1,
+                                 kind == WH_SCALES_CHANNEL ? of[3] : 1};
+      return std::vector<float>(kind == WH_SCALES_NONE ? 0 : span_of(extents, strides), 0.01f);
+    };
+    const std::vector<float> scales_k = scales_of(problem.scales_k, k, problem.stride_scales_k),
+                             scales_v = scales_of(problem.scales_v, v, problem.stride_scales_v);
+    const int32_t dtype_out =
+        (problem.uses & WH_USES_F32_OUT) != 0 ? int32_t{WH_F32} : problem.dtype_q;
+    std::vector<char> out_data(span_of(out, problem.stride_out) * element_bytes(dtype_out));
     const int64_t mask[] = {problem.batch, problem.heads_q, problem.len_q, problem.len_k};
     std::vector<char> mask_data;
     if (problem.mask != WH_MASK_NONE) {
@@ -144,6 +168,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     tensors.q = q_data.data();
     tensors.k = k_data.data();
     if ((problem.uses & WH_USES_VALUES_IN_KEYS) == 0) tensors.v = v_data.data();
+    tensors.scales_k = scales_k.data();
+    tensors.scales_v = scales_v.data();
     tensors.out = out_data.data();
     tensors.mask = mask_data.data();
     tensors.sinks = sinks.data();

@@ -35,6 +35,12 @@ int main() {
     problem.window_left = i % 2 == 0 ? WH_UNLIMITED : 5;
     problem.uses = static_cast<uint32_t>(i);
     problem.mask = i % 4;
+    if (i >= 4) {  // e4m3 and q8_0 where rows are whole blocks, int8 elsewhere
+      problem.quantised_k = problem.dim_qk % 32 == 0 ? WH_Q8_0 : WH_INT8;
+      problem.quantised_v = WH_E4M3;
+      problem.scales_k = problem.quantised_k == WH_INT8 ? i % 5 : 0;
+      problem.scales_v = 1 + i % 4;
+    }
     wh_problem_set_dense(&problem);
     char bytes[sizeof(problem) + sizeof(limits)];
     std::memcpy(bytes, &problem, sizeof(problem));
