@@ -76,16 +76,19 @@ Json row_json(const BenchDevice& device, const BenchResult& result, const BenchR
   return json;
 }
 
-// A line of a chart: problems that differ in length alone. As many queries as keys are the first
-// chunk of a prompt where longer ones follow.
+// A line of a chart: problems that differ in length alone. The longest with as many queries as keys
+// is the first chunk of a prompt where chunks over more keys follow.
 std::string series_name(const Problem& p, const std::vector<BenchResult>& results) {
   const std::string dim =
       p.dim_qk == p.dim_v ? fmt::format("d{}", p.dim_qk) : fmt::format("d{}/{}", p.dim_qk, p.dim_v);
-  const bool is_chunk =
-      p.len_q != p.len_k ||
-      std::any_of(results.begin(), results.end(), [&](const BenchResult& one) {
-        return one.request.problem.len_q == p.len_q && one.request.problem.len_k > p.len_k;
-      });
+  const auto has_longer = [&](bool is_square) {
+    return std::any_of(results.begin(), results.end(), [&](const BenchResult& one) {
+      const Problem& other = one.request.problem;
+      return other.len_k > p.len_k &&
+             (is_square ? other.len_q == other.len_k : other.len_q == p.len_q);
+    });
+  };
+  const bool is_chunk = p.len_q != p.len_k || (has_longer(false) && !has_longer(true));
   const std::string phase = p.len_q == 1 ? "decode"
                             : is_chunk   ? fmt::format("chunk of {}", p.len_q)
                                          : "square";
