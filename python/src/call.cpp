@@ -72,6 +72,29 @@ struct Interrupt {
   }
 };
 
+bool is_quantised(nb::handle object) {
+  static PyObject* const type =
+      nb::getattr(nb::module_::import_("widehead._quantised"), "Quantised").release().ptr();
+  return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(type);
+}
+
+// What lies in memory. A Quantised, which the caller holds, keeps its codes.
+nb::handle stored_of(nb::handle object) {
+  if (!is_quantised(object)) return object;
+  const nb::object codes = nb::getattr(object, "codes");
+  return codes;
+}
+
+struct Format {
+  const char* name;
+  int32_t number;
+  int64_t block_elements, block_bytes;
+};
+constexpr Format kFormats[] = {{"e4m3", WH_E4M3, 1, 1},
+                               {"int8", WH_INT8, 1, 1},
+                               {"q8_0", WH_Q8_0, 32, 34},
+                               {"q4_0", WH_Q4_0, 32, 18}};
+
 }  // namespace
 
 int32_t dtype_of(const Tensor& tensor) {
@@ -127,20 +150,24 @@ Call::Call(const Arguments& a)
       stream_(a.stream),
       access_(a.access),
       q_(a.q, "q", a.stream, a.access),
-      k_(a.k, "k", a.stream, a.access),
-      v_(a.v, "v", a.stream, a.access) {
+      k_(stored_of(a.k), "k", a.stream, a.access),
+      v_(stored_of(a.v), "v", a.stream, a.access) {
   wh_problem_init(&problem_, sizeof(problem_));
   wh_tensors_init(&tensors_, sizeof(tensors_));
   expect_4d(q_, "[batch, heads_q, len_q, dim_qk]");
   expect_4d(k_, "[batch, heads_kv, len_k, dim_qk]");
   expect_4d(v_, "[batch, heads_kv, len_k, dim_v]");
+  if (is_quantised(a.k)) read_quantised(a.k, k_, problem_.quantised_k);
+  if (is_quantised(a.v)) read_quantised(a.v, v_, problem_.quantised_v);
   expect_shape(k_, {q_.shape[0], k_.shape[1], k_.shape[2], q_.shape[3]},
                "[batch, heads_kv, len_k, dim_qk] with q's batch and dim_qk");
   expect_shape(v_, {q_.shape[0], k_.shape[1], k_.shape[2], v_.shape[3]},
                "[batch, heads_kv, len_k, dim_v] with k's batch, heads and length");
   problem_.dtype_q = dtype_of(q_);
-  problem_.dtype_kv = dtype_of(k_);
-  if (dtype_of(v_) != problem_.dtype_kv) {
+  const bool has_elements_k = problem_.quantised_k == WH_NOT_QUANTISED;
+  const bool has_elements_v = problem_.quantised_v == WH_NOT_QUANTISED;
+  problem_.dtype_kv = dtype_of(has_elements_k ? k_ : has_elements_v ? v_ : q_);
+  if (has_elements_k && has_elements_v && dtype_of(v_) != problem_.dtype_kv) {
     fail_type(std::string("v is ") + v_.dtype_text() + "; it must be of k's type, " +
               k_.dtype_text());
   }
@@ -166,9 +193,16 @@ Call::Call(const Arguments& a)
   tensors_.k = k_.data;
   tensors_.v = v_.data;
   // v is a slice of k, as in absorbed latent attention: kernels that can read it once.
-  if (v_.data == k_.data && v_.data != nullptr && problem_.dim_v <= problem_.dim_qk &&
+  if (has_elements_k && has_elements_v && v_.data == k_.data && v_.data != nullptr &&
+      problem_.dim_v <= problem_.dim_qk &&
       std::equal(k_.strides.begin(), k_.strides.begin() + 4, v_.strides.begin())) {
     problem_.uses |= WH_USES_VALUES_IN_KEYS;
+  }
+  if (!has_elements_k) {
+    read_scales(a.k, k_, scales_k_, problem_.scales_k, problem_.stride_scales_k, tensors_.scales_k);
+  }
+  if (!has_elements_v) {
+    read_scales(a.v, v_, scales_v_, problem_.scales_v, problem_.stride_scales_v, tensors_.scales_v);
   }
   read_options(a);
   if (!a.mask.is_none()) read_mask(a.mask);
@@ -184,6 +218,74 @@ Call::Call(const Arguments& a)
   if (a.return_log_sum_exp) problem_.uses |= WH_USES_LOG_SUM_EXP;
   if (!a.out.is_none()) read_out(a.out);
   if (!a.log_sum_exp.is_none()) read_log_sum_exp(a.log_sum_exp);
+}
+
+void Call::read_quantised(nb::handle object, Tensor& codes, int32_t& format) {
+  const std::string name = nb::cast<std::string>(object.attr("format"));
+  const auto* found = std::find_if(std::begin(kFormats), std::end(kFormats),
+                                   [&](const Format& each) { return name == each.name; });
+  if (found == std::end(kFormats)) {
+    fail_value(std::string(codes.name) + " has the format \"" + name +
+               "\"; it must be e4m3, int8, q8_0 or q4_0");
+  }
+  format = found->number;
+  const bool is_byte = codes.element == Element::kUint8 ||
+                       (codes.element == Element::kInt8 && format != WH_E4M3) ||
+                       (codes.element == Element::kFloat8E4m3 && format == WH_E4M3);
+  if (!is_byte || (format == WH_INT8 && codes.element != Element::kInt8)) {
+    const char* valid = format == WH_INT8   ? "int8"
+                        : format == WH_E4M3 ? "float8_e4m3fn or uint8"
+                                            : "uint8";
+    fail_type(std::string(codes.name) + " is " + codes.dtype_text() + "; codes of " + name +
+              " must be " + valid);
+  }
+  if (found->block_elements == 1) return;
+  // A row is blocks one after another, all of their bytes.
+  bool is_whole = codes.shape[3] % found->block_bytes == 0 && codes.strides[3] == 1;
+  for (size_t i = 0; i < 3; ++i) is_whole &= codes.strides[i] % found->block_bytes == 0;
+  if (!is_whole) {
+    fail_value(std::string(codes.name) + " is " + codes.shape_text() + "; rows of " + name +
+               " must be blocks of " + std::to_string(found->block_bytes) +
+               " bytes side by side, and their distances whole blocks");
+  }
+  const auto elements = [&](int64_t bytes) {
+    return bytes / found->block_bytes * found->block_elements;
+  };
+  codes.shape[3] = elements(codes.shape[3]);
+  for (size_t i = 0; i < 3; ++i) codes.strides[i] = elements(codes.strides[i]);
+}
+
+// What differs along the keys is of a token, along the columns of a channel.
+void Call::read_scales(nb::handle object, const Tensor& codes, std::optional<Tensor>& scales,
+                       int32_t& kind, int64_t (&strides)[4], const float*& data) {
+  const nb::object array = object.attr("scales");
+  if (array.is_none()) return;
+  scales.emplace(array, "scales", stream_, access_);
+  expect_same_device(*scales);
+  if (scales->element != Element::kFloat32) {
+    fail_type("scales of " + std::string(codes.name) + " are " + scales->dtype_text() +
+              "; they must be float32");
+  }
+  const int ahead = 4 - scales->ndim;
+  bool broadcasts = true;
+  std::array<int64_t, 4> extents{1, 1, 1, 1};
+  for (int i = 0; i < scales->ndim; ++i) {
+    extents[static_cast<size_t>(ahead + i)] = scales->shape[static_cast<size_t>(i)];
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    broadcasts &= extents[i] == 1 || extents[i] == codes.shape[i];
+    const bool is_stepped = extents[i] != 1;
+    strides[i] = is_stepped ? scales->strides[i - static_cast<size_t>(ahead)] : 0;
+  }
+  if (!broadcasts || (extents[2] != 1 && extents[3] != 1)) {
+    fail_value("scales of " + std::string(codes.name) + " are " + scales->shape_text() +
+               "; they must broadcast to [batch, heads_kv, len_k, 1] or [batch, heads_kv, 1, dim]");
+  }
+  kind = extents[3] != 1                      ? WH_SCALES_CHANNEL
+         : extents[2] != 1                    ? WH_SCALES_TOKEN_HEAD
+         : extents[1] != 1 || extents[0] != 1 ? WH_SCALES_HEAD
+                                              : WH_SCALES_TENSOR;
+  data = static_cast<const float*>(scales->data);
 }
 
 void Call::expect_same_device(const Tensor& tensor) const {

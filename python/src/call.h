@@ -65,6 +65,10 @@ class Call {
   void read_mask(nb::handle object);
   void read_sinks(nb::handle object);
   const int32_t* read_keys(const char* name, nb::handle object, Keys& keys);
+  // Of widehead.Quantised: codes become the elements that they stand for, in shape and strides.
+  void read_quantised(nb::handle object, Tensor& codes, int32_t& format);
+  void read_scales(nb::handle object, const Tensor& codes, std::optional<Tensor>& scales,
+                   int32_t& kind, int64_t (&strides)[4], const float*& data);
   void expect_same_device(const Tensor& tensor) const;
   // Reads a gradient that has the shape and type of `of`, and its strides.
   void* read_gradient(std::optional<Tensor>& gradient, nb::handle object, const char* name,
@@ -73,7 +77,7 @@ class Call {
   nb::handle q_object_, stream_;
   Access access_;
   Tensor q_, k_, v_;
-  std::optional<Tensor> out_, log_sum_exp_, mask_, sinks_;
+  std::optional<Tensor> out_, log_sum_exp_, mask_, sinks_, scales_k_, scales_v_;
   std::optional<Tensor> d_out_, dq_, dk_, dv_, d_sinks_;
   Keys key_lengths_, key_starts_;
   wh_problem problem_;

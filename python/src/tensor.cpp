@@ -17,6 +17,10 @@ constexpr Code kCodes[] = {
     {Element::kFloat16, nb::dlpack::dtype_code::Float, 16, "float16"},
     {Element::kBfloat16, nb::dlpack::dtype_code::Bfloat, 16, "bfloat16"},
     {Element::kBool, nb::dlpack::dtype_code::Bool, 8, "bool"},
+    {Element::kInt8, nb::dlpack::dtype_code::Int, 8, "int8"},
+    {Element::kUint8, nb::dlpack::dtype_code::UInt, 8, "uint8"},
+    // DLPack 1.1's, which nanobind has no name for.
+    {Element::kFloat8E4m3, static_cast<nb::dlpack::dtype_code>(10), 8, "float8_e4m3fn"},
     {Element::kInt32, nb::dlpack::dtype_code::Int, 32, "int32"},
     {Element::kInt64, nb::dlpack::dtype_code::Int, 64, "int64"},
 };

@@ -16,7 +16,18 @@ namespace widehead_python {
 
 namespace nb = nanobind;
 
-enum class Element { kFloat32, kFloat16, kBfloat16, kBool, kInt32, kInt64, kOther };
+enum class Element {
+  kFloat32,
+  kFloat16,
+  kBfloat16,
+  kBool,
+  kInt8,
+  kUint8,
+  kFloat8E4m3,
+  kInt32,
+  kInt64,
+  kOther
+};
 
 const char* name_of(Element element);  // "float32"
 

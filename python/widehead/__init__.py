@@ -20,6 +20,7 @@ from widehead._limits import DEFAULT_LIMITS, Limits
 from widehead._merge import merge
 from widehead._models import Layer, Model, models
 from widehead._plan import Candidate, Plan
+from widehead._quantised import Quantised
 
 __version__ = _core.version()
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Limits",
     "Model",
     "Plan",
+    "Quantised",
     "Refused",
     "Spec",
     "device",
@@ -73,7 +75,7 @@ def sdpa(
         Any strides that are not negative, here and below: a reversed view must be copied.
     k: [batch, heads_kv, len_k, dim_qk]; heads_q is a multiple of heads_kv, and query head h reads
         kv head h // (heads_q // heads_kv).
-    v: [batch, heads_kv, len_k, dim_v], of k's type. A slice ``k[..., :dim_v]``, as in absorbed latent
+    v: [batch, heads_kv, len_k, dim_v], of k's type; k or v may be :class:`Quantised`. A slice ``k[..., :dim_v]``, as in absorbed latent
         attention, is seen as such: kernels on CUDA read it once.
     scale: default 1 / sqrt(dim_qk).
     causal: True or ``"bottom_right"``: query i sees key j when j <= i + len_k - len_q;
