@@ -32,7 +32,8 @@ bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
-  if (!p.is_dense()) return is_cpu && kernel == "cpu_reference";
+  const bool is_dense_alone = !is_cpu || kernel == "cpu_unfused";
+  if (is_dense_alone && !p.is_dense()) return false;
   const bool reads_codes =
       kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference";
   if (is_quantised(p) && !reads_codes) return false;

@@ -295,6 +295,27 @@ inline bool widen_rows(const KvTensor& tensor, KvPlace first, int64_t rows, int6
   return hn::AllTrue(f32, hn::Eq(finite, zero));
 }
 
+// Keys of one head of one sequence, wherever they lie.
+struct HeadKeys {
+  const KeyRows& rows;
+  const Sequence& sequence;
+  int64_t head_kv;
+  KeyRange keys;
+};
+
+// As widen_rows(), run by run.
+inline bool widen_keys(const KvTensor& tensor, const HeadKeys& from, int64_t columns, float* to) {
+  bool is_finite = true;
+  for (int64_t key = from.keys.begin; key < from.keys.end;) {
+    const int64_t run = from.rows.run(key, from.keys.end);
+    const KvPlace first = place_of(from.rows, from.sequence, from.head_kv, key);
+    is_finite &= widen_rows(tensor, first, run, columns, to);
+    to += run * columns;
+    key += run;
+  }
+  return is_finite;
+}
+
 }  // namespace wh::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 

@@ -102,12 +102,13 @@ void store_row(const Problem& p, const Tensors& t, RowId id, float m, float l, c
   const bool is_empty = is_empty_row(l);
   if (is_empty) o = kNoOutput;
   const float scale = is_empty ? 1 : factor / l;
+  const int64_t batch_idx = id.sequence.query_batch, token = id.sequence.first_query + query;
   const int64_t offset =
-      id.batch_idx * p.stride_out[0] + head * p.stride_out[1] + query * p.stride_out[2];
+      batch_idx * p.stride_out[0] + head * p.stride_out[1] + token * p.stride_out[2];
   HWY_DYNAMIC_DISPATCH(store_scaled)
   (o, scale, p.dim_v, t.out, p.dtype_out(), offset, p.stride_out[3]);
   if (p.wants_log_sum_exp) {
-    t.log_sum_exp[(id.batch_idx * p.heads_q + head) * p.len_q + query] =
+    t.log_sum_exp[row_index(p.query_layout, p.heads_q, p.len_q, batch_idx, head, token)] =
         is_empty ? kEmptyRowLogSumExp : (m + std::log2(l)) * kLn2;
   }
 }
@@ -116,6 +117,9 @@ void merge_rows(const Problem& p, const Tensors& t, const Partials& partials, in
                 int64_t end, float* scratch) {
   const int64_t rows_per_head = p.len_q * p.group();
   for (int64_t row = begin; row < end; ++row) {
+    const int64_t head = row / rows_per_head;
+    const RowId id{sequence_at(p, t, head / p.heads_kv), head % p.heads_kv, row % rows_per_head};
+    if (id.row >= id.sequence.len_q * p.group()) continue;
     for (int64_t d = 0; d < p.dim_v; ++d) scratch[d] = 0;
     const RowState merged = merge_states(
         partials.chunks,
@@ -128,8 +132,6 @@ void merge_rows(const Problem& p, const Tensors& t, const Partials& partials, in
           HWY_DYNAMIC_DISPATCH(add_weighted)
           (partials.o + (c * partials.rows + row) * p.dim_v, weight, p.dim_v, scratch);
         });
-    const int64_t head = row / rows_per_head;
-    const RowId id{head / p.heads_kv, head % p.heads_kv, row % rows_per_head};
     store_row(p, t, id, merged.m, merged.l, scratch);
   }
 }

@@ -10,17 +10,19 @@
 #include "core/carver.h"
 #include "core/output_merge.h"
 #include "core/problem.h"
+#include "core/sequence.h"
 
 namespace wh::cpu {
 
-// Rows are numbered within a (batch, kv head) pair: row = query_idx * group + head in the group.
+// Rows are numbered within a (sequence, kv head) pair: row = query_idx * group + head in the group.
 struct RowId {
-  int64_t batch_idx, head_kv, row;
+  Sequence sequence;
+  int64_t head_kv, row;
 };
 
 struct Partials {
   int64_t chunks = 0;
-  int64_t rows = 0;  // of the whole problem
+  int64_t rows = 0;  // of the whole problem, each sequence with the most queries
   int64_t dim_v = 0;
   float* m = nullptr;  // [chunks, rows]
   float* l = nullptr;  // [chunks, rows]
@@ -38,7 +40,8 @@ struct Partials {
 void store_row(const Problem& problem, const Tensors& tensors, RowId id, float m, float l,
                const float* o);
 
-// Merges the chunks of rows [begin, end) and stores them. scratch: [dim_v].
+// Merges the chunks of rows [begin, end) and stores those that their sequences have. scratch:
+// [dim_v].
 void merge_rows(const Problem& problem, const Tensors& tensors, const Partials& partials,
                 int64_t begin, int64_t end, float* scratch);
 

@@ -21,6 +21,16 @@ constexpr int64_t kMostRows = 128;
 constexpr int64_t kTileKeys = 48;
 constexpr int64_t kColumnRounding = 16;
 
+// A tile within a page is read in place; of pages that are shorter than a tile it is gathered.
+int64_t tile_keys(const Problem& p) {
+  constexpr int64_t kLeast = 32, kMost = 64;
+  if (p.key_layout != KeyLayout::kPaged || p.page_size % kTileKeys == 0) return kTileKeys;
+  for (int64_t keys = kMost; keys >= kLeast; --keys) {
+    if (p.page_size % keys == 0) return keys;
+  }
+  return kTileKeys;
+}
+
 std::optional<std::string> refusal(const Query& query) {
   const int64_t rows = query.problem.len_q * query.problem.group();
   if (rows <= kMostRows) return std::nullopt;
@@ -34,12 +44,12 @@ Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
   config.workers = cpu_facts(query).threads(query.limits.threads);
-  config.tile_k = kTileKeys;
+  config.tile_k = tile_keys(p);
   const int64_t batch = query.limits.batch_invariant ? 1 : std::max<int64_t>(1, p.batch);
   const int64_t least = std::max<int64_t>(512, 32 * p.len_q * p.group());
   const int64_t keys = most_visible_keys(p);
   const int64_t wanted = std::min(divide_up(128, batch * p.heads_kv), keys / least);
-  if (wanted > 1) config.chunk_keys = round_up(divide_up(keys, wanted), kTileKeys);
+  if (wanted > 1) config.chunk_keys = round_up(divide_up(keys, wanted), config.tile_k);
   return config;
 }
 
@@ -121,19 +131,20 @@ DecodeShape::DecodeShape(const Problem& p, const Config& config)
 
 // A window's chunks start where its first query's keys do: counting from key 0 would leave most of
 // them empty.
-KeyRange chunk_range(const Problem& p, KeyRange present, const DecodeShape& shape, int64_t chunk) {
+KeyRange chunk_range(const Problem& p, const Sequence& sequence, const DecodeShape& shape,
+                     int64_t chunk) {
   if (shape.chunks == 1) return {0, p.len_k};
-  const int64_t origin = std::clamp<int64_t>(visible_keys(p, present, 0).begin, 0, p.len_k);
+  const int64_t origin = std::clamp<int64_t>(visible_keys(p, sequence, 0).begin, 0, p.len_k);
   const int64_t begin = origin + chunk * shape.chunk_keys;
   return {begin, begin + shape.chunk_keys};
 }
 
 // Ranges move with the query and leave no gaps: the first query begins and the last one ends.
-KeyRange keys_of_chunk(const Problem& p, KeyRange present, const DecodeShape& shape,
+KeyRange keys_of_chunk(const Problem& p, const Sequence& sequence, const DecodeShape& shape,
                        int64_t chunk_idx) {
-  const KeyRange chunk = chunk_range(p, present, shape, chunk_idx);
-  const KeyRange keys{std::max(chunk.begin, visible_keys(p, present, 0).begin),
-                      std::min(chunk.end, visible_keys(p, present, p.len_q - 1).end)};
+  const KeyRange chunk = chunk_range(p, sequence, shape, chunk_idx);
+  const KeyRange keys{std::max(chunk.begin, visible_keys(p, sequence, 0).begin),
+                      std::min(chunk.end, visible_keys(p, sequence, sequence.len_q - 1).end)};
   return keys.empty() ? KeyRange{0, 0} : keys;
 }
 
@@ -177,19 +188,22 @@ DecodeScratch DecodeWorkspace::scratch(int32_t worker) const {
 int64_t DecodeWorkspace::work(const Problem& p, const Tensors& t) const {
   int64_t work = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const KeyRange present = present_keys(p, t, b);
+    const Sequence sequence = sequence_at(p, t, b);
+    const int64_t rows = sequence.len_q * p.group();
+    if (rows == 0) continue;
     for (int64_t chunk = 0; chunk < shape.chunks; ++chunk) {
-      work += tile_work(p, shape.rows, keys_of_chunk(p, present, shape, chunk)) +
-              store_work(p, shape.rows);
+      work += tile_work(p, rows, keys_of_chunk(p, sequence, shape, chunk)) + store_work(p, rows);
     }
+    work += merge_work(partials, rows);
   }
-  return work * p.heads_kv + merge_work(partials, partials.rows);
+  return work * p.heads_kv;
 }
 
 const Kernel kDecode{
     .name = "cpu_decode",
     .role = Role::kFused,
     .summary = "few queries, keys split into chunks, each read once for a whole group",
+    .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
     .variant =

@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "core/key_range.h"
+#include "core/sequence.h"
 #include "cpu/common/partial.h"
 #include "plan/kernel.h"
 
@@ -16,7 +16,7 @@ constexpr int64_t kLaneStride = 16;  // the most f32 lanes of a vector
 // How a problem is cut into items; the same for planning and running. An item is all rows of one
 // (batch, kv head) pair and one chunk of the keys that any of them may see.
 struct DecodeShape {
-  int64_t rows;  // of an item: len_q * group
+  int64_t rows;  // of an item: len_q * group, of the most queries
   int64_t tile_k;
   int64_t chunks;  // a (batch, kv head) pair has; 1: keys are not split
   int64_t chunk_keys;
@@ -29,9 +29,9 @@ struct DecodeShape {
 };
 
 // Where a chunk lies, and the keys of it that some row sees.
-KeyRange chunk_range(const Problem& problem, KeyRange present, const DecodeShape& shape,
+KeyRange chunk_range(const Problem& problem, const Sequence& sequence, const DecodeShape& shape,
                      int64_t chunk);
-KeyRange keys_of_chunk(const Problem& problem, KeyRange present, const DecodeShape& shape,
+KeyRange keys_of_chunk(const Problem& problem, const Sequence& sequence, const DecodeShape& shape,
                        int64_t chunk);
 
 // One worker's scratch.

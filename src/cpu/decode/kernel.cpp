@@ -18,7 +18,7 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "core/key_range.h"
+#include "core/key_rows.h"
 #include "core/kv_tensor.h"
 #include "core/score_rules.h"
 #include "cpu/common/steps.h"
@@ -57,12 +57,15 @@ class DecodeWorker {
   bool run(int64_t batch_idx, int64_t head_kv, int64_t chunk) {
     batch_idx_ = batch_idx;
     head_kv_ = head_kv;
-    const KeyRange present = present_keys(p_, t_, batch_idx_);
-    const KeyRange keys = keys_of_chunk(p_, present, shape_, chunk);
-    load_rows(present, chunk);
+    sequence_ = sequence_at(p_, t_, batch_idx);
+    rows_ = sequence_.len_q * p_.group();
+    if (rows_ == 0) return true;
+    key_rows_ = key_rows(p_, t_, sequence_);
+    const KeyRange keys = keys_of_chunk(p_, sequence_, shape_, chunk);
+    load_rows(chunk);
     if (!run_tiles(keys) || !steps_.look()) return false;
     store(chunk);
-    return steps_.done(store_work(p_, shape_.rows));
+    return steps_.done(store_work(p_, rows_));
   }
 
  private:
@@ -75,16 +78,16 @@ class DecodeWorker {
   template <typename Body>
   void for_blocks(const Body& body) const {
     int64_t row = 0;
-    for (; row + kRowBlock <= shape_.rows; row += kRowBlock) body(Rows<kRowBlock>(), row);
-    if (kRowBlock > 4 && row + 4 <= shape_.rows) {
+    for (; row + kRowBlock <= rows_; row += kRowBlock) body(Rows<kRowBlock>(), row);
+    if (kRowBlock > 4 && row + 4 <= rows_) {
       body(Rows<4>(), row);
       row += 4;
     }
-    if (row + 2 <= shape_.rows) {
+    if (row + 2 <= rows_) {
       body(Rows<2>(), row);
       row += 2;
     }
-    if (row < shape_.rows) body(Rows<1>(), row);
+    if (row < rows_) body(Rows<1>(), row);
   }
   // A block's running values have a vector each, lane i holding row i % kRows.
   float* block_m(int64_t row) const { return w_.m + row * kLaneStride; }
@@ -92,59 +95,75 @@ class DecodeWorker {
   float* block_s(int64_t row) const { return w_.s + row * shape_.tile_k; }
 
   // Each row's query, and its visible keys within the chunk.
-  void load_rows(KeyRange present, int64_t chunk_idx) {
-    const KeyRange chunk = chunk_range(p_, present, shape_, chunk_idx);
+  void load_rows(int64_t chunk_idx) {
+    const KeyRange chunk = chunk_range(p_, sequence_, shape_, chunk_idx);
     const float scale = scale_to_base_2(p_);
-    for (int64_t row = 0; row < shape_.rows; ++row) {
+    for (int64_t row = 0; row < rows_; ++row) {
       const int64_t query = row / p_.group();
-      const KeyRange visible = visible_keys(p_, present, query);
+      const KeyRange visible = visible_keys(p_, sequence_, query);
       const int64_t last = std::clamp<int64_t>(visible.end, 0, chunk.end);
       const int64_t first = std::clamp<int64_t>(visible.begin, std::min(chunk.begin, last), last);
       w_.first[row] = static_cast<int32_t>(first);
       w_.last[row] = static_cast<int32_t>(last);
-      const int64_t offset =
-          batch_idx_ * p_.stride_q[0] + head_of(row) * p_.stride_q[1] + query * p_.stride_q[2];
+      const int64_t offset = sequence_.query_batch * p_.stride_q[0] +
+                             head_of(row) * p_.stride_q[1] +
+                             (sequence_.first_query + query) * p_.stride_q[2];
       float* q = w_.q + row * shape_.columns_qk;
       widen_row(t_.q, p_.dtype_q, offset, p_.stride_q[3], p_.dim_qk, q);
       for (int64_t d = 0; d < p_.dim_qk; ++d) q[d] *= scale;
       std::fill(q + p_.dim_qk, q + shape_.columns_qk, 0.0f);
     }
-    std::fill_n(w_.m, shape_.rows * kLaneStride, kMinusInfinity);
-    std::fill_n(w_.l, shape_.rows * kLaneStride, 0.0f);
-    std::fill_n(w_.o, shape_.rows * shape_.columns_v, 0.0f);
+    std::fill_n(w_.m, rows_ * kLaneStride, kMinusInfinity);
+    std::fill_n(w_.l, rows_ * kLaneStride, 0.0f);
+    std::fill_n(w_.o, rows_ * shape_.columns_v, 0.0f);
+  }
+
+  // Of the tile that begins there. Those of pages sit at multiples of tile_k, as pages do.
+  int64_t tile_end(int64_t begin, int64_t keys_end) const {
+    const int64_t first =
+        p_.key_layout == KeyLayout::kPaged ? begin / shape_.tile_k * shape_.tile_k : begin;
+    return std::min(first + shape_.tile_k, keys_end);
   }
 
   bool run_tiles(KeyRange keys) {
     const bool k_in_place = is_whole_vectors(k_), v_in_place = is_whole_vectors(v_);
     const Prefetch nothing{};
-    for (int64_t k0 = keys.begin; k0 < keys.end; k0 += shape_.tile_k) {
-      tile_ = {k0, std::min(k0 + shape_.tile_k, keys.end)};
+    for (int64_t k0 = keys.begin; k0 < keys.end; k0 = tile_.end) {
+      tile_ = {k0, tile_end(k0, keys.end)};
       const int64_t count = tile_.size();
-      const KvPlace first{batch_idx_, head_kv_, k0, batch_idx_};
-      const Prefetch ahead_v = v_in_place ? Prefetch::of(v_, first, count) : nothing;
-      if (k_in_place) {
+      const bool is_one_run = key_rows_.run(k0, tile_.end) == count;
+      const bool reads_k = k_in_place && is_one_run, reads_v = v_in_place && is_one_run;
+      const KvPlace first = place_of(key_rows_, sequence_, head_kv_, k0);
+      const Prefetch ahead_v = reads_v ? Prefetch::of(v_, first, count) : nothing;
+      if (reads_k) {
         with_rows(k_, first, [&](const auto& k) HWY_ATTR { scores(k, p_.dim_qk, ahead_v); });
       } else {
-        widen_rows(k_, first, count, shape_.columns_qk, w_.k);
+        widen_keys(k_, {key_rows_, sequence_, head_kv_, tile_}, shape_.columns_qk, w_.k);
         scores(Matrix<float>{w_.k, shape_.columns_qk}, shape_.columns_qk, ahead_v);
       }
-      const int64_t next = std::min(shape_.tile_k, keys.end - tile_.end);
-      const Prefetch ahead_k =
-          k_in_place ? Prefetch::of(k_, {batch_idx_, head_kv_, tile_.end, batch_idx_}, next)
-                     : nothing;
+      const Prefetch ahead_k = k_in_place ? keys_ahead(keys.end) : nothing;
       const bool is_edge = !all_rows_see_tile();
       for_blocks([&](auto rows, int64_t row) HWY_ATTR { softmax<rows()>(row, is_edge); });
       const bool has_hidden = is_edge || p_.mask != MaskKind::kNone;
-      if (v_in_place && (!has_hidden || is_finite(v_, first, count))) {
+      if (reads_v && (!has_hidden || is_finite(v_, first, count))) {
         with_rows(v_, first, [&](const auto& v) HWY_ATTR { values(v, p_.dim_v, ahead_k); });
-      } else if (widen_rows(v_, first, count, shape_.columns_v, w_.v) || !has_hidden) {
+      } else if (widen_keys(v_, {key_rows_, sequence_, head_kv_, tile_}, shape_.columns_v, w_.v) ||
+                 !has_hidden) {
         values(Matrix<float>{w_.v, shape_.columns_v}, shape_.columns_v, ahead_k);
       } else {
         add_values_one_by_one();
       }
-      if (!steps_.done(tile_work(p_, shape_.rows, tile_))) return false;
+      if (!steps_.done(tile_work(p_, rows_, tile_))) return false;
     }
     return true;
+  }
+
+  // The next tile's, as far as they follow each other.
+  Prefetch keys_ahead(int64_t keys_end) const {
+    const int64_t begin = tile_.end;
+    if (begin >= keys_end) return {};
+    const int64_t run = key_rows_.run(begin, tile_end(begin, keys_end));
+    return Prefetch::of(k_, place_of(key_rows_, sequence_, head_kv_, begin), run);
   }
 
   static bool is_finite(const KvTensor& tensor, const KvPlace& first, int64_t count) {
@@ -155,7 +174,7 @@ class DecodeWorker {
   }
 
   bool all_rows_see_tile() const {
-    for (int64_t row = 0; row < shape_.rows; ++row) {
+    for (int64_t row = 0; row < rows_; ++row) {
       if (w_.first[row] > tile_.begin || w_.last[row] < tile_.end) return false;
     }
     return true;
@@ -271,7 +290,7 @@ class DecodeWorker {
 
   void store_one(int64_t chunk, int64_t row, float m, float l) const {
     const float* o = w_.o + row * shape_.columns_v;
-    if (partials_.chunks == 1) return store_row(p_, t_, {batch_idx_, head_kv_, row}, m, l, o);
+    if (partials_.chunks == 1) return store_row(p_, t_, {sequence_, head_kv_, row}, m, l, o);
     const int64_t i =
         chunk * partials_.rows + (batch_idx_ * p_.heads_kv + head_kv_) * shape_.rows + row;
     partials_.m[i] = m;
@@ -287,7 +306,9 @@ class DecodeWorker {
   const DecodeScratch& w_;
   const Partials& partials_;
   Steps& steps_;
-  int64_t batch_idx_ = 0, head_kv_ = 0;
+  Sequence sequence_{};
+  KeyRows key_rows_{};
+  int64_t batch_idx_ = 0, head_kv_ = 0, rows_ = 0;
   KeyRange tile_{};
 };
 
@@ -310,8 +331,9 @@ namespace {
 // Merges the chunks of one (batch, kv head) pair.
 void merge_pair(const Problem& p, const Tensors& t, const DecodeWorkspace& workspace, int64_t pair,
                 float* row_scratch, Steps& steps) {
-  const int64_t end = (pair + 1) * workspace.shape.rows;
-  for (int64_t row = pair * workspace.shape.rows; row < end; row += kRowsPerMerge) {
+  const int64_t begin = pair * workspace.shape.rows;
+  const int64_t end = begin + sequence_at(p, t, pair / p.heads_kv).len_q * p.group();
+  for (int64_t row = begin; row < end; row += kRowsPerMerge) {
     const int64_t rows = std::min(kRowsPerMerge, end - row);
     steps.writing_out();
     merge_rows(p, t, workspace.partials, row, row + rows, row_scratch);

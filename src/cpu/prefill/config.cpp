@@ -129,7 +129,8 @@ double prefill_estimate_us(const Query& query, const Config& config) {
                                      static_cast<double>(shape.q_tiles) * dims * kWiden) +
                              rows * dims * kMoveRow + merge;
   const auto items = static_cast<double>(shape.items);
-  const double cycles = head_cycles * static_cast<double>(p.batch * p.heads_kv) + items * kItem;
+  const double cycles =
+      head_cycles * sequences(p) * static_cast<double>(p.heads_kv) + items * kItem;
   const double at_work = std::clamp(items, 1.0, threads_at_work(query, config));
   return cycles * cycle_us(cpu_facts(query)) / at_work +
          read_us(cpu_facts(query),
@@ -160,6 +161,7 @@ const Kernel kPrefill{
     .name = "cpu_prefill",
     .role = Role::kFused,
     .summary = "queries on SIMD lanes, grouped heads folded into rows",
+    .takes_all_layouts = true,
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
     .configure = configure,
     .variant =

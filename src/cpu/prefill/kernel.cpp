@@ -33,18 +33,19 @@ class F32Products {
     for (int64_t d = 0; d < p_.dim_qk; ++d) to[d] *= scale_;
   }
 
-  bool load_tile(int64_t batch_idx, int64_t head_kv, KeyRange tile) {
+  bool load_tile(const Sequence& sequence, const KeyRows& key_rows, int64_t head_kv,
+                 KeyRange tile) {
     k_begin_ = tile.begin;
     v_begin_ = tile.begin / 2 * 2;
-    const KvPlace first{batch_idx, head_kv, tile.begin, batch_idx};
+    const HeadKeys here{key_rows, sequence, head_kv, tile};
     const int64_t keys = tile.size();
-    widen_rows(k_, first, keys, w_.k_columns, w_.k);
+    widen_keys(k_, here, w_.k_columns, w_.k);
     float* v = w_.v;
     if (v_begin_ < tile.begin) {
       std::fill_n(v, w_.v_columns, 0.0f);
       v += w_.v_columns;
     }
-    const bool is_finite = widen_rows(v_, first, keys, w_.v_columns, v);
+    const bool is_finite = widen_keys(v_, here, w_.v_columns, v);
     if (!is_finite) {
       for (float* x = v; x < v + keys * w_.v_columns; ++x) *x = std::isfinite(*x) ? *x : 0.0f;
     }

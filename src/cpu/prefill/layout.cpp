@@ -31,10 +31,15 @@ PrefillItem PrefillShape::item(int64_t batch_idx, int64_t head_kv, int64_t q_til
           chunk};
 }
 
+PrefillItem item_of(const Problem& p, const Sequence& sequence, PrefillItem item) {
+  item.row_end = std::clamp(sequence.len_q * p.group(), item.row_begin, item.row_end);
+  return item;
+}
+
 // Ranges move with the query and leave no gaps: the first query begins and the last one ends.
-KeyRange keys_of_item(const Problem& p, KeyRange present, const PrefillItem& item) {
-  const KeyRange first = visible_keys(p, present, item.row_begin / p.group());
-  const KeyRange last = visible_keys(p, present, (item.row_end - 1) / p.group());
+KeyRange keys_of_item(const Problem& p, const Sequence& sequence, const PrefillItem& item) {
+  const KeyRange first = visible_keys(p, sequence, item.row_begin / p.group());
+  const KeyRange last = visible_keys(p, sequence, (item.row_end - 1) / p.group());
   const KeyRange keys{std::max(first.begin, item.keys.begin), std::min(last.end, item.keys.end)};
   return keys.empty() ? KeyRange{0, 0} : keys;
 }
@@ -87,12 +92,13 @@ int64_t PrefillWorkspace::work(const Tensors& t) const {
   const Problem& p = problem_;
   int64_t work = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const KeyRange present = present_keys(p, t, b);
+    const Sequence sequence = sequence_at(p, t, b);
     for (int64_t q_tile = 0; q_tile < shape.q_tiles; ++q_tile) {
       for (int64_t chunk = 0; chunk < shape.chunks; ++chunk) {
-        const PrefillItem item = shape.item(b, 0, q_tile, chunk);
+        const PrefillItem item = item_of(p, sequence, shape.item(b, 0, q_tile, chunk));
+        if (item.rows() == 0) continue;
         work +=
-            tile_work(p, item.rows(), keys_of_item(p, present, item)) + store_work(p, item.rows());
+            tile_work(p, item.rows(), keys_of_item(p, sequence, item)) + store_work(p, item.rows());
       }
     }
   }

@@ -2,7 +2,7 @@
 // running, and for both prefill kernels.
 #pragma once
 
-#include "core/key_range.h"
+#include "core/sequence.h"
 #include "cpu/common/partial.h"
 #include "plan/kernel.h"
 
@@ -14,7 +14,7 @@ constexpr int64_t kMostBroadcastRows = 8;  // register tiles cover 4 or 8 broadc
 // What a worker takes from the counter.
 struct PrefillItem {
   int64_t batch_idx, head_kv;
-  int64_t row_begin, row_end;  // within the head's len_q * group rows
+  int64_t row_begin, row_end;  // within the head's len_q * group rows, of the most queries
   KeyRange keys;               // of its chunk
   int64_t chunk;
 
@@ -37,8 +37,10 @@ struct PrefillShape {
   PrefillItem item(int64_t batch_idx, int64_t head_kv, int64_t q_tile, int64_t chunk) const;
 };
 
+// The item without the rows that its sequence does not have.
+PrefillItem item_of(const Problem& problem, const Sequence& sequence, PrefillItem item);
 // The keys of an item's chunk that some row of it sees.
-KeyRange keys_of_item(const Problem& problem, KeyRange present, const PrefillItem& item);
+KeyRange keys_of_item(const Problem& problem, const Sequence& sequence, const PrefillItem& item);
 
 // One worker's scratch. A dword is an f32 or a pair of bf16: in f32 arithmetic everything is
 // widened, else queries, keys, values and weights lie in pairs.

@@ -3,7 +3,7 @@
 // it hands in a class with
 //
 //   void load_query(const void* row, float* to)          one query as dwords, contiguous
-//   bool load_tile(batch_idx, head_kv, tile)             false: V holds infinities or NaN, and the
+//   bool load_tile(sequence, key_rows, head_kv, tile)    false: V holds infinities or NaN, and the
 //                                                        products read 0 in their place
 //   void scores<kVectors>(q_panel, key, keys, s)         base 2, of keys [key, key + keys)
 //   Vec  keep<kVectors>(even, odd, row, vector)          stores weights of two keys; returns what
@@ -25,7 +25,7 @@
 
 #include "core/array_mask.h"
 #include "core/element.h"
-#include "core/key_range.h"
+#include "core/key_rows.h"
 #include "core/kv_tensor.h"
 #include "cpu/common/steps.h"
 #include "cpu/common/tile-inl.h"
@@ -50,19 +50,21 @@ class PrefillWorker {
         steps_(progress) {}
 
   // False: the caller wants to stop, and the item has left nothing behind.
-  bool run(const PrefillItem& item) {
-    item_ = item;
-    rows_ = item.rows();
+  bool run(const PrefillItem& planned) {
+    sequence_ = sequence_at(p_, t_, planned.batch_idx);
+    item_ = item_of(p_, sequence_, planned);
+    rows_ = item_.rows();
+    if (rows_ == 0) return true;
+    key_rows_ = key_rows(p_, t_, sequence_);
     panels_ = (rows_ + shape_.lanes - 1) / shape_.lanes;
-    const KeyRange present = present_keys(p_, t_, item.batch_idx);
-    const KeyRange keys = keys_of_item(p_, present, item);
-    load_ranges(present);
+    const KeyRange keys = keys_of_item(p_, sequence_, item_);
+    load_ranges();
     load_queries();
     // Tiles sit at multiples of tile_k, so a row meets the same tiles whatever item it is in.
     for (int64_t k0 = keys.begin / shape_.tile_k * shape_.tile_k; k0 < keys.end;
          k0 += shape_.tile_k) {
       tile_ = {std::max(k0, keys.begin), std::min(k0 + shape_.tile_k, keys.end)};
-      v_is_finite_ = products_.load_tile(item.batch_idx, item.head_kv, tile_);
+      v_is_finite_ = products_.load_tile(sequence_, key_rows_, item_.head_kv, tile_);
       for (int64_t panel = 0; panel < panels_; ++panel) {
         with_vectors(panel_vectors(panel),
                      [&](auto vectors) HWY_ATTR { run_panel<vectors()>(panel); });
@@ -96,10 +98,10 @@ class PrefillWorker {
   // Each row's visible keys within the chunk; an empty lane sees nothing. One store an element: GCC
   // 12 moved a first store of zeros behind the second one (loop distribution, at -O3 with AVX-512
   // and on 64-bit ARM), and every row came out as 0.
-  void load_ranges(KeyRange present) {
+  void load_ranges() {
     for (int64_t slot = 0; slot < panels_ * shape_.lanes; ++slot) {
       const KeyRange visible =
-          slot < rows_ ? visible_keys(p_, present, query_of(slot)) : KeyRange{0, 0};
+          slot < rows_ ? visible_keys(p_, sequence_, query_of(slot)) : KeyRange{0, 0};
       const int64_t end = std::max<int64_t>(std::min(visible.end, item_.keys.end), 0);
       const int64_t begin = std::min(std::max(visible.begin, item_.keys.begin), end);
       w_.m[slot] = kMinusInfinity;
@@ -111,7 +113,9 @@ class PrefillWorker {
 
   void load_queries() {
     const auto bytes = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
-    const auto* q = static_cast<const std::byte*>(t_.q) + item_.batch_idx * p_.stride_q[0] * bytes;
+    const auto* q =
+        static_cast<const std::byte*>(t_.q) +
+        (sequence_.query_batch * p_.stride_q[0] + sequence_.first_query * p_.stride_q[2]) * bytes;
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t width = panel_vectors(panel) * vector_lanes();
       for (int64_t lane = 0; lane < width; lane += 4) {
@@ -296,8 +300,9 @@ class PrefillWorker {
     const int64_t width = kVectors * vector_lanes();
     const KvTensor v = values_of(p_, t_);
     for (int64_t key = std::max(begin, tile_.begin); key < begin + keys; ++key) {
+      const KvPlace place = place_of(key_rows_, sequence_, item_.head_kv, key);
       for (int64_t d = 0; d < p_.dim_v; ++d) {
-        const float value = v.element({item_.batch_idx, item_.head_kv, key, item_.batch_idx}, d);
+        const float value = v.element(place, d);
         if (std::isfinite(value)) continue;
         for (int64_t r = 0; r < panel_rows(panel); ++r) {
           if (!sees(panel * shape_.lanes + r, key)) continue;
@@ -327,9 +332,10 @@ class PrefillWorker {
   }
 
   void store_staged(int64_t slot, const float* o) {
-    const RowId id{item_.batch_idx, item_.head_kv, item_.row_begin + slot};
+    const RowId id{sequence_, item_.head_kv, item_.row_begin + slot};
     if (partials_.chunks == 1) return store_row(p_, t_, id, w_.m[slot], w_.l[slot], o);
-    const int64_t row = (id.batch_idx * p_.heads_kv + id.head_kv) * shape_.rows_per_head + id.row;
+    const int64_t row =
+        (item_.batch_idx * p_.heads_kv + id.head_kv) * shape_.rows_per_head + id.row;
     const int64_t i = item_.chunk * partials_.rows + row;
     partials_.m[i] = w_.m[slot];
     partials_.l[i] = w_.l[slot];
@@ -343,6 +349,8 @@ class PrefillWorker {
   const Partials& partials_;
   Products products_;
   Steps steps_;
+  Sequence sequence_{};
+  KeyRows key_rows_{};
   PrefillItem item_{};
   int64_t rows_ = 0, panels_ = 0;
   KeyRange tile_{};

@@ -34,6 +34,7 @@ std::string variant(const Query&, const Config& config) {
 const Kernel kPrefillBf16{.name = "cpu_prefill_bf16",
                           .role = Role::kFused,
                           .summary = "cpu_prefill with both products on AVX512-BF16",
+                          .takes_all_layouts = true,
                           .refusal = refusal,
                           .configure = configure,
                           .variant = variant,

@@ -61,22 +61,25 @@ class Bf16Products {
     copy_pairs(static_cast<const uint16_t*>(row), p_.stride_q[3], p_.dim_qk, to);
   }
 
-  bool load_tile(int64_t batch_idx, int64_t head_kv, KeyRange tile) {
-    const auto first = [&](const void* data, const Strides& stride) {
-      return static_cast<const uint16_t*>(data) + batch_idx * stride[0] + head_kv * stride[1] +
-             tile.begin * stride[2];
+  bool load_tile(const Sequence&, const KeyRows& key_rows, int64_t head_kv, KeyRange tile) {
+    const auto row = [&](const void* data, const Strides& stride, int64_t key) {
+      return static_cast<const uint16_t*>(data) + head_kv * stride[1] +
+             key_rows.offset(stride[0], stride[2], key);
     };
     k_begin_ = tile.begin;
-    k_ = first(t_.k, p_.stride_k);
-    k_stride_ = p_.stride_k[2];
-    if (p_.stride_k[3] != 1 || p_.dim_qk % 2 != 0) {
+    const bool is_one_run = key_rows.run(tile.begin, tile.end) == tile.size();
+    if (is_one_run && p_.stride_k[3] == 1 && p_.dim_qk % 2 == 0) {
+      k_ = row(t_.k, p_.stride_k, tile.begin);
+      k_stride_ = p_.stride_k[2];
+    } else {
       for (int64_t i = 0; i < tile.size(); ++i) {
-        copy_pairs(k_ + i * k_stride_, p_.stride_k[3], p_.dim_qk, w_.k + i * w_.k_columns);
+        copy_pairs(row(t_.k, p_.stride_k, tile.begin + i), p_.stride_k[3], p_.dim_qk,
+                   w_.k + i * w_.k_columns);
       }
       k_ = reinterpret_cast<const uint16_t*>(w_.k);
       k_stride_ = w_.k_columns * 2;
     }
-    return interleave_values(first(t_.v, p_.stride_v), tile);
+    return interleave_values([&](int64_t key) { return row(t_.v, p_.stride_v, key); }, tile);
   }
 
   template <int kVectors>
@@ -126,13 +129,13 @@ class Bf16Products {
   }
 
   // Rows 2i and 2i + 1 become row i of pairs; a row that the tile lacks is zero.
-  bool interleave_values(const uint16_t* v, KeyRange tile) {
+  template <typename RowOf>
+  bool interleave_values(const RowOf& row_of, KeyRange tile) {
     v_begin_ = tile.begin / 2 * 2;
     bool is_finite = true;
     for (int64_t key = v_begin_; key < tile.end; key += 2) {
-      const int64_t row = key - tile.begin;
-      const uint16_t* even = row < 0 ? nullptr : v + row * p_.stride_v[2];
-      const uint16_t* odd = key + 1 < tile.end ? v + (row + 1) * p_.stride_v[2] : nullptr;
+      const uint16_t* even = key < tile.begin ? nullptr : row_of(key);
+      const uint16_t* odd = key + 1 < tile.end ? row_of(key + 1) : nullptr;
       float* pairs = w_.v + (key - v_begin_) / 2 * w_.v_columns;
       if (interleave(even, odd, pairs)) continue;
       is_finite = false;

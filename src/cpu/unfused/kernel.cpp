@@ -279,7 +279,8 @@ void run_heads(const Launch& launch, const Heads& heads, const Workspace& w) {
     for (int64_t row = begin; row < end; ++row) {
       if (!is_product) add_values_one_by_one(p, t, heads, row, w);
       const int64_t head = heads.head(p, row);
-      const RowId id{heads.batch_idx, head / group, row % p.len_q * group + head % group};
+      const RowId id{sequence_at(p, t, heads.batch_idx), head / group,
+                     row % p.len_q * group + head % group};
       store_row(p, t, id, w.m[row], w.l[row], w.o + row * p.dim_v);
     }
   });
