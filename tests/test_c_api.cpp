@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -130,6 +131,47 @@ TEST(CApi, ValuesMayLieInKeys) {
     EXPECT_EQ(shared.run(), WH_OK) << wh_last_error();
     wh_plan_destroy(plan);
     wh_plan_destroy(again);
+  }
+}
+
+// The rows have the bits that they have in the whole batch, and nothing else is written.
+TEST(CApi, APlanRunsAnySmallerBatch) {
+  for (size_t i = 0; wh_kernel_name(WH_CPU, i) != nullptr; ++i) {
+    Call call;
+    call.limits.kernel = wh_kernel_name(WH_CPU, i);
+    call.problem.batch = 3;
+    ASSERT_EQ(wh_problem_set_dense(&call.problem), WH_OK);
+    for (std::vector<float>* data : {&call.q, &call.k, &call.v}) {
+      data->resize(3 * data->size());
+      for (size_t j = 0; j < data->size(); ++j) (*data)[j] = static_cast<float>(j % 11) / 11;
+    }
+    const size_t rows = call.out.size();
+    std::vector<float> whole(3 * rows), part(3 * rows, -1);
+    call.tensors.q = call.q.data();
+    call.tensors.k = call.k.data();
+    call.tensors.v = call.v.data();
+    wh_plan* plan = nullptr;
+    const wh_status status = wh_plan_create(&call.problem, &call.limits, &plan);
+    if (status == WH_REFUSED) {
+      wh_plan_destroy(plan);
+      continue;
+    }
+    ASSERT_EQ(status, WH_OK) << wh_last_error();
+    std::vector<char> memory(wh_plan_workspace_bytes(plan) + WH_WORKSPACE_ALIGNMENT);
+    void* workspace = memory.data();
+    size_t space = memory.size();
+    call.tensors.workspace =
+        std::align(WH_WORKSPACE_ALIGNMENT, wh_plan_workspace_bytes(plan), workspace, space);
+    call.tensors.workspace_bytes = wh_plan_workspace_bytes(plan);
+    call.tensors.out = whole.data();
+    EXPECT_EQ(wh_plan_run(plan, &call.tensors, nullptr), WH_OK) << wh_last_error();
+    call.tensors.out = part.data();
+    call.tensors.batch = 2;
+    EXPECT_EQ(wh_plan_run(plan, &call.tensors, nullptr), WH_OK) << wh_last_error();
+    wh_plan_destroy(plan);
+    for (size_t j = 0; j < part.size(); ++j) {
+      ASSERT_EQ(part[j], j < 2 * rows ? whole[j] : -1) << call.limits.kernel << j;
+    }
   }
 }
 
