@@ -36,7 +36,7 @@ KNOWN = (
     Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
           "mailbox()->dropped[number % 2][half] = number + 1", "cleaners write the same number"),
     Known("sm90_prefill_wide", "block.s_factors()[accumulator_row(r)] = softmax.online.correction[r]",
-          "block.s_factors()[accumulator_row(0)]",
+          "block.s_factors()[accumulator_row(",
           "corrections: the left warpgroup arrives at kWeightsFull behind the write, where the right "
           "one waits, which arrives at kWeightsFree behind the read"),
     Known("sm90_prefill_wide",
@@ -45,6 +45,9 @@ KNOWN = (
           "norms: the same with kNormFull and kNormFree"),
 )
 
+# What racecheck names is the function on the line: mostly a member of one of these.
+KERNEL_OF = {"Prefill": "sm90_prefill", "Wide": "sm90_prefill_wide"}
+PART_OF = re.compile(r"wh::cuda::(Prefill|Wide)(?:Block|Consumer|Left|Right)\b")
 ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
 PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 
@@ -60,7 +63,8 @@ class Access:
     def of(match: re.Match[str], statement: "Statement") -> "Access":
         where = match["where"]
         found = re.search(r"\b(sm90_\w+|cuda_\w+|few_rows|combine)\b", where)
-        kernel = found[1] if found else where
+        part = PART_OF.search(where)
+        kernel = found[1] if found else KERNEL_OF[part[1]] if part else where
         place = PLACE.search(where)
         return Access(match["kind"], kernel,
                       f"{place['file']}:{place['line']}" if place else "",

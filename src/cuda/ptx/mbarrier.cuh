@@ -55,16 +55,16 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// Stores a word in block `rank` of the cluster and counts its 4 bytes on that block's barrier.
+// Stores 8 bytes in block `rank` of the cluster and counts them on that block's barrier.
 __device__ __forceinline__ void store_remote(uint32_t address, uint32_t barrier, uint32_t rank,
-                                             int value) {
+                                             uint64_t value) {
   asm volatile(
       "{\n.reg .b32 there, bar;\n"
       "mapa.shared::cluster.u32 there, %0, %2;\n"
       "mapa.shared::cluster.u32 bar, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [bar];\n}" ::"r"(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [there], %3, [bar];\n}" ::"r"(
           address),
-      "r"(barrier), "r"(rank), "r"(value)
+      "r"(barrier), "r"(rank), "l"(value)
       : "memory");
 }
 

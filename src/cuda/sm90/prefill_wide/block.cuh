@@ -55,7 +55,12 @@ struct WideBlock {
   };
 
   struct Mailbox {
-    int32_t tile;  // index in the order; negative: no more
+    // Low word: index in the order, negative: no more. High word: the tile's number + 1, by which a
+    // reader knows its message: the wait for kTileFull orders this block's memory alone, not what
+    // the other block stores here. Without it three of a warpgroup's four warps worked on another
+    // tile than the fourth, and the cluster waited for ever: about one launch in a hundred of 128
+    // tiles of a key or two.
+    uint64_t tile;
     // By the parity of a tile's number, and the half: the number + 1 of the last such tile in which
     // cleaning that half of V lost something. A half's warpgroup has waited for all of its own
     // slots when it looks, not for the other's. Nobody resets it: tiles without keys to wait for
@@ -104,6 +109,7 @@ struct WideBlock {
       ptx::mbarrier_init(barrier(kSlotFree + i), kWideCluster * 4);
     }
     ptx::mbarrier_init_fence();
+    mailbox()->tile = 0;
     for (int i = 0; i < 4; ++i) mailbox()->dropped[i / 2][i % 2] = 0;
   }
 
@@ -121,7 +127,10 @@ struct WideBlock {
   // The tile with this number, for everybody but the producers.
   __device__ __forceinline__ int32_t read_tile(uint32_t number) const {
     ptx::mbarrier_wait(barrier(kTileFull), number % 2);
-    return mailbox()->tile;
+    uint64_t message;
+    do message = mailbox()->tile;
+    while (message >> 32 != number + 1);
+    return static_cast<int32_t>(message);
   }
 
   // --- producer: one thread ---
@@ -132,13 +141,15 @@ struct WideBlock {
     const int32_t clusters = gridDim.x / kWideCluster;
     int32_t index = first_tile(order, blockIdx.x / kWideCluster);
     for (uint32_t number = 0;; ++number) {
-      ptx::mbarrier_expect(barrier(kTileFull), sizeof(int32_t));
+      ptx::mbarrier_expect(barrier(kTileFull), sizeof(Mailbox::tile));
       if (rank == 0) {
         if (number > 0) index = next_query_tile(order, clusters, index);
         ptx::mbarrier_wait(barrier(kTileFree), (number + 1) % 2);
         const uint32_t word = s_q + kMemory.barrier_offset + kBarriers * 8;
+        const uint32_t tile = index < order.end ? index : -1;
+        const uint64_t message = uint64_t{number + 1} << 32 | tile;
         for (uint32_t block = 0; block < kWideCluster; ++block) {
-          ptx::store_remote(word, barrier(kTileFull), block, index < order.end ? index : -1);
+          ptx::store_remote(word, barrier(kTileFull), block, message);
         }
       }
       index = read_tile(number);
