@@ -46,22 +46,26 @@ View view_of(const Problem& p, TokenRange present, TokenRange q, TokenRange k) {
   return view;
 }
 
-TokenRange seen_keys(const ShardedProblem& s, TokenRange q, TokenRange k) {
-  TokenRange seen;
+namespace {
+
+// Of one side of the views of all sequences.
+TokenRange hull_of(TokenRange View::*side, const ShardedProblem& s, TokenRange q, TokenRange k) {
+  TokenRange whole;
   for (const KeyGroup& group : key_groups(s)) {
     const View view = view_of(s.whole, group.present, q, k);
-    if (!view.empty()) seen = hull(seen, view.k);
+    if (!view.empty()) whole = hull(whole, view.*side);
   }
-  return seen;
+  return whole;
+}
+
+}  // namespace
+
+TokenRange seen_keys(const ShardedProblem& s, TokenRange q, TokenRange k) {
+  return hull_of(&View::k, s, q, k);
 }
 
 TokenRange seeing_queries(const ShardedProblem& s, TokenRange q, TokenRange k) {
-  TokenRange seeing;
-  for (const KeyGroup& group : key_groups(s)) {
-    const View view = view_of(s.whole, group.present, q, k);
-    if (!view.empty()) seeing = hull(seeing, view.q);
-  }
-  return seeing;
+  return hull_of(&View::q, s, q, k);
 }
 
 }  // namespace wh::sharded

@@ -23,8 +23,8 @@ double sequences(const Problem& problem);
 double flops_a_pair(const Problem& problem);
 double useful_flops(const Problem& problem);  // of all
 
-// Bytes of K and V, each counted once, or of K alone where V lies in it: what decode streams. Scales
-// of tokens count, others are few.
+// Bytes of K and V, each counted once, or of K alone where V lies in it: what decode streams.
+// Scales of tokens count, others are few.
 double kv_bytes(const Problem& problem);
 double kv_bytes_a_key(const Problem& problem);  // and kv head
 

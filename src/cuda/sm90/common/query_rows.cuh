@@ -79,8 +79,8 @@ struct QueryRows {
   }
 
   // Adds what cleaning dropped from V to stored rows [first_row, first_row + 64) that see it, in
-  // columns [first_column, end_column). A warp takes the rows that it stored, whose `norm` its lanes
-  // hold: empty ones stay 0. Rare: speed does not matter.
+  // columns [first_column, end_column). A warp takes the rows that it stored, whose `norm` its
+  // lanes hold: empty ones stay 0. Rare: speed does not matter.
   __device__ __forceinline__ void restore(Keys present, const KeyTiles& tiles, int32_t tile_k,
                                           int32_t first_row, const float (&norm)[2],
                                           int32_t first_column, int32_t end_column) const {

@@ -57,9 +57,9 @@ struct WideBlock {
   struct Mailbox {
     // Low word: index in the order, negative: no more. High word: the tile's number + 1, by which a
     // reader knows its message: the wait for kTileFull orders this block's memory alone, not what
-    // the other block stores here. Without it three of a warpgroup's four warps worked on another
-    // tile than the fourth, and the cluster waited for ever: about one launch in a hundred of 128
-    // tiles of a key or two.
+    // the other block stores here. Readers that did without stood still for ever within a hundred
+    // launches of 128 tiles of a key or two: three of a warpgroup's four warps waited for weights
+    // of a tile that the fourth did not have.
     uint64_t tile;
     // By the parity of a tile's number, and the half: the number + 1 of the last such tile in which
     // cleaning that half of V lost something. A half's warpgroup has waited for all of its own
