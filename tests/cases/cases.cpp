@@ -41,6 +41,7 @@ class Generator {
     do {
       c = draw();
       if (!is_dense) draw_layout(c, random_);
+      draw_quantised(c.problem);
       c.problem.f32_out = index % 8 == 7 && c.problem.dtype_q != Dtype::kF32;
     } while (multiply_adds(c.problem) > kMostMultiplyAdds || !validate(c.problem).ok());
     c.seed = random_();
@@ -111,7 +112,7 @@ class Generator {
     };
     draw(p.quantised_k, p.scales_k, p.stride_scales_k, p.dim_qk);
     draw(p.quantised_v, p.scales_v, p.stride_scales_v, p.dim_v);
-    if (chance(0.5)) {
+    if (p.values_in_keys || chance(0.5)) {
       p.quantised_v = p.quantised_k;
       p.scales_v = p.scales_k;
       p.stride_scales_v = dense_scales_strides(p, p.scales_v, p.dim_v);
@@ -211,7 +212,6 @@ class Generator {
     draw_shape(c.problem);
     draw_features(c);
     draw_strides(c.problem);
-    draw_quantised(c.problem);
     c.limits.threads = static_cast<int32_t>(between(1, 3));
     c.limits.precision = chance(0.2) ? Precision::kHigh : Precision::kNative;
     c.limits.batch_invariant = chance(0.2);

@@ -126,9 +126,11 @@ class Drawer {
     return pool[static_cast<size_t>(owner * p_.pages_a_sequence() + i)];
   }
 
-  // Token by token, head by head, or with gaps between rows, as where K and V share an allocation.
-  Strides strides(int64_t heads, int64_t length, int64_t dim, int64_t layout) {
-    const int64_t gap = layout < 2 ? 0 : 3 + layout % 2 * 5, row = dim + gap;
+  // Token by token, head by head, or with gaps between rows, as where K and V share an allocation:
+  // odd ones, of 16 bytes, and of a block of quantised elements.
+  static constexpr int64_t kGaps[] = {0, 0, 3, 8, 32};
+  static Strides strides(int64_t heads, int64_t length, int64_t dim, int64_t layout) {
+    const int64_t row = dim + kGaps[layout];
     const int64_t between_pages = layout == 1 ? heads * length * dim : 0;  // V's, behind K's
     if (layout == 0) return {length * heads * row, length * row, row, 1};
     return {length * heads * row + between_pages, row, heads * row, 1};
@@ -139,7 +141,8 @@ class Drawer {
     const int64_t of_keys = p_.key_layout == KeyLayout::kPaged
                                 ? p_.page_size
                                 : (p_.key_layout == KeyLayout::kPacked ? p_.total_k : p_.len_k);
-    const int64_t layout_q = between(0, 3), layout_k = between(0, 3);
+    const int64_t most = std::size(kGaps) - 1;
+    const int64_t layout_q = between(0, most), layout_k = between(0, most);
     const int64_t dim_v = p_.dim_v;
     p_.stride_q = strides(p_.heads_q, of_queries, p_.dim_qk, layout_q);
     p_.stride_out = strides(p_.heads_q, of_queries, dim_v, layout_q);
