@@ -59,43 +59,59 @@ size_t workspace_bytes(const Problem& p, const Config& config) {
   return DecodeWorkspace(p, config, nullptr).bytes();
 }
 
-// Cycles, fitted to 190 problems of 16 to 16384 keys, dims 64 to 512 and 1 to 128 rows on AVX-512:
-// 15 % RMS.
-constexpr double kBlock = 0.8, kBlockRow = 0.56;         // a key and vector of dims
-constexpr double kSoftmaxBlock = 9.5, kSoftmaxRow = 15;  // a key; the latter a vector of rows
-constexpr double kMoveRow = 0.5;                         // a row and dim
-constexpr double kMergeRow = 3.2;                        // a chunk's row and dim
-constexpr double kItem = 770;
+// Cycles. Registers decide: with 32 of them a block is 8 rows, with 16 it is 4, as in block-inl.h.
+struct Costs {
+  int64_t block_rows;
+  double block, block_row;               // a key and vector of dims
+  double softmax_block, softmax_vector;  // a key; the latter a vector of rows
+  double move_row;                       // a row and dim
+  double merge_row;                      // a chunk's row and dim
+  double item;
+};
+
+// Fitted to 190 problems of 16 to 16384 keys, dims 64 to 512 and 1 to 128 rows on AVX-512: 15 %
+// RMS.
+constexpr Costs kOf32Registers{8, 0.8, 0.56, 9.5, 15, 0.5, 3.2, 770};
+// Fitted to 79 such problems on a Zen 5's AVX2, 11 % RMS, and then a tenth more for the products:
+// at 64 rows a Zen 5 does not care (0.9 to 1.0 of prefill's time), but a Zen 3 had prefill ahead by
+// 8 to 36 %. With the costs of 32 registers 16 rows went to prefill, at up to 1.5 times the time.
+constexpr Costs kOf16Registers{4, 0.74, 0.38, 1.7, 12, 0.7, 1.8, 520};
+
+const Costs& costs_of(const CpuFacts& cpu) {
+  return cpu.simd_floats >= 16 ? kOf32Registers : kOf16Registers;
+}
+
 constexpr double kHidden = 0.2;  // of the shorter of reading and computing: they overlap
 
 // Cycles of a key against the rows of a head.
 double key_cycles(const Query& query, const DecodeShape& shape) {
+  const Costs& cost = costs_of(cpu_facts(query));
   const double lanes = cpu_facts(query).simd_floats;
   const auto rows = static_cast<double>(shape.rows);
-  // As in block-inl.h: blocks of 8 rows where there are 32 registers, else of 4.
-  const int64_t block = cpu_facts(query).simd_floats >= 16 ? 8 : 4;
-  const int64_t rest = shape.rows % block;
-  const auto blocks = static_cast<double>(shape.rows / block + rest / 4 + rest % 4 / 2 + rest % 2);
+  const int64_t rest = shape.rows % cost.block_rows;
+  const auto blocks =
+      static_cast<double>(shape.rows / cost.block_rows + rest / 4 + rest % 4 / 2 + rest % 2);
   const auto dims = static_cast<double>(query.problem.dim_qk + query.problem.dim_v);
-  return dims / lanes * (blocks * kBlock + rows * kBlockRow) + blocks * kSoftmaxBlock +
-         rows / lanes * kSoftmaxRow;
+  return dims / lanes * (blocks * cost.block + rows * cost.block_row) +
+         blocks * cost.softmax_block + rows / lanes * cost.softmax_vector;
 }
 
 double estimate_us(const Query& query, const Config& config) {
   constexpr double kCallUs = 1;
   const Problem& p = query.problem;
+  const Costs& cost = costs_of(cpu_facts(query));
   const DecodeShape shape(p, config);
   const auto rows = static_cast<double>(shape.rows);
   const auto dims = static_cast<double>(p.dim_qk + p.dim_v);
   // A tile is computed for every row when any row sees it.
   const auto keys = static_cast<double>(most_visible_keys(p));
   const auto items = static_cast<double>(shape.items);
-  double head_cycles = keys * key_cycles(query, shape) + rows * dims * kMoveRow;
+  double head_cycles = keys * key_cycles(query, shape) + rows * dims * cost.move_row;
   if (shape.chunks > 1) {
     head_cycles +=
-        static_cast<double>(shape.chunks) * rows * static_cast<double>(p.dim_v) * kMergeRow;
+        static_cast<double>(shape.chunks) * rows * static_cast<double>(p.dim_v) * cost.merge_row;
   }
-  const double cycles = head_cycles * static_cast<double>(p.batch * p.heads_kv) + items * kItem;
+  const double cycles = head_cycles * static_cast<double>(p.batch * p.heads_kv) + items * cost.item;
   const double at_work =
       std::clamp(items, 1.0, static_cast<double>(std::min(config.workers, cpu_facts(query).cores)));
   const double compute_us = cycles * cycle_us(cpu_facts(query)) / at_work;
@@ -108,14 +124,15 @@ double estimate_us(const Query& query, const Config& config) {
 // All rows against as many tiles of keys as are worth a look, or a block of rows that are merged.
 double step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
+  const Costs& cost = costs_of(cpu_facts(query));
   const DecodeShape shape(p, config);
   const int64_t tiles = pieces_between_looks(tile_work(p, shape.rows, {0, shape.tile_k}));
   const auto keys = static_cast<double>(std::min(shape.chunk_keys, tiles * shape.tile_k));
   const auto dims = static_cast<double>(p.dim_qk + p.dim_v);
   const double tile_cycles =
-      keys * key_cycles(query, shape) + static_cast<double>(shape.rows) * dims * kMoveRow;
+      keys * key_cycles(query, shape) + static_cast<double>(shape.rows) * dims * cost.move_row;
   const int64_t merged = shape.chunks > 1 ? std::min(kRowsPerMerge, shape.rows) * shape.chunks : 0;
-  const double merge_cycles = static_cast<double>(merged * p.dim_v) * kMergeRow;
+  const double merge_cycles = static_cast<double>(merged * p.dim_v) * cost.merge_row;
   return step_us_of(query, config, std::max(tile_cycles, merge_cycles), keys);
 }
 
