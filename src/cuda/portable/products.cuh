@@ -42,16 +42,12 @@ struct SharedRows {
     const int lane = threadIdx.x % 32;
     return ptx::shared_address(at(row + lane % 16, column + lane / 16 * 8));
   }
-  // The same of the second operand for two tiles of rows. mma takes it from two neighbouring
-  // registers: in the order above each product costs two moves.
+  // The same of the second operand for two tiles of rows, of which the first two matrices are the
+  // first tile. mma takes it from two neighbouring registers: in the order above each product costs
+  // two moves.
   __device__ __forceinline__ uint32_t pair_address(int row, int column) const {
     const int lane = threadIdx.x % 32;
     return ptx::shared_address(at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
-  }
-  // For 8 rows x 32 columns: the second operand of two products.
-  __device__ __forceinline__ uint32_t strip_address(int row, int column) const {
-    const int lane = threadIdx.x % 32;
-    return ptx::shared_address(at(row + lane % 8, column + lane / 8 * 8));
   }
 };
 
@@ -65,8 +61,9 @@ struct Products {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) q_at[m] = q.square_address(16 * m, 0);
     // 16 columns of two tiles of keys at once: 32 columns of one take eight registers more, which
-    // 64 keys of 128-wide heads do not have.
-    const uint32_t k_at = kTiles > 1 ? k.pair_address(0, 0) : k.strip_address(0, 0);
+    // 64 keys of 128-wide heads do not have. Of a tile alone 16 columns too: 32 would end past the
+    // last row of K, where V may be on its way.
+    const uint32_t k_at = k.pair_address(0, 0);
     // Eight are 1 to 3 % faster, but some narrower ones would spill.
     constexpr int kUnroll = kDim < 256 ? 4 : 8;
 #pragma unroll kUnroll
@@ -76,7 +73,7 @@ struct Products {
       for (int m = 0; m < kRowTiles; ++m) ptx::ldmatrix(a[m], q_at[m] + column * 2);
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile += 2) {
-        uint32_t b[4];
+        uint32_t b[kTiles > 1 ? 4 : 2];
         ptx::ldmatrix(b, k_at + (tile * 8 * k.pitch + column) * 2);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {

@@ -12,6 +12,13 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&to)[4], uint32_t row_address
                : "r"(row_address)
                : "memory");
 }
+// Two of them; lanes from 16 on give none.
+__device__ __forceinline__ void ldmatrix(uint32_t (&to)[2], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "r"(row_address)
+               : "memory");
+}
 __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
