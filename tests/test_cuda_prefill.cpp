@@ -40,6 +40,7 @@ class Draw {
     d.args = AttentionArgs{};
     d.args.len_q = static_cast<int32_t>(p.len_q);
     d.args.len_k = static_cast<int32_t>(p.len_k);
+    d.args.zeros_from = between(0, 1) == 0 ? d.args.len_k : -1;
     d.args.causal = p.causal;
     d.args.window_left = static_cast<int32_t>(p.window_left);
     d.args.window_right = p.causal != Causal::kNone ? 0 : static_cast<int32_t>(p.window_right);
@@ -66,7 +67,7 @@ TEST(CudaKeyRange, AgreesWithTheContract) {
     const auto query = draw.between(0, d.problem.len_q - 1);
     const KeyRange want =
         wh::visible_keys(d.problem, wh::present_keys(d.problem, draw.tensors(d), 0), query);
-    const Keys have = visible_keys(d.args, present_keys(d.args, 0), static_cast<int32_t>(query));
+    const Keys have = visible_keys(d.args, sequence_at(d.args, 0), static_cast<int32_t>(query));
     if (want.empty()) {
       EXPECT_LE(have.end, have.begin);
     } else {
@@ -81,16 +82,16 @@ TEST(CudaKeyRange, TilesAreSkippedUnmaskedAndUncleanedOnlyWhereTheyMay) {
   for (int i = 0; i < 20000; ++i) {
     Drawn d;
     draw.problem(d);
-    const Keys present = present_keys(d.args, 0);
+    const Sequence sequence = sequence_at(d.args, 0);
     const auto first = static_cast<int32_t>(draw.between(0, d.args.len_q - 1));
     const auto last = static_cast<int32_t>(draw.between(first, d.args.len_q - 1));
     constexpr int32_t kTileK = 16;
-    const KeyTiles tiles = key_tiles(d.args, present, first, last, kTileK);
+    const KeyTiles tiles = key_tiles(d.args, sequence, first, last, kTileK);
     for (int32_t tile = 0; tile * kTileK < d.args.len_k; ++tile) {
       const bool is_worked_on = tile >= tiles.begin && tile < tiles.end;
       for (int32_t key = tile * kTileK; key < (tile + 1) * kTileK; ++key) {
         for (int32_t query = first; query <= last; ++query) {
-          const Keys seen = visible_keys(d.args, present, query);
+          const Keys seen = visible_keys(d.args, sequence, query);
           const bool is_visible = key >= seen.begin && key < seen.end;
           if (!is_worked_on) {
             ASSERT_FALSE(is_visible) << "tile " << tile << " is skipped";
@@ -99,7 +100,7 @@ TEST(CudaKeyRange, TilesAreSkippedUnmaskedAndUncleanedOnlyWhereTheyMay) {
           if (tiles.is_full(tile)) {
             ASSERT_TRUE(is_visible) << "tile " << tile << " is not masked";
           }
-          if (tiles.is_clean(tile) && key < d.args.len_k) {
+          if (tiles.is_clean(tile) && (key < d.args.len_k || d.args.zeros_from < 0)) {
             ASSERT_TRUE(is_visible) << "tile " << tile << " is not cleaned";
           }
         }

@@ -9,10 +9,11 @@
 
 namespace wh {
 
-template <typename Int>
+// PageSize: Int, or what divides an Int faster.
+template <typename Int, typename PageSize = Int>
 struct KeyRowsOf {
   const int32_t* pages;  // of the sequence, in order; null: rows lie side by side
-  Int page_size;
+  PageSize page_size;
   Int key_batch;  // index into K's first dimension where there are no pages
   Int first_key;  // and of the sequence's first token there
 
@@ -33,7 +34,7 @@ struct KeyRowsOf {
   constexpr Int run(Int key, Int end) const {
     const Int left = end - key;
     if (pages == nullptr) return left;
-    const Int in_page = page_size - key % page_size;
+    const Int in_page = static_cast<Int>(page_size) - key % page_size;
     return left < in_page ? left : in_page;
   }
 };
@@ -52,11 +53,10 @@ struct PageTable {
   }
 };
 
-template <typename Int>
-constexpr KeyRowsOf<Int> key_rows(const PageTable& table, Int page_size, bool is_packed,
-                                  const SequenceOf<Int>& sequence) {
-  return {table.of(sequence.batch_idx), page_size, is_packed ? Int{0} : sequence.batch_idx,
-          sequence.first_key};
+template <typename Int, typename PageSize>
+constexpr KeyRowsOf<Int, PageSize> key_rows(const int32_t* pages, PageSize page_size,
+                                            const SequenceOf<Int>& sequence) {
+  return {pages, page_size, sequence.key_batch, sequence.first_key};
 }
 
 inline PageTable page_table_of(const Problem& p, const Tensors& t) {
@@ -64,7 +64,7 @@ inline PageTable page_table_of(const Problem& p, const Tensors& t) {
   return {t.page_table, p.has_page_offsets ? t.page_offsets : nullptr, p.stride_page_table};
 }
 inline KeyRows key_rows(const Problem& p, const Tensors& t, const Sequence& sequence) {
-  return key_rows(page_table_of(p, t), p.page_size, p.key_layout == KeyLayout::kPacked, sequence);
+  return key_rows(page_table_of(p, t).of(sequence.batch_idx), p.page_size, sequence);
 }
 
 }  // namespace wh

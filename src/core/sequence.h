@@ -28,7 +28,8 @@ struct SequenceOf {
   Int query_batch;  // index into q's and out's first dimension
   Int first_query;  // index of its first token there
   Int len_q;        // its own
-  Int first_key;    // of packed keys
+  Int key_batch;    // index into K's first dimension, where keys are not paged
+  Int first_key;    // index of its first token there
   KeyRangeOf<Int> present;
 
   constexpr bool has_queries() const { return len_q > 0; }
@@ -50,7 +51,7 @@ constexpr TokenRangeOf<Int> packed_tokens(const int32_t* offsets, Int batch_idx,
 
 template <typename Int>
 constexpr SequenceOf<Int> sequence_at(const SequencesOf<Int>& all, Int batch_idx) {
-  SequenceOf<Int> sequence{batch_idx, batch_idx, 0, all.len_q, 0, {}};
+  SequenceOf<Int> sequence{batch_idx, batch_idx, 0, all.len_q, batch_idx, 0, {}};
   if (all.query_offsets != nullptr) {
     const auto queries = packed_tokens(all.query_offsets, batch_idx, all.len_q, all.total_q);
     sequence.query_batch = 0;
@@ -60,6 +61,7 @@ constexpr SequenceOf<Int> sequence_at(const SequencesOf<Int>& all, Int batch_idx
   Int len_k = all.len_k;
   if (all.key_offsets != nullptr) {
     const auto keys = packed_tokens(all.key_offsets, batch_idx, all.len_k, all.total_k);
+    sequence.key_batch = 0;
     sequence.first_key = keys.begin;
     len_k = keys.length;
   }

@@ -37,6 +37,22 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+struct Row {
+  int32_t query_batch, head, query_idx;
+};
+// query_row() of core/sequence.h in 32 bits.
+__device__ __forceinline__ Row device_row(const AttentionArgs& args, uint32_t row) {
+  const uint32_t heads_q = args.heads_q, len_q = args.len_q;
+  if (args.query_offsets != nullptr) {
+    const uint32_t token = row / heads_q;
+    return {0, static_cast<int32_t>(row - token * heads_q), static_cast<int32_t>(token)};
+  }
+  const uint32_t head_row = row / len_q;  // query_batch * heads_q + head
+  const uint32_t batch_idx = head_row / heads_q;
+  return {static_cast<int32_t>(batch_idx), static_cast<int32_t>(head_row - batch_idx * heads_q),
+          static_cast<int32_t>(row - head_row * len_q)};
+}
+
 constexpr float kUnseen = -1;  // the share of a split that saw nothing
 
 // In units of 2^top.
@@ -53,13 +69,12 @@ __global__ void __launch_bounds__(kWarps * 32)
   const uint32_t row = blockIdx.x / column_blocks;
   const int column_block = (blockIdx.x - row * column_blocks) * kColumns;
   const int column = column_block + lane * 4;
-  const uint32_t head_row = row / args.len_q;  // batch_idx * heads_q + head
-  const uint32_t query_idx = row - head_row * args.len_q;
-  const uint32_t batch_idx = head_row / args.heads_q;
-  const uint32_t head = head_row - batch_idx * args.heads_q;
+  const auto [query_batch, head, query_idx] = device_row(args, row);
   const int splits = partials.splits;
   ptx::launch_dependents();
   ptx::wait_for_dependency();
+  // Of packed queries q has room for more than there are.
+  if (args.query_offsets != nullptr && query_idx >= args.query_offsets[args.batch]) return;
 
   // Lane i knows the weights of splits i, i + 32, ...; they come first, so that they are ready when
   // the rows arrive.
@@ -129,8 +144,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
   const float factor = is_empty_row(total) ? kEmptyRowOut : ptx::reciprocal_approx(total);
   const float merged[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
-  T* out = static_cast<T*>(args.out) + batch_idx * args.stride_out[0] + head * args.stride_out[1] +
-           query_idx * args.stride_out[2] + column * args.stride_out[3];
+  T* out = static_cast<T*>(args.out) + query_batch * args.stride_out[0] +
+           head * args.stride_out[1] + query_idx * args.stride_out[2] + column * args.stride_out[3];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (column + i < args.dim_v) out[i * args.stride_out[3]] = static_cast<T>(merged[i]);

@@ -22,7 +22,7 @@ inline int64_t least_splits(const Problem& problem) {
 constexpr const char* kWritesTypeOfQ =
     "writes out in q's type; with f32 out a kernel must split the keys and merge";
 
-// A row is (batch_idx * heads_q + head) * len_q + query_idx: its place in log_sum_exp too. A split
+// Rows are numbered as in log_sum_exp (row_index() of core/sequence.h). A split
 // that saw no key of a row leaves a weight of 0 and anything in `sums`, but writes them: a merge
 // that waited for the weights before it asked for sums would take one more trip to L2, 0.2 us of 7.
 struct Partials {

@@ -1,4 +1,5 @@
 #include "core/carver.h"
+#include "core/sequence.h"
 #include "cuda/combine/combine.h"
 
 namespace wh::cuda {
@@ -9,7 +10,7 @@ Partials carve(Carver& carver, const Problem& p, int32_t splits) {
   Partials partials;
   partials.splits = splits;
   if (splits <= 1) return partials;
-  partials.rows = p.batch * p.heads_q * p.len_q;
+  partials.rows = all_query_rows(p);
   partials.columns = static_cast<int32_t>((p.dim_v + 3) / 4 * 4);
   partials.sums = carver.take<float>(splits * partials.rows * partials.columns);
   partials.weights = carver.take<RowWeight>(splits * partials.rows);

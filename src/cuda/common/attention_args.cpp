@@ -7,7 +7,9 @@
 namespace wh::cuda {
 
 bool fits_int32(const Problem& p) {
-  return std::max({p.batch * p.heads_q, p.len_q, p.len_k}) <= kMaxExtent;
+  const int64_t extents[] = {p.batch * p.heads_q, p.len_q,   p.len_k,
+                             p.total_q,           p.total_k, p.page_size};
+  return *std::ranges::max_element(extents) <= kMaxExtent && p.total_q * p.group() <= kMaxExtent;
 }
 
 Scores scores_of(const Problem& p) {
@@ -19,10 +21,18 @@ Scores scores_of(const Problem& p) {
 
 AttentionArgs attention_args(const Problem& p, const Tensors& t) {
   AttentionArgs args{};
+  const Sequences sequences = sequences_of(p, t);
+  args.len_q = static_cast<int32_t>(sequences.len_q);
+  args.len_k = static_cast<int32_t>(sequences.len_k);
+  args.total_q = static_cast<int32_t>(sequences.total_q);
+  args.total_k = static_cast<int32_t>(sequences.total_k);
+  args.query_offsets = sequences.query_offsets;
+  args.key_offsets = sequences.key_offsets;
+  args.key_lengths = sequences.key_lengths;
+  args.key_starts = sequences.key_starts;
+  args.batch = static_cast<int32_t>(p.batch);
   args.heads_q = static_cast<int32_t>(p.heads_q);
   args.group = static_cast<int32_t>(p.group());
-  args.len_q = static_cast<int32_t>(p.len_q);
-  args.len_k = static_cast<int32_t>(p.len_k);
   args.dim_qk = static_cast<int32_t>(p.dim_qk);
   args.dim_v = static_cast<int32_t>(p.dim_v);
   args.causal = p.causal;
@@ -38,12 +48,13 @@ AttentionArgs attention_args(const Problem& p, const Tensors& t) {
   args.out = t.out;
   args.mask = t.mask;
   args.sinks = t.sinks;
-  args.key_lengths = t.key_lengths;
-  args.key_starts = t.key_starts;
   args.log_sum_exp = t.log_sum_exp;
   std::copy_n(p.stride_v.begin(), 4, args.stride_v);
   std::copy_n(p.stride_out.begin(), 4, args.stride_out);
   std::copy_n(p.stride_mask.begin(), 4, args.stride_mask);
+  args.page_table = page_table_of(p, t);
+  if (p.key_layout == KeyLayout::kPaged) args.page_size = Divisor(p.page_size);
+  args.zeros_from = p.key_layout == KeyLayout::kDense ? args.len_k : -1;
   return args;
 }
 

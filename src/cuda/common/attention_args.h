@@ -3,7 +3,10 @@
 
 #include <cstdint>
 
+#include "core/key_rows.h"
 #include "core/problem.h"
+#include "core/sequence.h"
+#include "cuda/common/divisor.h"
 
 namespace wh::cuda {
 
@@ -15,10 +18,10 @@ enum class Scores : int32_t {
   kMasked,       // an array mask on top
 };
 
-struct AttentionArgs {
+struct AttentionArgs : SequencesOf<int32_t> {
+  int32_t batch;  // sequences of this run
   int32_t heads_q;
   int32_t group;  // query heads of one kv head
-  int32_t len_q, len_k;
   int32_t dim_qk, dim_v;
   Causal causal;
   MaskKind mask_kind;
@@ -27,19 +30,26 @@ struct AttentionArgs {
   const void* v;
   void* out;
   const void* mask;
-  const float* sinks;          // [heads_q]
-  const int32_t* key_lengths;  // [batch]
-  const int32_t* key_starts;   // [batch]
-  float* log_sum_exp;          // [batch, heads_q, len_q]
-  int64_t stride_v[4];         // batch, heads, length, dim
+  const float* sinks;   // [heads_q]
+  float* log_sum_exp;   // [batch, heads_q, len_q] or [total_q, heads_q]
+  int64_t stride_v[4];  // batch or page, heads, length, dim
   int64_t stride_out[4];
   int64_t stride_mask[4];
+  PageTable page_table;
+  Divisor page_size;
+  // Where dense keys end, TMA has zeros: a tile that hangs over has nothing there to hide. Past the
+  // end of a sequence that is packed or paged lie another's keys: -1.
+  int32_t zeros_from;
+
+  constexpr QueryLayout query_layout() const {
+    return query_offsets != nullptr ? QueryLayout::kPacked : QueryLayout::kDense;
+  }
 };
 
 // Needs fits_int32().
 AttentionArgs attention_args(const Problem& problem, const Tensors& tensors);
 
-// Whether lengths and heads are so small that sums of three never wrap: at most kMaxExtent.
+// Whether lengths, heads and rows are so few that sums of three never wrap: at most kMaxExtent.
 constexpr int64_t kMaxExtent = int64_t{1} << 29;
 bool fits_int32(const Problem& problem);
 

@@ -28,6 +28,13 @@ struct Divisor {
   constexpr int32_t remainder(int32_t dividend, int32_t quotient) const {
     return dividend - quotient * static_cast<int32_t>(value);
   }
+  explicit constexpr operator int32_t() const { return static_cast<int32_t>(value); }
+  friend constexpr int32_t operator/(int32_t dividend, const Divisor& divisor) {
+    return divisor.quotient(dividend);
+  }
+  friend constexpr int32_t operator%(int32_t dividend, const Divisor& divisor) {
+    return divisor.remainder(dividend, divisor.quotient(dividend));
+  }
 };
 
 }  // namespace wh::cuda

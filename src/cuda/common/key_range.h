@@ -1,5 +1,6 @@
-// The keys that rows and tiles see, on the device: core/key_range.h in 32 bits, and which key tiles
-// a tile of queries can skip, need not mask, and must clean.
+// The sequences of a batch and the keys that rows and tiles see, on the device: core/sequence.h,
+// core/key_rows.h and core/key_range.h in 32 bits, and which key tiles a tile of queries can skip,
+// need not mask, and must clean.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,23 @@
 namespace wh::cuda {
 
 using Keys = KeyRangeOf<int32_t>;
+using Sequence = SequenceOf<int32_t>;
+using KeyRows = KeyRowsOf<int32_t, Divisor>;
 
-constexpr Keys present_keys(const AttentionArgs& args, int32_t batch_idx) {
-  return wh::present_keys(args.len_k, args.key_lengths, args.key_starts, batch_idx);
+// For kernels that are handed dense tensors alone.
+constexpr Sequence dense_sequence(const AttentionArgs& args, int32_t batch_idx) {
+  return {batch_idx,
+          batch_idx,
+          0,
+          args.len_q,
+          batch_idx,
+          0,
+          present_keys(args.len_k, args.key_lengths, args.key_starts, batch_idx)};
 }
-constexpr Keys visible_keys(const AttentionArgs& args, Keys present, int32_t query_idx) {
-  return wh::visible_keys<int32_t>(args.causal, {args.window_left, args.window_right}, args.len_q,
-                                   present, query_idx);
+constexpr Keys visible_keys(const AttentionArgs& args, const Sequence& sequence,
+                            int32_t query_idx) {
+  return wh::visible_keys<int32_t>(args.causal, {args.window_left, args.window_right},
+                                   sequence.len_q, sequence.present, query_idx);
 }
 
 // Key tiles of `tile_k` keys that queries first..last work on, from the last one down. All are tile
@@ -32,17 +43,17 @@ struct KeyTiles {
   constexpr bool is_clean(int32_t tile) const { return tile >= full_begin && tile < clean_end; }
 };
 
-constexpr KeyTiles key_tiles(const AttentionArgs& args, Keys present, int32_t first_query,
-                             int32_t last_query, int32_t tile_k) {
-  const Keys first = visible_keys(args, present, first_query);
-  const Keys last = visible_keys(args, present, last_query);
+constexpr KeyTiles key_tiles(const AttentionArgs& args, const Sequence& sequence,
+                             int32_t first_query, int32_t last_query, int32_t tile_k) {
+  const Keys first = visible_keys(args, sequence, first_query);
+  const Keys last = visible_keys(args, sequence, last_query);
   KeyTiles tiles{};
   if (last.end <= first.begin) return tiles;
   tiles.begin = first.begin / tile_k;
   tiles.end = (last.end + tile_k - 1) / tile_k;
   tiles.full_begin = (last.begin + tile_k - 1) / tile_k;
   tiles.full_end = first.end / tile_k;
-  tiles.clean_end = first.end == args.len_k ? tiles.end : tiles.full_end;
+  tiles.clean_end = first.end == args.zeros_from ? tiles.end : tiles.full_end;
   if (args.mask_kind != MaskKind::kNone) {
     tiles.full_begin = tiles.full_end = tiles.clean_end = tiles.begin;
   }

@@ -22,16 +22,16 @@ struct ScoreRow {
   const char* mask;    // its row of the array mask, key 0
 };
 
-__device__ __forceinline__ ScoreRow score_row(const AttentionArgs& args, Keys present,
-                                              int32_t batch_idx, int32_t head, int32_t query_idx) {
-  const Keys keys = visible_keys(args, present, query_idx);
+__device__ __forceinline__ ScoreRow score_row(const AttentionArgs& args, const Sequence& sequence,
+                                              int32_t head, int32_t query_idx) {
+  const Keys keys = visible_keys(args, sequence, query_idx);
   ScoreRow row{keys.begin, static_cast<uint32_t>(max(0, keys.end - keys.begin)), nullptr};
   if (args.mask_kind != MaskKind::kNone) {
     const int64_t element_bytes = args.mask_kind == MaskKind::kBoolean       ? 1
                                   : args.mask_kind == MaskKind::kAdditiveF32 ? 4
                                                                              : 2;
     row.mask = static_cast<const char*>(args.mask) +
-               (batch_idx * args.stride_mask[0] + head * args.stride_mask[1] +
+               (sequence.batch_idx * args.stride_mask[0] + head * args.stride_mask[1] +
                 query_idx * args.stride_mask[2]) *
                    element_bytes;
   }

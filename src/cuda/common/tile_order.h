@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cuda/common/tile_slots.h"
+
 namespace wh::cuda {
 
 // Rows of a tile are queries x heads of one group: row r is query r / packed_heads of the tile and
@@ -15,11 +17,12 @@ struct TileOrder {
   int32_t packed_heads;
   int32_t tile_queries;  // queries a tile holds
   int32_t query_tiles;   // tiles of one set of packed heads
-  int32_t head_sets;     // batch * heads_q / packed_heads
+  int32_t head_sets;     // batch * heads_q / packed_heads; of slots heads_q / packed_heads
   int32_t section_sets;  // head sets whose K and V share L2
   int32_t tiles;         // query_tiles * head_sets
   int32_t begin, end;    // of the tiles that this launch takes
   int32_t* next;         // claims beyond the first tile of each worker; null: dealt in turn
+  bool has_slots;        // query tiles are slots of all sequences (tile_slots.h)
 };
 
 struct QueryTile {
@@ -49,6 +52,17 @@ constexpr QueryTile query_tile(const TileOrder& order, int32_t heads_q, int32_t 
   const int32_t batch_idx = set / sets_a_batch;
   return {batch_idx, (set - batch_idx * sets_a_batch) * order.packed_heads,
           (order.query_tiles - 1 - row) * order.tile_queries};
+}
+
+// The same of sequences with lengths of their own, whose tiles may have no queries.
+constexpr QueryTile query_tile(const TileOrder& order, const AttentionArgs& args, int32_t index) {
+  QueryTile tile = query_tile(order, args.heads_q, index);
+  if (!order.has_slots) return tile;
+  const SlotTile at =
+      slot_tile(args, {1, order.tile_queries}, tile.first_query / order.tile_queries);
+  tile.batch_idx = at.batch_idx;
+  tile.first_query = at.tile * order.tile_queries;
+  return tile;
 }
 
 }  // namespace wh::cuda

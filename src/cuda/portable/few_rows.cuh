@@ -47,7 +47,7 @@ class FewRowsBlock {
         k_(head_rows(args.k, args.stride_k, a_.dim_qk, args.k_is_whole)),
         v_(head_rows(a_.v, a_.stride_v, a_.dim_v, args.v_is_whole)) {
     const PackedRow at = packed_row(min(lane_ % kScores / kStepKeys, item.rows - 1));
-    score_row_ = score_row(a_, item.present, item.batch_idx, at.head, at.query);
+    score_row_ = score_row(a_, item.sequence, at.head, at.query);
     load_queries();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -91,9 +91,9 @@ class FewRowsBlock {
   }
   __device__ __forceinline__ HeadRows head_rows(const void* data, const int64_t (&stride)[4],
                                                 int32_t dim, bool is_whole) const {
-    return {
-        static_cast<const float*>(data) + item_.batch_idx * stride[0] + item_.head_kv * stride[1],
-        stride[2], stride[3], dim, is_whole};
+    return {static_cast<const float*>(data) + item_.sequence.batch_idx * stride[0] +
+                item_.head_kv * stride[1],
+            stride[2], stride[3], dim, is_whole};
   }
   __device__ __forceinline__ int column(int piece) const { return 4 * (lane_ + kLanes * piece); }
   __device__ __forceinline__ int32_t first_key(int step) const {
@@ -110,8 +110,7 @@ class FewRowsBlock {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const PackedRow at = packed_row(min(r, item_.rows - 1));
-      const float* row = static_cast<const float*>(args_.q) + item_.batch_idx * args_.stride_q[0] +
-                         at.head * args_.stride_q[1] + at.query * args_.stride_q[2];
+      const float* row = static_cast<const float*>(args_.q) + at.offset(args_.stride_q, item_);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         float x[4];
@@ -351,8 +350,7 @@ class FewRowsBlock {
       const PackedRow at = packed_row(r);
       float* sums =
           partials.sums + (item_.split * partials.rows + at.index(a_, item_)) * partials.columns;
-      float* out = static_cast<float*>(a_.out) + item_.batch_idx * a_.stride_out[0] +
-                   at.head * a_.stride_out[1] + at.query * a_.stride_out[2];
+      float* out = static_cast<float*>(a_.out) + at.offset(a_.stride_out, item_);
 #pragma unroll 1
       for (int d = threadIdx.x; d < columns; d += kThreads) {
         float sum = 0;

@@ -126,7 +126,7 @@ class Block {
   };
 
   __device__ __forceinline__ void load_queries() {
-    const TileRows<T> rows{static_cast<const T*>(args_.q) + item_.batch_idx * args_.stride_q[0],
+    const TileRows<T> rows{static_cast<const T*>(args_.q),
                            0,
                            args_.stride_q[3],
                            a_.dim_qk,
@@ -135,11 +135,7 @@ class Block {
                            args_.q_is_whole};
     load_scattered<kTile.rows, kDimQk, kThreads>(
         static_cast<int>(threadIdx.x), rows,
-        [&](int row) {
-          const PackedRow at = packed_row(row);
-          return at.head * args_.stride_q[1] + at.query * args_.stride_q[2];
-        },
-        AsyncCopy{s_q_});
+        [&](int row) { return packed_row(row).offset(args_.stride_q, item_); }, AsyncCopy{s_q_});
   }
   // Keys that do not exist are not read.
   template <int kColumnsOf>
@@ -147,9 +143,13 @@ class Block {
                                             int64_t stride_dim, int32_t dim, bool is_whole,
                                             int32_t tile) {
     const int32_t first = tile * kKeys;
-    const TileRows<T> rows{
-        head + first * stride,     stride,  stride_dim, dim, item_.present.begin - first,
-        item_.present.end - first, is_whole};
+    const TileRows<T> rows{head + first * stride,
+                           stride,
+                           stride_dim,
+                           dim,
+                           item_.sequence.present.begin - first,
+                           item_.sequence.present.end - first,
+                           is_whole};
     int thread = static_cast<int>(threadIdx.x);
     // Opaque: what follows from it is computed anew for each tile, as 64 keys beside 32 x 128 sums
     // leave no registers for it.
@@ -158,13 +158,13 @@ class Block {
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_keys(int32_t tile) {
-    const T* head = static_cast<const T*>(args_.k) + item_.batch_idx * args_.stride_k[0] +
+    const T* head = static_cast<const T*>(args_.k) + item_.sequence.batch_idx * args_.stride_k[0] +
                     item_.head_kv * args_.stride_k[1];
     load_tile<kDimQk>(s_k_, head, args_.stride_k[2], args_.stride_k[3], a_.dim_qk, args_.k_is_whole,
                       tile);
   }
   __device__ __forceinline__ const T* values() const {
-    return static_cast<const T*>(a_.v) + item_.batch_idx * a_.stride_v[0] +
+    return static_cast<const T*>(a_.v) + item_.sequence.batch_idx * a_.stride_v[0] +
            item_.head_kv * a_.stride_v[1];
   }
   __device__ __forceinline__ void load_values(int32_t tile) {
@@ -254,7 +254,7 @@ class Block {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
         const PackedRow at = packed_row(min(thread_row(m, r), item_.rows - 1));
-        rows[r] = score_row(a_, item_.present, item_.batch_idx, at.head, at.query);
+        rows[r] = score_row(a_, item_.sequence, at.head, at.query);
       }
       if (args_.scores == Scores::kMasked) {
         mask_scores<T>(s[m], a_, rows, first_key);
@@ -372,7 +372,7 @@ class Block {
         const int row = warp_row_ + 16 * m + i;
         if (row >= item_.rows || factor == 0) continue;
         const PackedRow at = packed_row(row);
-        const ScoreRow mask = score_row(a_, item_.present, item_.batch_idx, at.head, at.query);
+        const ScoreRow mask = score_row(a_, item_.sequence, at.head, at.query);
 #pragma unroll 1
         for (int column = threadIdx.x % 32; column < kColumns; column += 32) {
           restore_value({begin, end}, at, mask, group_ * kColumns + column, is_split);
@@ -408,8 +408,7 @@ class Block {
   }
 
   __device__ __forceinline__ T* out_row(PackedRow at) const {
-    return static_cast<T*>(a_.out) + item_.batch_idx * a_.stride_out[0] +
-           at.head * a_.stride_out[1] + at.query * a_.stride_out[2];
+    return static_cast<T*>(a_.out) + at.offset(a_.stride_out, item_);
   }
   __device__ __forceinline__ float* partial_row(PackedRow at) const {
     const Partials& partials = args_.partials;

@@ -8,7 +8,7 @@
 
 namespace wh::cuda {
 
-constexpr int kPortableItemBytes = 80;  // of the block's PackedItem
+constexpr int kPortableItemBytes = 96;  // of the block's PackedItem
 
 struct PortableTile {
   int rows;           // of queries, a block

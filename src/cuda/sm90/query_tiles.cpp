@@ -66,6 +66,14 @@ TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
   order.tile_queries = static_cast<int32_t>(tile_q / packed);
   order.query_tiles = static_cast<int32_t>(divide_up(p.len_q, order.tile_queries));
   order.head_sets = static_cast<int32_t>(p.batch * p.heads_q / packed);
+  if (p.query_layout == QueryLayout::kPacked) {
+    const int64_t slots = slot_count(p.total_q, order.tile_queries, p.batch);
+    order.has_slots = slots < p.batch * order.query_tiles;
+    if (order.has_slots) {
+      order.query_tiles = static_cast<int32_t>(slots);
+      order.head_sets = static_cast<int32_t>(p.heads_q / packed);
+    }
+  }
   order.tiles = order.query_tiles * order.head_sets;
   // K and V of a section fit in two thirds of the 50 MB of L2.
   constexpr int64_t kSectionBytes = 32 << 20;

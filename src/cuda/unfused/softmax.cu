@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) pack(const UnfusedPass pass, const U
     const uint32_t item = (i - rows) / item_keys;
     const auto key = static_cast<int32_t>((i - rows) % item_keys);
     const PassRow row = pass_row(pass, item * static_cast<uint32_t>(s.rows));
-    const Keys present = present_keys(a, row.batch_idx);
+    const Keys present = dense_sequence(a, row.batch_idx).present;
     const bool is_present = key >= present.begin && key < present.end;
     const T* k = static_cast<const T*>(pass.k) + row.batch_idx * pass.stride_k[0] +
                  row.head_kv * pass.stride_k[1] + key * pass.stride_k[2];
@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float s_parts[kWarps];
   const AttentionArgs& args = pass.args;
   const PassRow row = pass_row(pass, blockIdx.x);
-  const Keys present = present_keys(args, row.batch_idx);
-  const Keys visible = visible_keys(args, present, row.query);
-  const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
+  const Sequence sequence = dense_sequence(args, row.batch_idx);
+  const Keys visible = visible_keys(args, sequence, row.query);
+  const ScoreRow mask = score_row(args, sequence, row.head, row.query);
   float* scores = w.s + int64_t{blockIdx.x} * pass.shape.keys;
   W* weights = static_cast<W*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
   float m = -INFINITY;
@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(kThreads)
   if (*w.has_special == 0) return;
   const AttentionArgs& args = pass.args;
   const PassRow row = pass_row(pass, blockIdx.x);
-  const Keys present = present_keys(args, row.batch_idx);
-  const Keys visible = visible_keys(args, present, row.query);
-  const ScoreRow mask = score_row(args, present, row.batch_idx, row.head, row.query);
+  const Sequence sequence = dense_sequence(args, row.batch_idx);
+  const Keys visible = visible_keys(args, sequence, row.query);
+  const ScoreRow mask = score_row(args, sequence, row.head, row.query);
   const W* weights = static_cast<const W*>(w.p) + int64_t{blockIdx.x} * pass.shape.keys;
   const W* v = static_cast<const W*>(w.v) + row.item * pass.shape.keys * pass.shape.columns_v;
   float* o = w.o + int64_t{blockIdx.x} * pass.shape.columns_v;

@@ -37,10 +37,9 @@ struct QueryRows {
   }
 
   // What the row may see; rows that do not exist see what the last one does.
-  __device__ __forceinline__ ScoreRow scores(Keys present, int32_t row) const {
+  __device__ __forceinline__ ScoreRow scores(const Sequence& sequence, int32_t row) const {
     const Place p = place(row);
-    return score_row(args, present, at.batch_idx, min(p.head, args.heads_q - 1),
-                     min(p.query, args.len_q - 1));
+    return score_row(args, sequence, min(p.head, args.heads_q - 1), min(p.query, args.len_q - 1));
   }
 
   __device__ __forceinline__ float sink(const Place& p) const {
@@ -81,12 +80,13 @@ struct QueryRows {
   // Adds what cleaning dropped from V to stored rows [first_row, first_row + 64) that see it, in
   // columns [first_column, end_column). A warp takes the rows that it stored, whose `norm` its
   // lanes hold: empty ones stay 0. Rare: speed does not matter.
-  __device__ __forceinline__ void restore(Keys present, const KeyTiles& tiles, int32_t tile_k,
-                                          int32_t first_row, const float (&norm)[2],
+  __device__ __forceinline__ void restore(const Sequence& sequence, const KeyTiles& tiles,
+                                          int32_t tile_k, int32_t first_row, const float (&norm)[2],
                                           int32_t first_column, int32_t end_column) const {
     __syncwarp();  // its rows are stored
     const T* v = static_cast<const T*>(args.v) + at.batch_idx * args.stride_v[0] +
                  at.first_head / args.group * args.stride_v[1];
+    const Keys present = sequence.present;
     const Keys left{max(present.begin, tiles.begin * tile_k),
                     min(present.end, tiles.full_begin * tile_k)};
     const Keys right{max(present.begin, max(tiles.full_begin, tiles.clean_end) * tile_k),
@@ -97,7 +97,7 @@ struct QueryRows {
       const float row_norm = __shfl_sync(~0u, i < 8 ? norm[0] : norm[1], i % 8 * 4);
       const Place p = place(r);
       if (!p.exists || row_norm == 0) continue;
-      const ScoreRow row = scores(present, r);
+      const ScoreRow row = scores(sequence, r);
 #pragma unroll 1
       for (int32_t column = first_column + threadIdx.x % 32; column < min(end_column, args.dim_v);
            column += 32) {

@@ -10,7 +10,7 @@ namespace wh::cuda {
 
 struct WalkedTile {
   QueryTile at;
-  Keys present;
+  Sequence sequence;
   KeyTiles keys;
 };
 
@@ -20,9 +20,9 @@ __device__ __forceinline__ WalkedTile walked_tile(const AttentionArgs& args, con
   asm volatile("" : "+r"(index));
   WalkedTile tile;
   tile.at = query_tile(order, args.heads_q, index);
-  tile.present = present_keys(args, tile.at.batch_idx);
+  tile.sequence = dense_sequence(args, tile.at.batch_idx);
   const int32_t last = min(args.len_q, tile.at.first_query + order.tile_queries) - 1;
-  tile.keys = key_tiles(args, tile.present, tile.at.first_query, last, tile_k);
+  tile.keys = key_tiles(args, tile.sequence, tile.at.first_query, last, tile_k);
   return tile;
 }
 

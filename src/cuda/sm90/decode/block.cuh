@@ -57,7 +57,7 @@ struct TileLoader {
     const MapUse& use = is_v ? args.use_v : args.use_k;
     const int key = tile(n) * Tile::kTileK;
     const int head = item.head_kv * use.head_step;
-    const int batch_idx = item.batch_idx * use.batch_step;
+    const int batch_idx = item.sequence.batch_idx * use.batch_step;
     const uint32_t full = shared.full + 8 * slot;
     constexpr int kPanelBytes = panel_bytes(Tile::kTileK);
     ptx::mbarrier_expect(full, (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns * kPanelBytes);
@@ -88,11 +88,11 @@ struct QueryLoader {
   }
 
   __device__ __forceinline__ QueryLoader(const DecodeArgs& args, const PackedItem& item) {
-    const T* q = static_cast<const T*>(args.q) + item.batch_idx * args.stride_q[0];
+    const T* q = static_cast<const T*>(args.q);
     // A lane knows where one of the warp's rows is.
     const PackedRow at(args.attention, args.rows, item,
                        threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows);
-    const int64_t row_offset = at.head * args.stride_q[1] + at.query * args.stride_q[2];
+    const int64_t row_offset = at.offset(args.stride_q, item);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int64_t offset = __shfl_sync(~0u, row_offset, row(i) % kWarpRows) + chunk(i) * 8;

@@ -59,10 +59,10 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < Tile::kColumns / 2; ++i) o[i] = 0;
-  const T* k = static_cast<const T*>(args.k) + item.batch_idx * args.stride_k[0] +
+  const T* k = static_cast<const T*>(args.k) + item.sequence.batch_idx * args.stride_k[0] +
                item.head_kv * args.stride_k[1];
-  const T* v =
-      static_cast<const T*>(a.v) + item.batch_idx * a.stride_v[0] + item.head_kv * a.stride_v[1];
+  const T* v = static_cast<const T*>(a.v) + item.sequence.batch_idx * a.stride_v[0] +
+               item.head_kv * a.stride_v[1];
   const int32_t begin = max(item.seen.begin, item.tile_begin * Tile::kTileK);
   const int32_t end = min(item.seen.end, item.tile_end * Tile::kTileK);
 #pragma unroll 1
@@ -123,7 +123,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
       const PackedRow at(args.attention, args.rows, item, min(first_row_ + 8 * r, item.rows - 1));
-      softmax_.rows[r] = score_row(args.attention, item.present, item.batch_idx, at.head, at.query);
+      softmax_.rows[r] = score_row(args.attention, item.sequence, at.head, at.query);
     }
   }
 
@@ -177,7 +177,7 @@ class Consumer {
     }
     // Past the end of K and V, TMA has left zeros.
     const bool has_unseen = tile_key < item_.seen.begin ||
-                            (tile_key + kTileK > item_.seen.end && item_.seen.end < a.len_k);
+                            (tile_key + kTileK > item_.seen.end && item_.seen.end != a.zeros_from);
     if (has_unseen) {
       ptx::named_sync(kConsumersMeet, Tile::kConsumers);
       clear_unseen<Tile>(smem_ + Tile::kQueryBytes + ring.slot * Tile::kSlotBytes, item_.seen,
@@ -269,8 +269,7 @@ class Consumer {
       if (thread_column == 0 && a.log_sum_exp != nullptr) {
         a.log_sum_exp[at.index(a, item_)] = log_sum_exp(weight);
       }
-      T* out = static_cast<T*>(a.out) + item_.batch_idx * a.stride_out[0] +
-               at.head * a.stride_out[1] + at.query * a.stride_out[2] + thread_column;
+      T* out = static_cast<T*>(a.out) + at.offset(a.stride_out, item_) + thread_column;
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
         if (8 * i >= columns) continue;
@@ -301,7 +300,7 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
   const int first_count = min(count, Tile::kSlots);
   int n = 0;
   if (args.fresh_keys >= 0) {
-    const int old_tiles = max(0, tiles.item.present.end - args.fresh_keys) / Tile::kTileK;
+    const int old_tiles = max(0, tiles.item.sequence.present.end - args.fresh_keys) / Tile::kTileK;
     for (; n < first_count && tiles.tile(n) < old_tiles; ++n) {
       if (is_leader) tiles.load(n, n);
     }

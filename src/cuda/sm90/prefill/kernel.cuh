@@ -192,8 +192,8 @@ struct PrefillBlock {
           ptx::mbarrier_wait(barrier(kVLoaded + ring.slot), loaded_parity >> ring.slot & 1);
           loaded_parity ^= 1u << ring.slot;
           const bool dropped = clean_values<T, kMemory.panels_v, kTileK, kCleaners>(
-              s_memory + kMemory.v_offset + ring.slot * kMemory.v_bytes, w.present, n * kTileK,
-              threadIdx.x - 32);
+              s_memory + kMemory.v_offset + ring.slot * kMemory.v_bytes, w.sequence.present,
+              n * kTileK, threadIdx.x - 32);
           // Before the stage is full: the consumers have waited for all of them when they look.
           if (dropped) mailbox()->dropped[number % 2] = number + 1;
           ptx::async_proxy_fence();
@@ -317,7 +317,7 @@ struct PrefillBlock {
     __device__ __forceinline__ KeyTiles enter(const Work& w) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        softmax.rows[r] = query_rows(w).scores(w.present, warpgroup * 64 + accumulator_row(r));
+        softmax.rows[r] = query_rows(w).scores(w.sequence, warpgroup * 64 + accumulator_row(r));
       }
       return w.keys;
     }
@@ -357,7 +357,7 @@ struct PrefillBlock {
         const Work w = block.work(index);
         store(query_rows(w));
         if (block.mailbox()->dropped[number % 2] == number + 1) {
-          query_rows(w).restore(w.present, w.keys, kTileK, warpgroup * 64,
+          query_rows(w).restore(w.sequence, w.keys, kTileK, warpgroup * 64,
                                 softmax.online.correction, 0, kDimV);
         }
       }

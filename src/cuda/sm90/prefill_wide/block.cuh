@@ -242,7 +242,7 @@ struct WideBlock {
         ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
         loaded_parity ^= 1u << slot;
         const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
-            s_memory + kMemory.ring_offset + slot * kWideSlotBytes, w.present, key,
+            s_memory + kMemory.ring_offset + slot * kWideSlotBytes, w.sequence.present, key,
             threadIdx.x - 32);
         // Before the slot is full, so that whoever has waited for it knows.
         if (dropped) mailbox()->dropped[number % 2][half] = number + 1;

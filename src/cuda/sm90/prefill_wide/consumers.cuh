@@ -58,7 +58,7 @@ struct WideConsumer {
   __device__ __forceinline__ void restore(const Work& w, uint32_t number, int half,
                                           const float (&norm)[2]) {
     if (block.mailbox()->dropped[number % 2][half] != number + 1) return;
-    query_rows(w).restore(w.present, w.keys, kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
+    query_rows(w).restore(w.sequence, w.keys, kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
   }
 };
 
@@ -211,7 +211,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
     const QueryRows<T> query_rows = this->query_rows(w);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      softmax.rows[r] = query_rows.scores(w.present, accumulator_row(r));
+      softmax.rows[r] = query_rows.scores(w.sequence, accumulator_row(r));
     }
     return w.keys;
   }
