@@ -231,6 +231,24 @@ typedef struct wh_merged {
   int32_t device_index;
 } wh_merged;
 
+/* New keys and values, and the caches that wh_append() writes them into: k, v and the scales of a
+ * wh_problem, which says how they lie. */
+typedef struct wh_appended {
+  size_t size; /* of this struct; set by wh_appended_init() */
+  int64_t tokens;
+  const void* new_k; /* [tokens, heads_kv, dim_qk] */
+  const void* new_v; /* [tokens, heads_kv, dim_v]; not read where v lies in k */
+  /* [tokens]: where each goes, page * page_size + its row there; of dense caches batch * len_k +
+   * key, of packed ones the token. Negative: nowhere, the token is skipped. No two are the same. */
+  const int64_t* slots;
+  void* k;
+  void* v;         /* not written where v lies in k */
+  float* scales_k; /* WH_SCALES_TOKEN_HEAD: written, each row's own; else read */
+  float* scales_v;
+  int64_t stride_new_k[3], stride_new_v[3]; /* of a token, a head and an element */
+  int32_t dtype; /* of new_k and new_v, which may be the cache's or not */
+} wh_appended;
+
 typedef struct wh_plan wh_plan;
 
 WH_API const char* wh_version(void); /* "0.1.0" */
@@ -245,6 +263,7 @@ WH_API wh_status wh_limits_init(wh_limits* limits, size_t size);
 WH_API wh_status wh_tensors_init(wh_tensors* tensors, size_t size);
 WH_API wh_status wh_run_options_init(wh_run_options* options, size_t size);
 WH_API wh_status wh_merged_init(wh_merged* merged, size_t size);
+WH_API wh_status wh_appended_init(wh_appended* appended, size_t size);
 /* Sets every stride to that of a contiguous tensor (stride_v to stride_k where `uses` says that v
  * lies in k), those of gradients too, and scale to 1 / sqrt(dim_qk). */
 WH_API wh_status wh_problem_set_dense(wh_problem* problem);
@@ -289,6 +308,18 @@ WH_API wh_status wh_attention(const wh_problem* problem, const wh_limits* limits
  * Source: Dao et al., FlashAttention, 2022. */
 WH_API wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size_t count,
                           const wh_run_options* options);
+
+/* Writes new keys and values into caches that lie as `cache` says: its strides and layout,
+ * dtype_kv, formats and scales of k and v; what it says of queries is not looked at. Rows of the
+ * cache's type are copied bit by bit, others rounded to nearest even. E4m3 and int8 take the scales
+ * that the caller has, or, where each token and head has its own, the one that gives the row's
+ * largest element the highest code, which is stored; those of a head or a channel are all
+ * sequences' alike (stride 0) where keys are packed or paged. CPU: done when it returns; of the
+ * options takes the executor. CUDA: on the options' stream, capturable; takes f32, f16 and bf16
+ * alone. Slots beyond the cache are errors on the CPU; on CUDA, where nobody looks, their tokens
+ * are skipped. */
+WH_API wh_status wh_append(const wh_problem* cache, const wh_appended* appended,
+                           const wh_run_options* options);
 
 /* Hands one line for each new plan (problem, kernel, workspace, time, the next best) to `log`, from
  * the thread that plans and never from two at once. It may plan, which makes no lines then, but

@@ -19,6 +19,7 @@ const SizedStruct<wh_limits>& limits_struct();
 constexpr SizedStruct<wh_tensors> kTensorsStruct{"tensors", 96, {}};
 constexpr SizedStruct<wh_run_options> kRunOptionsStruct{"run_options", 40, {}};
 constexpr SizedStruct<wh_merged> kMergedStruct{"merged", 128, {}};
+constexpr SizedStruct<wh_appended> kAppendedStruct{"appended", 128, {}};
 
 // Validated. The environment has a say in limits.
 Status read_problem(const wh_problem* from, Problem& to);

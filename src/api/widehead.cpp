@@ -7,6 +7,7 @@
 #include <mutex>
 #include <new>
 
+#include "api/append.h"
 #include "api/c_structs.h"
 #include "api/machine.h"
 #include "api/merge.h"
@@ -71,22 +72,6 @@ wh_status code_of(const Status& status) {
   return WH_INTERNAL_ERROR;
 }
 
-Status set_dense_scales(const wh_problem& p, wh_problem& to) {
-  Problem shape;
-  shape.batch = p.batch;
-  shape.heads_kv = p.heads_kv;
-  shape.len_k = p.len_k;
-  const auto set = [&](const char* name, int32_t scales, int64_t columns, int64_t(&stride)[4]) {
-    WH_RETURN_IF_ERROR(Choice(name, name, kScales).check(scales));
-    const Strides dense = dense_scales_strides(shape, static_cast<Scales>(scales), columns);
-    std::copy(dense.begin(), dense.end(), stride);
-    return Status();
-  };
-  const bool values_in_keys = (p.uses & WH_USES_VALUES_IN_KEYS) != 0;
-  WH_RETURN_IF_ERROR(set("scales_k", p.scales_k, p.dim_qk, to.stride_scales_k));
-  return set("scales_v", p.scales_v, values_in_keys ? p.dim_qk : p.dim_v, to.stride_scales_v);
-}
-
 // Needs no memory: a refusal must not turn into another failure after its plan has been handed out.
 wh_status answer(Status status) {
   return status.ok() ? WH_OK : fail(code_of(status), std::move(status).message());
@@ -144,6 +129,9 @@ wh_status wh_run_options_init(wh_run_options* options, size_t size) {
 wh_status wh_merged_init(wh_merged* merged, size_t size) {
   return guarded([&] { return wh::init_sized(wh::kMergedStruct, merged, size); });
 }
+wh_status wh_appended_init(wh_appended* appended, size_t size) {
+  return guarded([&] { return wh::init_sized(wh::kAppendedStruct, appended, size); });
+}
 
 wh_status wh_problem_set_dense(wh_problem* problem) {
   return guarded([&]() -> Status {
@@ -174,7 +162,8 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
       set(problem->stride_dv, p.heads_kv, p.len_k, p.dim_v);
     }
     if (problem->size >= offsetof(wh_problem, stride_scales_v) + sizeof(p.stride_scales_v)) {
-      WH_RETURN_IF_ERROR(wh::set_dense_scales(p, *problem));
+      copy(layout.stride_scales_k, problem->stride_scales_k);
+      copy(layout.stride_scales_v, problem->stride_scales_v);
     }
     problem->scale = 1.0f / std::sqrt(static_cast<float>(p.dim_qk));
     return {};
@@ -296,6 +285,19 @@ wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size_t coun
       return wh::invalid(fmt::format("parts is null; count says that there are {}", count));
     }
     return wh::merge(m, {parts, count}, o);
+  });
+}
+
+wh_status wh_append(const wh_problem* cache, const wh_appended* appended,
+                    const wh_run_options* options) {
+  return guarded([&]() -> Status {
+    wh_appended a{};
+    wh::Problem p;
+    wh::RunOptions o;
+    WH_RETURN_IF_ERROR(wh::read_problem(cache, p));
+    WH_RETURN_IF_ERROR(wh::read_sized(wh::kAppendedStruct, appended, a));
+    WH_RETURN_IF_ERROR(wh::read_run_options(options, o));
+    return wh::append(p, a, o);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <string>
 
 namespace wh {
 
@@ -47,6 +48,38 @@ Status check_distinct(const char* name, const Extents& extents, const Strides& s
     reach += (extents[i] - 1) * strides[i];
   }
   return {};
+}
+
+Status check_alignment(const MemorySpan& span) {
+  if (span.element_bytes == 0) return {};
+  if (reinterpret_cast<uintptr_t>(span.data) % static_cast<uintptr_t>(span.element_bytes) == 0) {
+    return {};
+  }
+  return invalid(fmt::format("{} is at {}; it must be aligned to its elements of {} bytes",
+                             span.name, span.data, span.element_bytes));
+}
+
+namespace {
+
+bool overlap(const MemorySpan& a, const MemorySpan& b) {
+  if (a.data == nullptr || b.data == nullptr || a.bytes == 0 || b.bytes == 0) return false;
+  const auto begin_a = reinterpret_cast<uintptr_t>(a.data);
+  const auto begin_b = reinterpret_cast<uintptr_t>(b.data);
+  return begin_a < begin_b + b.bytes && begin_b < begin_a + a.bytes;
+}
+
+std::string place(const MemorySpan& span) {
+  return fmt::format("{}, {} bytes at {}", span.name, span.bytes, span.data);
+}
+
+}  // namespace
+
+Status check_apart(const MemorySpan& written, const MemorySpan& other) {
+  if (!overlap(written, other)) return {};
+  return invalid(
+      fmt::format("{} overlaps {} ({}; {}); what a run writes must share no memory with "
+                  "another tensor",
+                  written.name, other.name, place(written), place(other)));
 }
 
 }  // namespace wh

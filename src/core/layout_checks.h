@@ -21,4 +21,15 @@ Status check_strides(const char* name, const Extents& extents, const Strides& st
 // Two different elements of what a run writes must not share an address.
 Status check_distinct(const char* name, const Extents& extents, const Strides& strides);
 
+// Where a tensor lies.
+struct MemorySpan {
+  const char* name;
+  const void* data;
+  int64_t bytes;
+  int64_t element_bytes;  // what its address must be a multiple of; 0: anything
+};
+Status check_alignment(const MemorySpan& span);
+// What is written shares no memory with another tensor.
+Status check_apart(const MemorySpan& written, const MemorySpan& other);
+
 }  // namespace wh

@@ -27,41 +27,6 @@ Strides stepped_strides(const Extents& extents, Strides strides) {
   return strides;
 }
 
-struct Bytes {
-  const char* name;
-  const void* data;
-  int64_t size;
-  int64_t element_bytes;  // what its address must be a multiple of
-};
-
-bool overlap(const Bytes& a, const Bytes& b) {
-  if (a.data == nullptr || b.data == nullptr || a.size == 0 || b.size == 0) return false;
-  const auto begin_a = reinterpret_cast<uintptr_t>(a.data);
-  const auto begin_b = reinterpret_cast<uintptr_t>(b.data);
-  return begin_a < begin_b + b.size && begin_b < begin_a + a.size;
-}
-
-std::string place(const Bytes& bytes) {
-  return fmt::format("{}, {} bytes at {}", bytes.name, bytes.size, bytes.data);
-}
-
-Status check_apart(const Bytes& written, const Bytes& other) {
-  if (!overlap(written, other)) return {};
-  return invalid(
-      fmt::format("{} overlaps {} ({}; {}); what a run writes must share no memory with "
-                  "another tensor",
-                  written.name, other.name, place(written), place(other)));
-}
-
-Status check_alignment(const Bytes& bytes) {
-  if (bytes.element_bytes == 0) return {};
-  if (reinterpret_cast<uintptr_t>(bytes.data) % static_cast<uintptr_t>(bytes.element_bytes) == 0) {
-    return {};
-  }
-  return invalid(fmt::format("{} is at {}; it must be aligned to its elements of {} bytes",
-                             bytes.name, bytes.data, bytes.element_bytes));
-}
-
 Extents extents_of(Storage storage, int64_t heads, int64_t dim) {
   return {storage.batch, heads, storage.length, dim};
 }
@@ -382,41 +347,41 @@ Status validate(const Problem& p, const Tensors& t) {
   const auto element_kv = static_cast<int64_t>(dtype_bytes(p.dtype_kv));
   const bool is_backward = p.pass == Pass::kBackward;
   const auto element_out = static_cast<int64_t>(dtype_bytes(p.dtype_out()));
-  const Bytes out{"out", t.out, bytes.out, element_out};
-  const Bytes lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp, 4};
-  const Bytes none{"", nullptr, 0, 0};
+  const MemorySpan out{"out", t.out, bytes.out, element_out};
+  const MemorySpan lse{"log_sum_exp", t.log_sum_exp, bytes.log_sum_exp, 4};
+  const MemorySpan none{"", nullptr, 0, 0};
   // What a run writes shares memory with nothing else.
-  const Bytes outputs[] = {
+  const MemorySpan outputs[] = {
       is_backward ? none : out,           is_backward ? none : lse,
       {"dq", t.dq, bytes.dq, element_q},  {"dk", t.dk, bytes.dk, element_kv},
       {"dv", t.dv, bytes.dv, element_kv}, {"d_sinks", t.d_sinks, bytes.d_sinks, 4}};
-  const Bytes inputs[] = {{"q", t.q, bytes.q, element_q},
-                          {"k", t.k, bytes.k, stored_alignment(p.quantised_k, p.dtype_kv)},
-                          {"v", t.v, bytes.v, stored_alignment(p.quantised_v, p.dtype_kv)},
-                          {"scales_k", t.scales_k, bytes.scales_k, 4},
-                          {"scales_v", t.scales_v, bytes.scales_v, 4},
-                          {"mask", t.mask, bytes.mask, mask_element_bytes(p)},
-                          {"sinks", t.sinks, bytes.sinks, 4},
-                          {"key_lengths", t.key_lengths, bytes.key_lengths, 4},
-                          {"key_starts", t.key_starts, bytes.key_starts, 4},
-                          {"query_offsets", t.query_offsets, bytes.query_offsets, 4},
-                          {"key_offsets", t.key_offsets, bytes.key_offsets, 4},
-                          {"page_table", t.page_table, bytes.page_table, 4},
-                          {"page_offsets", t.page_offsets, bytes.page_offsets, 4},
-                          is_backward ? out : none,
-                          is_backward ? lse : none,
-                          {"d_out", t.d_out, bytes.d_out, element_q}};
+  const MemorySpan inputs[] = {{"q", t.q, bytes.q, element_q},
+                               {"k", t.k, bytes.k, stored_alignment(p.quantised_k, p.dtype_kv)},
+                               {"v", t.v, bytes.v, stored_alignment(p.quantised_v, p.dtype_kv)},
+                               {"scales_k", t.scales_k, bytes.scales_k, 4},
+                               {"scales_v", t.scales_v, bytes.scales_v, 4},
+                               {"mask", t.mask, bytes.mask, mask_element_bytes(p)},
+                               {"sinks", t.sinks, bytes.sinks, 4},
+                               {"key_lengths", t.key_lengths, bytes.key_lengths, 4},
+                               {"key_starts", t.key_starts, bytes.key_starts, 4},
+                               {"query_offsets", t.query_offsets, bytes.query_offsets, 4},
+                               {"key_offsets", t.key_offsets, bytes.key_offsets, 4},
+                               {"page_table", t.page_table, bytes.page_table, 4},
+                               {"page_offsets", t.page_offsets, bytes.page_offsets, 4},
+                               is_backward ? out : none,
+                               is_backward ? lse : none,
+                               {"d_out", t.d_out, bytes.d_out, element_q}};
   if (!writes_anything(p)) return {};  // nothing is read either
-  for (const Bytes& output : outputs) {
-    if (output.size == 0) continue;
+  for (const MemorySpan& output : outputs) {
+    if (output.bytes == 0) continue;
     if (output.data == nullptr) {
       return invalid(
           fmt::format("{} is null; it must point to where the result goes", output.name));
     }
     WH_RETURN_IF_ERROR(check_alignment(output));
   }
-  for (const Bytes& input : inputs) {
-    if (input.size == 0) continue;
+  for (const MemorySpan& input : inputs) {
+    if (input.bytes == 0) continue;
     if (input.data == nullptr) {
       return invalid(fmt::format("{} is null; the problem says that it is used", input.name));
     }
@@ -427,10 +392,10 @@ Status validate(const Problem& p, const Tensors& t) {
         "v is {}; the problem says that it lies in k, so it must be null or k, which is {}", t.v,
         t.k));
   }
-  const Bytes workspace{"workspace", t.workspace, static_cast<int64_t>(t.workspace_bytes), 0};
-  for (const Bytes& input : inputs) WH_RETURN_IF_ERROR(check_apart(workspace, input));
+  const MemorySpan workspace{"workspace", t.workspace, static_cast<int64_t>(t.workspace_bytes), 0};
+  for (const MemorySpan& input : inputs) WH_RETURN_IF_ERROR(check_apart(workspace, input));
   for (size_t i = 0; i < std::size(outputs); ++i) {
-    for (const Bytes& input : inputs) WH_RETURN_IF_ERROR(check_apart(outputs[i], input));
+    for (const MemorySpan& input : inputs) WH_RETURN_IF_ERROR(check_apart(outputs[i], input));
     for (size_t j = 0; j < i; ++j) WH_RETURN_IF_ERROR(check_apart(outputs[j], outputs[i]));
     WH_RETURN_IF_ERROR(check_apart(outputs[i], workspace));
   }

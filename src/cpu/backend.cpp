@@ -7,6 +7,7 @@
 #include <new>
 
 #include "core/carver.h"
+#include "cpu/common/append.h"
 #include "cpu/common/partial.h"
 #include "cpu/cpu_facts.h"
 #include "cpu/registry.h"
@@ -15,8 +16,23 @@ namespace wh::cpu {
 namespace {
 
 constexpr std::align_val_t kAlignment{kWorkspaceAlignment};
-// What a task of a merge reads: enough that handing it out does not count.
+// What a task of a merge or of an append reads: enough that handing it out does not count.
 constexpr int64_t kTaskElements = 1 << 16;
+
+// Calls body(begin, end) for pieces of `rows` of so many elements each.
+template <typename Body>
+void parallel_rows(const Executor& executor, int64_t rows, int64_t row_elements, const Body& body) {
+  const int64_t task_rows = std::max<int64_t>(1, kTaskElements / row_elements);
+  const int64_t tasks = (rows + task_rows - 1) / task_rows;
+  // Tasks are numbered in 32 bits; of the rest each takes several.
+  const auto workers = static_cast<int32_t>(std::min<int64_t>(tasks, 1 << 20));
+  parallel(executor, workers, [&](int32_t worker) {
+    const auto begin_of = [&](int64_t i) {
+      return std::min(rows, tasks * i / workers * task_rows);
+    };
+    body(begin_of(worker), begin_of(worker + 1));
+  });
+}
 
 class CpuBackend final : public Backend {
  public:
@@ -89,18 +105,14 @@ class CpuBackend final : public Backend {
     return kernel.run(launch);
   }
   Status merge(const OutputMerge& merge, const Executor& executor, DeviceStream) const override {
-    const int64_t rows = merge.rows();
     const auto parts = std::max<int64_t>(1, static_cast<int64_t>(merge.parts.size()));
-    const int64_t task_rows = std::max<int64_t>(1, kTaskElements / (merge.extents[3] * parts));
-    const int64_t tasks = (rows + task_rows - 1) / task_rows;
-    // Tasks are numbered in 32 bits; of the rest each takes several.
-    const auto workers = static_cast<int32_t>(std::min<int64_t>(tasks, 1 << 20));
-    parallel(executor, workers, [&](int32_t worker) {
-      const auto begin_of = [&](int64_t i) {
-        return std::min(rows, tasks * i / workers * task_rows);
-      };
-      merge_outputs(merge, begin_of(worker), begin_of(worker + 1));
-    });
+    parallel_rows(executor, merge.rows(), merge.extents[3] * parts,
+                  [&](int64_t begin, int64_t end) { merge_outputs(merge, begin, end); });
+    return {};
+  }
+  Status append(const KvAppend& append, const Executor& executor, DeviceStream) const override {
+    parallel_rows(executor, append.tokens, append.heads_kv * append.of[0].stored.dim,
+                  [&](int64_t begin, int64_t end) { append_tokens(append, begin, end); });
     return {};
   }
   Result<std::unique_ptr<Replay>> capture(

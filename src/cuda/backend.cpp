@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "cuda/allocate.h"
+#include "cuda/combine/append.h"
 #include "cuda/combine/merge.h"
 #include "cuda/common/launch.h"
 #include "cuda/cuda_facts.h"
@@ -77,6 +78,9 @@ class CudaBackend final : public Backend {
   }
   Status merge(const OutputMerge& merge, const Executor&, DeviceStream on) const override {
     return cuda::merge(merge, on);
+  }
+  Status append(const KvAppend& append, const Executor&, DeviceStream on) const override {
+    return cuda::append(append, on);
   }
   Result<std::unique_ptr<Replay>> capture(
       int32_t device_index, const std::function<Status(void* stream)>& call) const override {

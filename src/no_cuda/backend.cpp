@@ -43,6 +43,7 @@ class NoBackend final : public Backend {
   Status merge(const OutputMerge&, const Executor&, DeviceStream) const override {
     return refused();
   }
+  Status append(const KvAppend&, const Executor&, DeviceStream) const override { return refused(); }
   Result<std::unique_ptr<Replay>> capture(
       int32_t, const std::function<Status(void* stream)>&) const override {
     return refused();

@@ -21,6 +21,8 @@
 
 namespace wh {
 
+struct KvAppend;
+
 // Where work is queued: a stream of a device of the kind. Null is the device's default stream,
 // whichever device is current; a device without streams ignores it.
 struct DeviceStream {
@@ -87,6 +89,9 @@ class Backend {
   // Attention over all keys from that over parts of them.
   virtual Status merge(const OutputMerge& merge, const Executor& executor,
                        DeviceStream on) const = 0;
+  // New keys and values into their caches.
+  virtual Status append(const KvAppend& append, const Executor& executor,
+                        DeviceStream on) const = 0;
   // Captures whatever call(stream) puts on the stream, and replays it once.
   virtual Result<std::unique_ptr<Replay>> capture(
       int32_t device_index, const std::function<Status(void* stream)>& call) const = 0;

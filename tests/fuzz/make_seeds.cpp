@@ -1,4 +1,5 @@
-// Writes valid inputs for the fuzzers into the folders problem, plan_json, merge and safetensors.
+// Writes valid inputs for the fuzzers into the folders problem, plan_json, merge, append and
+// safetensors.
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -17,7 +18,7 @@ void write(const std::string& path, const void* data, size_t size) {
 }  // namespace
 
 int main() {
-  for (const char* folder : {"problem", "plan_json", "merge", "safetensors"}) {
+  for (const char* folder : {"problem", "plan_json", "merge", "append", "safetensors"}) {
     std::filesystem::create_directories(folder);
   }
   for (int i = 0; i < 8; ++i) {
@@ -51,6 +52,18 @@ int main() {
     const std::string json = wh_plan_json(plan);
     write("plan_json/" + std::to_string(i), json.data(), json.size());
     wh_plan_destroy(plan);
+    wh_appended appended;
+    wh_appended_init(&appended, sizeof(appended));
+    appended.tokens = 1 + i;
+    appended.dtype = i % 3;
+    const int64_t rows[] = {problem.heads_kv * problem.dim_qk, problem.dim_qk, 1};
+    std::memcpy(appended.stride_new_k, rows, sizeof(rows));
+    std::memcpy(appended.stride_new_v, rows, sizeof(rows));
+    char both[sizeof(problem) + sizeof(appended) + 8];
+    std::memcpy(both, &problem, sizeof(problem));
+    std::memcpy(both + sizeof(problem), &appended, sizeof(appended));
+    std::memset(both + sizeof(problem) + sizeof(appended), 4 * i, 8);  // slots
+    write("append/" + std::to_string(i), both, sizeof(both));
   }
   for (int i = 0; i < 3; ++i) {
     wh_merged merged;
