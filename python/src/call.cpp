@@ -8,15 +8,39 @@
 namespace widehead_python {
 namespace {
 
-[[noreturn]] void fail_value(const std::string& message) { throw nb::value_error(message.c_str()); }
-[[noreturn]] void fail_type(const std::string& message) { throw nb::type_error(message.c_str()); }
-
 std::string text_of(nb::handle object) { return nb::cast<std::string>(nb::repr(object)); }
 
-void expect_4d(const Tensor& tensor, const char* names) {
-  if (tensor.ndim == 4) return;
-  fail_value(std::string(tensor.name) + " is " + tensor.shape_text() +
-             "; it must have 4 dimensions: " + names);
+void expect_dimensions(const Tensor& tensor, int count, const char* names) {
+  if (tensor.ndim == count) return;
+  fail_value(std::string(tensor.name) + " is " + tensor.shape_text() + "; it must have " +
+             std::to_string(count) + " dimensions: " + names);
+}
+
+// The extents of a tensor by its layout, WH_QUERIES_DENSE and so on.
+constexpr const char* kNamesQ[] = {"[batch, heads_q, len_q, dim_qk]", "[total_q, heads_q, dim_qk]"};
+constexpr const char* kNamesOut[] = {"[batch, heads_q, len_q, dim_v]", "[total_q, heads_q, dim_v]"};
+constexpr const char* kNamesLse[] = {"[batch, heads_q, len_q]", "[total_q, heads_q]"};
+struct KeyNames {
+  const char *k, *k_with_q, *v, *v_with_k, *scales;
+};
+constexpr KeyNames kNamesKv[] = {
+    {"[batch, heads_kv, len_k, dim_qk]",
+     "[batch, heads_kv, len_k, dim_qk] with q's batch and dim_qk",
+     "[batch, heads_kv, len_k, dim_v]",
+     "[batch, heads_kv, len_k, dim_v] with k's batch, heads and length",
+     "[batch, heads_kv, len_k, 1] or [batch, heads_kv, 1, dim]"},
+    {"[total_k, heads_kv, dim_qk]", "[total_k, heads_kv, dim_qk] with q's dim_qk",
+     "[total_k, heads_kv, dim_v]", "[total_k, heads_kv, dim_v] with k's tokens and heads",
+     "[total_k, heads_kv, 1] or [1, heads_kv, dim]"},
+    {"[pages, heads_kv, page_size, dim_qk]", "[pages, heads_kv, page_size, dim_qk] with q's dim_qk",
+     "[pages, heads_kv, page_size, dim_v]",
+     "[pages, heads_kv, page_size, dim_v] with k's pages and heads",
+     "[pages, heads_kv, page_size, 1] or [1, heads_kv, 1, dim]"}};
+constexpr int64_t kMostLength = std::numeric_limits<int32_t>::max();
+
+void read_as(Tensor& tensor, const char* names, bool is_packed) {
+  expect_dimensions(tensor, is_packed ? 3 : 4, names);
+  if (is_packed) tensor.view_packed();
 }
 
 template <typename Type>
@@ -42,11 +66,10 @@ int32_t causal_of(nb::handle causal) {
 
 int64_t window_side(nb::handle window, nb::handle side) {
   if (side.is_none()) return WH_UNLIMITED;
-  constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();
   int64_t keys = 0;
-  if (!nb::try_cast(side, keys) || keys < 0 || keys > kLongest) {
+  if (!nb::try_cast(side, keys) || keys < 0 || keys > kMostLength) {
     fail_value("window is " + text_of(window) + "; each side must be a number of keys from 0 to " +
-               std::to_string(kLongest) + ", or None for no limit");
+               std::to_string(kMostLength) + ", or None for no limit");
   }
   return keys;
 }
@@ -95,7 +118,37 @@ constexpr Format kFormats[] = {{"e4m3", WH_E4M3, 1, 1},
                                {"q8_0", WH_Q8_0, 32, 34},
                                {"q4_0", WH_Q4_0, 32, 18}};
 
+// The most of one sequence, which `offsets` or lengths tell where the caller does not.
+int64_t longest(const char* name, nb::handle given, const char* source, const int32_t* values,
+                int64_t count, bool are_offsets) {
+  if (!given.is_none()) return number<int64_t>(name, given);
+  if (values == nullptr && count > 0) {
+    fail_value(std::string(name) + " must be given, the most of one sequence: " + source +
+               " cannot be read on the host");
+  }
+  int64_t most = 0;
+  for (int64_t i = are_offsets ? 1 : 0; i < count; ++i) {
+    most = std::max<int64_t>(most, int64_t{values[i]} - (are_offsets ? values[i - 1] : 0));
+  }
+  return most;
+}
+
+Layouts layouts_of(nb::handle object) {
+  const nb::handle none = Py_None;
+  if (object.is_none()) return {none, none, none, none, none, none};
+  const auto all = nb::borrow<nb::tuple>(object);
+  return {all[0], all[1], all[2], all[3], all[4], all[5]};
+}
+
+void expect_none(const char* name, nb::handle object, const char* needs) {
+  if (object.is_none()) return;
+  fail_value(std::string(name) + " is given without " + needs + "; leave it away, or pass both");
+}
+
 }  // namespace
+
+void fail_value(const std::string& message) { throw nb::value_error(message.c_str()); }
+void fail_type(const std::string& message) { throw nb::type_error(message.c_str()); }
 
 int32_t dtype_of(const Tensor& tensor) {
   switch (tensor.element) {
@@ -116,12 +169,8 @@ void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, co
       std::equal(shape.begin(), shape.end(), tensor.shape.begin())) {
     return;
   }
-  std::string expected;
-  for (const int64_t size : shape) {
-    expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-  }
   fail_value(std::string(tensor.name) + " is " + tensor.shape_text() + "; it must be " + names +
-             ", here [" + expected + "]");
+             ", here " + tensor.shape_text({shape.begin(), shape.size()}));
 }
 
 wh_limits Limits::with_threads(int32_t threads) const {
@@ -154,15 +203,28 @@ Call::Call(const Arguments& a)
       v_(stored_of(a.v), "v", a.stream, a.access) {
   wh_problem_init(&problem_, sizeof(problem_));
   wh_tensors_init(&tensors_, sizeof(tensors_));
-  expect_4d(q_, "[batch, heads_q, len_q, dim_qk]");
-  expect_4d(k_, "[batch, heads_kv, len_k, dim_qk]");
-  expect_4d(v_, "[batch, heads_kv, len_k, dim_v]");
+  const Layouts layouts = layouts_of(a.layouts);
+  problem_.query_layout = layouts.query_offsets.is_none() ? WH_QUERIES_DENSE : WH_QUERIES_PACKED;
+  problem_.key_layout = !layouts.page_table.is_none()    ? WH_KEYS_PAGED
+                        : !layouts.key_offsets.is_none() ? WH_KEYS_PACKED
+                                                         : WH_KEYS_DENSE;
+  const bool is_packed_k = problem_.key_layout == WH_KEYS_PACKED;
+  const KeyNames& names = kNamesKv[problem_.key_layout];
+  read_as(q_, kNamesQ[problem_.query_layout], problem_.query_layout == WH_QUERIES_PACKED);
+  read_as(k_, names.k, is_packed_k);
+  read_as(v_, names.v, is_packed_k);
   if (is_quantised(a.k)) read_quantised(a.k, k_, problem_.quantised_k);
   if (is_quantised(a.v)) read_quantised(a.v, v_, problem_.quantised_v);
-  expect_shape(k_, {q_.shape[0], k_.shape[1], k_.shape[2], q_.shape[3]},
-               "[batch, heads_kv, len_k, dim_qk] with q's batch and dim_qk");
-  expect_shape(v_, {q_.shape[0], k_.shape[1], k_.shape[2], v_.shape[3]},
-               "[batch, heads_kv, len_k, dim_v] with k's batch, heads and length");
+  if (q_.device_type != kDlCpu && !q_.on_cuda()) {
+    fail_value("q is on " + q_.device_text() + "; it must be on the CPU or on a CUDA device");
+  }
+  problem_.batch = q_.shape[0];
+  problem_.len_q = q_.shape[2];
+  problem_.len_k = k_.shape[2];
+  read_layouts(layouts, a);
+  const int64_t key_batch = problem_.key_layout == WH_KEYS_DENSE ? problem_.batch : k_.shape[0];
+  expect_shape(k_, {key_batch, k_.shape[1], k_.shape[2], q_.shape[3]}, names.k_with_q);
+  expect_shape(v_, {key_batch, k_.shape[1], k_.shape[2], v_.shape[3]}, names.v_with_k);
   problem_.dtype_q = dtype_of(q_);
   const bool has_elements_k = problem_.quantised_k == WH_NOT_QUANTISED;
   const bool has_elements_v = problem_.quantised_v == WH_NOT_QUANTISED;
@@ -171,24 +233,19 @@ Call::Call(const Arguments& a)
     fail_type(std::string("v is ") + v_.dtype_text() + "; it must be of k's type, " +
               k_.dtype_text());
   }
-  if (q_.device_type != kDlCpu && !q_.on_cuda()) {
-    fail_value("q is on " + q_.device_text() + "; it must be on the CPU or on a CUDA device");
-  }
   expect_same_device(k_);
   expect_same_device(v_);
   problem_.device = q_.on_cuda() ? WH_CUDA : WH_CPU;
   problem_.device_index = q_.device_id;
-  problem_.batch = q_.shape[0];
   problem_.heads_q = q_.shape[1];
   problem_.heads_kv = k_.shape[1];
-  problem_.len_q = q_.shape[2];
-  problem_.len_k = k_.shape[2];
   problem_.dim_qk = q_.shape[3];
   problem_.dim_v = v_.shape[3];
   check(wh_problem_set_dense(&problem_));
   std::copy_n(q_.strides.begin(), 4, problem_.stride_q);
   std::copy_n(k_.strides.begin(), 4, problem_.stride_k);
   std::copy_n(v_.strides.begin(), 4, problem_.stride_v);
+  if (page_table_.shape[1] > 0) problem_.stride_page_table = page_table_.stride;
   tensors_.q = q_.data;
   tensors_.k = k_.data;
   tensors_.v = v_.data;
@@ -207,17 +264,88 @@ Call::Call(const Arguments& a)
   read_options(a);
   if (!a.mask.is_none()) read_mask(a.mask);
   if (!a.sinks.is_none()) read_sinks(a.sinks);
-  if (!a.key_lengths.is_none()) {
-    tensors_.key_lengths = read_keys("key_lengths", a.key_lengths, key_lengths_);
-    problem_.uses |= WH_USES_KEY_LENGTHS;
-  }
-  if (!a.key_starts.is_none()) {
-    tensors_.key_starts = read_keys("key_starts", a.key_starts, key_starts_);
-    problem_.uses |= WH_USES_KEY_STARTS;
-  }
   if (a.return_log_sum_exp) problem_.uses |= WH_USES_LOG_SUM_EXP;
   if (!a.out.is_none()) read_out(a.out);
   if (!a.log_sum_exp.is_none()) read_log_sum_exp(a.log_sum_exp);
+}
+
+void Call::read_layouts(const Layouts& layouts, const Arguments& a) {
+  const bool is_packed_q = problem_.query_layout == WH_QUERIES_PACKED;
+  const bool is_packed_k = problem_.key_layout == WH_KEYS_PACKED;
+  const bool is_paged = problem_.key_layout == WH_KEYS_PAGED;
+  if (is_paged && !layouts.key_offsets.is_none()) {
+    fail_value("key_offsets is given beside page_table; keys are packed or paged, not both");
+  }
+  if (!is_paged) expect_none("page_offsets", layouts.page_offsets, "page_table");
+  if (!is_packed_q) expect_none("len_q", layouts.len_q, "query_offsets");
+  if (!is_packed_k && !is_paged) expect_none("len_k", layouts.len_k, "key_offsets or page_table");
+  if (is_paged && a.key_lengths.is_none()) {
+    fail_value("key_lengths is None; page_table needs them, the keys of each sequence");
+  }
+  if (is_packed_q && !a.mask.is_none()) {
+    fail_value("mask is given with query_offsets; it must be None where queries are packed");
+  }
+  if (is_packed_q) {
+    problem_.total_q = q_.shape[2];
+    read_integers("query_offsets", layouts.query_offsets, 1, {problem_.total_q, "q's tokens"},
+                  query_offsets_);
+    if (query_offsets_.shape[0] == 0) {
+      fail_value("query_offsets is empty; it must be [batch + 1], from 0 on");
+    }
+    problem_.batch = query_offsets_.shape[0] - 1;
+    tensors_.query_offsets = query_offsets_.data;
+    problem_.len_q = longest("len_q", layouts.len_q, "query_offsets", host_data(query_offsets_),
+                             problem_.batch + 1, true);
+  }
+  if (is_packed_k) {
+    problem_.total_k = k_.shape[2];
+    tensors_.key_offsets = read_offsets("key_offsets", layouts.key_offsets,
+                                        {problem_.total_k, "k's tokens"}, key_offsets_);
+    problem_.len_k = longest("len_k", layouts.len_k, "key_offsets", host_data(key_offsets_),
+                             problem_.batch + 1, true);
+  }
+  // A list of pages is as long as key lengths say.
+  const Range keys = is_paged ? Range{kMostLength, "2^31 - 1"} : Range{problem_.len_k, "len_k"};
+  if (!a.key_lengths.is_none()) {
+    tensors_.key_lengths = read_keys("key_lengths", a.key_lengths, keys, key_lengths_);
+    problem_.uses |= WH_USES_KEY_LENGTHS;
+  }
+  if (!a.key_starts.is_none()) {
+    tensors_.key_starts = read_keys("key_starts", a.key_starts, keys, key_starts_);
+    problem_.uses |= WH_USES_KEY_STARTS;
+  }
+  if (is_paged) read_pages(layouts);
+}
+
+void Call::read_pages(const Layouts& layouts) {
+  const bool has_offsets = !layouts.page_offsets.is_none();
+  problem_.pages = k_.shape[0];
+  problem_.page_size = k_.shape[2];
+  read_integers("page_table", layouts.page_table, has_offsets ? 1 : 2,
+                {problem_.pages - 1, "the last page", std::numeric_limits<int32_t>::min()},
+                page_table_);
+  tensors_.page_table = page_table_.data;
+  if (has_offsets) {
+    problem_.uses |= WH_USES_PAGE_OFFSETS;
+    problem_.page_entries = page_table_.shape[0];
+    tensors_.page_offsets =
+        read_offsets("page_offsets", layouts.page_offsets,
+                     {problem_.page_entries, "page_table's entries"}, page_offsets_);
+    problem_.len_k = longest("len_k", layouts.len_k, "key_lengths", host_data(key_lengths_),
+                             problem_.batch, false);
+    return;
+  }
+  if (page_table_.shape[0] != problem_.batch) {
+    fail_value("page_table has " + std::to_string(page_table_.shape[0]) +
+               " rows; it must be [batch, pages of a sequence], of the batch's " +
+               std::to_string(problem_.batch));
+  }
+  const int64_t held = page_table_.shape[1] * problem_.page_size;
+  problem_.len_k = layouts.len_k.is_none() ? held : number<int64_t>("len_k", layouts.len_k);
+  if (problem_.len_k > held) {
+    fail_value("len_k is " + std::to_string(problem_.len_k) + "; it must be at most " +
+               std::to_string(held) + ", what a row of page_table holds");
+  }
 }
 
 void Call::read_quantised(nb::handle object, Tensor& codes, int32_t& format) {
@@ -270,16 +398,19 @@ void Call::read_scales(nb::handle object, const Tensor& codes, std::optional<Ten
   bool broadcasts = true;
   std::array<int64_t, 4> extents{1, 1, 1, 1};
   for (int i = 0; i < scales->ndim; ++i) {
-    extents[static_cast<size_t>(ahead + i)] = scales->shape[static_cast<size_t>(i)];
+    const auto to = static_cast<size_t>(ahead + i), from = static_cast<size_t>(i);
+    extents[to] = scales->shape[from];
+    strides[to] = extents[to] != 1 ? scales->strides[from] : 0;
   }
-  for (size_t i = 0; i < 4; ++i) {
-    broadcasts &= extents[i] == 1 || extents[i] == codes.shape[i];
-    const bool is_stepped = extents[i] != 1;
-    strides[i] = is_stepped ? scales->strides[i - static_cast<size_t>(ahead)] : 0;
+  if (problem_.key_layout == WH_KEYS_PACKED) {  // tokens before heads, as in the codes
+    std::swap(extents[1], extents[2]);
+    std::swap(strides[1], strides[2]);
+    broadcasts &= scales->ndim < 4;
   }
+  for (size_t i = 0; i < 4; ++i) broadcasts &= extents[i] == 1 || extents[i] == codes.shape[i];
   if (!broadcasts || (extents[2] != 1 && extents[3] != 1)) {
     fail_value("scales of " + std::string(codes.name) + " are " + scales->shape_text() +
-               "; they must broadcast to [batch, heads_kv, len_k, 1] or [batch, heads_kv, 1, dim]");
+               "; they must broadcast to " + kNamesKv[problem_.key_layout].scales);
   }
   kind = extents[3] != 1                      ? WH_SCALES_CHANNEL
          : extents[2] != 1                    ? WH_SCALES_TOKEN_HEAD
@@ -350,53 +481,81 @@ void Call::read_sinks(nb::handle object) {
   tensors_.sinks = static_cast<const float*>(sinks_->data);
 }
 
-const int32_t* Call::read_keys(const char* name, nb::handle object, Keys& keys) {
-  std::vector<int32_t>& copy = keys.copy;
+void Call::read_integers(const char* name, nb::handle object, int ndim, const Range& range,
+                         Integers& to) {
   const auto narrow = [&](int64_t value) {
-    if (value < 0 || value > std::numeric_limits<int32_t>::max()) {
+    if (value < range.least || value > kMostLength) {
       fail_value(std::string(name) + " holds " + std::to_string(value) +
-                 "; each must be between 0 and len_k, " + std::to_string(problem_.len_k));
+                 "; each must be between 0 and " + range.name + ", " + std::to_string(range.most));
     }
-    copy.push_back(static_cast<int32_t>(value));
+    to.copy.push_back(static_cast<int32_t>(value));
   };
   if (nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object)) {
-    if (q_.on_cuda())
-      fail_value(std::string(name) + " is a list; on CUDA it must be an int32 array");
+    if (q_.on_cuda() || ndim != 1)
+      fail_value(std::string(name) + " is a list; it must be an int32 array" +
+                 (ndim == 1 ? " on CUDA" : ""));
     for (const nb::handle item : object) narrow(number<int64_t>(name, item));
-    if (static_cast<int64_t>(copy.size()) != problem_.batch) {
-      fail_value(std::string(name) + " holds " + std::to_string(copy.size()) +
-                 " numbers; it must hold one for each of the batch, " +
-                 std::to_string(problem_.batch));
-    }
-    return copy.data();
+    to.shape[0] = static_cast<int64_t>(to.copy.size());
+    to.data = to.copy.data();
+    return;
   }
-  keys.tensor.emplace(object, name, stream_, access_);
-  const Tensor& tensor = *keys.tensor;
+  const Tensor& tensor = to.tensor.emplace(object, name, stream_, access_);
   expect_same_device(tensor);
-  expect_shape(tensor, {problem_.batch}, "[batch]");
+  if (tensor.ndim != ndim) {
+    fail_value(std::string(name) + " is " + tensor.shape_text() + "; it must be " +
+               (ndim == 1 ? "of one dimension" : "[batch, pages of a sequence]"));
+  }
   const bool is_wide = tensor.element == Element::kInt64;
   if (tensor.element != Element::kInt32 && !(is_wide && !q_.on_cuda())) {
     fail_type(std::string(name) + " is " + tensor.dtype_text() + "; it must be int32");
   }
-  if (!is_wide && (problem_.batch <= 1 || tensor.strides[0] == 1)) {
-    return static_cast<const int32_t*>(tensor.data);
-  }
+  std::copy_n(tensor.shape.begin(), ndim, to.shape.begin());
+  const int64_t rows = ndim == 1 ? 1 : to.shape[0], columns = ndim == 1 ? to.shape[0] : to.shape[1];
+  const int64_t step = tensor.strides[static_cast<size_t>(ndim - 1)];
+  to.stride = ndim == 1 ? 0 : tensor.strides[0];
+  to.data = static_cast<const int32_t*>(tensor.data);
+  if (!is_wide && (columns <= 1 || step == 1)) return;
   if (q_.on_cuda()) fail_value(std::string(name) + " must be contiguous on CUDA");
-  if (tensor.data == nullptr) return nullptr;
-  for (int64_t b = 0; b < problem_.batch; ++b) {
-    const int64_t at = b * tensor.strides[0];
-    narrow(is_wide ? static_cast<const int64_t*>(tensor.data)[at]
-                   : static_cast<const int32_t*>(tensor.data)[at]);
+  if (tensor.data == nullptr) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t at = row * to.stride + column * step;
+      narrow(is_wide ? static_cast<const int64_t*>(tensor.data)[at]
+                     : static_cast<const int32_t*>(tensor.data)[at]);
+    }
   }
-  return copy.data();
+  to.stride = columns;
+  to.data = to.copy.data();
+}
+
+const int32_t* Call::read_keys(const char* name, nb::handle object, const Range& range,
+                               Integers& keys) {
+  read_integers(name, object, 1, range, keys);
+  expect_count(name, keys, problem_.batch, "[batch]");
+  return keys.data;
+}
+
+const int32_t* Call::read_offsets(const char* name, nb::handle object, const Range& range,
+                                  Integers& offsets) {
+  read_integers(name, object, 1, range, offsets);
+  expect_count(name, offsets, problem_.batch + 1, "[batch + 1]");
+  return offsets.data;
+}
+
+void Call::expect_count(const char* name, const Integers& numbers, int64_t count,
+                        const char* shape) const {
+  if (numbers.shape[0] == count) return;
+  fail_value(std::string(name) + " is [" + std::to_string(numbers.shape[0]) + "]; it must be " +
+             shape + ", here [" + std::to_string(count) + "]");
 }
 
 void Call::read_out(nb::handle object) {
   out = nb::borrow(object);
   out_.emplace(object, "out", stream_, Access::kWrite);
   expect_same_device(*out_);
-  expect_shape(*out_, {problem_.batch, problem_.heads_q, problem_.len_q, problem_.dim_v},
-               "[batch, heads_q, len_q, dim_v]");
+  const char* names = kNamesOut[problem_.query_layout];
+  read_as(*out_, names, problem_.query_layout == WH_QUERIES_PACKED);
+  expect_shape(*out_, {q_.shape[0], problem_.heads_q, q_.shape[2], problem_.dim_v}, names);
   if (out_->element != q_.element) {
     fail_type(std::string("out is ") + out_->dtype_text() + "; it must be of q's type, " +
               q_.dtype_text());
@@ -410,8 +569,12 @@ void Call::read_log_sum_exp(nb::handle object) {
   log_sum_exp = nb::borrow(object);
   log_sum_exp_.emplace(object, "log_sum_exp", stream_, Access::kWrite);
   expect_same_device(*log_sum_exp_);
-  expect_shape(*log_sum_exp_, {problem_.batch, problem_.heads_q, problem_.len_q},
-               "[batch, heads_q, len_q]");
+  const char* names = kNamesLse[problem_.query_layout];
+  if (problem_.query_layout == WH_QUERIES_PACKED) {
+    expect_shape(*log_sum_exp_, {problem_.total_q, problem_.heads_q}, names);
+  } else {
+    expect_shape(*log_sum_exp_, {problem_.batch, problem_.heads_q, problem_.len_q}, names);
+  }
   if (log_sum_exp_->element != Element::kFloat32) fail_type("log_sum_exp must be float32");
   tensors_.log_sum_exp = static_cast<float*>(log_sum_exp_->data);
 }
@@ -421,13 +584,18 @@ void Call::allocate(nb::handle empty) {
   const auto make = [&](const std::array<int64_t, 4>& shape, int ndim, Element element) {
     nb::object made = allocate_like(q_object_, q_, shape, ndim, element);
     if (made.is_valid()) return made;
-    const nb::tuple extents = ndim == 4 ? nb::make_tuple(shape[0], shape[1], shape[2], shape[3])
-                                        : nb::make_tuple(shape[0], shape[1], shape[2]);
-    return empty(q_object_, extents, name_of(element));
+    nb::list extents;
+    for (int i = 0; i < ndim; ++i) extents.append(shape[static_cast<size_t>(i)]);
+    return empty(q_object_, nb::tuple(extents), name_of(element));
   };
-  if (!out_) read_out(make({p.batch, p.heads_q, p.len_q, p.dim_v}, 4, q_.element));
+  const bool is_packed = p.query_layout == WH_QUERIES_PACKED;
+  if (!out_) {
+    read_out(is_packed ? make({p.total_q, p.heads_q, p.dim_v}, 3, q_.element)
+                       : make({p.batch, p.heads_q, p.len_q, p.dim_v}, 4, q_.element));
+  }
   if ((p.uses & WH_USES_LOG_SUM_EXP) != 0 && !log_sum_exp_) {
-    read_log_sum_exp(make({p.batch, p.heads_q, p.len_q}, 3, Element::kFloat32));
+    read_log_sum_exp(is_packed ? make({p.total_q, p.heads_q}, 2, Element::kFloat32)
+                               : make({p.batch, p.heads_q, p.len_q}, 3, Element::kFloat32));
   }
 }
 

@@ -17,10 +17,17 @@ struct Arguments {
   nb::handle q, k, v;
   nb::handle scale, causal, window, softcap;
   nb::handle mask, sinks, key_lengths, key_starts;
+  nb::handle layouts;  // a tuple of what Layouts holds; None: everything is dense
   bool return_log_sum_exp;
   nb::handle out, log_sum_exp;
   nb::handle stream;
   Access access;  // of everything but what is written
+};
+
+// Where the sequences of a batch lie. Absent ones are None.
+struct Layouts {
+  nb::handle query_offsets, key_offsets, page_table, page_offsets;
+  nb::handle len_q, len_k;  // the most of one sequence
 };
 
 // What the backward pass takes beside: the gradient of out, and where the others go. None where
@@ -53,18 +60,39 @@ class Call {
   nb::object out, log_sum_exp;
 
  private:
-  // A number for each of the batch, in the caller's array or copied from what is no int32 array.
-  struct Keys {
+  // Numbers in the caller's array, or copied from what is no int32 array.
+  struct Integers {
     std::optional<Tensor> tensor;
     std::vector<int32_t> copy;
+    const int32_t* data = nullptr;   // null: of a Spec
+    std::array<int64_t, 2> shape{};  // of one dimension: [0]
+    int64_t stride = 0;              // of a table's rows
+  };
+  // What they may hold. Beyond int32 they cannot be handed on; the C API checks the rest.
+  struct Range {
+    int64_t most;
+    const char* name;
+    int64_t least = 0;  // entries of a table that nothing makes visible may be anything
   };
 
+  void read_layouts(const Layouts& layouts, const Arguments& arguments);
+  void read_pages(const Layouts& layouts);
+  void expect_count(const char* name, const Integers& numbers, int64_t count,
+                    const char* shape) const;
+  const int32_t* host_data(const Integers& integers) const {
+    return q_.on_cuda() ? nullptr : integers.data;
+  }
   void read_out(nb::handle object);
   void read_log_sum_exp(nb::handle object);
   void read_options(const Arguments& arguments);
   void read_mask(nb::handle object);
   void read_sinks(nb::handle object);
-  const int32_t* read_keys(const char* name, nb::handle object, Keys& keys);
+  // Arrays of `ndim` dimensions; lists of one, on the host.
+  void read_integers(const char* name, nb::handle object, int ndim, const Range& range,
+                     Integers& integers);
+  const int32_t* read_keys(const char* name, nb::handle object, const Range& range, Integers& keys);
+  const int32_t* read_offsets(const char* name, nb::handle object, const Range& range,
+                              Integers& offsets);
   // Of widehead.Quantised: codes become the elements that they stand for, in shape and strides.
   void read_quantised(nb::handle object, Tensor& codes, int32_t& format);
   void read_scales(nb::handle object, const Tensor& codes, std::optional<Tensor>& scales,
@@ -79,11 +107,13 @@ class Call {
   Tensor q_, k_, v_;
   std::optional<Tensor> out_, log_sum_exp_, mask_, sinks_, scales_k_, scales_v_;
   std::optional<Tensor> d_out_, dq_, dk_, dv_, d_sinks_;
-  Keys key_lengths_, key_starts_;
+  Integers key_lengths_, key_starts_, query_offsets_, key_offsets_, page_table_, page_offsets_;
   wh_problem problem_;
   wh_tensors tensors_;
 };
 
+[[noreturn]] void fail_value(const std::string& message);
+[[noreturn]] void fail_type(const std::string& message);
 // Throws TypeError for other types than those of q, k and v.
 int32_t dtype_of(const Tensor& tensor);
 // Throws ValueError, which calls the extents by `names`.

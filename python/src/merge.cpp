@@ -10,8 +10,6 @@
 namespace widehead_python {
 namespace {
 
-[[noreturn]] void fail_value(const std::string& message) { throw nb::value_error(message.c_str()); }
-
 void expect_f32(const Tensor& tensor) {
   if (tensor.element == Element::kFloat32) return;
   throw nb::type_error(

@@ -95,13 +95,11 @@ Limits make_limits(std::optional<uint64_t> workspace_bytes, const std::string& p
 // `empty(q, shape, dtype)` makes arrays of q's library where that offers no allocator to C.
 nb::object sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
                 nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
-                nb::handle key_lengths, nb::handle key_starts, bool return_log_sum_exp,
-                nb::handle out, const Limits& limits, int32_t threads, nb::handle stream,
-                nb::handle empty) {
-  Arguments arguments{q,       k,          v,      scale,        causal,     window,
-                      softcap, mask,       sinks,  key_lengths,  key_starts, return_log_sum_exp,
-                      out,     nb::none(), stream, Access::kRead};
-  Call call(arguments);
+                nb::handle key_lengths, nb::handle key_starts, nb::handle layouts,
+                bool return_log_sum_exp, nb::handle out, const Limits& limits, int32_t threads,
+                nb::handle stream, nb::handle empty) {
+  Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
+             return_log_sum_exp, out, nb::none(), stream, Access::kRead});
   call.allocate(empty);
   call.run(limits.with_threads(threads));
   if (return_log_sum_exp) return nb::make_tuple(call.out, call.log_sum_exp);
@@ -114,8 +112,8 @@ void backward(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::ha
               nb::handle key_lengths, nb::handle key_starts, nb::handle out, nb::handle log_sum_exp,
               nb::handle d_out, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle d_sinks,
               const Limits& limits, int32_t threads) {
-  Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, true,
-             out, log_sum_exp, nb::none(), Access::kRead});
+  Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+             nb::none(), true, out, log_sum_exp, nb::none(), Access::kRead});
   call.read_gradients({d_out, dq, dk, dv, d_sinks});
   call.run(limits.with_threads(threads));
 }
@@ -123,10 +121,11 @@ void backward(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::ha
 // The plan as text and as JSON, refused ones included.
 nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
                nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
-               nb::handle key_lengths, nb::handle key_starts, bool return_log_sum_exp,
-               nb::handle out, const Limits& limits, int32_t threads, nb::handle stream) {
+               nb::handle key_lengths, nb::handle key_starts, nb::handle layouts,
+               bool return_log_sum_exp, nb::handle out, const Limits& limits, int32_t threads,
+               nb::handle stream) {
   const Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
-                   return_log_sum_exp, out, nb::none(), stream, Access::kPlan});
+                   layouts, return_log_sum_exp, out, nb::none(), stream, Access::kPlan});
   const wh_limits c_limits = limits.with_threads(threads);
   wh_plan* made = nullptr;
   const wh_status status = wh_plan_create(&call.problem(), &c_limits, &made);
@@ -182,13 +181,13 @@ NB_MODULE(_core, m) {
   // Positional only: parsing names would cost as much as reading the arrays.
   using H = nb::arg;
   m.def("sdpa", sdpa, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
-        H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(), H(), H(),
-        H().none(), H().none());
+        H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
+        H(), H(), H().none(), H().none());
   m.def("backward", backward, H(), H(), H(), H().none(), H(), H().none(), H().none(), H().none(),
         H().none(), H().none(), H().none(), H(), H(), H(), H(), H(), H(), H().none(), H(), H());
   m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
-        H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(), H(), H(),
-        H().none());
+        H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
+        H(), H(), H().none());
   m.def("merge", merge, H(), H().none(), H().none(), H().none());
   m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
   m.def("kernels", kernels, nb::arg("device"));

@@ -239,9 +239,18 @@ void Tensor::read_by_method(nb::handle object, nb::handle stream) {
   if (is_bfloat16) element = Element::kBfloat16;
 }
 
-std::string Tensor::shape_text() const {
+void Tensor::view_packed() {
+  shape = {1, shape[1], shape[0], shape[2]};
+  strides = {0, strides[1], strides[0], strides[2]};
+  ndim = 4;
+  is_packed_ = true;
+}
+
+std::string Tensor::shape_text(std::span<const int64_t> size) const {
+  std::vector<int64_t> seen(size.begin(), size.end());
+  if (is_packed_) seen = {size[2], size[1], size[3]};
   std::string text = "[";
-  for (int i = 0; i < ndim; ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  for (const int64_t each : seen) text += (text.size() > 1 ? ", " : "") + std::to_string(each);
   return text + "]";
 }
 

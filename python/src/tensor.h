@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -65,7 +66,12 @@ class Tensor {
   void* stream = nullptr;  // the current one of the array's library, when it says
 
   bool on_cuda() const { return device_type == kDlCuda || device_type == kDlCudaManaged; }
-  std::string shape_text() const;
+  // Packed tokens, [tokens, heads, dim], become what they are to the C API: [1, heads, tokens,
+  // dim].
+  void view_packed();
+  // As the caller sees it. `size` of the four extents that it has after view_packed().
+  std::string shape_text() const { return shape_text({shape.data(), static_cast<size_t>(ndim)}); }
+  std::string shape_text(std::span<const int64_t> size) const;
   std::string dtype_text() const;
   std::string device_text() const;
 
@@ -76,6 +82,7 @@ class Tensor {
   void read_by_method(nb::handle object, nb::handle stream);
 
   nb::dlpack::dtype dtype_;
+  bool is_packed_ = false;
   nb::object owner_;  // what __dlpack__ handed out, or the real tensor of a lazy one
 };
 

@@ -60,6 +60,12 @@ def sdpa(
     sinks: Any = None,
     key_lengths: Any = None,
     key_starts: Any = None,
+    query_offsets: Any = None,
+    key_offsets: Any = None,
+    page_table: Any = None,
+    page_offsets: Any = None,
+    len_q: int | None = None,
+    len_k: int | None = None,
     return_log_sum_exp: bool = False,
     out: Any = None,
     limits: Limits | None = None,
@@ -75,8 +81,9 @@ def sdpa(
         Any strides that are not negative, here and below: a reversed view must be copied.
     k: [batch, heads_kv, len_k, dim_qk]; heads_q is a multiple of heads_kv, and query head h reads
         kv head h // (heads_q // heads_kv).
-    v: [batch, heads_kv, len_k, dim_v], of k's type; k or v may be :class:`Quantised`. A slice ``k[..., :dim_v]``, as in absorbed latent
-        attention, is seen as such: kernels on CUDA read it once.
+    v: [batch, heads_kv, len_k, dim_v], of k's type; k or v may be :class:`Quantised`. A slice
+        ``k[..., :dim_v]``, as in absorbed latent attention, is seen as such: kernels on CUDA read it
+        once.
     scale: default 1 / sqrt(dim_qk).
     causal: True or ``"bottom_right"``: query i sees key j when j <= i + len_k - len_q;
         ``"top_left"``: when j <= i.
@@ -89,6 +96,20 @@ def sdpa(
     key_lengths: int32 [batch]: keys from there on are not read, and causal and window align to it
         in place of len_k.
     key_starts: int32 [batch]: keys before it are not read (left padding).
+    query_offsets: int32 [batch + 1], ascending from 0: sequences of unequal lengths one after
+        another. q and out are then [total_q, heads_q, dim], the log-sum-exp is [total_q, heads_q],
+        and sequence b has the tokens from query_offsets[b] on, to before query_offsets[b + 1]. Each
+        has a diagonal of its own; masks are for dense queries.
+    key_offsets: the same of k and v, which are then [total_k, heads_kv, dim].
+    page_table: int32 [batch, pages of a sequence]: k and v are pools of pages, [pages, heads_kv,
+        page_size, dim], tokens before heads as ``pool.transpose(1, 2)``, and sequence b has key_lengths[b]
+        keys in the pages of its row, in order. Pages may be shared. What no length makes visible, in the
+        table and in the pages, is never read.
+    page_offsets: int32 [batch + 1]: page_table is one list of pages, [entries], cut as
+        query_offsets cuts q.
+    len_q, len_k: the most queries and keys of one sequence. By default what query_offsets,
+        key_offsets, a row of page_table and, with page_offsets, key_lengths say; these must be on
+        the CPU for that, but for page_table.
     return_log_sum_exp: also returns float32 [batch, heads_q, len_q], natural log, sinks included.
     out: [batch, heads_q, len_q, dim_v] of q's type, written in place of a new array. JAX and MLX
         arrays are immutable and refused.
@@ -100,12 +121,14 @@ def sdpa(
     argument, its value and what would be valid, MemoryError, RuntimeError when a device fails.
 
     The formula is that of Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1, with
-    the cap on scores of Gemma 2 and the sinks of gpt-oss; docs/semantics.md is the contract.
+    the cap on scores of Gemma 2 and the sinks of gpt-oss; docs/semantics.md is the contract,
+    docs/serving.md shows packed sequences and pages.
     """
     if out is not None:
         expect_writable(out)
     return library_of(q).sdpa(
         (q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+         _layouts(query_offsets, key_offsets, page_table, page_offsets, len_q, len_k),
          return_log_sum_exp, out),
         DEFAULT_LIMITS if limits is None else limits,
     )  # fmt: skip
@@ -124,11 +147,18 @@ def plan(
     sinks: Any = None,
     key_lengths: Any = None,
     key_starts: Any = None,
+    query_offsets: Any = None,
+    key_offsets: Any = None,
+    page_table: Any = None,
+    page_offsets: Any = None,
+    len_q: int | None = None,
+    len_k: int | None = None,
     return_log_sum_exp: bool = False,
     out: Any = None,
     limits: Limits | None = None,
 ) -> Plan:
-    """What :func:`sdpa` would do with the same arguments. Reads no memory, runs nothing.
+    """What :func:`sdpa` would do with the same arguments. Runs nothing, and reads no memory but
+    offsets and lengths, for a ``len_q`` or ``len_k`` that is not given.
 
     Any array may be a :class:`Spec`, a shape without memory::
 
@@ -138,10 +168,25 @@ def plan(
     library = library_of(q)
     text, plan_json = _core.plan(
         q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
+        _layouts(query_offsets, key_offsets, page_table, page_offsets, len_q, len_k),
         return_log_sum_exp, out, (DEFAULT_LIMITS if limits is None else limits)._core,
         library.threads(), library.stream(q),
     )  # fmt: skip
     return Plan(text, plan_json)
+
+
+def _layouts(
+    query_offsets: Any,
+    key_offsets: Any,
+    page_table: Any,
+    page_offsets: Any,
+    len_q: int | None,
+    len_k: int | None,
+) -> tuple[Any, ...] | None:
+    """As the extension module takes them: None where everything is dense."""
+    if query_offsets is key_offsets is page_table is page_offsets is len_q is len_k is None:
+        return None
+    return query_offsets, key_offsets, page_table, page_offsets, len_q, len_k
 
 
 def explain(q: Any, k: Any, v: Any, **options: Any) -> str:

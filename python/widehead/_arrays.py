@@ -15,8 +15,8 @@ from widehead import _core
 from widehead._limits import Limits
 
 Array = Any
-# Of widehead.sdpa, all thirteen in their order.
-Arguments = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+# Of widehead.sdpa in their order, from query_offsets to len_k as one: a tuple, or None.
+Arguments = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 class Library:
@@ -29,7 +29,7 @@ class Library:
         if not hasattr(q, "__array_namespace__"):
             raise TypeError(
                 f"q is a {type(q).__name__}, of a library that offers no way to make an array; "
-                f"pass out= of shape {shape}" + (" and no return_log_sum_exp" if len(shape) == 3 else "")
+                f"pass out= of shape {shape}" + (" and no return_log_sum_exp" if len(shape) < 4 else "")
             )
         namespace = q.__array_namespace__()
         kind = namespace.float32 if dtype == "float32" else q.dtype

@@ -30,6 +30,7 @@ def sdpa(
     sinks: Any,
     key_lengths: Any,
     key_starts: Any,
+    layouts: tuple[Any, ...] | None,
     return_log_sum_exp: bool,
     out: Any,
     limits: Limits,
@@ -50,6 +51,7 @@ def plan(
     sinks: Any,
     key_lengths: Any,
     key_starts: Any,
+    layouts: tuple[Any, ...] | None,
     return_log_sum_exp: bool,
     out: Any,
     limits: Limits,
@@ -57,6 +59,7 @@ def plan(
     stream: int | None,
     /,
 ) -> tuple[str, str]: ...
+def backward(*arguments: Any) -> None: ...
 def merge(
     parts: list[tuple[Any, Any]],
     sinks: Any,

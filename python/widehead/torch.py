@@ -35,8 +35,10 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Where they are among the arguments.
 _TENSORS = {
-    "q": 0, "k": 1, "v": 2, "mask": 7, "sinks": 8, "key_lengths": 9, "key_starts": 10, "out": 12,
+    "q": 0, "k": 1, "v": 2, "mask": 7, "sinks": 8, "key_lengths": 9, "key_starts": 10, "out": 13,
 }  # fmt: skip
+# Of widehead.sdpa's layouts: query_offsets, key_offsets, page_table, page_offsets, len_q, len_k.
+_ALL_DENSE = (None,) * 6
 _STRIDED = torch.strided
 _LONGEST = 2**31 - 1  # lengths are int32
 # By names of their own: looked up through three modules they would cost as much as they take.
@@ -68,6 +70,8 @@ def _window_of(left: int, right: int) -> tuple[int | None, int | None] | None:
 
 
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    if q.dim() == 3:  # packed
+        return q.new_empty((*q.shape[:2], v.shape[-1]))
     # Models take the heads of a position side by side next: in this layout that is a view.
     batch, heads, length, _ = q.shape
     return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
@@ -96,10 +100,17 @@ def _operator(
     softcap: float | None,
     wants_log_sum_exp: bool,
     limits: str,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    page_table: Tensor | None = None,
+    page_offsets: Tensor | None = None,
+    len_q: int | None = None,
+    len_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    layouts = (query_offsets, key_offsets, page_table, page_offsets, len_q, len_k)
     result = _core.sdpa(
         q, k, v, scale, causal or False, _window_of(window_left, window_right), softcap, mask,
-        sinks, key_lengths, key_starts, wants_log_sum_exp, _empty_out(q, v),
+        sinks, key_lengths, key_starts, layouts, wants_log_sum_exp, _empty_out(q, v),
         _limits_of(limits)._core, torch.get_num_threads(), None, None,
     )  # fmt: skip
     if wants_log_sum_exp:
@@ -123,8 +134,9 @@ def _(
     softcap: float | None,
     wants_log_sum_exp: bool,
     limits: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    log_sum_exp_shape = q.shape[:3] if wants_log_sum_exp else (0,)
+    log_sum_exp_shape = q.shape[:-1] if wants_log_sum_exp else (0,)
     return _empty_out(q, v), q.new_empty(log_sum_exp_shape, dtype=torch.float32)
 
 
@@ -173,21 +185,26 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, sinks, key_lengths, key_starts, *options, limits = inputs
+    q, k, v, mask, sinks, key_lengths, key_starts, *options = inputs[: -len(_ALL_DENSE)]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, mask, sinks, key_lengths, key_starts)
-    ctx.options = (*options[:-1], limits)
-    ctx.has_log_sum_exp = options[-1]
+    *options, ctx.has_log_sum_exp, limits = options
+    ctx.options = (*options, limits)
+    ctx.is_dense = all(each is None for each in inputs[-len(_ALL_DENSE) :])
 
 
 def _backward(context: Any, d_out: Tensor | None, d_log_sum_exp: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 14
+    nothing = (None,) * 20
     saved = context.saved_tensors  # once: checkpointing computes them anew
     q = saved[0]
     if q.device.type != "cpu":
         raise NotImplementedError(
             f"widehead has no backward on {q.device.type} yet: call it under torch.no_grad() or "
             "torch.inference_mode(), or use F.scaled_dot_product_attention to train"
+        )
+    if not context.is_dense:
+        raise NotImplementedError(
+            "widehead has no backward of packed or paged tensors: pass dense ones to train"
         )
     if context.needs_input_grad[3]:
         raise NotImplementedError(
@@ -299,11 +316,12 @@ def attention(arguments: Arguments, limits: Limits) -> Any:
     """:func:`widehead.sdpa` on tensors; its arguments in their order."""
     (
         q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
-        return_log_sum_exp, out,
+        layouts, return_log_sum_exp, out,
     ) = arguments  # fmt: skip
+    *integers, len_q, len_k = layouts or _ALL_DENSE
     if forward_ad._current_level >= 0:
         _refuse_tangents(arguments)
-    if not _needs_operator(q, k, v, mask, sinks, key_lengths, key_starts, out):
+    if not _needs_operator(q, k, v, mask, sinks, key_lengths, key_starts, out, *integers):
         return _core.sdpa(*arguments, limits._core, torch.get_num_threads(), None, None)
     for name, index in _TENSORS.items():
         _expect_dense(name, arguments[index])
@@ -320,6 +338,7 @@ def attention(arguments: Arguments, limits: Limits) -> Any:
     result, log_sum_exp = torch.ops.widehead.attention(
         q, k, v, mask, sinks, _keys_tensor(key_lengths, q), _keys_tensor(key_starts, q), scale,
         _causal_of(causal), left, right, softcap, wants_log_sum_exp, limits.text,
+        *(_keys_tensor(each, q) for each in integers), len_q, len_k,
     )  # fmt: skip
     if out is not None:
         result = out.copy_(result)
@@ -349,7 +368,7 @@ def attention_rows(
     out = _empty_out(q, v) if direct else None
     result: Tensor = attention(
         (q, k, v, scale, causal or False, window, softcap, mask, sinks, key_lengths, key_starts,
-         False, out),
+         None, False, out),
         limits,
     )  # fmt: skip
     return result.transpose(1, 2)
@@ -451,7 +470,7 @@ def sdpa(
             mask = mask.expand((*leading, *mask.shape[-3:])).reshape((-1, *mask.shape[-3:]))
     out: Tensor = attention(
         (q, k, v, scale, "top_left" if is_causal else False, None, None, mask, None, None, None,
-         False, None),
+         None, False, None),
         DEFAULT_LIMITS if limits is None else limits,
     )  # fmt: skip
     heads = out.shape[1:2] if max(query.dim(), key.dim(), value.dim()) > 2 else ()
