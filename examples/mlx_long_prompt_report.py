@@ -69,15 +69,15 @@ class Scenario:
             return row["failure"]
         return "-" if row.get(key) is None else text.format(row[key])
 
-    def ratio(self, over: str, length: int, key: str) -> float | None:
+    def ratio(self, over: str, length: int, key: str, is_last: bool = False) -> float | None:
         """`over`'s rate over MLX's own."""
-        rows = [self.row(name, length) for name in (over, "mlx")]
+        rows = [self.row(name, length, is_last) for name in (over, "mlx")]
         if any(row is None or row.get(key) is None for row in rows):
             return None
         return rows[0][key] / rows[1][key]
 
-    def ratio_cell(self, over: str, length: int, key: str) -> str:
-        ratio = self.ratio(over, length, key)
+    def ratio_cell(self, over: str, length: int, key: str, is_last: bool = False) -> str:
+        ratio = self.ratio(over, length, key, is_last)
         return "-" if ratio is None else f"{ratio:.2f}"
 
     def share_cell(self, length: int) -> str:
@@ -123,22 +123,23 @@ class Scenario:
 
     def last_chunk_table(self) -> str:
         """MLX is slow enough that a long prompt's last chunk may be all that was measured of it."""
-        heads = ["tokens", "of them cached before", "", "tokens/s", "CPU s", "peak GB"]
-        rows = []
+        heads = ["tokens", "of them cached before", "", "tokens/s", "x", "CPU s", "peak GB", "same tokens"]
+        key, rows = "prefill_tokens_per_s", []
         for length in self.last_chunks:
             for name, label in LABELS.items():
                 row = self.row(name, length, True)
                 if row is None:
                     continue
-                found = [row["failure"]] * 3 if "failure" in row else [
-                    f"{row['prefill_tokens_per_s']:.0f}", f"{row['prefill_cpu_s']:.1f}",
+                found = [row["failure"]] * 5 if "failure" in row else [
+                    f"{row[key]:.0f}", self.ratio_cell(name, length, key, True), f"{row['prefill_cpu_s']:.1f}",
                     f"{row['mlx_peak_bytes'] / 1e9:.2f}",
+                    self.same_cell(length, True) if name == "widehead" else "",
                 ]  # fmt: skip
                 rows.append([str(length), str(row["cached"]), label, *found])
         return table(heads, rows)
 
-    def same_cell(self, length: int) -> str:
-        rows = [self.row(name, length) for name in ("widehead", "mlx")]
+    def same_cell(self, length: int, is_last: bool = False) -> str:
+        rows = [self.row(name, length, is_last) for name in ("widehead", "mlx")]
         if any(row is None or "failure" in row for row in rows):
             return "-"
         ours, theirs = (row["tokens"] for row in rows)
