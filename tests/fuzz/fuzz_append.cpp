@@ -20,6 +20,7 @@ std::vector<double> memory(int64_t bytes) {
 }
 
 int64_t row_bytes(const wh_appended& a, const int64_t (&stride)[3], int64_t heads, int64_t dim) {
+  if (a.tokens < 0) return 0;
   for (const int64_t step : stride) {
     if (step < 0 || step > kMostBytes) return 0;
   }

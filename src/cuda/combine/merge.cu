@@ -82,20 +82,6 @@ __device__ __forceinline__ void store4(const MergeArgs::Tensor& tensor, const Ro
   }
 }
 
-// Calls body with a value of the device's type.
-template <typename Body>
-__device__ __forceinline__ auto with_type(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kF16:
-      return body(__half());
-    case Dtype::kBf16:
-      return body(__nv_bfloat16());
-    case Dtype::kF32:
-      break;
-  }
-  return body(float());
-}
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);

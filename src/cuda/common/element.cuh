@@ -26,4 +26,18 @@ struct ElementOf<Dtype::kBf16> {
 template <Dtype kDtype>
 using Element = typename ElementOf<kDtype>::Type;
 
+// Calls body with a value of the device's type, for kernels that are told it when they run.
+template <typename Body>
+__device__ __forceinline__ auto with_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kF16:
+      return body(__half());
+    case Dtype::kBf16:
+      return body(__nv_bfloat16());
+    case Dtype::kF32:
+      break;
+  }
+  return body(float());
+}
+
 }  // namespace wh::cuda
