@@ -14,8 +14,10 @@ into a folder of [bench/results](../bench/results); `python3 bench/report.py` ma
 multiply-add rate, before and after each, and the count of preemptions found undisturbed; rows where none was are marked ~. *Peak* is the
 multiply-add rate of all cores in f32 and *reads* the rate at which they read memory, both measured in the same run; GFLOP/s count visible
 query-key pairs only. "In cache": keys and values fit the last level of cache, where repeated samples find them.
-`python3 bench/peers/compare.py cpu-prefill cpu-decode` puts other libraries beside it:
-[on a Zen 5](../bench/results/amd-epyc-avx3-2026-11-29-peers.md) PyTorch, ONNX Runtime and MLX.
+`python3 bench/peers/compare.py cpu-prefill cpu-decode` puts other libraries beside it; on a Zen 5 PyTorch, ONNX Runtime, oneDNN, ggml and MLX
+([table](../bench/results/amd-epyc-avx3-2026-11-29-peers.md)):
+
+![every library's time over Widehead's](../bench/results/amd-epyc-avx3-2026-11-29-peers.svg)
 """
 
 

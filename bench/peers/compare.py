@@ -1,6 +1,6 @@
 """Widehead beside other libraries on a CPU suite, problem by problem, in one run.
 
-    pip install torch onnxruntime onnx "mlx[cpu]" threadpoolctl    # what is missing is written down as refused
+    pip install torch onnxruntime onnx "mlx[cpu]" onednn ggml-python threadpoolctl    # what is missing is written down as refused
     python bench/peers/compare.py cpu-prefill cpu-decode --build build --json FILE --markdown FILE
 
 Every library runs in a process of its own, on the same problem right after Widehead, so that a slow moment of the
@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARIES = ("torch f32", "torch bf16", "onnxruntime Attention f32",
-             "onnxruntime GroupQueryAttention f32", "mlx f32")
+             "onnxruntime GroupQueryAttention f32", "mlx f32", "onednn f32", "onednn bf16", "ggml f32", "ggml f16")
 PLAIN_FIELDS = {"batch", "heads", "dim", "queries", "keys", "dtype", "layout"}
 
 

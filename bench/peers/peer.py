@@ -205,12 +205,66 @@ def mlx_runner(p):
     return run, f"mlx {mx.__version__}", "fast.scaled_dot_product_attention on the CPU"
 
 
+def onednn_runner(p, dtype):
+    import onednn_graph
+
+    takes(p, "causal")
+    kind = {"f32": onednn_graph.F32, "bf16": onednn_graph.BF16}[dtype]
+    q, k, v = (onednn_graph.stored(x, kind).reshape(p["batch"], p["heads_kv"], -1, *x.shape[2:]) for x in arrays(p))
+    attention = onednn_graph.Attention(q, k, v, kind, is_causal(p))
+    return attention.run, attention.version, "one partition of its graph, the causal mask an array"
+
+
+def ggml_runner(p, kv_dtype):
+    """Queries and the answer are f32 in ggml, the mask f16."""
+    import ctypes
+
+    import ggml
+
+    takes(p, "causal", "softcap")
+    kinds = {"f32": (ggml.GGML_TYPE_F32, np.float32), "f16": (ggml.GGML_TYPE_F16, np.float16)}
+    of_kv, mask = kinds[kv_dtype], None
+    q, k, v = arrays(p)
+    if is_causal(p):
+        visible = np.tri(p["len_q"], p["len_k"], p["len_k"] - p["len_q"], dtype=bool)
+        mask = np.where(visible, 0, -np.inf)[None, None]
+    context = ggml.ggml_init(ggml.ggml_init_params(
+        mem_size=(1 << 24) + 8 * (q.size + k.size + v.size) + (0 if mask is None else 4 * mask.size), mem_buffer=None))
+
+    def tensor(array, kind):
+        made = ggml.ggml_new_tensor_4d(context, kind[0], *array.shape[::-1])
+        stored = array.astype(kind[1])
+        ctypes.memmove(ggml.ggml_get_data(made), stored.ctypes.data, stored.nbytes)
+        return made
+
+    out = ggml.ggml_flash_attn_ext(context, tensor(q, kinds["f32"]), tensor(k, of_kv), tensor(v, of_kv),
+                                   None if mask is None else tensor(mask, kinds["f16"]), p["dim_qk"] ** -0.5, 0.0,
+                                   float(p.get("softcap", 0)))
+    graph = ggml.ggml_new_graph(context)
+    ggml.ggml_build_forward_expand(graph, out)
+    options = ggml.ggml_threadpool_params_default(p["threads"])
+    plan = ggml.ggml_graph_plan(graph, p["threads"], ggml.ggml_threadpool_new(ctypes.byref(options)))
+    work = (ctypes.c_uint8 * max(1, plan.work_size))()
+    plan.work_data = ctypes.cast(work, ctypes.POINTER(ctypes.c_uint8))
+
+    def run():
+        status = ggml.ggml_graph_compute(graph, ctypes.byref(plan))
+        if status != 0:
+            raise RuntimeError(f"ggml_graph_compute answered {status}")
+
+    return run, f"ggml {ggml.ggml_version().decode()}", "flash_attn_ext, compiled for this CPU"
+
+
 RUNNERS = {
     "torch f32": lambda p: torch_runner(p, "float32"),
     "torch bf16": lambda p: torch_runner(p, "bfloat16"),
     "onnxruntime Attention f32": onnx_attention_runner,
     "onnxruntime GroupQueryAttention f32": onnx_grouped_runner,
     "mlx f32": mlx_runner,
+    "onednn f32": lambda p: onednn_runner(p, "f32"),
+    "onednn bf16": lambda p: onednn_runner(p, "bf16"),
+    "ggml f32": lambda p: ggml_runner(p, "f32"),
+    "ggml f16": lambda p: ggml_runner(p, "f16"),
 }
 
 
