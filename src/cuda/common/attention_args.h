@@ -18,10 +18,16 @@ enum class Scores : int32_t {
   kMasked,       // an array mask on top
 };
 
+//
+// The order counts: two that lie beside each other at a multiple of 8 bytes are loaded together,
+// into registers, and where window_left and window_right did, 64 keys of 128-wide heads spilled.
 struct AttentionArgs : SequencesOf<int32_t> {
-  int32_t batch;  // sequences of this run
   int32_t heads_q;
   int32_t group;  // query heads of one kv head
+  int32_t batch;  // sequences of this run
+  // Where dense keys end, TMA has zeros: a tile that hangs over has nothing there to hide. Past the
+  // end of a sequence that is packed or paged lie another's keys: -1.
+  int32_t zeros_from;
   int32_t dim_qk, dim_v;
   Causal causal;
   MaskKind mask_kind;
@@ -37,9 +43,6 @@ struct AttentionArgs : SequencesOf<int32_t> {
   int64_t stride_mask[4];
   PageTable page_table;
   Divisor page_size;
-  // Where dense keys end, TMA has zeros: a tile that hangs over has nothing there to hide. Past the
-  // end of a sequence that is packed or paged lie another's keys: -1.
-  int32_t zeros_from;
 
   constexpr QueryLayout query_layout() const {
     return query_offsets != nullptr ? QueryLayout::kPacked : QueryLayout::kDense;

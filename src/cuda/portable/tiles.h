@@ -81,7 +81,7 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
 }
 
 // Whether the two classes of cards need two tiles, and so two instances: not for 64/64 and 192/128,
-// nor for 192/192 in 16 bits (in f32, 64 x 64 of 128/128 take 103,520 bytes, 2,144 more than the
+// nor for 192/192 in 16 bits (in f32, 64 x 64 of 128/128 take 103,536 bytes, 2,160 more than the
 // small ones have).
 constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {
   return portable_tile(dims, element_bytes, SharedMemory::kSmall).bytes !=
