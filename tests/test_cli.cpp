@@ -473,6 +473,40 @@ TEST(Cli, PlansForRanksNameEveryStrategy) {
   EXPECT_EQ(widehead("plan " + kSmall + "--link 1GB/s").code, 2);
 }
 
+TEST(Cli, RanksOnThreadsAgreeWithFloat64) {
+  const std::string problem = "run " + kSmall + "--causal --threads 1 ";
+  for (const char* strategy : {"ring", "gather", "queries", "one_rank"}) {
+    const Outcome outcome = widehead(
+        problem + "--parallel threads --ranks 3 --link 10GB/s --json " + "--strategy " + strategy);
+    ASSERT_EQ(outcome.code, 0) << outcome.err;
+    const auto json = nlohmann::json::parse(outcome.out);
+    EXPECT_EQ(json["strategy"], strategy);
+    EXPECT_EQ(json["ranks"], 3);
+    EXPECT_EQ(json["workspace_bytes"].size(), 3);
+    EXPECT_GT(json["relative_rms"], 0);
+    EXPECT_LE(json["relative_rms"], json["tolerance"]);
+  }
+  const Outcome every = widehead(problem + "--parallel threads --ranks 2 --every-strategy --json");
+  ASSERT_EQ(every.code, 0) << every.err;
+  const auto all = nlohmann::json::parse(every.out);
+  EXPECT_EQ(all["strategies"].size(), 5);
+  for (const auto& one : all["strategies"]) {
+    EXPECT_LE(one["relative_rms"], all["tolerance"]) << one["strategy"];
+    EXPECT_GT(one["best_us"], 0);
+  }
+  const std::pair<const char*, const char*> wrong[] = {
+      {"--every-strategy", "no effect on one device"},
+      {"--parallel threads", "--ranks is missing"},
+      {"--parallel nccl", "NCCL"},
+      {"--ranks 2", "--ranks has no effect on one device"},
+      {"--parallel pigeons", "pigeons not in"}};
+  for (const auto& [flags, message] : wrong) {
+    const Outcome refused = widehead(problem + flags);
+    EXPECT_NE(refused.code, 0) << flags;
+    EXPECT_NE(refused.err.find(message), std::string::npos) << flags << refused.err;
+  }
+}
+
 TEST(Cli, BadUsageSaysWhatToDo) {
   for (const BadUsage& bad : kBadUsages) {
     const Outcome outcome = widehead(bad.arguments);

@@ -6,10 +6,10 @@
 #include <thread>
 
 #include "api/machine.h"
-#include "api/workspace.h"
 #include "parallel/executor.h"
+#include "parallel/threads/group.h"
 #include "support/sharded_case.h"
-#include "support/thread_communicator.h"
+#include "verify/rank_on_device.h"
 
 namespace wh::sharded {
 namespace {
@@ -20,56 +20,17 @@ Result<Plan> plan_on_gpu(const Problem& problem, const Limits& limits) {
   return make_plan(problem, limits, this_machine(Device::kCuda, 0));
 }
 
-// What a rank has, on the device.
-class OnDevice {
- public:
-  template <typename T>
-  T* upload(const std::vector<T>& from) {
-    return static_cast<T*>(place(from.data(), from.size() * sizeof(T)));
-  }
-  void* place(const void* from, size_t bytes) {
-    Result<Workspace> memory = Workspace::allocate({Device::kCuda, {}}, bytes);
-    EXPECT_TRUE(memory.ok()) << memory.status().message();
-    void* data = memory->data();
-    if (bytes > 0 && from != nullptr) {
-      EXPECT_TRUE(gpu().copy({}, data, from, bytes).ok());
-    }
-    memory_.push_back(std::move(*memory));
-    return data;
-  }
-
- private:
-  std::vector<Workspace> memory_;
-};
-
 Status run_one(const ShardedData& data, Strategy strategy, int32_t rank, Communicator& group,
                LocalTensors& local) {
   const ShardedProblem& s = data.problem();
-  OnDevice device;
-  const Tensors host = data.tensors(local);
-  Tensors t;
-  t.q = device.upload(local.q);
-  t.k = device.upload(local.k);
-  t.v = device.upload(local.v);
-  t.out = device.upload(local.out);
-  t.log_sum_exp = device.upload(local.log_sum_exp);
-  const TensorBytes bytes = tensor_bytes(data.whole());
-  if (bytes.mask > 0) t.mask = device.place(host.mask, static_cast<size_t>(bytes.mask));
-  if (bytes.sinks > 0) {
-    t.sinks = static_cast<const float*>(device.place(host.sinks, static_cast<size_t>(bytes.sinks)));
-  }
-  WH_RETURN_IF_ERROR(agree(s, strategy, {}, group, {}));
+  Result<RankOnDevice> device = RankOnDevice::make(data, local, 0);
+  WH_RETURN_IF_ERROR(agree(s, strategy, device.status(), group, {}));
   const Result<RankPlan> plan = make_rank_plan(s, strategy, rank, {}, plan_on_gpu);
   if (!plan.ok()) return plan.status();
-  t.workspace = device.place(nullptr, plan->workspace_bytes);
-  t.workspace_bytes = plan->workspace_bytes;
-  WH_RETURN_IF_ERROR(run_rank(s, *plan, t, group, {}));
+  WH_RETURN_IF_ERROR(device->take_workspace(plan->workspace_bytes));
+  WH_RETURN_IF_ERROR(run_rank(s, *plan, device->tensors(), group, {}));
   WH_RETURN_IF_ERROR(gpu().synchronize({}));
-  const auto fetch = [](void* to, const void* from, size_t count) -> Status {
-    return count == 0 ? Status() : gpu().copy({}, to, from, count);
-  };
-  WH_RETURN_IF_ERROR(fetch(local.out.data(), t.out, local.out.size()));
-  return fetch(local.log_sum_exp.data(), t.log_sum_exp, local.log_sum_exp.size() * sizeof(float));
+  return device->fetch();
 }
 
 class GpuParallel : public testing::TestWithParam<Strategy> {
@@ -87,17 +48,14 @@ TEST_P(GpuParallel, IsTheWholeInFloat64) {
     SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
                  " ranks: " + describe(data.whole()));
     if (!refusal(data.problem(), GetParam()).empty()) continue;
-    ThreadGroup group(ranks, [](void* to, const void* from, size_t bytes) -> Status {
-      WH_RETURN_IF_ERROR(gpu().copy({}, to, from, bytes));
-      return gpu().synchronize({});
-    });
+    ThreadGroup group(ranks, Device::kCuda);
     std::vector<LocalTensors> locals;
     std::vector<Status> statuses(static_cast<size_t>(ranks));
     for (int32_t r = 0; r < ranks; ++r) locals.push_back(data.local(r));
     std::vector<std::thread> threads;
     for (int32_t r = 0; r < ranks; ++r) {
       threads.emplace_back([&, r] {
-        ThreadGroup::Member member(group, r, [] { return gpu().synchronize({}); });
+        ThreadGroup::Member member(group, r);
         const auto i = static_cast<size_t>(r);
         statuses[i] = run_one(data, GetParam(), r, member, locals[i]);
       });

@@ -21,6 +21,18 @@ int ranks() {
   return count;
 }
 
+// 64 tokens, evenly.
+Problem tiny() {
+  Problem p;
+  p.len_q = p.len_k = 64;
+  p.dim_qk = p.dim_v = 16;
+  set_dense(p);
+  return p;
+}
+ShardedProblem shared_by_all(const Problem& p) {
+  return shard(p, contiguous(p.len_q, ranks()), contiguous(p.len_k, ranks()));
+}
+
 class ParallelMpi : public testing::TestWithParam<Strategy> {};
 
 TEST_P(ParallelMpi, IsTheWholeInFloat64) {
@@ -62,13 +74,54 @@ INSTANTIATE_TEST_SUITE_P(Strategies, ParallelMpi,
 TEST(ParallelMpi, DisagreementIsAnErrorOnEveryRank) {
   if (ranks() == 1) GTEST_SKIP() << "takes two ranks";
   MpiCommunicator communicator(MPI_COMM_WORLD);
-  Problem p;
-  p.len_q = p.len_k = 64;
-  p.dim_qk = p.dim_v = 16;
+  Problem p = tiny();
   p.softcap = communicator.rank() == 1 ? 3.0f : 0;
-  const ShardedProblem s = shard(p, contiguous(64, ranks()), contiguous(64, ranks()));
+  const ShardedProblem s = shared_by_all(p);
   const Status status = agree(s, Strategy::kRing, {}, communicator, {});
   EXPECT_EQ(status.message(), "softcap of rank 1 is not that of rank 0; all ranks must agree");
+}
+
+TEST(ParallelMpi, ARankThatCannotTakePartIsAnErrorOnEveryRank) {
+  if (ranks() == 1) GTEST_SKIP() << "takes two ranks";
+  MpiCommunicator communicator(MPI_COMM_WORLD);
+  const ShardedProblem s = shared_by_all(tiny());
+  Status own;
+  if (communicator.rank() == 1) own = {Code::kOutOfMemory, "no memory"};
+  const Status status = agree(s, Strategy::kRing, own, communicator, {});
+  EXPECT_EQ(status.code(), Code::kOutOfMemory);
+  EXPECT_EQ(status.message(), communicator.rank() == 1
+                                  ? "no memory"
+                                  : "rank 1 cannot take part; its own error says why");
+}
+
+// The last rank fails once all have agreed: the others stop waiting for its keys.
+TEST(ParallelMpi, FailureOnTheWayIsATimeOutThatNamesTheRank) {
+  if (ranks() == 1) GTEST_SKIP() << "takes two ranks";
+  MPI_Comm comm = MPI_COMM_NULL;
+  ASSERT_EQ(MPI_Comm_dup(MPI_COMM_WORLD, &comm), MPI_SUCCESS);
+  {
+    MpiCommunicator communicator(comm);
+    Input input;
+    input.problem = tiny();
+    ShardedData data(input, shared_by_all(input.problem));
+    const int32_t rank = communicator.rank();
+    LocalTensors local = data.local(rank);
+    Tensors tensors = data.tensors(local);
+    const auto plan = make_rank_plan(data.problem(), Strategy::kGather, rank, {}, plan_on_cpu);
+    ASSERT_TRUE(plan.ok());
+    GuardedTensor workspace(static_cast<int64_t>(plan->workspace_bytes));
+    const bool is_last = rank + 1 == ranks();
+    tensors.workspace = is_last ? nullptr : workspace.data();
+    tensors.workspace_bytes = plan->workspace_bytes;
+    ParallelRun run;
+    run.timeout = std::chrono::milliseconds(1000);
+    ASSERT_TRUE(agree(data.problem(), Strategy::kGather, {}, communicator, {}).ok());
+    const Status status = run_rank(data.problem(), *plan, tensors, communicator, run);
+    const std::string named =
+        is_last ? "workspace is null" : "rank " + std::to_string(ranks() - 1) + " did not send";
+    EXPECT_EQ(status.message().rfind(named, 0), 0u) << status.message();
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
 }
 
 // The last rank never comes: the others stop waiting. On a communicator of its own, which is of no
@@ -79,10 +132,7 @@ TEST(ParallelMpi, AbsenceIsATimeOut) {
   ASSERT_EQ(MPI_Comm_dup(MPI_COMM_WORLD, &comm), MPI_SUCCESS);
   {
     MpiCommunicator communicator(comm);
-    Problem p;
-    p.len_q = p.len_k = 64;
-    p.dim_qk = p.dim_v = 16;
-    const ShardedProblem s = shard(p, contiguous(64, ranks()), contiguous(64, ranks()));
+    const ShardedProblem s = shared_by_all(tiny());
     ParallelRun run;
     run.timeout = std::chrono::milliseconds(300);
     if (communicator.rank() + 1 < ranks()) {

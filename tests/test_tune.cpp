@@ -133,5 +133,24 @@ TEST_F(Tune, APlanSaysWhyItIgnoresTheProfile) {
   EXPECT_NE(outcome.out.find("cpu.json cannot be read: "), std::string::npos) << outcome.out;
 }
 
+// What connects ranks: kept beside the profile, and taken by plans.
+TEST_F(Tune, MeasuresTheLinkBetweenRanks) {
+  const std::string plan = "plan --ranks 2 --heads 4/2 --dim 64 --queries 4096 --causal";
+  const Outcome before = widehead(plan);
+  EXPECT_EQ(before.code, 2);
+  EXPECT_NE(before.err.find("--link is missing"), std::string::npos) << before.err;
+  const Outcome one = widehead("tune --parallel threads --ranks 1");
+  EXPECT_NE(one.err.find("--ranks is 1; a link takes at least 2"), std::string::npos) << one.err;
+  const Outcome measured = widehead("tune --parallel threads --ranks 2 --json");
+  ASSERT_EQ(measured.code, 0) << measured.err;
+  const auto link = nlohmann::json::parse(measured.out);
+  EXPECT_GT(link["gbytes_per_s"], 0.05);
+  EXPECT_GT(link["latency_us"], 0);
+  const Outcome after = widehead(plan);
+  EXPECT_EQ(after.code, 0) << after.err;
+  EXPECT_NE(after.out.find("between 2 ranks of threads"), std::string::npos) << after.out;
+  EXPECT_FALSE(fs::exists(profile()));
+}
+
 }  // namespace
 }  // namespace wh

@@ -116,8 +116,12 @@ int64_t affordable_rows(const Problem& p) {
 }
 
 Expected expected_answer(const Problem& p, const Tensors& tensors, int64_t most_rows) {
+  return expected_rows(p, tensors, rows_to_look_at(p, tensors, most_rows));
+}
+
+Expected expected_rows(const Problem& p, const Tensors& tensors, std::vector<int64_t> looked_at) {
   Expected expected;
-  expected.rows = rows_to_look_at(p, tensors, most_rows);
+  expected.rows = std::move(looked_at);
   const auto rows = static_cast<int64_t>(expected.rows.size());
   expected.out.resize(static_cast<size_t>(rows * p.dim_v));
   expected.log_sum_exp.resize(expected.rows.size());

@@ -19,6 +19,8 @@ struct Expected {
 // All rows, or `most_rows` of them: the last and the first, the first and the last query of a
 // tile of every size, and random ones. 0: all.
 Expected expected_answer(const Problem& problem, const Tensors& tensors, int64_t most_rows = 0);
+// These rows.
+Expected expected_rows(const Problem& problem, const Tensors& tensors, std::vector<int64_t> rows);
 
 // So many of the pairs * length rows of a tensor, or all: those named above.
 std::vector<int64_t> sampled_rows(int64_t pairs, int64_t length, int64_t most_rows);

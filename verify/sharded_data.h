@@ -97,21 +97,28 @@ class ShardedData {
     return compare(data_, mine).message;
   }
   // The relative RMS error of those of the rank's rows that are among `most_rows` of the whole's.
+  // Ranks that share this may ask at once, each for itself.
   double relative_rms_of(int32_t rank, const LocalTensors& t, int64_t most_rows) {
     const Problem& p = whole();
-    const Expected expected = expected_answer(p, data_.tensors(), most_rows);
-    put(rank, t);
-    const std::vector<float> have = rows_of_out(p, data_.tensors(), expected.rows);
-    Errors errors;
-    for (size_t i = 0; i < have.size(); ++i) {
-      const int64_t token = expected.rows[i / static_cast<size_t>(p.dim_v)] % p.len_q;
+    std::vector<int64_t> rows;
+    for (const int64_t row : sampled_rows(p.batch * p.heads_q, p.len_q, most_rows)) {
       for (const TokenRange& range : sharded_.q[static_cast<size_t>(rank)]) {
-        if (range.begin <= token && token < range.end) errors.add(have[i], expected.out[i]);
+        if (range.begin <= row % p.len_q && row % p.len_q < range.end) rows.push_back(row);
       }
     }
-    return errors.relative_rms();
+    put(rank, t);
+    return errors_of(p, data_.tensors(), expected_rows(p, data_.tensors(), rows)).relative_rms();
   }
   void poison() { data_.poison_outputs(); }
+  // The whole's, for a device that has everything.
+  Tensors whole_tensors() const { return data_.tensors(); }
+  std::vector<std::byte> out() const {
+    return {data_.out.data(), data_.out.data() + data_.out.size()};
+  }
+  // Of every row, of an answer that out() was: empty where it is within both ones' rounding.
+  std::string disagreement_with(const std::vector<std::byte>& other_out) const {
+    return disagreement(data_, other_out);
+  }
   // Empty: within the tolerance of the type.
   std::string difference() const {
     return compare(data_, expected_answer(whole(), data_.tensors())).message;
@@ -139,11 +146,12 @@ class ShardedData {
     const int64_t bytes = bytes_of(dtype);
     std::vector<std::byte> made(static_cast<size_t>(span(tokens, heads, dim, to) * bytes),
                                 std::byte{0xff});
+    const int64_t at_once = strides[3] == 1 && to[3] == 1 ? dim : 1;
     each_row(tokens, heads, [&](int64_t b, int64_t h, int64_t token, int64_t i) {
-      for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t d = 0; d < dim; d += at_once) {
         std::memcpy(made.data() + offset_of(to, b, h, i, d) * bytes,
                     from.data() + offset_of(strides, b, h, token, d) * bytes,
-                    static_cast<size_t>(bytes));
+                    static_cast<size_t>(at_once * bytes));
       }
     });
     return made;

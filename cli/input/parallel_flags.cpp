@@ -50,7 +50,12 @@ void add_parallel_flags(CLI::App& app, ParallelFlags& flags) {
   text("--strategy", flags.strategy, "force ring, gather, heads, queries or one_rank");
 }
 
+void add_ranks_flag(CLI::App& app, ParallelFlags& flags, const char* help) {
+  app.add_option("--ranks", flags.ranks, help)->check(CLI::Range(1, 4096))->group("PARALLEL");
+}
+
 Status refuse_parallel_flags(const ParallelFlags& flags) {
+  if (flags.ranks != 0) return invalid("--ranks has no effect on one device; add --parallel");
   for (const auto& [name, text] :
        {std::pair{"link", &flags.link}, {"tokens", &flags.tokens}, {"strategy", &flags.strategy}}) {
     if (!text->empty()) return invalid(fmt::format("--{} has no effect on one device", name));

@@ -16,6 +16,7 @@ struct ParallelFlags {
 };
 
 void add_parallel_flags(CLI::App& app, ParallelFlags& flags);
+void add_ranks_flag(CLI::App& app, ParallelFlags& flags, const char* help);
 
 // A flag that says something of ranks, where there are none; ok without one.
 Status refuse_parallel_flags(const ParallelFlags& flags);

@@ -1,9 +1,9 @@
-#include "parallel/mpi_run.h"
+#include "parallel/ranks.h"
 #include "report/session.h"
 
 namespace wh::cli {
 
-int run_over_mpi(const MpiRun&) {
+int run_mpi_rank(const Group&, const RankMain&) {
   return report(
       {Code::kRefused, "this build has no MPI; configure with -DWIDEHEAD_PARALLEL_MPI=ON"});
 }

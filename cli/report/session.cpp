@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 
 namespace wh::cli {
 namespace {
@@ -29,6 +30,15 @@ int exit_code(const Status& status) {
       break;
   }
   return kDeviceFailed;
+}
+
+std::string today() {
+  const std::time_t now = std::time(nullptr);
+  std::tm parts{};
+  gmtime_r(&now, &parts);
+  char text[16];
+  std::strftime(text, sizeof(text), "%Y-%m-%d", &parts);
+  return text;
 }
 
 int report(const Status& status) {

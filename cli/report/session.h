@@ -28,6 +28,9 @@ int exit_code(const Status& status);
 // Prints "widehead: message" on stderr and answers with the exit code.
 int report(const Status& status);
 
+// "2026-11-29", of UTC.
+std::string today();
+
 // A check for CLI11: the flags' texts are empty where they were not given, so nobody may give that.
 std::string refuse_empty(const std::string& text);
 

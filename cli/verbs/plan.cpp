@@ -11,6 +11,7 @@
 #include "input/planning.h"
 #include "input/problem_flags.h"
 #include "measure/useful_work.h"
+#include "parallel/stored_link.h"
 #include "plan/explain.h"
 #include "plan/names.h"
 #include "plan/plan_json.h"
@@ -74,15 +75,26 @@ Json json_of(const sharded::ParallelPlan& plan) {
           {"candidates", rows}};
 }
 
+// --link, or what `tune --parallel` measured.
+Result<sharded::Link> link_of(const PlanFlags& flags, Device device, double memory_gbytes_per_s) {
+  if (!flags.parallel.link.empty()) return read_link(flags.parallel.link, memory_gbytes_per_s);
+  const auto stored =
+      flags.parallel.card.empty() ? stored_link(device, memory_gbytes_per_s) : std::nullopt;
+  if (!stored) {
+    return invalid(
+        "--link is missing: what connects the ranks, as in 400GB/s; `widehead tune --parallel` "
+        "measures it");
+  }
+  if (!flags.json) fmt::print("link       {}\n", stored->description);
+  return stored->link;
+}
+
 int run_parallel_plan(const PlanFlags& flags, const Request& request, const Limits& limits,
                       Json& documents) {
   if (!flags.memory.empty()) return report(invalid("--memory has no effect with --ranks"));
   const auto planner = planner_for(flags.parallel, request.problem);
   if (!planner.ok()) return report(planner.status());
-  if (flags.parallel.link.empty()) {
-    return report(invalid("--link is missing: what connects the ranks, as in 400GB/s"));
-  }
-  const auto link = read_link(flags.parallel.link, planner->memory_gbytes_per_s);
+  const auto link = link_of(flags, request.problem.device, planner->memory_gbytes_per_s);
   if (!link.ok()) return report(link.status());
   const auto sharded = read_sharded(flags.parallel, request, flags.parallel.ranks);
   if (!sharded.ok()) return report(sharded.status());
@@ -176,9 +188,7 @@ void add_plan(CLI::App& app, Action& action) {
   add_limits_flags(*verb, flags->limits);
   verb->add_option("--memory", flags->memory, "for the cache and the workspace of a --model: 24GiB")
       ->check(refuse_empty);
-  verb->add_option("--ranks", flags->parallel.ranks, "plan for so many ranks, each with a part")
-      ->check(CLI::Range(1, 4096))
-      ->group("PARALLEL");
+  add_ranks_flag(*verb, flags->parallel, "plan for so many ranks, each with a part");
   add_parallel_flags(*verb, flags->parallel);
   verb->add_option("--card", flags->parallel.card,
                    "plan ranks of a card that need not be there: h100 or h200")

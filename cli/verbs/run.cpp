@@ -20,7 +20,7 @@
 #include "measure/request_data.h"
 #include "measure/resident.h"
 #include "measure/useful_work.h"
-#include "parallel/mpi_run.h"
+#include "parallel/parallel_run.h"
 #include "plan/explain.h"
 #include "plan/units.h"
 #include "report/session.h"
@@ -36,6 +36,7 @@ struct RunFlags {
   LimitsFlags limits;
   std::string parallel;
   ParallelFlags ranks;
+  bool every_strategy = false;
   std::optional<uint64_t> seed;
   bool json = false;
 };
@@ -133,6 +134,9 @@ class Runner {
     if (!limits.ok()) return report(limits.status());
     if (flags_.parallel.empty()) {
       if (Status status = refuse_parallel_flags(flags_.ranks); !status.ok()) return report(status);
+      if (flags_.every_strategy) {
+        return report(invalid("--every-strategy has no effect on one device"));
+      }
     }
     if (!flags_.file.empty()) {
       if (!flags_.parallel.empty()) {
@@ -178,8 +182,9 @@ class Runner {
                                         flags_.problem.model, requests.size())));
     }
     if (!flags_.out.empty()) return report(invalid("--out has no effect with --parallel"));
-    return run_over_mpi(
-        {requests.front(), limits, flags_.ranks, flags_.seed.value_or(1), flags_.json});
+    return cli::run_parallel({requests.front(), limits, flags_.ranks,
+                              *kTransports.value(flags_.parallel), flags_.every_strategy,
+                              flags_.seed.value_or(1), flags_.json});
   }
 
   // The other kinds of layers of a model still run.
@@ -350,11 +355,13 @@ void add_run(CLI::App& app, Action& action) {
   verb->add_option("--seed", flags->seed,
                    "of the random data (1); some rows of its answer are compared with float64");
   verb->add_option("--out", flags->out, "write out (f32) to this .safetensors file");
-  verb->add_option("--parallel", flags->parallel,
-                   "mpi: this process is a rank of mpirun's, with a part of the tokens")
-      ->check(CLI::IsMember({"mpi"}))
-      ->group("PARALLEL");
+  add_transport_flag(*verb, flags->parallel);
+  add_ranks_flag(*verb, flags->ranks,
+                 "so many ranks, each with a part of the tokens (mpirun's, or every CUDA device)");
   add_parallel_flags(*verb, flags->ranks);
+  verb->add_flag("--every-strategy", flags->every_strategy,
+                 "run each strategy that the limits allow, one after another")
+      ->group("PARALLEL");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return Runner(*flags).run(); }; });
 }

@@ -10,14 +10,15 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <ctime>
 #include <memory>
 
 #include "api/machine.h"
 #include "api/profile_store.h"
 #include "cpu/cpu_facts.h"
+#include "input/parallel_flags.h"
 #include "input/problem_flags.h"
 #include "measure/measure.h"
+#include "parallel/stored_link.h"
 #include "plan/planner.h"
 #include "report/session.h"
 #include "verify/execution.h"
@@ -29,6 +30,8 @@ struct TuneFlags {
   std::string device;
   double seconds = 50;
   bool show = false, json = false;
+  std::string parallel;
+  ParallelFlags ranks;
 };
 
 // Held while tuning: two processes at once would measure each other.
@@ -98,15 +101,6 @@ std::vector<Request> tuning_grid(Device device, int32_t device_index) {
     }
   }
   return grid;
-}
-
-std::string today() {
-  const std::time_t now = std::time(nullptr);
-  std::tm parts{};
-  gmtime_r(&now, &parts);
-  char text[16];
-  std::strftime(text, sizeof(text), "%Y-%m-%d", &parts);
-  return text;
 }
 
 class Tuner {
@@ -218,6 +212,11 @@ int run_tune(const TuneFlags& flags) {
   if (!requests.ok()) return report(requests.status());
   const Device device = requests->front().problem.device;
   const int32_t index = requests->front().problem.device_index;
+  if (!flags.parallel.empty()) {
+    return tune_link({*kTransports.value(flags.parallel), flags.ranks.ranks, device, index},
+                     flags.json);
+  }
+  if (Status status = refuse_parallel_flags(flags.ranks); !status.ok()) return report(status);
   const std::filesystem::path path = profile_path(device, index);
   if (path.empty()) {
     return report(invalid("neither XDG_CACHE_HOME nor HOME says where profiles belong"));
@@ -263,7 +262,11 @@ void add_tune(CLI::App& app, Action& action) {
   verb->add_option("--device", flags->device, "cpu or cuda:N (cpu)");
   verb->add_option("--seconds", flags->seconds, "stop after this long (50)");
   verb->add_flag("--show", flags->show, "print the stored profile instead");
-  verb->add_flag("--json", flags->json, "print the new profile as JSON");
+  verb->add_flag("--json", flags->json, "print the new profile, or the link, as JSON");
+  add_transport_flag(*verb, flags->parallel);
+  add_ranks_flag(*verb, flags->ranks,
+                 "measure what connects so many ranks, and nothing else (mpirun's, or every CUDA "
+                 "device)");
   verb->callback([flags, &action] { action = [flags] { return run_tune(*flags); }; });
 }
 

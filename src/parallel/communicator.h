@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "core/status.h"
 
@@ -37,5 +38,13 @@ class Communicator {
   // connections that move only when they are asked to.
   virtual void poll() {}
 };
+
+// That a transfer of this rank's was not done in time: by whom, and what.
+Status late(const Communicator::Transfer& transfer, int32_t rank);
+
+// A few numbers of each rank, at least one, for every rank, in the order of the ranks. Nobody has
+// them before everybody came.
+Result<std::vector<uint64_t>> tell_all(Communicator& communicator, std::span<const uint64_t> mine,
+                                       Communicator::Clock::time_point deadline);
 
 }  // namespace wh::sharded

@@ -185,27 +185,19 @@ Status agree(const ShardedProblem& s, Strategy strategy, const Status& own,
   const std::vector<Claim> claims = claims_of(s, strategy, own);
   std::vector<uint64_t> mine;
   for (const Claim& claim : claims) mine.push_back(claim.bits);
-  std::vector<std::vector<uint64_t>> theirs(static_cast<size_t>(communicator.ranks()), mine);
-  const auto bytes = static_cast<int64_t>(mine.size() * sizeof(uint64_t));
-  std::vector<Communicator::Transfer> transfers;
-  for (int32_t peer = 0; peer < communicator.ranks(); ++peer) {
-    if (peer == communicator.rank()) continue;
-    transfers.push_back({peer, true, mine.data(), bytes});
-    transfers.push_back({peer, false, theirs[static_cast<size_t>(peer)].data(), bytes});
-  }
-  constexpr int32_t kAgreement = -1;  // no number of a schedule's
-  WH_RETURN_IF_ERROR(communicator.start(kAgreement, transfers));
-  WH_RETURN_IF_ERROR(communicator.finish(kAgreement, Communicator::Clock::now() + run.timeout));
+  const auto all = tell_all(communicator, mine, Communicator::Clock::now() + run.timeout);
+  if (!all.ok()) return all.status();
   if (!own.ok()) return own;
-  for (size_t rank = 0; rank < theirs.size(); ++rank) {
-    if (theirs[rank][0] != 0) {
-      return {static_cast<Code>(theirs[rank][0]),
-              fmt::format("rank {} cannot take part; its own error says why", rank)};
-    }
+  const size_t count = claims.size();
+  for (size_t rank = 0; rank * count < all->size(); ++rank) {
+    const uint64_t code = (*all)[rank * count];
+    if (code == 0) continue;
+    return {static_cast<Code>(code),
+            fmt::format("rank {} cannot take part; its own error says why", rank)};
   }
-  for (size_t rank = 1; rank < theirs.size(); ++rank) {
-    for (size_t i = 1; i < claims.size(); ++i) {
-      const uint64_t first = theirs[0][i], other = theirs[rank][i];
+  for (size_t rank = 1; rank * count < all->size(); ++rank) {
+    for (size_t i = 1; i < count; ++i) {
+      const uint64_t first = (*all)[i], other = (*all)[rank * count + i];
       if (first == other) continue;
       if (!claims[i].is_value) {
         return invalid(fmt::format("{} of rank {} is not that of rank 0; all ranks must agree",

@@ -1,6 +1,7 @@
 // Sharded problems of every kind, at random.
 #pragma once
 
+#include <array>
 #include <random>
 #include <utility>
 #include <vector>
@@ -21,8 +22,11 @@ inline Sharding random_sharding(int64_t length, int32_t ranks, std::mt19937_64& 
   return sharding;
 }
 
+enum class CaseDims : uint8_t { kSmall, kOfModels };
+
 // A problem of every kind of mask, split in one of the usual ways or at random.
-inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Device::kCpu) {
+inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Device::kCpu,
+                               CaseDims dims = CaseDims::kSmall) {
   std::mt19937_64 random(seed);
   const auto pick = [&](auto... values) {
     const std::common_type_t<decltype(values)...> list[] = {values...};
@@ -40,6 +44,13 @@ inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Dev
   p.heads_q = p.heads_kv * pick(1, 2, 4);
   p.dim_qk = pick(16, 40, 64);
   p.dim_v = pick(16, 24, 64);
+  if (dims == CaseDims::kOfModels) {
+    const std::array<int64_t, 2> of_models[] = {{64, 64},   {128, 128}, {192, 128},
+                                                {256, 256}, {512, 512}, {576, 512}};
+    const auto& [qk, v] = of_models[random() % std::size(of_models)];
+    p.dim_qk = qk;
+    p.dim_v = v;
+  }
   p.len_k = pick(1, 7, 64, 130, 201);
   p.len_q = chance(60) ? p.len_k : pick(0, 1, 3, 50, 150);
   p.causal = pick(Causal::kNone, Causal::kBottomRight, Causal::kBottomRight, Causal::kTopLeft);

@@ -23,15 +23,23 @@ MpiCommunicator::MpiCommunicator(MPI_Comm comm) : comm_(comm) {
   may_poll_ = level >= MPI_THREAD_SERIALIZED;
 }
 
-MpiCommunicator::~MpiCommunicator() {
-  // What a failure left behind: it must not write into memory that is the caller's again.
+MpiCommunicator::~MpiCommunicator() { abandon(); }
+
+// What a failure leaves behind must not write into memory that is the caller's again.
+void MpiCommunicator::abandon() {
   for (auto& [exchange, pending] : pending_) {
-    for (MPI_Request& request : pending.requests) {
+    for (size_t i = 0; i < pending.requests.size(); ++i) {
+      MPI_Request& request = pending.requests[i];
       if (request == MPI_REQUEST_NULL) continue;
-      MPI_Cancel(&request);
-      MPI_Request_free(&request);
+      if (pending.transfers[i].is_send) {
+        MPI_Request_free(&request);  // whether it can be cancelled is up to the other side
+      } else {
+        MPI_Cancel(&request);
+        MPI_Wait(&request, MPI_STATUS_IGNORE);
+      }
     }
   }
+  pending_.clear();
 }
 
 Status MpiCommunicator::check(int error, const char* call) const {
@@ -86,10 +94,9 @@ Status MpiCommunicator::finish(int32_t exchange, Clock::time_point deadline) {
         MPI_Test(&pending.requests[i], &is_one_done, MPI_STATUS_IGNORE);
       }
       if (is_one_done != 0 || pending.requests[i] == MPI_REQUEST_NULL) continue;
-      const Transfer& late = pending.transfers[i];
-      return {Code::kDeviceError, fmt::format("rank {} did not {} {} bytes {} rank {} in time",
-                                              late.peer, late.is_send ? "take" : "send", late.bytes,
-                                              late.is_send ? "from" : "to", rank_)};
+      const Status status = late(pending.transfers[i], rank_);
+      abandon();
+      return status;
     }
   }
   pending_.erase(exchange);

@@ -31,6 +31,7 @@ class MpiCommunicator final : public Communicator {
     std::vector<Transfer> transfers;  // of each request
   };
   Status check(int error, const char* call) const;
+  void abandon();
 
   MPI_Comm comm_;
   int32_t rank_ = 0, ranks_ = 1;

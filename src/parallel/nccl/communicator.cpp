@@ -5,12 +5,14 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/device.h"
+
 namespace wh::sharded {
 
 Status NcclCommunicator::check(ncclResult_t result, const char* call) const {
   if (result == ncclSuccess) return {};
   return {Code::kDeviceError, fmt::format("{} on rank {}: {} ({})", call, rank_,
-                                          ncclGetErrorString(result), ncclGetLastError(comm_))};
+                                          nccl_.error_string(result), nccl_.last_error(comm_))};
 }
 
 Status NcclCommunicator::check(cudaError_t error, const char* call) const {
@@ -21,9 +23,14 @@ Status NcclCommunicator::check(cudaError_t error, const char* call) const {
 
 Result<std::unique_ptr<NcclCommunicator>> NcclCommunicator::make(ncclComm_t comm,
                                                                  cudaStream_t stream) {
-  std::unique_ptr<NcclCommunicator> made(new NcclCommunicator(comm, stream));
-  WH_RETURN_IF_ERROR(made->check(ncclCommUserRank(comm, &made->rank_), "ncclCommUserRank"));
-  WH_RETURN_IF_ERROR(made->check(ncclCommCount(comm, &made->ranks_), "ncclCommCount"));
+  const Result<const Nccl*> library = nccl();
+  if (!library.ok()) return library.status();
+  const Nccl& f = **library;
+  std::unique_ptr<NcclCommunicator> made(new NcclCommunicator(f, comm, stream));
+  WH_RETURN_IF_ERROR(made->check(f.device(comm, &made->device_), "ncclCommCuDevice"));
+  const cuda::DeviceScope scope(made->device_);
+  WH_RETURN_IF_ERROR(made->check(f.user_rank(comm, &made->rank_), "ncclCommUserRank"));
+  WH_RETURN_IF_ERROR(made->check(f.count(comm, &made->ranks_), "ncclCommCount"));
   // Above the work's: a message that waits for multiprocessors holds up every rank behind it.
   int least = 0, greatest = 0;
   WH_RETURN_IF_ERROR(made->check(cudaDeviceGetStreamPriorityRange(&least, &greatest),
@@ -37,6 +44,7 @@ Result<std::unique_ptr<NcclCommunicator>> NcclCommunicator::make(ncclComm_t comm
 }
 
 NcclCommunicator::~NcclCommunicator() {
+  const cuda::DeviceScope scope(device_);
   for (const auto& [exchange, event] : arrived_) cudaEventDestroy(event);
   if (front_ != nullptr) cudaEventDestroy(front_);
   if (staging_ != nullptr) cudaFree(staging_);
@@ -44,20 +52,22 @@ NcclCommunicator::~NcclCommunicator() {
 }
 
 Status NcclCommunicator::send_and_receive(std::span<const Transfer> transfers) {
-  WH_RETURN_IF_ERROR(check(ncclGroupStart(), "ncclGroupStart"));
+  WH_RETURN_IF_ERROR(check(nccl_.group_start(), "ncclGroupStart"));
   ncclResult_t result = ncclSuccess;
   for (const Transfer& t : transfers) {
     if (t.bytes == 0 || result != ncclSuccess) continue;
     const auto bytes = static_cast<size_t>(t.bytes);
-    result = t.is_send ? ncclSend(t.data, bytes, ncclUint8, t.peer, comm_, messages_)
-                       : ncclRecv(t.data, bytes, ncclUint8, t.peer, comm_, messages_);
+    result = t.is_send ? nccl_.send(t.data, bytes, ncclUint8, t.peer, comm_, messages_)
+                       : nccl_.receive(t.data, bytes, ncclUint8, t.peer, comm_, messages_);
   }
-  const ncclResult_t end = ncclGroupEnd();
+  const ncclResult_t end = nccl_.group_end();
   WH_RETURN_IF_ERROR(check(result, "ncclSend or ncclRecv"));
   return check(end, "ncclGroupEnd");
 }
 
 Status NcclCommunicator::start(int32_t exchange, std::span<const Transfer> transfers) {
+  const cuda::DeviceScope scope(device_);
+  WH_RETURN_IF_ERROR(scope.status());
   cudaEvent_t& arrived = arrived_[exchange];
   if (arrived == nullptr) {
     WH_RETURN_IF_ERROR(check(cudaEventCreateWithFlags(&arrived, cudaEventDisableTiming),
@@ -73,10 +83,14 @@ Status NcclCommunicator::start_of_host(std::span<const Transfer> transfers) {
   of_host_.assign(transfers.begin(), transfers.end());
   int64_t bytes = 0;
   for (const Transfer& t : of_host_) bytes += t.bytes;
-  if (staging_ != nullptr) WH_RETURN_IF_ERROR(check(cudaFree(staging_), "cudaFree"));
-  staging_ = nullptr;
-  if (bytes == 0) return {};
-  WH_RETURN_IF_ERROR(check(cudaMalloc(&staging_, static_cast<size_t>(bytes)), "cudaMalloc"));
+  // Kept: to free memory waits for the whole device.
+  if (bytes > staging_bytes_) {
+    if (staging_ != nullptr) WH_RETURN_IF_ERROR(check(cudaFree(staging_), "cudaFree"));
+    staging_ = nullptr;
+    staging_bytes_ = 0;
+    WH_RETURN_IF_ERROR(check(cudaMalloc(&staging_, static_cast<size_t>(bytes)), "cudaMalloc"));
+    staging_bytes_ = bytes;
+  }
   std::vector<Transfer> staged = of_host_;
   auto* at = static_cast<std::byte*>(staging_);
   for (Transfer& t : staged) {
@@ -92,6 +106,8 @@ Status NcclCommunicator::start_of_host(std::span<const Transfer> transfers) {
 }
 
 Status NcclCommunicator::finish(int32_t exchange, Clock::time_point deadline) {
+  const cuda::DeviceScope scope(device_);
+  WH_RETURN_IF_ERROR(scope.status());
   const cudaEvent_t arrived = arrived_.at(exchange);
   if (exchange >= 0) return check(cudaStreamWaitEvent(stream_, arrived), "cudaStreamWaitEvent");
   WH_RETURN_IF_ERROR(wait(arrived, deadline));
@@ -108,6 +124,8 @@ Status NcclCommunicator::finish(int32_t exchange, Clock::time_point deadline) {
 }
 
 Status NcclCommunicator::settle(Clock::time_point deadline) {
+  const cuda::DeviceScope scope(device_);
+  WH_RETURN_IF_ERROR(scope.status());
   WH_RETURN_IF_ERROR(check(cudaEventRecord(front_, stream_), "cudaEventRecord"));
   return wait(front_, deadline);
 }
@@ -118,7 +136,7 @@ Status NcclCommunicator::wait(cudaEvent_t event, Clock::time_point deadline) {
     if (answer == cudaSuccess) return {};
     if (answer != cudaErrorNotReady) return check(answer, "cudaEventQuery");
     ncclResult_t failure = ncclSuccess;
-    WH_RETURN_IF_ERROR(check(ncclCommGetAsyncError(comm_, &failure), "ncclCommGetAsyncError"));
+    WH_RETURN_IF_ERROR(check(nccl_.async_error(comm_, &failure), "ncclCommGetAsyncError"));
     if (failure != ncclInProgress) WH_RETURN_IF_ERROR(check(failure, "a message"));
     if (Clock::now() >= deadline) {
       return {

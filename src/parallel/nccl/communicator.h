@@ -2,13 +2,13 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <nccl.h>
 
 #include <map>
 #include <memory>
 #include <vector>
 
 #include "parallel/communicator.h"
+#include "parallel/nccl/library.h"
 
 namespace wh::sharded {
 
@@ -28,13 +28,15 @@ class NcclCommunicator final : public Communicator {
   Status settle(Clock::time_point deadline) override;
 
  private:
-  NcclCommunicator(ncclComm_t comm, cudaStream_t stream) : comm_(comm), stream_(stream) {}
+  NcclCommunicator(const Nccl& nccl, ncclComm_t comm, cudaStream_t stream)
+      : nccl_(nccl), comm_(comm), stream_(stream) {}
   Status send_and_receive(std::span<const Transfer> transfers);
   Status start_of_host(std::span<const Transfer> transfers);
   Status wait(cudaEvent_t event, Clock::time_point deadline);
   Status check(ncclResult_t result, const char* call) const;
   Status check(cudaError_t error, const char* call) const;
 
+  const Nccl& nccl_;
   ncclComm_t comm_;
   cudaStream_t stream_;
   cudaStream_t messages_ = nullptr;
@@ -42,7 +44,8 @@ class NcclCommunicator final : public Communicator {
   std::map<int32_t, cudaEvent_t> arrived_;  // of each exchange
   std::vector<Transfer> of_host_;           // of the exchange under way, with staging_
   void* staging_ = nullptr;
-  int rank_ = 0, ranks_ = 1;
+  int64_t staging_bytes_ = 0;
+  int rank_ = 0, ranks_ = 1, device_ = 0;
 };
 
 }  // namespace wh::sharded

@@ -1,0 +1,48 @@
+#include "parallel/nccl/devices.h"
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include "plan/backend.h"
+
+namespace wh::sharded {
+
+Result<std::unique_ptr<NcclDevices>> NcclDevices::make(int32_t wanted) {
+  const std::string& unavailable = backend(Device::kCuda).facts(0).unavailable;
+  if (!unavailable.empty()) return Status(Code::kRefused, unavailable);
+  const Result<const Nccl*> library = nccl();
+  if (!library.ok()) return library.status();
+  int devices = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
+    return Status(Code::kDeviceError,
+                  fmt::format("cudaGetDeviceCount: {}", cudaGetErrorString(error)));
+  }
+  const int32_t ranks = wanted == 0 ? devices : wanted;
+  if (ranks > devices) {
+    return invalid(fmt::format("ranks is {}; this host has {} CUDA devices", ranks, devices));
+  }
+  std::unique_ptr<NcclDevices> made(new NcclDevices(**library));
+  std::vector<ncclComm_t> comms(static_cast<size_t>(ranks));
+  const ncclResult_t result = made->nccl_.init_all(comms.data(), ranks, nullptr);
+  if (result != ncclSuccess) {
+    return Status(Code::kDeviceError,
+                  fmt::format("ncclCommInitAll of {} ranks: {} ({})", ranks,
+                              made->nccl_.error_string(result), made->nccl_.last_error(nullptr)));
+  }
+  made->comms_ = std::move(comms);
+  return made;
+}
+
+NcclDevices::~NcclDevices() {
+  for (ncclComm_t comm : comms_) {
+    if (comm != nullptr) nccl_.destroy(comm);
+  }
+}
+
+void NcclDevices::abort(int32_t rank) {
+  ncclComm_t& comm = comms_[static_cast<size_t>(rank)];
+  nccl_.abort(comm);
+  comm = nullptr;
+}
+
+}  // namespace wh::sharded

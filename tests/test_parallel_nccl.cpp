@@ -1,0 +1,178 @@
+// Attention over the GPUs of one host, a thread for each, against float64 and against one of them.
+// What needs no GPU runs without; the rest is skipped where there are none, and takes 1, 2, 4 and 8
+// of them as far as there are.
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "api/machine.h"
+#include "cuda/device.h"
+#include "parallel/executor.h"
+#include "parallel/nccl/communicator.h"
+#include "parallel/nccl/devices.h"
+#include "support/sharded_case.h"
+#include "verify/execution.h"
+#include "verify/rank_on_device.h"
+
+namespace wh::sharded {
+namespace {
+
+TEST(Nccl, HasEveryFunctionThatIsCalled) {
+  const Result<const Nccl*> library = nccl();
+  ASSERT_TRUE(library.ok()) << library.status().message();
+  int version = 0;
+  EXPECT_EQ((*library)->get_version(&version), ncclSuccess);
+  EXPECT_GE(version, 20700);
+  const std::string words = (*library)->error_string(ncclInvalidArgument);
+  EXPECT_EQ(words.rfind("invalid argument", 0), 0u) << words;
+}
+
+Result<Plan> plan_on_gpu(const Problem& problem, const Limits& limits) {
+  return make_plan(problem, limits, this_machine(Device::kCuda, problem.device_index));
+}
+
+using RankMain = std::function<Status(Communicator&, int32_t rank)>;
+
+// main() as each rank; what each answered.
+std::vector<Status> as_ranks(int32_t ranks, const RankMain& main) {
+  const auto devices = NcclDevices::make(ranks);
+  std::vector<Status> statuses(static_cast<size_t>(ranks), devices.status());
+  if (!devices.ok()) return statuses;
+  std::vector<std::thread> threads;
+  for (int32_t rank = 0; rank < ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      const cuda::DeviceScope scope(rank);
+      auto communicator = NcclCommunicator::make((*devices)->comm(rank), nullptr);
+      Status& status = statuses[static_cast<size_t>(rank)];
+      status = communicator.ok() ? main(**communicator, rank) : communicator.status();
+      if (!status.ok()) (*devices)->abort(rank);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return statuses;
+}
+
+ShardedProblem on_device(ShardedProblem problem, int32_t rank) {
+  problem.whole.device_index = rank;
+  return problem;
+}
+
+Status run_one(const ShardedData& data, Strategy strategy, Communicator& communicator,
+               LocalTensors& local) {
+  const int32_t rank = communicator.rank();
+  const ShardedProblem s = on_device(data.problem(), rank);
+  Result<RankOnDevice> there = RankOnDevice::make(data, local, rank);
+  Status own = there.status();
+  const Result<RankPlan> plan = make_rank_plan(s, strategy, rank, {}, plan_on_gpu);
+  if (own.ok()) own = plan.status();
+  if (own.ok()) own = there->take_workspace(plan->workspace_bytes);
+  WH_RETURN_IF_ERROR(agree(s, strategy, own, communicator, {}));
+  WH_RETURN_IF_ERROR(run_rank(s, *plan, there->tensors(), communicator, {}));
+  WH_RETURN_IF_ERROR(communicator.settle(Communicator::Clock::now() + std::chrono::seconds(30)));
+  return there->fetch();
+}
+
+std::vector<Status> run_all(ShardedData& data, Strategy strategy,
+                            std::vector<LocalTensors>& locals) {
+  const int32_t ranks = data.problem().ranks();
+  locals.clear();
+  for (int32_t r = 0; r < ranks; ++r) locals.push_back(data.local(r));
+  const auto statuses = as_ranks(ranks, [&](Communicator& communicator, int32_t rank) {
+    return run_one(data, strategy, communicator, locals[static_cast<size_t>(rank)]);
+  });
+  data.poison();
+  for (int32_t r = 0; r < ranks; ++r) data.put(r, locals[static_cast<size_t>(r)]);
+  return statuses;
+}
+
+class ParallelNccl : public testing::TestWithParam<Strategy> {
+ protected:
+  void SetUp() override {
+    const std::string& reason = backend(Device::kCuda).facts(0).unavailable;
+    if (!reason.empty()) GTEST_SKIP() << reason;
+    ASSERT_EQ(cudaGetDeviceCount(&devices_), cudaSuccess);
+  }
+  std::vector<int32_t> group_sizes() const {
+    std::vector<int32_t> sizes;
+    for (int32_t ranks = 1; ranks <= std::min(8, devices_); ranks *= 2) sizes.push_back(ranks);
+    return sizes;
+  }
+
+  int devices_ = 0;
+};
+
+TEST_P(ParallelNccl, IsTheWholeInFloat64AndOnOneDevice) {
+  for (const int32_t ranks : group_sizes()) {
+    for (uint64_t seed = 3000; seed < 3024; ++seed) {
+      const CaseDims dims = seed % 2 == 0 ? CaseDims::kSmall : CaseDims::kOfModels;
+      ShardedData data = random_case(ranks, seed, Device::kCuda, dims);
+      SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
+                   " ranks: " + describe(data.whole()));
+      if (!refusal(data.problem(), GetParam()).empty()) continue;
+      std::vector<LocalTensors> locals;
+      for (const Status& status : run_all(data, GetParam(), locals)) {
+        ASSERT_TRUE(status.ok()) << status.message();
+      }
+      EXPECT_EQ(data.difference(), "");
+      const std::vector<std::byte> parallel = data.out();
+      const Result<Plan> plan = plan_on_gpu(data.whole(), {});
+      ASSERT_TRUE(plan.ok());
+      Result<Execution> alone = Execution::prepare(*plan, data.whole_tensors());
+      ASSERT_TRUE(alone.ok()) << alone.status().message();
+      ASSERT_TRUE(alone->run().ok());
+      ASSERT_TRUE(alone->fetch_outputs().ok());
+      EXPECT_EQ(data.disagreement_with(parallel), "");
+    }
+  }
+}
+
+TEST_P(ParallelNccl, IsTheSameBitsEveryTime) {
+  for (const int32_t ranks : group_sizes()) {
+    ShardedData data = random_case(ranks, 12, Device::kCuda, CaseDims::kOfModels);
+    if (!refusal(data.problem(), GetParam()).empty()) continue;
+    std::vector<LocalTensors> first, again;
+    for (const Status& status : run_all(data, GetParam(), first)) ASSERT_TRUE(status.ok());
+    for (int i = 0; i < 5; ++i) {
+      for (const Status& status : run_all(data, GetParam(), again)) ASSERT_TRUE(status.ok());
+      for (size_t r = 0; r < first.size(); ++r) EXPECT_EQ(first[r].out, again[r].out);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Strategies, ParallelNccl,
+                         testing::Values(Strategy::kRing, Strategy::kGather, Strategy::kHeads,
+                                         Strategy::kQueries, Strategy::kOneRank),
+                         [](const auto& info) {
+                           return std::string(kStrategies.name(info.param));
+                         });
+
+class ParallelNcclErrors : public ParallelNccl {};
+
+TEST_P(ParallelNcclErrors, DisagreementAndAbsenceEndOnEveryRank) {
+  if (devices_ < 2) GTEST_SKIP() << "takes two GPUs";
+  ShardedProblem s = random_case(2, 1, Device::kCuda).problem();
+  s.whole.window_left = -1;
+  const auto statuses = as_ranks(2, [&](Communicator& communicator, int32_t rank) {
+    ShardedProblem mine = on_device(s, rank);
+    if (rank == 1) mine.whole.window_left = 7;
+    return agree(mine, GetParam(), {}, communicator, {});
+  });
+  for (const Status& status : statuses) {
+    EXPECT_EQ(status.message(),
+              "window_left is 7 on rank 1 and -1 on rank 0; all ranks must agree");
+  }
+  ParallelRun run;
+  run.timeout = std::chrono::milliseconds(500);
+  const auto alone = as_ranks(2, [&](Communicator& communicator, int32_t rank) {
+    if (rank == 1) return Status();
+    return agree(on_device(s, rank), GetParam(), {}, communicator, run);
+  });
+  EXPECT_EQ(alone[0].code(), Code::kDeviceError);
+  EXPECT_NE(alone[0].message().find("rank 0 waited in vain"), std::string::npos)
+      << alone[0].message();
+}
+
+INSTANTIATE_TEST_SUITE_P(Ring, ParallelNcclErrors, testing::Values(Strategy::kRing));
+
+}  // namespace
+}  // namespace wh::sharded
