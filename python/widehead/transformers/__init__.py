@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -16,7 +18,7 @@ from widehead._limits import DEFAULT_LIMITS, Limits
 from widehead.transformers._attention import attention_forward
 from widehead.transformers._mask import StructuredMask, attention_mask
 
-__all__ = ["StructuredMask", "attention_forward", "attention_mask", "register"]
+__all__ = ["StructuredMask", "attention_forward", "attention_mask", "continuous_batching", "register"]
 
 
 def register(name: str = "widehead", *, limits: Limits | None = None) -> None:
@@ -28,3 +30,18 @@ def register(name: str = "widehead", *, limits: Limits | None = None) -> None:
     forward = partial(attention_forward, limits=DEFAULT_LIMITS if limits is None else limits)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, attention_mask)
+
+
+def continuous_batching(model: Any, *, limits: Limits | None = None) -> AbstractContextManager[None]:
+    """Within it ``model.generate_batch`` and ``model.init_continuous_batching`` attend over the pages
+    of their cache where they lie: no copy of all keys for each layer and step, no dense mask.
+
+    >>> with widehead.transformers.continuous_batching(model):
+    ...     results = model.generate_batch(prompts, generation_config=...)
+
+    Caches that are made meanwhile are made for it, in every thread: other models should not begin to
+    generate in batches before it ends. It replaces insides of transformers, as they are in 5.24.
+    """
+    from widehead.transformers import _paged  # which older versions have not
+
+    return _paged.continuous_batching(model, DEFAULT_LIMITS if limits is None else limits)

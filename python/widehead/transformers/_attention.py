@@ -63,15 +63,16 @@ def attention_forward(
     if dropout != 0.0:
         raise ValueError(f"dropout is {dropout}; it must be 0: widehead has no dropout")
     if kwargs.pop("cache", None) is not None:
-        raise ValueError("widehead does not read paged caches; use a dynamic or a static cache")
-    _expect_known(module, kwargs)
+        raise ValueError(
+            "cache is given to the attention function; batches over pages are for "
+            "widehead.transformers.continuous_batching(model)"
+        )
+    expect_known(module, kwargs)
     if kwargs.get("output_attentions", False):
         logger.warning_once("widehead has no attention weights to return; use eager for them.")
     if value.dtype != key.dtype:
         value = value.to(key.dtype)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
-    if s_aux is not None:
-        options["sinks"] = s_aux.to(torch.float32).reshape(-1)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks_of(s_aux)}
     if isinstance(attention_mask, StructuredMask):
         options |= _structure(attention_mask, query, key)
         mask = attention_mask.keys
@@ -91,7 +92,11 @@ def attention_forward(
     return attention_rows(query, key, value, mask=mask, limits=limits, **options), None
 
 
-def _expect_known(module: torch.nn.Module, others: dict[str, Any]) -> None:
+def sinks_of(s_aux: Tensor | None) -> Tensor | None:
+    return None if s_aux is None else s_aux.to(torch.float32).reshape(-1)
+
+
+def expect_known(module: torch.nn.Module, others: dict[str, Any]) -> None:
     for name, value in others.items():
         if value is not None and name not in _HARMLESS:
             raise ValueError(
