@@ -72,7 +72,8 @@ TEST(Cli, TheShapeOfAFileIsItsOwn) {
   for (const char* flag :
        {"--batch=1", "--heads=4/1", "--dim=256", "--queries=256", "--keys=2048", "--dtype=f16",
         "--kv-dtype=f16", "--mask=boolean", "--sinks", "--key-lengths=9", "--key-starts=0",
-        "--layout=heads-first", "--model=gemma-3-4b", "--context=9", "--backward", "--seed=1"}) {
+        "--lengths=9", "--query-lengths=9", "--pages=16", "--layout=heads-first",
+        "--model=gemma-3-4b", "--context=9", "--backward", "--seed=1"}) {
     const Outcome outcome = widehead("run " + example("layer5-global") + flag);
     EXPECT_EQ(outcome.code, 2) << flag;
     const std::string name(flag, std::strcspn(flag, "="));
@@ -144,6 +145,36 @@ TEST(Cli, RandomRunsAreComparedWithFloat64InEveryMode) {
     EXPECT_LT(nlohmann::json::parse(outcome.out)["relative_rms"], 7e-3) << flags;
     EXPECT_EQ(nlohmann::json::parse(outcome.out)["compared_rows"], 64) << flags;
   }
+}
+
+TEST(Cli, RandomRunsOfSequencesAreComparedWithFloat64) {
+  struct Case {
+    const char* flags;
+    int64_t rows, pairs, keys;  // of all sequences; pairs that they see
+  };
+  const Case cases[] = {
+      {"--queries 3 --lengths 5,70,0", 3 * 3 * 4, 3 * 75, 75},
+      {"--queries 3 --lengths 5,70,0 --pages 16", 3 * 3 * 4, 3 * 75, 75},
+      {"--queries 3 --lengths 5,70,0 --pages 16 --layout heads-first", 36, 3 * 75, 75},
+      {"--query-lengths 1,7,0 --lengths 5,9,3 --pages 2 --causal", 8 * 4, 5 + (3 + 9) * 7 / 2, 17},
+      {"--query-lengths 1,7 --lengths 5,9 --dtype bf16 --log-sum-exp", 8 * 4, 5 + 63, 14},
+      {"--query-lengths 1,7 --keys 9", 8 * 4, 8 * 9, 18},
+      {"--batch 2 --queries 1 --keys 33 --pages 16", 2 * 4, 66, 66}};
+  for (const Case& one : cases) {
+    const Outcome outcome =
+        widehead("run --heads 4/2 --dim 24/40 --json " + std::string(one.flags));
+    ASSERT_EQ(outcome.code, 0) << one.flags << "\n" << outcome.err;
+    const auto json = nlohmann::json::parse(outcome.out);
+    EXPECT_GT(json["relative_rms"], 0) << one.flags;
+    EXPECT_EQ(json["compared_rows"], one.rows) << one.flags;
+    const double best_us = json["best_us"];
+    EXPECT_NEAR(json["gflops"].get<double>() * best_us * 1e3, one.pairs * 4 * 2 * (24 + 40), 1);
+    EXPECT_NEAR(json["kv_gbytes_per_s"].get<double>() * best_us * 1e3, one.keys * 2 * (24 + 40) * 2,
+                1);
+  }
+  const Outcome plan = widehead("plan --heads 4/2 --dim 64 --queries 1 --lengths 5,700 --pages 64");
+  ASSERT_EQ(plan.code, 0) << plan.err;
+  EXPECT_NE(plan.out.find("12 pages of 64"), std::string::npos) << plan.out;
 }
 
 TEST(Cli, GradientsOfRandomRunsAreComparedWithFloat64) {
@@ -405,6 +436,28 @@ const BadUsage kBadUsages[] = {
     {"bench cpu-decode --model gemma-3-4b", 2, "--model has no effect"},
     {"run --model gemma-3-4b --context 9 --out x", 2, "--out has room for one answer"},
     {"plan --heads 4 --dim 64 --queries 4 --key-lengths 1,2", 2, "--key-lengths has 2 values"},
+    {"plan --heads 4 --dim 64 --queries 4 --lengths 9,-1", 2,
+     "--lengths is \"-1\"; it must be an integer from 0 to 2147483647"},
+    {"plan --heads 4 --dim 64 --queries 4 --lengths 2147483647,1", 2,
+     "--lengths adds up to 2147483648; it must be at most 2147483647"},
+    {"plan --heads 4 --dim 64 --queries 4 --lengths 9 --keys 9", 2,
+     "--keys has no effect with --lengths"},
+    {"plan --heads 4 --dim 64 --queries 4 --query-lengths 4", 2,
+     "--queries has no effect with --query-lengths"},
+    {"plan --heads 4 --dim 64 --queries 4 --lengths 9 --batch 1", 2,
+     "--batch has no effect with --lengths, which has 1 sequences"},
+    {"plan --heads 4 --dim 64 --query-lengths 1,2 --lengths 9", 2,
+     "--lengths has 1 sequences; --query-lengths has 2"},
+    {"plan --heads 4 --dim 64 --queries 4 --pages 0", 2, "--pages is \"0\"; it must be an integer"},
+    {"plan --heads 4 --dim 64 --queries 4 --pages 16 --key-lengths 3", 2,
+     "--key-lengths has no effect with --pages"},
+    {"plan --heads 4 --dim 64 --query-lengths 4 --pages 16", 2, "--lengths is missing"},
+    {"plan --heads 4 --dim 64 --query-lengths 4,4 --keys 9 --mask boolean", 2,
+     "mask is boolean; it must be none where queries are packed"},
+    {"plan --heads 4 --dim 64 --queries 4 --lengths 9 --backward", 2, "both must be dense"},
+    {"plan --heads 4 --dim 64 --queries 4 --pages 16 --ranks 2 --link 1GB/s", 2,
+     "no effect over several ranks"},
+    {"plan --model gemma-3-4b --context 9 --lengths 9", 2, "--lengths has no effect"},
     {"plan --heads 4 --dim 64 --queries 4 --device gpu", 2, "valid: cpu, cuda"},
     {"plan --heads 4 --dim 64 --queries 4 --workspace lots", 2, "--workspace is \"lots\""},
     {"plan --heads 4 --dim 64 --queries 4 --policy best", 2, "fused-above=KEYS"},

@@ -111,4 +111,96 @@ TEST(Cpp, PlansMoveAndExplain) {
                widehead::Error);
 }
 
+// Two sequences of one and two keys, in pages of two, one query each: the first sees its value, the
+// second the mean of weights 1 and 3.
+struct TwoSequences {
+  std::vector<float> q{1, 1}, out{kNan, kNan};
+  std::vector<float> k{kNan, kNan, kNan, kNan, kNan, kNan}, v = k;  // three pages
+  std::vector<int32_t> offsets{0, 1, 2}, lengths{1, 2}, table{2, 0};
+
+  widehead::TensorView pool(std::vector<float>& data) {
+    return widehead::paged(data.data(), widehead::Dtype::kF32, 3, 2, 1, 1);
+  }
+  static widehead::TensorView tokens(std::vector<float>& data) {
+    return widehead::packed(data.data(), widehead::Dtype::kF32, static_cast<int64_t>(data.size()),
+                            1, 1);
+  }
+  widehead::Options options() const {
+    return {.key_lengths = lengths.data(),
+            .sequences = {{.batch = 2,
+                           .len_q = 1,
+                           .len_k = 2,
+                           .query_offsets = offsets.data(),
+                           .page_table = table.data()}}};
+  }
+};
+
+TEST(Cpp, KeysAreAppendedToPagesAndSequencesReadTheirOwn) {
+  TwoSequences two;
+  std::vector<float> new_k{5, 0, 7, std::log(3.0f)}, new_v{11, 20, kNan, 40};
+  const std::vector<int64_t> slots{4, 0, -1, 1};
+  widehead::append(two.tokens(new_k), two.tokens(new_v), slots, two.pool(two.k), two.pool(two.v));
+  EXPECT_EQ(two.k[4], 5);
+  EXPECT_TRUE(std::isnan(two.k[5]));
+  const auto q = two.tokens(two.q), out = two.tokens(two.out);
+  widehead::attention(q, two.pool(two.k), two.pool(two.v), out, two.options());
+  EXPECT_NEAR(two.out[0], 11, 1e-5);
+  EXPECT_NEAR(two.out[1], 35, 1e-4);
+  // A plan runs from the views too, and fewer sequences than it was made for.
+  const auto plan =
+      widehead::plan(widehead::problem(q, two.pool(two.k), two.pool(two.v), out, two.options()));
+  two.out = {kNan, kNan};
+  plan.run(q, two.pool(two.k), two.pool(two.v), out,
+           {.key_lengths = two.lengths.data(), .sequences = *two.options().sequences});
+  EXPECT_NEAR(two.out[1], 35, 1e-4);
+  two.out = {kNan, kNan};
+  auto tensors = widehead::tensors(q, two.pool(two.k), two.pool(two.v), out, two.options());
+  tensors.batch = 1;
+  std::vector<char> workspace(plan.workspace_bytes() + 64);
+  tensors.workspace_bytes = plan.workspace_bytes();
+  tensors.workspace = workspace.data() + 64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64;
+  plan.run(tensors);
+  EXPECT_NEAR(two.out[0], 11, 1e-5);
+  EXPECT_TRUE(std::isnan(two.out[1]));
+}
+
+TEST(Cpp, PackedKeysAndListsOfPagesAreReadToo) {
+  TwoSequences two;
+  std::vector<float> k{5, 0, std::log(3.0f)}, v{11, 20, 40};
+  std::vector<int32_t> key_offsets{0, 1, 3}, page_offsets{0, 1, 2};
+  widehead::Options options = two.options();
+  options.key_lengths = nullptr;
+  options.sequences->page_table = nullptr;
+  options.sequences->key_offsets = key_offsets.data();
+  const auto q = two.tokens(two.q), out = two.tokens(two.out);
+  widehead::attention(q, two.tokens(k), two.tokens(v), out, options);
+  EXPECT_NEAR(two.out[1], 35, 1e-4);
+  const std::vector<int64_t> slots{4, 0, 1};
+  widehead::append(two.tokens(k), two.tokens(v), slots, two.pool(two.k), two.pool(two.v));
+  options = two.options();
+  options.sequences->page_offsets = page_offsets.data();
+  options.sequences->page_entries = 2;
+  two.out = {kNan, kNan};
+  widehead::attention(q, two.pool(two.k), two.pool(two.v), out, options);
+  EXPECT_NEAR(two.out[0], 11, 1e-5);
+  EXPECT_NEAR(two.out[1], 35, 1e-4);
+}
+
+TEST(Cpp, SequencesThatDisagreeWithTheViewsAreErrors) {
+  TwoSequences two;
+  const auto q = two.tokens(two.q), out = two.tokens(two.out);
+  widehead::Options options = two.options();
+  options.sequences->query_offsets = nullptr;  // dense: a batch of two
+  try {
+    widehead::problem(q, two.pool(two.k), two.pool(two.v), out, options);
+    FAIL() << "no error";
+  } catch (const widehead::Error& error) {
+    EXPECT_STREQ(error.what(), "q is [1, 1, 2, 1]; the others make it [2, 1, 1, 1]");
+  }
+  const std::vector<int64_t> slots{0};
+  EXPECT_THROW(widehead::append(two.tokens(two.q), two.tokens(two.q), slots, two.pool(two.k),
+                                two.pool(two.v)),
+               widehead::Error);
+}
+
 }  // namespace

@@ -3,9 +3,13 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <optional>
+#include <random>
 #include <utility>
 
 #include "core/nearest_name.h"
@@ -54,6 +58,12 @@ constexpr Flag kFlags[] = {
      "N,N,... one a batch entry, or one for all"},
     {"key-starts", &ProblemFlags::key_starts, Part::kShape, nullptr,
      "N,N,... one a batch entry, or one for all"},
+    {"lengths", &ProblemFlags::lengths, Part::kShape, nullptr,
+     "N,N,... keys of each sequence, which lie one after another or in --pages"},
+    {"query-lengths", &ProblemFlags::query_lengths, Part::kShape, nullptr,
+     "N,N,... queries of each sequence, which lie one after another"},
+    {"pages", &ProblemFlags::pages, Part::kShape, nullptr,
+     "keys lie in pages of so many, in random order"},
     {"log-sum-exp", &ProblemFlags::log_sum_exp, Part::kOption, "true", "write the log-sum-exp too"},
     {"values-in-keys", &ProblemFlags::values_in_keys, Part::kShape, "true",
      "v is the first columns of k: absorbed latent attention"},
@@ -179,13 +189,15 @@ std::string flag_name(std::string json_name) {
 }
 
 // The flags of one part that are a field of the problem each. What is not given keeps the problem's
-// value. The device comes with an index: read_device(); k and v with scales: read_kv_dtype().
+// value. The device comes with an index: read_device(); k and v with scales: read_kv_dtype(); pages
+// are told by their size: read_sequences().
 void read_fields(const ProblemFlags& flags, Part part, Problem& p, ValueReader& read) {
   const auto given = [&](const char* json_name) -> const Flag* {
     const Flag* flag = find_flag(flag_name(json_name));
     const bool is_given = flag != nullptr && flag->part == part && !(flags.*flag->value).empty();
-    const bool is_plain =
-        is_given && flag->value != &ProblemFlags::device && flag->value != &ProblemFlags::kv_dtype;
+    const bool is_plain = is_given && flag->value != &ProblemFlags::device &&
+                          flag->value != &ProblemFlags::kv_dtype &&
+                          flag->value != &ProblemFlags::pages;
     return is_plain ? flag : nullptr;
   };
   visit_fields(
@@ -276,6 +288,118 @@ std::vector<int32_t> read_per_batch(const char* name, const std::string& text, i
   return {values.begin(), values.end()};
 }
 
+// One length a sequence.
+struct Lengths {
+  std::vector<int32_t> each;
+  std::vector<int32_t> offsets;  // where each sequence's tokens begin, were they packed
+
+  int64_t most() const { return *std::max_element(each.begin(), each.end()); }
+  int64_t total() const { return offsets.back(); }
+  int64_t pages(int64_t size) const {
+    int64_t pages = 0;
+    for (const int64_t length : each) pages += (length + size - 1) / size;
+    return pages;
+  }
+};
+
+Lengths lengths_of(const char* name, const std::vector<int64_t>& values, ValueReader& read) {
+  Lengths lengths{{values.begin(), values.end()}, {0}};
+  int64_t total = 0;
+  for (const int64_t length : values) {
+    total += length;
+    lengths.offsets.push_back(static_cast<int32_t>(std::min(total, kMaxLength)));
+  }
+  if (total > kMaxLength) {
+    read.fail(fmt::format("--{} adds up to {}; it must be at most {}", name, total, kMaxLength));
+  }
+  return lengths;
+}
+
+// Of --lengths or --query-lengths, which the number of sequences follows from.
+Lengths read_lengths(const char* name, const std::string& text, const char* in_place_of,
+                     const std::string& other, ValueReader& read) {
+  if (!other.empty()) {
+    read.fail(fmt::format("--{} has no effect with --{}, which has one for each sequence",
+                          in_place_of, name));
+  }
+  return lengths_of(name, read.integers(name, text, 0, kMaxLength), read);
+}
+
+// Packed queries, packed keys and paged ones, and how many sequences there are.
+void read_sequences(const ProblemFlags& flags, Request& request, ValueReader& read) {
+  Problem& p = request.problem;
+  const bool has_lengths = !flags.lengths.empty(), has_pages = !flags.pages.empty();
+  std::optional<int64_t> count;
+  const auto counted = [&](const char* name, const Lengths& lengths) {
+    const auto have = static_cast<int64_t>(lengths.each.size());
+    if (!flags.batch.empty()) {
+      read.fail(fmt::format("--batch has no effect with --{}, which has {} sequences", name, have));
+    } else if (count && *count != have) {
+      read.fail(fmt::format("--{} has {} sequences; --query-lengths has {}", name, have, *count));
+    }
+    count = p.batch = have;
+  };
+  if (!flags.query_lengths.empty()) {
+    const Lengths lengths =
+        read_lengths("query-lengths", flags.query_lengths, "queries", flags.queries, read);
+    counted("query-lengths", lengths);
+    p.query_layout = QueryLayout::kPacked;
+    p.len_q = lengths.most();
+    p.total_q = lengths.total();
+    request.query_offsets = lengths.offsets;
+  }
+  if (!has_lengths && !has_pages) return;
+  if (!flags.key_lengths.empty()) {
+    read.fail(
+        fmt::format("--key-lengths has no effect with --{0}; --lengths says how many keys each "
+                    "sequence has",
+                    has_lengths ? "lengths" : "pages"));
+  }
+  Lengths lengths;
+  if (has_lengths) {
+    lengths = read_lengths("lengths", flags.lengths, "keys", flags.keys, read);
+    counted("lengths", lengths);
+    p.len_k = lengths.most();
+  } else {
+    if (flags.keys.empty() && flags.queries.empty()) {
+      read.fail("--lengths is missing: how many keys each sequence has in its pages");
+    }
+    lengths = lengths_of(
+        "keys", std::vector<int64_t>(static_cast<size_t>(std::max<int64_t>(1, p.batch)), p.len_k),
+        read);
+  }
+  if (!has_pages) {
+    p.key_layout = KeyLayout::kPacked;
+    p.total_k = lengths.total();
+    request.key_offsets = lengths.offsets;
+    return;
+  }
+  p.key_layout = KeyLayout::kPaged;
+  p.page_size = read.integer("pages", flags.pages, 1, kMaxLength);
+  p.has_key_lengths = true;
+  request.key_lengths = lengths.each;
+  if (!read.status().ok()) return;
+  p.pages = std::max<int64_t>(1, lengths.pages(p.page_size));
+  p.stride_page_table = p.pages_a_sequence();
+}
+
+// Each page of the pool is one sequence's; entries past a sequence's last are none of the pool's.
+std::vector<int32_t> shuffled_pages(const Problem& p, const std::vector<int32_t>& key_lengths,
+                                    uint64_t seed) {
+  std::vector<int32_t> pool(static_cast<size_t>(p.pages));
+  std::iota(pool.begin(), pool.end(), 0);
+  std::shuffle(pool.begin(), pool.end(), std::mt19937_64(seed));
+  std::vector<int32_t> table(static_cast<size_t>(p.batch * p.stride_page_table), -1);
+  auto next = pool.begin();
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t length = key_lengths[static_cast<size_t>(b)];
+    const int64_t used = (length + p.page_size - 1) / p.page_size;
+    std::copy_n(next, used, table.begin() + b * p.stride_page_table);
+    next += used;
+  }
+  return table;
+}
+
 // What is not given keeps the problem's value.
 void read_options(const ProblemFlags& flags, Problem& p, ValueReader& read) {
   read_fields(flags, Part::kOption, p, read);
@@ -300,8 +424,9 @@ Result<Request> read_request(const ProblemFlags& flags) {
   ValueReader read;
   Request request;
   Problem& p = request.problem;
+  const std::string& queries = flags.query_lengths.empty() ? flags.queries : flags.query_lengths;
   for (const auto& [name, text] :
-       {std::pair{"heads", &flags.heads}, {"dim", &flags.dim}, {"queries", &flags.queries}}) {
+       {std::pair{"heads", &flags.heads}, {"dim", &flags.dim}, {"queries", &queries}}) {
     if (text->empty()) read.fail(fmt::format("--{} is missing", name));
   }
   std::tie(p.heads_q, p.heads_kv) = read.pair("heads", flags.heads);
@@ -313,11 +438,19 @@ Result<Request> read_request(const ProblemFlags& flags) {
   read_kv_dtype(flags.kv_dtype, p, read);
   p.scale = 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, p.dim_qk)));
   read_options(flags, p, read);
-  const LayoutFlag layout = read.choice("layout", flags.layout, kLayouts, LayoutFlag::kHeadsFirst);
-  p.stride_q = strides_of(layout, p.heads_q, p.len_q, p.dim_qk);
-  p.stride_k = strides_of(layout, p.heads_kv, p.len_k, p.dim_qk);
-  p.stride_v = p.values_in_keys ? p.stride_k : strides_of(layout, p.heads_kv, p.len_k, p.dim_v);
-  p.stride_out = strides_of(layout, p.heads_q, p.len_q, p.dim_v);
+  if (!read.status().ok()) return read.status();
+  read_sequences(flags, request, read);
+  const auto layout = [&](bool is_dense) {  // packed tokens and pages lie token by token
+    return read.choice("layout", flags.layout, kLayouts,
+                       is_dense ? LayoutFlag::kHeadsFirst : LayoutFlag::kLengthFirst);
+  };
+  const LayoutFlag of_queries = layout(p.query_layout == QueryLayout::kDense);
+  const LayoutFlag of_keys = layout(p.key_layout == KeyLayout::kDense);
+  const int64_t tokens_q = query_storage(p).length, tokens_k = key_storage(p).length;
+  p.stride_q = strides_of(of_queries, p.heads_q, tokens_q, p.dim_qk);
+  p.stride_k = strides_of(of_keys, p.heads_kv, tokens_k, p.dim_qk);
+  p.stride_v = p.values_in_keys ? p.stride_k : strides_of(of_keys, p.heads_kv, tokens_k, p.dim_v);
+  p.stride_out = strides_of(of_queries, p.heads_q, tokens_q, p.dim_v);
   p.stride_scales_k = dense_scales_strides(p, p.scales_k, p.dim_qk);
   p.stride_scales_v =
       p.values_in_keys ? p.stride_scales_k : dense_scales_strides(p, p.scales_v, p.dim_v);
@@ -331,9 +464,12 @@ Result<Request> read_request(const ProblemFlags& flags) {
   }
   if (!read.status().ok()) return read.status();
   if (p.wants_log_sum_exp) request.details += ", log-sum-exp";
-  if (layout == LayoutFlag::kLengthFirst) request.details += ", [batch, length, heads, dim]";
+  if (!flags.layout.empty() && of_keys == LayoutFlag::kLengthFirst)
+    request.details += ", [batch, length, heads, dim]";
   if (Status status = validate(p); !status.ok()) return status;
-  request.key_lengths = read_per_batch("key-lengths", flags.key_lengths, p.len_k, p.batch, read);
+  if (p.key_layout != KeyLayout::kPaged) {
+    request.key_lengths = read_per_batch("key-lengths", flags.key_lengths, p.len_k, p.batch, read);
+  }
   request.key_starts = read_per_batch("key-starts", flags.key_starts, kMaxLength, p.batch, read);
   if (!read.status().ok()) return read.status();
   return request;
@@ -373,6 +509,9 @@ Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
   if (!flags.keys.empty()) {
     return invalid("--keys has no effect with --model; --context says how many keys there are");
   }
+  if (!flags.lengths.empty()) {
+    return invalid("--lengths has no effect with --model; --context says how many keys there are");
+  }
   std::vector<Request> requests;
   for (const Json& layer : (*model)["layers"]) {
     ProblemFlags row;
@@ -380,7 +519,7 @@ Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
       if (const Flag* flag = find_flag(name)) row.*flag->value = text_of(value);
     }
     row.causal = "bottom-right";
-    row.queries = "1";
+    if (flags.query_lengths.empty()) row.queries = "1";
     row.keys = flags.context;
     row = merged(row, flags);
     Result<Request> request = read_request(row);
@@ -425,6 +564,11 @@ Input Request::input(uint64_t seed) const {
   input.problem = problem;
   input.key_lengths = per_batch(key_lengths, problem.batch);
   input.key_starts = per_batch(key_starts, problem.batch);
+  input.query_offsets = query_offsets;
+  input.key_offsets = key_offsets;
+  if (problem.key_layout == KeyLayout::kPaged) {
+    input.page_table = shuffled_pages(problem, input.key_lengths, seed);
+  }
   input.is_hostile = false;
   input.seed = seed;
   return input;

@@ -18,8 +18,8 @@ namespace wh::cli {
 // As written; empty: not given.
 struct ProblemFlags {
   std::string batch, heads, dim, queries, keys, dtype, kv_dtype, causal, window, softcap, scale,
-      mask, sinks, key_lengths, key_starts, log_sum_exp, values_in_keys, f32_out, layout, device,
-      model, context, backward;
+      mask, sinks, key_lengths, key_starts, lengths, query_lengths, pages, log_sum_exp,
+      values_in_keys, f32_out, layout, device, model, context, backward;
 };
 
 // When a layer computes in this form: latent attention has one for prefill and one for decode.
@@ -33,9 +33,11 @@ struct Request {
   Phase phase = Phase::kAny;
   std::string details;  // what describe() leaves out: ", log-sum-exp", the layout
   Problem problem;
-  std::vector<int32_t> key_lengths, key_starts;  // one a batch entry, or one for all
+  std::vector<int32_t> key_lengths, key_starts;     // one a batch entry, or one for all
+  std::vector<int32_t> query_offsets, key_offsets;  // of packed ones: where each sequence's begin
 
-  // N(0, 1) data, and a mask that hides a quarter of the keys: what timing wants.
+  // N(0, 1) data, a mask that hides a quarter of the keys and pages in random order: what timing
+  // wants.
   Input input(uint64_t seed) const;
   std::string name() const { return label.empty() ? describe(problem) + details : label; }
 };

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/sequence.h"
+
 namespace wh::cli {
 namespace {
 
@@ -55,7 +57,7 @@ Accuracy RequestData::accuracy() const {
     accuracy.tolerance = tolerance_of(p.dtype_q) * wider_by(p);
     accuracy.compared_rows = static_cast<int64_t>(expected_->rows.size());
     accuracy.reference = fmt::format("float64 on {} of {} rows", accuracy.compared_rows,
-                                     p.batch * p.heads_q * p.len_q);
+                                     query_rows(p, forward->tensors()));
     return accuracy;
   }
   const auto& backward = std::get<GradientTensors>(data_);

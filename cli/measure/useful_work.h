@@ -1,5 +1,5 @@
-// How much arithmetic and memory traffic a request is: what plan/work.h says of its shape, less the
-// keys that its key lengths and key starts leave out.
+// How much arithmetic and memory traffic a request is: what plan/work.h says of its shape, with
+// the queries and keys that each sequence has.
 #pragma once
 
 #include "input/problem_flags.h"

@@ -327,12 +327,15 @@ class Runner {
 
   Status write_out(const Problem& p, const Tensors& tensors) {
     const std::vector<float> out = all_of_out(p, tensors);
-    std::vector<TensorToStore> stored{
-        {"out", "F32", {p.batch, p.heads_q, p.len_q, p.dim_v}, std::as_bytes(std::span(out))}};
+    std::vector<int64_t> rows{p.batch, p.heads_q, p.len_q};
+    if (p.query_layout == QueryLayout::kPacked) rows = {p.total_q, p.heads_q};
+    std::vector<int64_t> shape = rows;
+    shape.push_back(p.dim_v);
+    std::vector<TensorToStore> stored{{"out", "F32", shape, std::as_bytes(std::span(out))}};
     if (p.wants_log_sum_exp) {
       stored.push_back({"log_sum_exp",
                         "F32",
-                        {p.batch, p.heads_q, p.len_q},
+                        rows,
                         {reinterpret_cast<const std::byte*>(tensors.log_sum_exp),
                          static_cast<size_t>(tensor_bytes(p).log_sum_exp)}});
     }

@@ -8,6 +8,8 @@
 //
 //   widehead::backward(q, k, v, out, {d_out, dq, dk, dv}, options);
 //
+//   widehead::append(new_k, new_v, slots, k, v);   // into caches, of pages or dense
+//
 // Failures throw widehead::Error with the C API's status and message. Where memory is so short that
 // not even that can be made, std::bad_alloc, as from any C++ code.
 #pragma once
@@ -91,6 +93,32 @@ struct TensorView {
       : data(const_cast<void*>(tensor)), dtype(type), shape(extents), strides(steps) {}
 };
 
+// Tokens of all sequences one after another, [tokens, heads, dim]: q and out of packed queries, k
+// and v of packed keys, rows to append.
+inline TensorView packed(const void* data, Dtype dtype, int64_t tokens, int64_t heads,
+                         int64_t dim) {
+  return {data, dtype, {1, heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}};
+}
+// A pool of pages, [pages, page_size, heads, dim]. One of heads before tokens is a dense tensor of
+// {pages, heads, page_size, dim}; where K and V share an allocation the strides say so.
+inline TensorView paged(const void* data, Dtype dtype, int64_t pages, int64_t page_size,
+                        int64_t heads, int64_t dim) {
+  return {
+      data, dtype, {pages, heads, page_size, dim}, {page_size * heads * dim, dim, heads * dim, 1}};
+}
+
+// Sequences of lengths of their own: what no view says. Counts are the most that a run has; see
+// docs/serving.md.
+struct Sequences {
+  int64_t batch = 1;
+  int64_t len_q = 0, len_k = 0;            // of one sequence
+  const int32_t* query_offsets = nullptr;  // [batch + 1]: q and out are packed()
+  const int32_t* key_offsets = nullptr;    // [batch + 1]: k and v are packed()
+  const int32_t* page_table = nullptr;     // [batch, ceil(len_k / page_size)]: k and v are paged()
+  const int32_t* page_offsets = nullptr;   // [batch + 1]: the table is one list
+  int64_t page_entries = 0;                // of that list
+};
+
 // [batch, heads_q, len_q, len_k]; a stride of 0 broadcasts.
 struct MaskView {
   const void* data = nullptr;
@@ -111,6 +139,7 @@ struct Options {
   const int32_t* key_starts = nullptr;   // [batch]
   float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written; backward reads it
   bool values_in_keys = false;           // v is the first columns of k: the same data and strides
+  std::optional<Sequences> sequences{};  // packed and paged tensors
   Device device = Device::kCpu;
   int32_t device_index = 0;
 };
@@ -145,34 +174,76 @@ struct Limits {
   }
 };
 
+// The shapes that a problem's q and its keys are stored in.
+inline Extents query_shape(const wh_problem& p) {
+  if (p.query_layout == WH_QUERIES_PACKED) return {1, p.heads_q, p.total_q, p.dim_qk};
+  return {p.batch, p.heads_q, p.len_q, p.dim_qk};
+}
+inline Extents key_shape(const wh_problem& p) {
+  if (p.key_layout == WH_KEYS_PACKED) return {1, p.heads_kv, p.total_k, p.dim_qk};
+  if (p.key_layout == WH_KEYS_PAGED) return {p.pages, p.heads_kv, p.page_size, p.dim_qk};
+  return {p.batch, p.heads_kv, p.len_k, p.dim_qk};
+}
+inline Extents with_columns(Extents shape, int64_t dim) {
+  shape[3] = dim;
+  return shape;
+}
+
 // The problem that these tensors and options are. Throws Error when the shapes disagree.
 inline wh_problem problem(const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& out, const Options& options = {}) {
+  wh_problem problem;
+  check(wh_problem_init(&problem, sizeof(problem)));
+  problem.heads_q = q.shape[1];
+  problem.heads_kv = k.shape[1];
+  problem.dim_qk = q.shape[3];
+  problem.dim_v = v.shape[3];
+  if (!options.sequences) {
+    problem.batch = q.shape[0];
+    problem.len_q = q.shape[2];
+    problem.len_k = k.shape[2];
+  } else {
+    const Sequences& all = *options.sequences;
+    problem.batch = all.batch;
+    problem.len_q = all.len_q;
+    problem.len_k = all.len_k;
+    if (all.query_offsets != nullptr) {
+      problem.query_layout = WH_QUERIES_PACKED;
+      problem.total_q = q.shape[2];
+    }
+    if (all.key_offsets != nullptr) {
+      problem.key_layout = WH_KEYS_PACKED;
+      problem.total_k = k.shape[2];
+    }
+    if (all.page_table != nullptr) {
+      problem.key_layout = WH_KEYS_PAGED;
+      problem.pages = k.shape[0];
+      problem.page_size = k.shape[2];
+      problem.page_entries = all.page_entries;
+      if (all.page_offsets != nullptr) {
+        problem.uses |= WH_USES_PAGE_OFFSETS;
+      } else if (problem.page_size > 0) {
+        problem.stride_page_table = (all.len_k + problem.page_size - 1) / problem.page_size;
+      }
+    }
+  }
   const auto expect = [](const char* name, const Extents& shape, const Extents& expected) {
     if (shape == expected) return;
     throw Error(WH_INVALID_ARGUMENT, std::string(name) + " is " + to_string(shape) +
                                          "; the others make it " + to_string(expected));
   };
-  expect("k", k.shape, {q.shape[0], k.shape[1], k.shape[2], q.shape[3]});
-  expect("v", v.shape, {q.shape[0], k.shape[1], k.shape[2], v.shape[3]});
-  expect("out", out.shape, {q.shape[0], q.shape[1], q.shape[2], v.shape[3]});
+  expect("q", q.shape, query_shape(problem));
+  expect("k", k.shape, key_shape(problem));
+  expect("v", v.shape, with_columns(key_shape(problem), problem.dim_v));
+  expect("out", out.shape, with_columns(query_shape(problem), problem.dim_v));
   if (out.dtype != q.dtype && out.dtype != Dtype::kF32) {
     throw Error(WH_INVALID_ARGUMENT, "out must have the type of q, or be f32");
   }
   if (v.dtype != k.dtype) throw Error(WH_INVALID_ARGUMENT, "v must have the type of k");
-  wh_problem problem;
-  check(wh_problem_init(&problem, sizeof(problem)));
   problem.device = static_cast<int32_t>(options.device);
   problem.device_index = options.device_index;
   problem.dtype_q = static_cast<int32_t>(q.dtype);
   problem.dtype_kv = static_cast<int32_t>(k.dtype);
-  problem.batch = q.shape[0];
-  problem.heads_q = q.shape[1];
-  problem.heads_kv = k.shape[1];
-  problem.len_q = q.shape[2];
-  problem.len_k = k.shape[2];
-  problem.dim_qk = q.shape[3];
-  problem.dim_v = v.shape[3];
   const auto set = [](int64_t(&to)[4], const Extents& from) {
     for (size_t i = 0; i < 4; ++i) to[i] = from[i];
   };
@@ -213,6 +284,11 @@ inline wh_tensors tensors(const TensorView& q, const TensorView& k, const Tensor
   tensors.key_lengths = options.key_lengths;
   tensors.key_starts = options.key_starts;
   tensors.log_sum_exp = options.log_sum_exp;
+  if (!options.sequences) return tensors;
+  tensors.query_offsets = options.sequences->query_offsets;
+  tensors.key_offsets = options.sequences->key_offsets;
+  tensors.page_table = options.sequences->page_table;
+  tensors.page_offsets = options.sequences->page_offsets;
   return tensors;
 }
 
@@ -281,6 +357,8 @@ struct Extras {
   const int32_t* key_lengths = nullptr;  // [batch]
   const int32_t* key_starts = nullptr;   // [batch]
   float* log_sum_exp = nullptr;          // [batch, heads_q, len_q], written
+  // Of packed and paged tensors: the pointers of it. The counts are the plan's.
+  Sequences sequences{};
   // At least the plan's bytes, aligned to WH_WORKSPACE_ALIGNMENT. Null: on the CPU memory for the
   // time of the call; CUDA plans need one.
   void* workspace = nullptr;
@@ -324,12 +402,12 @@ class Plan {
   void run(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
            const Extras& extras = {}, const RunOptions& options = {}) const {
     const wh_problem& p = problem_;
-    expect("q", q, p.dtype_q, {p.batch, p.heads_q, p.len_q, p.dim_qk}, p.stride_q);
-    expect("k", k, p.dtype_kv, {p.batch, p.heads_kv, p.len_k, p.dim_qk}, p.stride_k);
-    expect("v", v, p.dtype_kv, {p.batch, p.heads_kv, p.len_k, p.dim_v}, p.stride_v);
+    expect("q", q, p.dtype_q, query_shape(p), p.stride_q);
+    expect("k", k, p.dtype_kv, key_shape(p), p.stride_k);
+    expect("v", v, p.dtype_kv, with_columns(key_shape(p), p.dim_v), p.stride_v);
     const int32_t dtype_out = (p.uses & WH_USES_F32_OUT) != 0 ? int32_t{WH_F32} : p.dtype_q;
-    expect("out", out, dtype_out, {p.batch, p.heads_q, p.len_q, p.dim_v}, p.stride_out);
-    wh_tensors t = tensors(q, k, v, out);
+    expect("out", out, dtype_out, with_columns(query_shape(p), p.dim_v), p.stride_out);
+    wh_tensors t = tensors(q, k, v, out, {.sequences = extras.sequences});
     t.mask = extras.mask;
     t.sinks = extras.sinks;
     t.key_lengths = extras.key_lengths;
@@ -413,6 +491,56 @@ inline void backward(const TensorView& q, const TensorView& k, const TensorView&
   const wh_tensors c_tensors = tensors(q, k, v, out, gradients, options);
   const wh_run_options c_options = run.c_options();
   check(wh_attention(&c_problem, &c_limits, &c_tensors, &c_options));
+}
+
+// Writes rows [1, heads, tokens, dim], as packed() makes them, into caches by slots; see
+// wh_append(). A cache [n, heads, length, dim] has n * length slots: of pages that paged() makes,
+// page * length + row. Without a v of its own (data null) values lie in keys.
+inline void append(const TensorView& new_k, const TensorView& new_v, std::span<const int64_t> slots,
+                   const TensorView& k, const TensorView& v, const RunOptions& run = {},
+                   Device device = Device::kCpu, int32_t device_index = 0) {
+  const bool has_v = v.data != nullptr;
+  const auto tokens = static_cast<int64_t>(slots.size());
+  const auto expect = [&](const char* name, const TensorView& rows, const TensorView& cache) {
+    const Extents expected{1, cache.shape[1], tokens, cache.shape[3]};
+    if (rows.shape == expected && rows.dtype == new_k.dtype && cache.dtype == k.dtype) return;
+    throw Error(WH_INVALID_ARGUMENT,
+                std::string(name) + " is " + to_string(rows.shape) + "; slots and cache make it " +
+                    to_string(expected) +
+                    ", with one type for both new ones and one for both caches");
+  };
+  expect("new_k", new_k, k);
+  if (has_v) expect("new_v", new_v, v);
+  wh_problem cache;
+  check(wh_problem_init(&cache, sizeof(cache)));
+  cache.device = static_cast<int32_t>(device);
+  cache.device_index = device_index;
+  cache.dtype_q = cache.dtype_kv = static_cast<int32_t>(k.dtype);
+  cache.heads_q = cache.heads_kv = k.shape[1];
+  cache.dim_qk = k.shape[3];
+  cache.dim_v = has_v ? v.shape[3] : k.shape[3];
+  cache.key_layout = WH_KEYS_PAGED;
+  cache.uses = WH_USES_KEY_LENGTHS | (has_v ? 0u : uint32_t{WH_USES_VALUES_IN_KEYS});
+  cache.pages = k.shape[0];
+  cache.page_size = cache.len_k = k.shape[2];
+  cache.stride_page_table = 1;
+  wh_appended appended;
+  check(wh_appended_init(&appended, sizeof(appended)));
+  appended.tokens = tokens;
+  appended.dtype = static_cast<int32_t>(new_k.dtype);
+  appended.slots = slots.data();
+  appended.new_k = new_k.data;
+  appended.new_v = new_v.data;
+  appended.k = k.data;
+  appended.v = v.data;
+  const TensorView& values = has_v ? v : k;
+  for (size_t i = 0; i < 4; ++i) cache.stride_k[i] = k.strides[i];
+  for (size_t i = 0; i < 4; ++i) cache.stride_v[i] = values.strides[i];
+  constexpr size_t kOrder[] = {2, 1, 3};  // token, head, element
+  for (size_t i = 0; i < 3; ++i) appended.stride_new_k[i] = new_k.strides[kOrder[i]];
+  for (size_t i = 0; i < 3; ++i) appended.stride_new_v[i] = new_v.strides[kOrder[i]];
+  const wh_run_options c_options = run.c_options();
+  check(wh_append(&cache, &appended, &c_options));
 }
 
 // Attention over a part of the keys; log_sum_exp [batch, heads_q, len_q], contiguous.

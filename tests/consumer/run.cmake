@@ -9,3 +9,4 @@ run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR} -B ${SCRATCH}/build -G Ninja
 run(${CMAKE_COMMAND} --build ${SCRATCH}/build)
 run(${SCRATCH}/build/from_c)
 run(${SCRATCH}/build/from_cpp)
+run(${SCRATCH}/build/server_loop)
