@@ -101,13 +101,6 @@ bool is_quantised(nb::handle object) {
   return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(type);
 }
 
-// What lies in memory. A Quantised, which the caller holds, keeps its codes.
-nb::handle stored_of(nb::handle object) {
-  if (!is_quantised(object)) return object;
-  const nb::object codes = nb::getattr(object, "codes");
-  return codes;
-}
-
 struct Format {
   const char* name;
   int32_t number;
@@ -146,6 +139,13 @@ void expect_none(const char* name, nb::handle object, const char* needs) {
 }
 
 }  // namespace
+
+// A Quantised, which the caller holds, keeps its codes.
+nb::handle stored_of(nb::handle object) {
+  if (!is_quantised(object)) return object;
+  const nb::object codes = nb::getattr(object, "codes");
+  return codes;
+}
 
 void fail_value(const std::string& message) { throw nb::value_error(message.c_str()); }
 void fail_type(const std::string& message) { throw nb::type_error(message.c_str()); }
@@ -627,6 +627,18 @@ void Call::read_gradients(const Gradients& g) {
   expect_shape(*d_sinks_, {problem_.heads_q}, "[heads_q]");
   if (d_sinks_->element != Element::kFloat32) fail_type("d_sinks must be float32");
   tensors_.d_sinks = static_cast<float*>(d_sinks_->data);
+}
+
+void Call::write_into(wh_appended& appended) const {
+  for (const Tensor* tensor : {&k_, &v_}) {
+    if (tensor->is_read_only) {
+      fail_value(std::string(tensor->name) + " is read-only; it must be writable");
+    }
+  }
+  appended.k = k_.data;
+  appended.v = v_.data;
+  if (scales_k_) appended.scales_k = static_cast<float*>(scales_k_->data);
+  if (scales_v_) appended.scales_v = static_cast<float*>(scales_v_->data);
 }
 
 void Call::run(const wh_limits& limits) {

@@ -56,6 +56,10 @@ class Call {
   // Makes it the backward pass.
   void read_gradients(const Gradients& gradients);
   void run(const wh_limits& limits);
+  // The caches, for wh_append(). Throws ValueError where one is read-only.
+  void write_into(wh_appended& appended) const;
+  // Throws ValueError for a tensor that is not where q is.
+  void expect_same_device(const Tensor& tensor) const;
 
   nb::object out, log_sum_exp;
 
@@ -97,7 +101,6 @@ class Call {
   void read_quantised(nb::handle object, Tensor& codes, int32_t& format);
   void read_scales(nb::handle object, const Tensor& codes, std::optional<Tensor>& scales,
                    int32_t& kind, int64_t (&strides)[4], const float*& data);
-  void expect_same_device(const Tensor& tensor) const;
   // Reads a gradient that has the shape and type of `of`, and its strides.
   void* read_gradient(std::optional<Tensor>& gradient, nb::handle object, const char* name,
                       Access access, const Tensor& of, int64_t (&strides)[4]);
@@ -114,6 +117,8 @@ class Call {
 
 [[noreturn]] void fail_value(const std::string& message);
 [[noreturn]] void fail_type(const std::string& message);
+// What lies in memory: the codes of a widehead.Quantised, or the array itself.
+nb::handle stored_of(nb::handle object);
 // Throws TypeError for other types than those of q, k and v.
 int32_t dtype_of(const Tensor& tensor);
 // Throws ValueError, which calls the extents by `names`.

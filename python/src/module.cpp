@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 
+#include "append.h"
 #include "call.h"
 #include "merge.h"
 
@@ -188,6 +189,7 @@ NB_MODULE(_core, m) {
   m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
         H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
         H(), H(), H().none());
+  m.def("append", append, H(), H(), H(), H().none(), H(), H().none());
   m.def("merge", merge, H(), H().none(), H().none(), H().none());
   m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
   m.def("kernels", kernels, nb::arg("device"));

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from widehead import _core
+from widehead._append import append
 from widehead._arrays import expect_writable, library_of
 from widehead._errors import Refused
 from widehead._limits import DEFAULT_LIMITS, Limits
@@ -33,6 +34,7 @@ __all__ = [
     "Quantised",
     "Refused",
     "Spec",
+    "append",
     "device",
     "explain",
     "kernels",

@@ -173,13 +173,13 @@ def library_of_type(kind: type) -> Library:
     return found if found is not None else _find(kind)
 
 
-def expect_writable(out: Array) -> None:
+def expect_writable(out: Array, name: str = "out", advice: str = "leave out= away and take the result") -> None:
     """Raises TypeError for arrays that their library promises never to change."""
     if library_of(out).is_immutable:
         kind = type(out)
         raise TypeError(
-            f"out is a {kind.__name__} of {kind.__module__.partition('.')[0]}, whose arrays are "
-            "immutable; leave out= away and take the result"
+            f"{name} is a {kind.__name__} of {kind.__module__.partition('.')[0]}, whose arrays are "
+            f"immutable; {advice}"
         )
 
 
