@@ -315,10 +315,14 @@ def draw(section: Section, key: str, label: str, scale: float, path: Path) -> No
 
 def section_text(section: Section, folder: Path) -> str:
     machine = section.machine
-    prefill = f"real-scenario-{section.slug}-prefill.svg"
-    memory = f"real-scenario-{section.slug}-memory.svg"
-    draw(section, "prefill_tokens_per_s", "prefill, tokens/s", 1, folder / prefill)
-    draw(section, "peak_bytes", "peak memory, GB", 1e-9, folder / memory)
+    prefill_chart = memory_chart = ""
+    if len(section.lengths) > 1:  # one would be a lone dot
+        prefill = f"real-scenario-{section.slug}-prefill.svg"
+        memory = f"real-scenario-{section.slug}-memory.svg"
+        draw(section, "prefill_tokens_per_s", "prefill, tokens/s", 1, folder / prefill)
+        draw(section, "peak_bytes", "peak memory, GB", 1e-9, folder / memory)
+        prefill_chart = f"![prefill rate over prompt length]({prefill})"
+        memory_chart = f"![peak memory over prompt length]({memory})"
     facts = [f"{machine['cores']} cores ({machine['isa']})"] if machine.get("isa") else []
     versions = {"PyTorch": "torch", "transformers": "transformers", "Python": "python"}
     facts += [f"{name} {machine[key]}" for name, key in versions.items()]
@@ -328,14 +332,14 @@ def section_text(section: Section, folder: Path) -> str:
         f"## {TITLES.get(section.model, section.model)}, {section.dtype}: {machine['device']}",
         f"{section.layers} of {whole} layers. {', '.join(facts)}.",
         f"```\n{commands}\n```",
-        f"![prefill rate over prompt length]({prefill})",
+        prefill_chart,
     ]
     for chunk in sorted({row["chunk"] for row in section.rows}):
         way = f"in chunks of {chunk} tokens" if chunk else "in one piece"
         parts += [f"### Prefill {way}", prefill_table(section, chunk)]
     parts += [
         memory_text(section),
-        f"![peak memory over prompt length]({memory})",
+        memory_chart,
         "### Decode behind the prompt",
         decode_table(section),
         disturbed_text(section),
