@@ -1,5 +1,9 @@
-# The symbols that LIBRARY exports are exactly the functions that HEADER declares.
-file(READ ${HEADER} header)
+# The symbols that LIBRARY exports are exactly the functions that the C headers in HEADERS declare.
+file(GLOB paths ${HEADERS}/*.h)
+foreach(path IN LISTS paths)
+  file(READ ${path} text)
+  string(APPEND header "${text}")
+endforeach()
 string(REGEX MATCHALL "WH_API [^;]*[ *](wh_[a-z_]+)\\(" declarations "${header}")
 foreach(declaration IN LISTS declarations)
   string(REGEX MATCH "(wh_[a-z_]+)\\($" ignored "${declaration}")

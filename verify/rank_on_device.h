@@ -1,4 +1,4 @@
-// One rank's tensors where its device wants them. Whoever includes it links widehead_parallel.
+// One rank's tensors where its device wants them.
 #pragma once
 
 #include <optional>

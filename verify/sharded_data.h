@@ -1,5 +1,4 @@
 // A sharded problem with random tensors on the host: what each rank holds, and the whole's answer.
-// Whoever includes it links widehead_parallel.
 #pragma once
 
 #include <algorithm>

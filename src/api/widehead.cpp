@@ -5,10 +5,10 @@
 
 #include <cmath>
 #include <mutex>
-#include <new>
 
 #include "api/append.h"
 #include "api/c_structs.h"
+#include "api/guarded.h"
 #include "api/machine.h"
 #include "api/merge.h"
 #include "api/plan_log.h"
@@ -46,10 +46,26 @@ const Kernel* kernel_at(int32_t device, size_t index) {
 thread_local std::string last_error;
 thread_local const char* last_error_text = "";
 
+}  // namespace
+
 wh_status fail(wh_status status, std::string message) noexcept {
   last_error = std::move(message);
   last_error_text = last_error.c_str();
   return status;
+}
+
+wh_status fail_with_text(wh_status status, const char* text) noexcept {
+  last_error_text = text;
+  return status;
+}
+
+wh_status fail_with(const std::exception& error) noexcept {
+  last_error_text = "internal error";
+  try {
+    return fail(WH_INTERNAL_ERROR, fmt::format("internal error: {}", error.what()));
+  } catch (...) {
+    return WH_INTERNAL_ERROR;
+  }
 }
 
 wh_status code_of(const Status& status) {
@@ -72,33 +88,6 @@ wh_status code_of(const Status& status) {
   return WH_INTERNAL_ERROR;
 }
 
-// Needs no memory: a refusal must not turn into another failure after its plan has been handed out.
-wh_status answer(Status status) {
-  return status.ok() ? WH_OK : fail(code_of(status), std::move(status).message());
-}
-
-// Runs body, which answers with a Status; nothing leaves it as an exception.
-template <typename Body>
-wh_status guarded(Body&& body) noexcept {
-  try {
-    return answer(body());
-  } catch (const std::bad_alloc&) {
-    last_error_text = "out of memory";
-    return WH_OUT_OF_MEMORY;
-  } catch (const std::exception& error) {
-    last_error_text = "internal error";
-    try {
-      return fail(WH_INTERNAL_ERROR, fmt::format("internal error: {}", error.what()));
-    } catch (...) {
-      return WH_INTERNAL_ERROR;
-    }
-  } catch (...) {
-    last_error_text = "internal error: an exception of an unknown type";
-    return WH_INTERNAL_ERROR;
-  }
-}
-
-}  // namespace
 }  // namespace wh
 
 using wh::guarded;

@@ -87,6 +87,18 @@ ShardedProblem shard(const Problem& whole, Sharding q, Sharding k) {
   return sharded;
 }
 
+Problem local_problem(const ShardedProblem& s, int32_t rank) {
+  const LocalStrides& strides = s.strides[static_cast<size_t>(rank)];
+  Problem local = s.whole;
+  local.len_q = s.local_len_q(rank);
+  local.len_k = s.local_len_k(rank);
+  local.stride_q = strides.q;
+  local.stride_k = strides.k;
+  local.stride_v = strides.v;
+  local.stride_out = strides.out;
+  return local;
+}
+
 Status validate(const ShardedProblem& s) {
   if (s.q.empty() || s.q.size() != s.k.size() || s.q.size() != s.strides.size()) {
     return invalid(
@@ -99,15 +111,7 @@ Status validate(const ShardedProblem& s) {
   }
   if (s.whole.f32_out) return invalid("f32_out is true; of a sharded problem it must be false");
   for (int32_t rank = 0; rank < s.ranks(); ++rank) {
-    const LocalStrides& strides = s.strides[static_cast<size_t>(rank)];
-    Problem local = s.whole;
-    local.len_q = s.local_len_q(rank);
-    local.len_k = s.local_len_k(rank);
-    local.stride_q = strides.q;
-    local.stride_k = strides.k;
-    local.stride_v = strides.v;
-    local.stride_out = strides.out;
-    if (Status status = validate(local); !status.ok()) {
+    if (Status status = validate(local_problem(s, rank)); !status.ok()) {
       return {status.code(), fmt::format("rank {}: {}", rank, status.message())};
     }
   }

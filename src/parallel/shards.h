@@ -54,6 +54,9 @@ struct ShardedProblem {
 // The whole as contiguous tensors of each rank.
 ShardedProblem shard(const Problem& whole, Sharding q, Sharding k);
 
+// A rank's tensors against each other: of their shape and strides, not what the rank computes.
+Problem local_problem(const ShardedProblem& problem, int32_t rank);
+
 // The first thing wrong, with its rank.
 Status validate(const ShardedProblem& problem);
 
