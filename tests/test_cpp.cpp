@@ -96,6 +96,68 @@ TEST(Cpp, ARunRefusesViewsOfAnotherProblem) {
   EXPECT_EQ(message(k), "");
 }
 
+// The same line in codes: ln 3 is 3 steps of ln 3 / 3, and values are steps of 13.
+struct CodedLine {
+  Line line;
+  int8_t k[3] = {0, 3, 6}, v[3] = {1, 2, 3};
+  float scale_k = std::log(3.0f) / 3, scales_v[3] = {13, 13, 13};
+
+  widehead::TensorView keys() const {
+    return {k, widehead::Quantised::kInt8, {1, 1, 3, 1}, {&scale_k, widehead::Scales::kTensor, {}}};
+  }
+  widehead::TensorView values() const {
+    return {v,
+            widehead::Quantised::kInt8,
+            {1, 1, 3, 1},
+            {scales_v, widehead::Scales::kTokenHead, {3, 3, 1, 1}}};
+  }
+};
+
+TEST(Cpp, ReadsCodesFromViews) {
+  CodedLine coded;
+  Line& line = coded.line;
+  const auto q = line.view(line.q), out = line.view(line.out);
+  widehead::attention(q, coded.keys(), coded.values(), out);
+  EXPECT_NEAR(line.out[0], 34, 1e-4);
+  line.out[0] = kNan;
+  widehead::attention(q, line.view(line.k), coded.values(), out);  // one of them elements
+  EXPECT_NEAR(line.out[0], 34, 1e-4);
+  line.out[0] = kNan;
+  widehead::plan(widehead::problem(q, coded.keys(), coded.values(), out))
+      .run(q, coded.keys(), coded.values(), out);
+  EXPECT_NEAR(line.out[0], 34, 1e-4);
+}
+
+TEST(Cpp, ARunRefusesCodesOfAnotherProblem) {
+  CodedLine coded;
+  Line& line = coded.line;
+  const auto q = line.view(line.q), out = line.view(line.out);
+  const auto plan = widehead::plan(widehead::problem(q, coded.keys(), coded.values(), out));
+  const auto message = [&](const widehead::TensorView& k, const widehead::TensorView& v) {
+    try {
+      plan.run(q, k, v, out);
+    } catch (const widehead::Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(message(coded.keys(), coded.values()), "");
+  EXPECT_EQ(message(line.view(line.k), coded.values()),
+            "k has another type than the plan was made for");
+  auto other = coded.keys();
+  other.quantised = widehead::Quantised::kE4m3;
+  EXPECT_EQ(message(other, coded.values()), "k has another type than the plan was made for");
+  other = coded.values();
+  other.scales.kind = widehead::Scales::kHead;
+  EXPECT_EQ(message(coded.keys(), other),
+            "scales of v are of another kind than the plan was made for");
+  other = coded.values();
+  other.scales.strides[2] = 2;
+  EXPECT_EQ(message(coded.keys(), other),
+            "scales of v have strides [3, 3, 2, 1]; the plan was made for [3, 3, 1, 1]");
+  EXPECT_THROW(widehead::problem(coded.keys(), coded.keys(), coded.values(), out), widehead::Error);
+}
+
 TEST(Cpp, PlansMoveAndExplain) {
   std::vector<float> q(64), k(64), v(64), out(64);
   const auto view = [](std::vector<float>& data) {

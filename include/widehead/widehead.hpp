@@ -65,6 +65,22 @@ enum class Policy : int32_t {
   kFusedAbove = WH_FUSED_ABOVE
 };
 enum class Precision : int32_t { kNative = WH_NATIVE, kHigh = WH_HIGH };
+// Keys and values of fewer bits; see enum wh_quantised.
+enum class Quantised : int32_t {
+  kNone = WH_NOT_QUANTISED,
+  kE4m3 = WH_E4M3,
+  kInt8 = WH_INT8,
+  kQ8_0 = WH_Q8_0,
+  kQ4_0 = WH_Q4_0
+};
+// What shares a scale; see enum wh_scales.
+enum class Scales : int32_t {
+  kNone = WH_SCALES_NONE,
+  kTensor = WH_SCALES_TENSOR,
+  kHead = WH_SCALES_HEAD,
+  kTokenHead = WH_SCALES_TOKEN_HEAD,
+  kChannel = WH_SCALES_CHANNEL
+};
 
 using Extents = std::array<int64_t, 4>;
 
@@ -79,18 +95,42 @@ constexpr Extents dense_strides(const Extents& shape) {
   return {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
 }
 
-// A tensor that somebody else owns: [batch, heads, length, dim], strides in elements.
+// f32 scales of codes, strides in elements; those of what shares one may be anything.
+struct ScalesView {
+  const float* data = nullptr;
+  Scales kind = Scales::kNone;
+  Extents strides{};
+};
+
+// A tensor that somebody else owns: [batch, heads, length, dim], strides in elements. Keys and
+// values may be codes of a format, in blocks of 32 elements too:
+//
+//   TensorView k(codes, Quantised::kInt8, {1, 8, 4096, 128},
+//                {scales, Scales::kTokenHead, dense_strides({1, 8, 4096, 1})});
 struct TensorView {
   void* data = nullptr;
-  Dtype dtype = Dtype::kF32;
+  Dtype dtype = Dtype::kF32;  // where it is not quantised
   Extents shape{};
   Extents strides{};
+  Quantised quantised = Quantised::kNone;
+  ScalesView scales{};
 
   TensorView() = default;
   TensorView(const void* tensor, Dtype type, const Extents& extents)
       : TensorView(tensor, type, extents, dense_strides(extents)) {}
   TensorView(const void* tensor, Dtype type, const Extents& extents, const Extents& steps)
       : data(const_cast<void*>(tensor)), dtype(type), shape(extents), strides(steps) {}
+  TensorView(const void* codes, Quantised format, const Extents& extents, ScalesView of = {})
+      : TensorView(codes, format, extents, dense_strides(extents), of) {}
+  TensorView(const void* codes, Quantised format, const Extents& extents, const Extents& steps,
+             ScalesView of)
+      : data(const_cast<void*>(codes)),
+        shape(extents),
+        strides(steps),
+        quantised(format),
+        scales(of) {}
+
+  bool is_quantised() const { return quantised != Quantised::kNone; }
 };
 
 // Tokens of all sequences one after another, [tokens, heads, dim]: q and out of packed queries, k
@@ -239,11 +279,16 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
   if (out.dtype != q.dtype && out.dtype != Dtype::kF32) {
     throw Error(WH_INVALID_ARGUMENT, "out must have the type of q, or be f32");
   }
-  if (v.dtype != k.dtype) throw Error(WH_INVALID_ARGUMENT, "v must have the type of k");
+  if (q.is_quantised() || out.is_quantised()) {
+    throw Error(WH_INVALID_ARGUMENT, "q and out must not be quantised");
+  }
+  if (v.dtype != k.dtype && !k.is_quantised() && !v.is_quantised()) {
+    throw Error(WH_INVALID_ARGUMENT, "v must have the type of k");
+  }
   problem.device = static_cast<int32_t>(options.device);
   problem.device_index = options.device_index;
   problem.dtype_q = static_cast<int32_t>(q.dtype);
-  problem.dtype_kv = static_cast<int32_t>(k.dtype);
+  problem.dtype_kv = static_cast<int32_t>(k.is_quantised() ? v.dtype : k.dtype);
   const auto set = [](int64_t(&to)[4], const Extents& from) {
     for (size_t i = 0; i < 4; ++i) to[i] = from[i];
   };
@@ -251,6 +296,12 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
   set(problem.stride_k, k.strides);
   set(problem.stride_v, v.strides);
   set(problem.stride_out, out.strides);
+  problem.quantised_k = static_cast<int32_t>(k.quantised);
+  problem.quantised_v = static_cast<int32_t>(v.quantised);
+  problem.scales_k = static_cast<int32_t>(k.scales.kind);
+  problem.scales_v = static_cast<int32_t>(v.scales.kind);
+  set(problem.stride_scales_k, k.scales.strides);
+  set(problem.stride_scales_v, v.scales.strides);
   problem.scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(problem.dim_qk)));
   problem.softcap = options.softcap;
   problem.causal = static_cast<int32_t>(options.causal);
@@ -279,6 +330,8 @@ inline wh_tensors tensors(const TensorView& q, const TensorView& k, const Tensor
   tensors.k = k.data;
   tensors.v = v.data;
   tensors.out = out.data;
+  tensors.scales_k = k.scales.data;
+  tensors.scales_v = options.values_in_keys ? nullptr : v.scales.data;
   tensors.mask = options.mask ? options.mask->data : nullptr;
   tensors.sinks = options.sinks;
   tensors.key_lengths = options.key_lengths;
@@ -402,12 +455,16 @@ class Plan {
   void run(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
            const Extras& extras = {}, const RunOptions& options = {}) const {
     const wh_problem& p = problem_;
-    expect("q", q, p.dtype_q, query_shape(p), p.stride_q);
-    expect("k", k, p.dtype_kv, key_shape(p), p.stride_k);
-    expect("v", v, p.dtype_kv, with_columns(key_shape(p), p.dim_v), p.stride_v);
     const int32_t dtype_out = (p.uses & WH_USES_F32_OUT) != 0 ? int32_t{WH_F32} : p.dtype_q;
-    expect("out", out, dtype_out, with_columns(query_shape(p), p.dim_v), p.stride_out);
+    const StoredAs k_as{p.dtype_kv, p.quantised_k}, v_as{p.dtype_kv, p.quantised_v};
+    expect("q", q, {p.dtype_q}, query_shape(p), p.stride_q);
+    expect("k", k, k_as, key_shape(p), p.stride_k);
+    expect("v", v, v_as, with_columns(key_shape(p), p.dim_v), p.stride_v);
+    expect("out", out, {dtype_out}, with_columns(query_shape(p), p.dim_v), p.stride_out);
+    expect_scales("k", k, p.scales_k, p.stride_scales_k);
+    expect_scales("v", v, p.scales_v, p.stride_scales_v);
     wh_tensors t = tensors(q, k, v, out, {.sequences = extras.sequences});
+    if ((p.uses & WH_USES_VALUES_IN_KEYS) != 0) t.scales_v = nullptr;
     t.mask = extras.mask;
     t.sinks = extras.sinks;
     t.key_lengths = extras.key_lengths;
@@ -439,19 +496,50 @@ class Plan {
     if (made == nullptr) throw Error(WH_OUT_OF_MEMORY, wh_last_error());
     return made;
   }
-  static void expect(const std::string& name, const TensorView& view, int32_t dtype,
+  struct StoredAs {
+    int32_t dtype, quantised = WH_NOT_QUANTISED;
+  };
+  static void expect(const std::string& name, const TensorView& view, StoredAs as,
                      const Extents& shape, const int64_t (&planned)[4]) {
-    const Extents strides{planned[0], planned[1], planned[2], planned[3]};
-    if (static_cast<int32_t>(view.dtype) != dtype) {
+    const bool is_of_type = view.is_quantised() || static_cast<int32_t>(view.dtype) == as.dtype;
+    if (static_cast<int32_t>(view.quantised) != as.quantised || !is_of_type) {
       throw Error(WH_INVALID_ARGUMENT, name + " has another type than the plan was made for");
     }
     if (view.shape != shape) {
       throw Error(WH_INVALID_ARGUMENT, name + " is " + to_string(view.shape) +
                                            "; the plan was made for " + to_string(shape));
     }
+    expect_strides(name + " has", view.strides, shape, planned);
+  }
+  // [batch, heads_kv, keys, columns], 1 where they share one. Those of tokens lie as keys do.
+  Extents scales_shape(const TensorView& view) const {
+    switch (view.scales.kind) {
+      case Scales::kNone:
+      case Scales::kTensor:
+        break;
+      case Scales::kHead:
+        return {problem_.batch, problem_.heads_kv, 1, 1};
+      case Scales::kTokenHead:
+        return {view.shape[0], view.shape[1], view.shape[2], 1};
+      case Scales::kChannel:
+        return {problem_.batch, problem_.heads_kv, 1, view.shape[3]};
+    }
+    return {1, 1, 1, 1};
+  }
+  void expect_scales(const std::string& name, const TensorView& view, int32_t kind,
+                     const int64_t (&planned)[4]) const {
+    if (static_cast<int32_t>(view.scales.kind) != kind) {
+      throw Error(WH_INVALID_ARGUMENT,
+                  "scales of " + name + " are of another kind than the plan was made for");
+    }
+    expect_strides("scales of " + name + " have", view.scales.strides, scales_shape(view), planned);
+  }
+  static void expect_strides(const std::string& has, const Extents& have, const Extents& shape,
+                             const int64_t (&planned)[4]) {
+    const Extents strides{planned[0], planned[1], planned[2], planned[3]};
     for (size_t i = 0; i < 4; ++i) {
-      if (shape[i] <= 1 || view.strides[i] == strides[i]) continue;
-      throw Error(WH_INVALID_ARGUMENT, name + " has strides " + to_string(view.strides) +
+      if (shape[i] <= 1 || have[i] == strides[i]) continue;
+      throw Error(WH_INVALID_ARGUMENT, has + " strides " + to_string(have) +
                                            "; the plan was made for " + to_string(strides));
     }
   }
