@@ -8,6 +8,7 @@
 #include "api/profile_store.h"
 #include "core/byte_size.h"
 #include "core/key_range.h"
+#include "core/names.h"
 #include "core/nearest_name.h"
 #include "cpu/cpu_facts.h"
 #include "cuda/cuda_facts.h"
@@ -259,6 +260,26 @@ TEST(Planner, AFewSpeculatedTokensAreDecodedOnAvx2) {
           << "dim " << dim << ", " << len_k << " keys";
     }
     EXPECT_EQ(make_plan(eight_heads(1, 8, 2048, dim), {}, machine)->kernel, "cpu_prefill") << dim;
+  }
+}
+
+// What widening costs, where computing bounds decode; fewer bytes, where memory does.
+TEST(Planner, CodesCostTheirWideningAndSaveTheirBytes) {
+  const auto decode_us = [](Quantised format, int64_t len_k, double read_gbytes_per_s) {
+    CpuFacts cpu = server();
+    cpu.read_gbytes_per_s = read_gbytes_per_s;
+    Problem p = eight_heads(2, 1, len_k, 128);
+    p.quantised_k = p.quantised_v = format;
+    const auto made = make_plan(p, {}, {cpu, kernels_of(Device::kCpu)});
+    return candidate(*made, "cpu_decode").estimated_us;
+  };
+  constexpr double kFast = 1e6, kSlow = 5;
+  for (const Quantised format : {Quantised::kInt8, Quantised::kQ8_0, Quantised::kQ4_0}) {
+    const double us = decode_us(format, 4096, kFast);
+    EXPECT_GT(us, decode_us(Quantised::kNone, 4096, kFast)) << kQuantiseds.name(format);
+    EXPECT_LT(us, decode_us(Quantised::kE4m3, 4096, kFast)) << kQuantiseds.name(format);
+    EXPECT_LT(decode_us(format, 1 << 20, kSlow), 0.65 * decode_us(Quantised::kNone, 1 << 20, kSlow))
+        << kQuantiseds.name(format);
   }
 }
 
