@@ -44,6 +44,8 @@ def problem_of(row, threads):
         problem["features"].append("top-left causal")
     if "window" in row:
         problem["window"] = [int(x) for x in row["window"].split(",")]
+    if "kv-dtype" in row:
+        problem["kv_dtype"] = row["kv-dtype"]
     return problem | {name: row[name] for name in ("softcap", "mask") if name in row}
 
 
@@ -86,7 +88,8 @@ def run_peer(python, library, problem, seconds, core=None):
 def cell(result):
     if "refused" in result:
         return "refused"
-    return f"{result['best_us'] / 1e3:.3g}" + ("" if result.get("guarded", True) else " ~")
+    times = f"{result['best_us'] / 1e3:.3g} ({result['median_us'] / 1e3:.3g})"
+    return times + ("" if result.get("guarded", True) else " ~")
 
 
 def main():
@@ -108,8 +111,9 @@ def main():
         for row in (one for group in suites[suite]["rows"] for one in expanded(group)):
             problem = problem_of(row, threads)
             results = {}
-            for dtype in ("f32", "bf16", "f16"):
-                extra = ("--against", "unfused") if dtype == "f32" else ()
+            # Over a cache of another type queries are f32, as ggml's are.
+            for dtype in ("f32",) if "kv-dtype" in row else ("f32", "bf16", "f16"):
+                extra = ("--against", "unfused") if dtype == "f32" and "kv-dtype" not in row else ()
                 document = widehead_rows(options.build, row, dtype, options.seconds, extra)
                 machine = merged(machine, document)
                 for found in document["rows"]:
@@ -132,7 +136,7 @@ def main():
     names = list(dict.fromkeys(name for row in rows for name in row["results"]))
     lines = [f"{machine['device']}, {machine['threads']} threads, {machine['isa']}: multiply-adds "
              f"{machine['multiply_add_gflops']:.0f} GFLOP/s, reads {machine['read_gbytes_per_s']:.1f} GB/s. "
-             f"Best milliseconds; ~ disturbed. Unfused: {machine['blas']}.", "",
+             f"Best milliseconds (median); ~ disturbed. Unfused: {machine['blas']}.", "",
              "| heads, dim, queries x keys | " + " | ".join(names) + " | f32 x best peer | bf16 x torch |",
              "|---" * (3 + len(names)) + "|"]
     for row in rows:
@@ -144,7 +148,7 @@ def main():
         torch16 = results.get("torch bf16", {}).get("best_us")
         ratio16 = f"{torch16 / results['widehead bf16']['best_us']:.2f}" if torch16 else "-"
         lines.append(f"| {row['heads_q']}/{row['heads_kv']}, {dims}, {row['len_q']} x {row['len_k']}"
-                     f"{''.join(' ' + feature for feature in row['features'])} | "
+                     f"{''.join(' ' + row.get('kv_dtype', '') if feature == 'kv-dtype' else ' ' + feature for feature in row['features'])} | "
                      + " | ".join(cell(results[name]) if name in results else "-" for name in names) + f" | {ratio} | {ratio16} |")
     versions = sorted({f"{name}: {result['version']}, {result['backend']}, BLAS {'; '.join(result['blas']) or 'none'}"
                        for row in rows for name, result in row["results"].items() if "version" in result})

@@ -3,8 +3,8 @@
     echo '{"library": "torch f32", "seconds": 3, "problem": {...}}' | python peer.py
 
 A problem has batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v, threads and a list of features: "causal" (bottom-right), "window",
-"softcap", "mask", "sinks", "key-lengths", as the suites name them. What a library cannot do, or is not installed, comes back as
-{"refused": reason}; nothing is left out without a word.
+"softcap", "mask", "sinks", "key-lengths", "kv-dtype", as the suites name them. What a library cannot do, or is not installed, comes back
+as {"refused": reason}; nothing is left out without a word.
 """
 
 import json
@@ -216,13 +216,17 @@ def onednn_runner(p, dtype):
 
 
 def ggml_runner(p, kv_dtype):
-    """Queries and the answer are f32 in ggml, the mask f16."""
+    """Queries and the answer are f32 in ggml, the mask f16; a row's own type of K and V goes before the library's."""
     import ctypes
 
     import ggml
 
-    takes(p, "causal", "softcap")
-    kinds = {"f32": (ggml.GGML_TYPE_F32, np.float32), "f16": (ggml.GGML_TYPE_F16, np.float16)}
+    takes(p, "causal", "softcap", "kv-dtype")
+    kinds = {"f32": (ggml.GGML_TYPE_F32, np.float32), "f16": (ggml.GGML_TYPE_F16, np.float16),
+             "q8_0": (ggml.GGML_TYPE_Q8_0, None), "q4_0": (ggml.GGML_TYPE_Q4_0, None)}
+    kv_dtype = p.get("kv_dtype", kv_dtype)
+    if kv_dtype not in kinds:
+        raise ValueError(f"has no {kv_dtype}")
     of_kv, mask = kinds[kv_dtype], None
     q, k, v = arrays(p)
     if is_causal(p):
@@ -233,6 +237,11 @@ def ggml_runner(p, kv_dtype):
 
     def tensor(array, kind):
         made = ggml.ggml_new_tensor_4d(context, kind[0], *array.shape[::-1])
+        if kind[1] is None:
+            values = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            rows, columns = array.size // array.shape[-1], array.shape[-1]
+            ggml.ggml_quantize_chunk(kind[0], values, ggml.ggml_get_data(made), 0, rows, columns, None)
+            return made
         stored = array.astype(kind[1])
         ctypes.memmove(ggml.ggml_get_data(made), stored.ctypes.data, stored.nbytes)
         return made
