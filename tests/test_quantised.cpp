@@ -1,12 +1,17 @@
 // The stored formats: every code, every tie, and ggml's blocks byte by byte.
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "core/kv_tensor.h"
+#include "core/names.h"
 #include "core/quantised.h"
+#include "cuda/common/kv_codes.h"
 
 namespace wh {
 namespace {
@@ -95,6 +100,85 @@ TEST(Quantised, BlocksLieAsGgmlWritesThem) {
     EXPECT_EQ(to_float(four, i), 2.0f * static_cast<float>(i - 8));
     EXPECT_EQ(to_float(four, i + 16), 2.0f * static_cast<float>(7 - i));
   }
+}
+
+// What CUDA kernels widen by is what the definition of an element says, for every byte there is.
+void expect_elements(const KvTensor& tensor, const KvPlace& place) {
+  const auto* bytes = static_cast<const uint8_t*>(tensor.data);
+  for (int column = 0; column < tensor.dim; column += 4) {
+    const cuda::CodesAt at = cuda::codes_at(tensor.format, tensor.offset(place), column);
+    uint32_t word = 0;
+    std::memcpy(&word, bytes + at.codes, sizeof(word));
+    float widened[4];
+    cuda::widen_codes(tensor.format, column, word, widened);
+    for (int i = 0; i < 4; ++i) {
+      Half of_block{};
+      std::memcpy(&of_block, bytes + at.scale, sizeof(of_block));
+      const float scale =
+          is_block_format(tensor.format) ? to_float(of_block) : tensor.scale(place, column + i);
+      const float have = widened[i] * scale, wanted = tensor.element(place, column + i);
+      if (std::isnan(wanted)) {
+        EXPECT_TRUE(std::isnan(have)) << column + i;
+      } else {
+        EXPECT_EQ(std::bit_cast<uint32_t>(have), std::bit_cast<uint32_t>(wanted))
+            << kQuantiseds.name(tensor.format) << " " << column + i;
+      }
+    }
+  }
+}
+
+TEST(Quantised, DevicesWidenToTheSameElements) {
+  constexpr int64_t kDim = 256, kHeads = 2, kTokens = 5;
+  std::mt19937 random(7);
+  std::vector<float> scales(kHeads * kTokens * kDim);
+  for (float& scale : scales) scale = std::normal_distribution<float>()(random);
+  scales[3] = 0, scales[4] = 1e-42f, scales[5] = 3e38f;
+  alignas(16) uint8_t bytes[kHeads * kTokens * kDim / 32 * sizeof(Q8_0)];
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
+  for (int i = 0; i < 256; ++i) bytes[i] = static_cast<uint8_t>(i);
+  for (const Quantised format :
+       {Quantised::kE4m3, Quantised::kInt8, Quantised::kQ8_0, Quantised::kQ4_0}) {
+    for (const Scales kind :
+         {Scales::kNone, Scales::kTensor, Scales::kHead, Scales::kTokenHead, Scales::kChannel}) {
+      if (is_block_format(format) && kind != Scales::kNone) continue;
+      const float* of_codes = kind == Scales::kNone ? nullptr : scales.data();
+      const KvTensor tensor{.data = bytes,
+                            .scales_data = of_codes,
+                            .dtype = Dtype::kF32,
+                            .format = format,
+                            .scales = kind,
+                            .stride = dense_strides(kHeads, kTokens, kDim),
+                            .stride_scales = {kHeads * kDim, kDim, 1, 1},
+                            .dim = kDim};
+      EXPECT_TRUE(cuda::is_whole_words(tensor));
+      for (int64_t head = 0; head < kHeads; ++head) {
+        for (int64_t token = 0; token < kTokens; ++token) {
+          expect_elements(tensor, {0, head, token, 0});
+        }
+      }
+    }
+  }
+}
+
+TEST(Quantised, WordsOfCodesAreWholeWhereRowsAreAligned) {
+  KvTensor tensor{.data = reinterpret_cast<const void*>(uintptr_t{64}),
+                  .scales_data = nullptr,
+                  .dtype = Dtype::kF32,
+                  .format = Quantised::kInt8,
+                  .scales = Scales::kNone,
+                  .stride = {64, 64, 28, 1},
+                  .stride_scales = {},
+                  .dim = 24};
+  const KvTensor whole = tensor;
+  EXPECT_TRUE(cuda::is_whole_words(whole));
+  tensor.stride[2] = 26;
+  EXPECT_FALSE(cuda::is_whole_words(tensor));
+  tensor = whole, tensor.dim = 22;
+  EXPECT_FALSE(cuda::is_whole_words(tensor));
+  tensor = whole, tensor.stride[3] = 2;
+  EXPECT_FALSE(cuda::is_whole_words(tensor));
+  tensor = whole, tensor.data = reinterpret_cast<const void*>(uintptr_t{66});
+  EXPECT_FALSE(cuda::is_whole_words(tensor));
 }
 
 TEST(Quantised, BlocksAreWrittenAsGgmlReadsThem) {

@@ -11,7 +11,7 @@ namespace wh {
 // Calls f with an element of the type, for what is written once as a template. A type more is an
 // error here and in every other switch over types (-Werror=switch), never read as one of these.
 template <typename F>
-__attribute__((always_inline)) inline auto with_element_type(Dtype dtype, F&& f) {
+__attribute__((always_inline)) constexpr auto with_element_type(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::kF32:
       return f(float{});
@@ -24,7 +24,7 @@ __attribute__((always_inline)) inline auto with_element_type(Dtype dtype, F&& f)
 }
 
 // One element as f32. For code that is not hot.
-inline float load_element(const void* data, Dtype dtype, int64_t offset) {
+constexpr float load_element(const void* data, Dtype dtype, int64_t offset) {
   return with_element_type(
       dtype, [&]<typename T>(T) { return to_float(static_cast<const T*>(data)[offset]); });
 }

@@ -1,5 +1,6 @@
-// The two 16-bit float formats as storage types, with exact widening and round-to-nearest-even
-// narrowing. Scalar on purpose: kernels convert with SIMD, everything else is not hot.
+// The two 16-bit float formats as storage types, with exact widening, for host and device, and
+// round-to-nearest-even narrowing. Scalar on purpose: kernels convert with SIMD, everything else is
+// not hot.
 #pragma once
 
 #include <bit>
@@ -15,9 +16,11 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
-inline float to_float(Bfloat16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
-inline float to_float(Half value) {
+constexpr float to_float(float value) { return value; }
+constexpr float to_float(Bfloat16 value) {
+  return std::bit_cast<float>(uint32_t{value.bits} << 16);
+}
+constexpr float to_float(Half value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity and NaN keep their payload

@@ -1,5 +1,5 @@
 // K or V of a run as they are stored: type or format, scales and strides in one place, so that
-// kernels and the reference ask one thing what an element is.
+// kernels, of the host and the device, and the reference ask one thing what an element is.
 #pragma once
 
 #include "core/element.h"
@@ -16,9 +16,10 @@ struct KvPlace {
       key_idx;  // of the tensor: a page and a token in it, where it has them
   int64_t sequence_idx;
 };
-inline KvPlace place_of(const KeyRows& rows, const Sequence& sequence, int64_t head_kv,
-                        int64_t key) {
-  const KeyRows::Place at = rows.place(key);
+template <typename Int>
+constexpr KvPlace place_of(const KeyRowsOf<Int>& rows, const SequenceOf<Int>& sequence, Int head_kv,
+                           Int key) {
+  const auto at = rows.place(key);
   return {at.batch_idx, head_kv, at.token_idx, sequence.batch_idx};
 }
 
@@ -31,13 +32,13 @@ struct KvTensor {
   Strides stride, stride_scales;
   int64_t dim;
 
-  int64_t bytes(int64_t elements) const { return stored_bytes(format, dtype, elements); }
+  constexpr int64_t bytes(int64_t elements) const { return stored_bytes(format, dtype, elements); }
   // In elements.
-  int64_t offset(const KvPlace& at) const {
+  constexpr int64_t offset(const KvPlace& at) const {
     return at.batch_idx * stride[0] + at.head_kv * stride[1] + at.key_idx * stride[2];
   }
   // Of the first column. Strides of what shares a scale are not stepped over.
-  int64_t scale_offset(const KvPlace& at) const {
+  constexpr int64_t scale_offset(const KvPlace& at) const {
     switch (scales) {
       case Scales::kNone:
       case Scales::kTensor:
@@ -51,13 +52,13 @@ struct KvTensor {
     }
     __builtin_unreachable();
   }
-  float scale(const KvPlace& at, int64_t column) const {
+  constexpr float scale(const KvPlace& at, int64_t column) const {
     if (scales_data == nullptr) return 1;
     const int64_t along = scales == Scales::kChannel ? column * stride_scales[3] : 0;
     return scales_data[scale_offset(at) + along];
   }
   // One element as f32. For code that is not hot.
-  float element(const KvPlace& at, int64_t column) const {
+  constexpr float element(const KvPlace& at, int64_t column) const {
     const int64_t first = offset(at);
     switch (format) {
       case Quantised::kNone:

@@ -75,18 +75,19 @@ constexpr int64_t stored_alignment(Quantised format, Dtype dtype) {
   return is_block_format(format) ? 2 : stored_bytes(format, dtype, 1);
 }
 
-inline float to_float(Int8 value) { return value.bits; }
-inline float to_float(E4m3 value) {
-  const int magnitude = value.bits & 0x7f, exponent = magnitude >> 3, mantissa = magnitude & 7;
-  const float sign = value.bits & 0x80 ? -1.0f : 1.0f;
-  if (magnitude == 0x7f) return std::copysign(std::bit_cast<float>(0x7fc00000u), sign);
-  if (exponent == 0) return sign * static_cast<float>(mantissa) * 0x1p-9f;
-  return sign * std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+// For host and device, as are those below.
+constexpr float to_float(Int8 value) { return value.bits; }
+constexpr float to_float(E4m3 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x80u} << 24, magnitude = value.bits & 0x7fu;
+  if (magnitude == 0x7f) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude >= 8) return std::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(subnormal));
 }
-inline float to_float(const Q8_0& block, int64_t idx) {
+constexpr float to_float(const Q8_0& block, int64_t idx) {
   return static_cast<float>(block.codes[idx]) * to_float(block.scale);
 }
-inline float to_float(const Q4_0& block, int64_t idx) {
+constexpr float to_float(const Q4_0& block, int64_t idx) {
   constexpr int64_t kHalf = kBlockElements / 2;
   const int code = idx < kHalf ? block.codes[idx] & 15 : block.codes[idx - kHalf] >> 4;
   return static_cast<float>(code - 8) * to_float(block.scale);
