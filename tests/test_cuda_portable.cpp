@@ -1,6 +1,7 @@
 // Tiles, variants and splits of cuda_portable, checked without a GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <vector>
@@ -167,6 +168,33 @@ TEST(CudaPortable, BatchInvariantSplitsIgnoreTheBatch) {
             PackedShape(many, kPortable.configure(planned.query(many))).splits);
 }
 
+// Sequences of a packed batch over pages, of a pool with room for so many keys.
+Problem served(int64_t batch, int64_t len_k, int64_t keys_in_pool) {
+  Problem p = problem(1, len_k, 128, 128);
+  p.batch = batch;
+  p.query_layout = QueryLayout::kPacked;
+  p.total_q = batch;
+  p.key_layout = KeyLayout::kPaged;
+  p.page_size = 16;
+  p.pages = keys_in_pool / 16;
+  p.has_key_lengths = true;
+  set_dense(p);
+  return p;
+}
+
+TEST(CudaPortable, SplitsTheLongestSequencesOfABatchThatFillsTheCard) {
+  const auto splits = [](const Planned& planned, const Problem& p) {
+    return kPortable.configure(planned.query(p)).splits;
+  };
+  // A pool with room for the most of every sequence says nothing of their lengths.
+  EXPECT_EQ(splits(kHopper, served(256, 65'536, 256 * 65'536)), 1);
+  EXPECT_GT(splits(kHopper, served(256, 65'536, 8 * 65'536)), 4);
+  Planned invariant = kHopper;
+  invariant.limits.batch_invariant = true;
+  const int64_t alone = splits(invariant, served(1, 65'536, 65'536));
+  EXPECT_EQ(splits(invariant, served(256, 65'536, 8 * 65'536)), alone);
+}
+
 TEST(CudaPortable, RefusesWhatItWouldRound) {
   Planned planned = kAmpere;
   planned.limits.precision = Precision::kHigh;
@@ -193,6 +221,32 @@ struct Filled {
   }
 };
 
+// The same rows as pages of three, from the second row of a page on, which the pool has in another
+// order. Entries of pages without a row that exists lead out of it.
+struct InPages {
+  static constexpr int kPage = 3, kFirstKey = 7 * kPage + 1;
+  portable::TileRows<float> rows;
+  int64_t stride_page;
+  std::vector<int32_t> table;
+  std::vector<float> pool;
+
+  InPages(const portable::TileRows<float>& dense, int count)
+      : rows(dense),
+        stride_page(kPage * dense.stride + 8),
+        table(static_cast<size_t>((kFirstKey + count) / kPage + 1), 1 << 28),
+        pool(table.size() * static_cast<size_t>(stride_page), NAN) {
+    for (int row = dense.begin; row < dense.end; ++row) {
+      const int64_t key = kFirstKey + row, page = key / kPage;
+      const int64_t in_pool = static_cast<int64_t>(table.size()) - 1 - page;
+      table[static_cast<size_t>(page)] = static_cast<int32_t>(in_pool);
+      std::copy_n(dense.first + row * dense.stride, dense.stride,
+                  pool.begin() + in_pool * stride_page + key % kPage * dense.stride);
+    }
+    rows.first = pool.data();
+  }
+  KeyRows keys() const { return {table.data(), Divisor(kPage), 0, 0}; }
+};
+
 template <int kRows, int kColumns, int kThreads>
 void check_loaders(int dim, int begin, int end, bool is_whole) {
   constexpr int kStride = kColumns + 12;
@@ -205,16 +259,25 @@ void check_loaders(int dim, int begin, int end, bool is_whole) {
     }
   }
   const portable::TileRows<float> rows{memory.data(), kStride, 1, dim, begin, end, is_whole};
-  for (const bool is_scattered : {false, true}) {
+  const InPages paged(rows, kRows);
+  enum class Loader { kSideBySide, kAnywhere, kInPages };
+  for (const Loader loader : {Loader::kSideBySide, Loader::kAnywhere, Loader::kInPages}) {
     std::vector<float> tile(kRows * kColumns, -1);
     std::vector<int> writes(tile.size());
     const Filled filled{kColumns, &tile, &writes};
     for (int thread = 0; thread < kThreads; ++thread) {
-      if (is_scattered) {
-        portable::load_scattered<kRows, kColumns, kThreads>(
-            thread, rows, [](int row) { return int64_t{row} * kStride; }, filled);
-      } else {
-        portable::load_rows<kRows, kColumns, kThreads>(thread, rows, filled);
+      switch (loader) {
+        case Loader::kSideBySide:
+          portable::load_rows<kRows, kColumns, kThreads>(thread, rows, filled);
+          break;
+        case Loader::kAnywhere:
+          portable::load_scattered<kRows, kColumns, kThreads>(
+              thread, rows, [](int row) { return int64_t{row} * kStride; }, filled);
+          break;
+        case Loader::kInPages:
+          portable::load_pages<kRows, kColumns, kThreads>(
+              thread, paged.rows, paged.keys(), paged.stride_page, InPages::kFirstKey, filled);
+          break;
       }
     }
     for (int row = 0; row < kRows; ++row) {
@@ -280,6 +343,7 @@ TEST(CudaPortable, LoadersFillEveryElementOnceAndReadOnlyWhatExists) {
       check_loaders<16, 576, 256>(572, begin, end, is_whole);
       check_loaders<16, 1024, 128>(1000, begin, end, is_whole);  // more chunks than threads
       check_loaders<16, 512, 256>(512, begin, end, is_whole);
+      check_loaders<8, 64, 256>(64, std::min(begin, 8), std::min(end, 8), is_whole);
     }
   }
 }

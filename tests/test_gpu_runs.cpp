@@ -8,34 +8,6 @@ namespace {
 
 class GpuRuns : public GpuKernel {};
 
-struct Graph {
-  cudaStream_t stream = nullptr;
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-
-  Graph() { EXPECT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess); }
-  ~Graph() {
-    if (exec != nullptr) cudaGraphExecDestroy(exec);
-    if (graph != nullptr) cudaGraphDestroy(graph);
-    cudaStreamDestroy(stream);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-
-  // Global: a call that allocates, or does anything else a capture must not, fails.
-  void capture(const GpuAttention& attention) {
-    const wh_tensors t = attention.tensors();
-    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-    EXPECT_EQ(attention.run(t, stream), WH_OK) << wh_last_error();
-    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-    ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
-  }
-  void replay() {
-    ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
-    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
-  }
-};
-
 TEST_P(GpuRuns, AReplayedGraphFollowsTheKeyLengths) {
   wh_problem p =
       is_prefill() ? gpu_problem(2, 8, 2, 300, 900, 128) : gpu_problem(2, 8, 2, 2, 3000, 128);
@@ -45,7 +17,7 @@ TEST_P(GpuRuns, AReplayedGraphFollowsTheKeyLengths) {
   attention.plan_for(kernel());
   attention.run_alone();  // what loads code does so before the capture
   Graph graph;
-  graph.capture(attention);
+  graph.capture([&](cudaStream_t stream) { return attention.run(attention.tensors(), stream); });
   ASSERT_NE(graph.exec, nullptr);
   const auto most = static_cast<int32_t>(p.len_k);
   for (const std::vector<int32_t>& lengths :

@@ -276,14 +276,15 @@ class GpuCheck:
 
     def check_cases(self, seconds: float) -> Outcome:
         begin = time.monotonic()
-        corner = self.check(seconds / 3, "--cases", "corner", "--seed", 7)
+        corner = self.check(seconds / 4, "--cases", "corner", "--seed", 7)
+        layouts = self.check(seconds / 4, "--cases", "layouts", "--seed", 7)
         ci = self.check(seconds - (time.monotonic() - begin), "--cases",
                         "ci" if self.is_gpu else "smoke", "--seed", 7)
         counts: dict[str, int] = {}
         for document in ci.data:
             for row in document["kernels"]:
                 counts[row["kernel"]] = max(counts.get(row["kernel"], 0), row["checked"])
-        failures = corner.failures + ci.failures
+        failures = corner.failures + layouts.failures + ci.failures
         if self.is_gpu:
             for kernel, least in LEAST_CHECKED.items():
                 is_for_card = not kernel.startswith("sm90") or self.is_hopper()
@@ -293,7 +294,7 @@ class GpuCheck:
             if sum(counts.values()) < LEAST_CHECKED_IN_ALL:
                 failures.append(f"{sum(counts.values())} checked in all, fewer than "
                                 f"{LEAST_CHECKED_IN_ALL}")
-        return Outcome(failures, data=corner.data + ci.data)
+        return Outcome(failures, data=corner.data + layouts.data + ci.data)
 
     def is_hopper(self) -> bool:
         return bool(self.facts["kernels_use"] == "sm_90")

@@ -142,13 +142,17 @@ Status check_pointers(const Problem& p, const Tensors& t) {
                                    {"sinks", t.sinks},
                                    {"key_lengths", t.key_lengths},
                                    {"key_starts", t.key_starts},
+                                   {"query_offsets", t.query_offsets},
+                                   {"key_offsets", t.key_offsets},
+                                   {"page_table", t.page_table},
+                                   {"page_offsets", t.page_offsets},
                                    {"log_sum_exp", t.log_sum_exp},
                                    {"workspace", t.workspace}};
   return check_pointers(pointers, p.device_index);
 }
 
 Status check_pointers(std::span<const NamedPointer> pointers, int32_t device_index) {
-  // The runtime's own question takes twice as long, and there are up to ten of them a run.
+  // The runtime's own question takes twice as long, and there are up to thirteen of them a run.
   static const auto attributes_of =
       driver_function<decltype(&cuPointerGetAttributes)>("cuPointerGetAttributes", 7000);
   if (attributes_of == nullptr) return {Code::kDeviceError, "the driver is older than CUDA 7"};

@@ -32,7 +32,7 @@ bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
-  const bool is_dense_alone = !is_cpu || kernel == "cpu_unfused";
+  const bool is_dense_alone = kernel == "cpu_unfused" || (!is_cpu && kernel != "cuda_portable");
   if (is_dense_alone && !p.is_dense()) return false;
   const bool reads_codes =
       kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference";

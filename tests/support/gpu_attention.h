@@ -60,6 +60,35 @@ class DeviceBuffer {
   size_t bytes_;
 };
 
+// A captured run, to be replayed.
+struct Graph {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+
+  Graph() { EXPECT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess); }
+  ~Graph() {
+    if (exec != nullptr) cudaGraphExecDestroy(exec);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  // Global: a call that allocates, or does anything else a capture must not, fails.
+  template <typename Run>
+  void capture(Run run) {
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    EXPECT_EQ(run(stream), WH_OK) << wh_last_error();
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+  }
+  void replay() {
+    ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  }
+};
+
 inline wh_problem gpu_problem(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
                               int64_t len_k, int64_t dim) {
   wh_problem p = problem_of(batch, heads_q, heads_kv, len_q, len_k, dim);

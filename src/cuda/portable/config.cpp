@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/names.h"
+#include "core/sequence.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/steps.h"
@@ -71,6 +72,21 @@ constexpr auto kVariants = [] {
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+int64_t items_of(const Problem& p, const PortableVariant& variant) {
+  Config config;
+  config.tile_q = variant.rows;
+  return PackedShape(p, config).items;
+}
+
+// One sequence with all that one may have.
+Problem one_sequence(Problem p) {
+  p.batch = std::min<int64_t>(1, p.batch);
+  if (p.query_layout == QueryLayout::kPacked) p.total_q = p.len_q;
+  if (p.key_layout == KeyLayout::kPacked) p.total_k = p.len_k;
+  if (p.key_layout == KeyLayout::kPaged) p.pages = p.pages_a_sequence();
+  return p;
+}
+
 bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
   return variant.shared_bytes <= shared_bytes &&
          (variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows);
@@ -91,12 +107,12 @@ const PortableVariant& variant_at(int32_t instance) {
 // problems on an H100, of dims 64 to 576, 16 to 262,144 keys.
 class PortableCost {
  public:
-  PortableCost(const Query& query, const PortableVariant& variant, int64_t batch)
+  PortableCost(const Query& query, const PortableVariant& variant)
       : sms_(std::max(1, cuda_facts(query).sms)) {
     const Problem& p = query.problem;
     const int64_t pair_rows = p.len_q * p.group();
     const int64_t row_tiles = divide_up(pair_rows, variant.rows);
-    items_ = batch * p.heads_kv * row_tiles;
+    items_ = items_of(p, variant);
     resident_ = std::clamp<int64_t>(cuda_facts(query).shared_bytes / variant.shared_bytes, 1,
                                     variant.resident);
     most_tiles_ = divide_up(most_visible_keys(p), variant.keys);
@@ -105,7 +121,8 @@ class PortableCost {
     block_tiles_ =
         std::min(most_tiles_, divide_up(most_visible_keys(p, block_queries), variant.keys) + 1);
     const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q));
-    tiles_ = keys / variant.keys + 0.5;
+    tiles_ = keys * mean_length(p) / variant.keys + 0.5;
+    has_even_lengths_ = mean_length(p) == 1;
     // Warps without rows skip the products.
     const int64_t rows =
         divide_up(std::min<int64_t>(pair_rows, variant.rows), variant.product_rows) *
@@ -120,7 +137,7 @@ class PortableCost {
     lone_tile_us_ = latency.tile_us + latency.us_per_byte * tile_bytes_;
     bytes_per_us_ = cuda_facts(query).read_gbytes_per_s * 1e3 * latency.reached;
     if (row_tiles > 1) bytes_per_us_ *= kFromL2;
-    share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
+    share_bytes_ = static_cast<double>(all_query_rows(p) * p.dim_v * 4);
   }
 
   int64_t most_tiles() const { return most_tiles_; }
@@ -146,7 +163,8 @@ class PortableCost {
 
   int64_t best_splits() const {
     int64_t best = 1;
-    if (items_ == 0 || items_ >= sms_ * resident_) return best;  // the card is full
+    // Where the card is full, splitting only ends the longest sequences earlier.
+    if (items_ == 0 || (has_even_lengths_ && items_ >= sms_ * resident_)) return best;
     for (int64_t splits = 2; splits <= std::min<int64_t>(most_tiles_, kMostSplits); ++splits) {
       if (us(splits) < us(best)) best = splits;
     }
@@ -154,6 +172,15 @@ class PortableCost {
   }
 
  private:
+  // A sequence's keys, to the most that one may have: what there is room for tells.
+  static double mean_length(const Problem& p) {
+    const auto most = static_cast<double>(p.batch * p.len_k);
+    if (p.key_layout == KeyLayout::kDense || most == 0) return 1;
+    const auto room =
+        static_cast<double>(p.key_layout == KeyLayout::kPacked ? p.total_k : p.pages * p.page_size);
+    return std::min(1.0, room / most);
+  }
+
   // A tile of keys in a block, while so many of those want to run.
   double tile_us(int64_t blocks) const {
     const auto active = static_cast<double>(std::min(blocks, sms_ * resident_));
@@ -198,6 +225,7 @@ class PortableCost {
   static constexpr double kCombineRate = 1e6;  // bytes a microsecond
 
   int64_t sms_, items_, resident_, most_tiles_, block_tiles_;
+  bool has_even_lengths_;
   double tiles_, product_us_, tile_bytes_, lone_tile_us_, bytes_per_us_, share_bytes_;
 };
 
@@ -220,8 +248,7 @@ std::optional<std::string> refusal(const Query& query) {
   const int64_t pair_rows = p.len_q * p.group();
   // Blocks of this kernel, and of the one that merges.
   const int64_t most_blocks =
-      std::max(p.batch * p.heads_kv * divide_up(pair_rows, variant.rows) * kMostSplits,
-               p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
+      std::max(items_of(p, variant) * kMostSplits, all_query_rows(p) * divide_up(p.dim_v, 128));
   if (std::max(most_blocks, pair_rows) > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows for one grid";
   }
@@ -241,14 +268,14 @@ Config configure(const Query& query) {
   config.arithmetic = arithmetic(variant);
   config.tile_q = variant.rows;
   config.tile_k = variant.keys;
-  // One batch entry alone decides where bits must not depend on the batch.
-  const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
-  const PortableCost cost(query, variant, batch);
+  // One sequence alone decides where bits must not depend on the batch.
+  const Problem deciding = query.limits.batch_invariant ? one_sequence(p) : p;
+  const PortableCost cost({deciding, query.limits, query.facts, query.correction}, variant);
   const int64_t splits = std::max(cost.best_splits(), least_splits(p));
   if (splits > 1) config.chunk_keys = divide_up(cost.most_tiles(), splits) * variant.keys;
   config.splits = static_cast<int32_t>(splits);
   if (query.limits.longest_step_us > 0) {
-    const PortableCost all(query, variant, p.batch);
+    const PortableCost all(query, variant);
     config.step_tiles = choose_step_tiles(query, all.waves(splits), all.us(splits));
   }
   return config;
@@ -271,14 +298,14 @@ double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const PortableVariant* variant = portable_variant(p, config, cuda_facts(query).shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
-  return PortableCost(query, *variant, p.batch).us(config.splits);
+  return PortableCost(query, *variant).us(config.splits);
 }
 
 double step_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const PortableVariant* variant = portable_variant(p, config, cuda_facts(query).shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
-  const PortableCost cost(query, *variant, p.batch);
+  const PortableCost cost(query, *variant);
   return step_us_of(cost.waves(config.splits), config.step_tiles, cost.us(config.splits));
 }
 
@@ -294,6 +321,7 @@ const Kernel kPortable{
     .name = "cuda_portable",
     .role = Role::kFused,
     .summary = "mma.sync and cp.async on any card from sm_80 on, any dimensions, f32 too",
+    .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
     .variant = variant_text,

@@ -18,7 +18,7 @@ struct PortableVariant {
   int product_rows;  // what rows are worked on in: 16 or 32 by a warp
   int threads, shared_bytes;
   int resident;  // blocks that the registers of an SM hold
-  const void* (*function)();
+  const void* (*function)(bool pages_cut_tiles);
 };
 
 // The variant that a plan's config names, for a card with so much shared memory a block; null: it

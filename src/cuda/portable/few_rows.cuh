@@ -23,15 +23,16 @@
 namespace wh::cuda {
 namespace {
 
-// Rows of K or V of one kv head.
+// Rows of K or V of one kv head; where keys are not paged, from the sequence's first key on.
 struct HeadRows {
   const float* first;
-  int64_t stride, stride_dim;
+  int64_t stride_page, stride, stride_dim;
   int32_t dim;
   bool is_whole;  // 16 bytes at a time
 };
 
-template <int kDim, int kRows>
+// Pages are compiled in: asked for beside dense keys, they take registers.
+template <int kDim, int kRows, bool kIsPaged>
 class FewRowsBlock {
  public:
   __device__ __forceinline__ FewRowsBlock(const PortableArgs& args, const PackedItem& item,
@@ -91,9 +92,9 @@ class FewRowsBlock {
   }
   __device__ __forceinline__ HeadRows head_rows(const void* data, const int64_t (&stride)[4],
                                                 int32_t dim, bool is_whole) const {
-    return {static_cast<const float*>(data) + item_.sequence.batch_idx * stride[0] +
-                item_.head_kv * stride[1],
-            stride[2], stride[3], dim, is_whole};
+    const float* first = static_cast<const float*>(data) + item_.head_kv * stride[1];
+    if constexpr (!kIsPaged) first += item_.key_rows(a_).offset(stride[0], stride[2], 0);
+    return {first, stride[0], stride[2], stride[3], dim, is_whole};
   }
   __device__ __forceinline__ int column(int piece) const { return 4 * (lane_ + kLanes * piece); }
   __device__ __forceinline__ int32_t first_key(int step) const {
@@ -126,20 +127,35 @@ class FewRowsBlock {
 
   // Keys that do not exist are not read: they, and columns past the dimension, become 0.
   __device__ __forceinline__ void load(int step) {
+    KeyRows::Place at[kStepKeys] = {};
+    if constexpr (kIsPaged) {  // all before the first copy, which no load passes
+#pragma unroll
+      for (int key = 0; key < kStepKeys; ++key) {
+        at[key] = item_.key_rows(a_).place(existing_key(first_key(step) + key));
+      }
+    }
 #pragma unroll
     for (int key = 0; key < kStepKeys; ++key) {
       const int32_t key_idx = first_key(step) + key;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        copy(slot(step, false, key, i), k_, key_idx, column(i));
-        copy(slot(step, true, key, i), v_, key_idx, column(i));
+        copy(slot(step, false, key, i), k_, key_idx, at[key], column(i));
+        copy(slot(step, true, key, i), v_, key_idx, at[key], column(i));
       }
     }
   }
+  __device__ __forceinline__ int32_t existing_key(int32_t key_idx) const {
+    return key_idx < end_ ? key_idx : begin_;
+  }
   __device__ __forceinline__ void copy(float4* to, const HeadRows& rows, int32_t key_idx,
-                                       int first_column) const {
+                                       KeyRows::Place in_pages, int first_column) const {
     const uint32_t address = ptx::shared_address(to);
-    const float* row = rows.first + (key_idx < end_ ? key_idx : begin_) * rows.stride;
+    const float* row = rows.first;
+    if constexpr (kIsPaged) {
+      row += in_pages.batch_idx * rows.stride_page + in_pages.token_idx * rows.stride;
+    } else {
+      row += existing_key(key_idx) * rows.stride;
+    }
     const int left = key_idx < end_ ? rows.dim - first_column : 0;  // columns to read
     if (rows.is_whole) {
       ptx::cp_async<16>(address, left > 0 ? row + first_column : row, left > 0 ? 16 : 0);
@@ -374,8 +390,8 @@ class FewRowsBlock {
   float4 q_[kRows][kPieces], o_[kRows][kPieces];
 };
 
-template <int kDim, int kRows>
-__global__ void __launch_bounds__(FewRowsTile::kThreads)
+template <int kDim, int kRows, bool kIsPaged>
+__global__ void __launch_bounds__(FewRowsTile::kThreads, FewRowsTile{kDim, kRows}.resident())
     few_rows(const __grid_constant__ PortableArgs args) {
   extern __shared__ __align__(16) float4 s_few_rows[];
   // Behind the ring, not static: 48 KB without asking are for both together.
@@ -387,7 +403,8 @@ __global__ void __launch_bounds__(FewRowsTile::kThreads)
                        kRows, FewRowsTile::kKeys);
   }
   __syncthreads();
-  FewRowsBlock<kDim, kRows> block(args, *item, s_few_rows);
+  if (item->rows <= 0) return;  // packed queries have fewer
+  FewRowsBlock<kDim, kRows, kIsPaged> block(args, *item, s_few_rows);
   ptx::launch_dependents();
   block.run();
 }
@@ -395,8 +412,9 @@ __global__ void __launch_bounds__(FewRowsTile::kThreads)
 }  // namespace
 
 template <int kDim, int kRows>
-const void* few_rows_instance() {
-  return reinterpret_cast<const void*>(&few_rows<kDim, kRows>);
+const void* few_rows_instance(bool pages_cut_tiles) {
+  return pages_cut_tiles ? reinterpret_cast<const void*>(&few_rows<kDim, kRows, true>)
+                         : reinterpret_cast<const void*>(&few_rows<kDim, kRows, false>);
 }
 
 }  // namespace wh::cuda

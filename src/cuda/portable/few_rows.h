@@ -30,6 +30,6 @@ struct FewRowsTile {
 };
 
 template <int kDim, int kRows>
-const void* few_rows_instance();
+const void* few_rows_instance(bool pages_cut_tiles);
 
 }  // namespace wh::cuda

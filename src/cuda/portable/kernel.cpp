@@ -11,7 +11,8 @@
 namespace wh::cuda {
 namespace {
 
-PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape& shape) {
+PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape& shape,
+                           const PortableVariant& variant) {
   PortableArgs args{};
   args.attention = attention_args(p, t);
   args.q = t.q;
@@ -25,6 +26,9 @@ PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape
   args.v_is_whole = portable::is_whole(t.v, p.stride_v, p.dim_v, dtype, 16);
   args.out_is_whole =
       portable::is_whole(t.out, p.stride_out, p.dim_v, dtype, 2 * dtype_bytes(dtype));
+  // On the CUDA cores a team's keys are found one by one.
+  args.pages_cut_tiles = p.key_layout == KeyLayout::kPaged &&
+                         (variant.cores == Cores::kCuda || p.page_size % variant.keys != 0);
   args.rows = PackedRows(p, shape);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;
@@ -39,12 +43,12 @@ Status run_portable(const Launch& launch) {
   if (variant == nullptr) return invalid("the plan's tile fits no variant of cuda_portable");
   const PackedShape shape(p, launch.config);
   if (shape.items == 0) return {};
-  PortableArgs args = portable_args(p, launch.tensors, shape);
+  PortableArgs args = portable_args(p, launch.tensors, shape, *variant);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return run_in_steps(launch, shape.blocks, [&](int64_t first, int64_t end) -> Status {
     args.last_item = static_cast<int32_t>(shape.blocks - 1 - first);
     void* parameters[] = {&args};
-    Status status = launch_kernel({.function = variant->function(),
+    Status status = launch_kernel({.function = variant->function(args.pages_cut_tiles),
                                    .blocks = static_cast<int>(end - first),
                                    .threads = variant->threads,
                                    .shared_bytes = variant->shared_bytes,

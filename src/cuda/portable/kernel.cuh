@@ -137,39 +137,52 @@ class Block {
         static_cast<int>(threadIdx.x), rows,
         [&](int row) { return packed_row(row).offset(args_.stride_q, item_); }, AsyncCopy{s_q_});
   }
+  // K or V of the item's kv head, in all of its pages where there are some.
+  struct HeadKeys {
+    const T* first;
+    const int64_t (&stride)[4];
+    int32_t dim;
+    bool is_whole;
+  };
+  __device__ __forceinline__ HeadKeys keys() const {
+    return {static_cast<const T*>(args_.k) + item_.head_kv * args_.stride_k[1], args_.stride_k,
+            a_.dim_qk, args_.k_is_whole};
+  }
+  __device__ __forceinline__ HeadKeys values() const {
+    return {static_cast<const T*>(a_.v) + item_.head_kv * a_.stride_v[1], a_.stride_v, a_.dim_v,
+            args_.v_is_whole};
+  }
+
   // Keys that do not exist are not read.
   template <int kColumnsOf>
-  __device__ __forceinline__ void load_tile(const SharedRows<T>& to, const T* head, int64_t stride,
-                                            int64_t stride_dim, int32_t dim, bool is_whole,
+  __device__ __forceinline__ void load_tile(const SharedRows<T>& to, const HeadKeys& from,
                                             int32_t tile) {
     const int32_t first = tile * kKeys;
-    const TileRows<T> rows{head + first * stride,
-                           stride,
-                           stride_dim,
-                           dim,
-                           item_.sequence.present.begin - first,
-                           item_.sequence.present.end - first,
-                           is_whole};
+    const KeyRows key_rows = item_.key_rows(a_);
+    TileRows<T> rows{from.first,
+                     from.stride[2],
+                     from.stride[3],
+                     from.dim,
+                     item_.sequence.present.begin - first,
+                     item_.sequence.present.end - first,
+                     from.is_whole};
     int thread = static_cast<int>(threadIdx.x);
     // Opaque: what follows from it is computed anew for each tile, as 64 keys beside 32 x 128 sums
     // leave no registers for it.
     if constexpr (kRowTiles == 2 && kColumns == 128) asm volatile("" : "+r"(thread));
-    load_rows<kKeys, kColumnsOf, kThreads>(thread, rows, AsyncCopy{to});
+    const bool is_cut = kTile.takes_cut_tiles() && args_.pages_cut_tiles;
+    if (is_cut) {
+      load_pages<kKeys, kColumnsOf, kThreads>(thread, rows, key_rows, from.stride[0], first,
+                                              AsyncCopy{to});
+    } else {
+      rows.first += key_rows.offset(from.stride[0], from.stride[2], first);
+      load_rows<kKeys, kColumnsOf, kThreads>(thread, rows, AsyncCopy{to});
+    }
     ptx::cp_async_commit();
   }
-  __device__ __forceinline__ void load_keys(int32_t tile) {
-    const T* head = static_cast<const T*>(args_.k) + item_.sequence.batch_idx * args_.stride_k[0] +
-                    item_.head_kv * args_.stride_k[1];
-    load_tile<kDimQk>(s_k_, head, args_.stride_k[2], args_.stride_k[3], a_.dim_qk, args_.k_is_whole,
-                      tile);
-  }
-  __device__ __forceinline__ const T* values() const {
-    return static_cast<const T*>(a_.v) + item_.sequence.batch_idx * a_.stride_v[0] +
-           item_.head_kv * a_.stride_v[1];
-  }
+  __device__ __forceinline__ void load_keys(int32_t tile) { load_tile<kDimQk>(s_k_, keys(), tile); }
   __device__ __forceinline__ void load_values(int32_t tile) {
-    load_tile<kDimV>(s_v_, values(), a_.stride_v[2], a_.stride_v[3], a_.dim_v, args_.v_is_whole,
-                     tile);
+    load_tile<kDimV>(s_v_, values(), tile);
   }
 
   static __device__ __forceinline__ void meet_copies() {
@@ -388,7 +401,8 @@ class Block {
     bool has_dropped = false;
 #pragma unroll 1
     for (int32_t key = keys.begin; key < keys.end; ++key) {
-      const T value = values()[key * a_.stride_v[2] + column * a_.stride_v[3]];
+      const int64_t row = item_.key_rows(a_).offset(a_.stride_v[0], a_.stride_v[2], key);
+      const T value = values().first[row + column * a_.stride_v[3]];
       if (is_finite(value)) continue;
       const bool was_dropped = std::is_same_v<T, float> || !item_.tiles.is_clean(key / kKeys);
       if (!was_dropped || static_cast<uint32_t>(key - mask.first_key) >= mask.key_count ||
@@ -488,11 +502,13 @@ constexpr int kLeastBlocks = 1;
 constexpr int kLeastBlocks = 0;
 #endif
 
-template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
-__global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kMemory).threads(),
+// For cards with so much shared memory, in a tile for those with kTileMemory.
+template <int kDimQk, int kDimV, typename T, SharedMemory kMemory,
+          SharedMemory kTileMemory = kMemory>
+__global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kTileMemory).threads(),
                                   kLeastBlocks)
     cuda_portable(const __grid_constant__ PortableArgs args) {
-  using Block = portable::Block<kDimQk, kDimV, T, kMemory>;
+  using Block = portable::Block<kDimQk, kDimV, T, kTileMemory>;
   extern __shared__ __align__(16) unsigned char s_memory[];
   auto* item = reinterpret_cast<PackedItem*>(s_memory + Block::kTile.bytes - kPortableItemBytes);
   if (threadIdx.x == 0) {
@@ -501,9 +517,26 @@ __global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kMem
                        Block::kTile.rows, Block::kTile.keys);
   }
   __syncthreads();
+  if (item->rows <= 0) return;  // packed queries have fewer
   Block block(args, *item, s_memory);
   ptx::launch_dependents();
   block.run();
+}
+
+// Pages that cut the tiles of heads whose warps have no registers left are read in smaller tiles.
+template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
+const void* portable_function(bool pages_cut_tiles) {
+  constexpr PortableTile kTile = portable_tile({kDimQk, kDimV}, sizeof(T), kMemory);
+  if constexpr (!kTile.takes_cut_tiles()) {
+    constexpr SharedMemory kSmaller = SharedMemory::kSmall;
+    constexpr PortableTile kOther = portable_tile({kDimQk, kDimV}, sizeof(T), kSmaller);
+    static_assert(kOther.takes_cut_tiles() && kOther.rows == kTile.rows &&
+                  kOther.threads() == kTile.threads() && kOther.bytes <= kTile.bytes);
+    if (pages_cut_tiles) {
+      return reinterpret_cast<const void*>(&cuda_portable<kDimQk, kDimV, T, kMemory, kSmaller>);
+    }
+  }
+  return reinterpret_cast<const void*>(&cuda_portable<kDimQk, kDimV, T, kMemory>);
 }
 
 }  // namespace wh::cuda

@@ -15,21 +15,23 @@ namespace wh::cuda {
 
 struct PortableArgs {
   AttentionArgs attention;
+  Scores scores;
+  int32_t last_item;  // of this launch, which takes items from there down
   const void* q;
   const void* k;
-  int64_t stride_q[4], stride_k[4];
-  Scores scores;
+  int64_t stride_q[4], stride_k[4];  // of k's batch or page, head, token, element
   // Rows that can be copied 16 bytes at a time; others are element by element.
   bool q_is_whole, k_is_whole, v_is_whole;
   bool out_is_whole;  // pairs of elements can be stored at once
   PackedRows rows;
-  int32_t last_item;  // of this launch, which takes items from there down
   Partials partials;
+  // Whether some tile of keys lies in several pages. Others have their rows one stride apart.
+  bool pages_cut_tiles;
 };
 
 // The kernel compiled for these; instance.cu.in defines them.
 template <int kDimQk, int kDimV, Dtype kDtype, SharedMemory kMemory>
-const void* portable_instance();
+const void* portable_instance(bool pages_cut_tiles);
 
 Status run_portable(const Launch& launch);
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cuda/common/key_range.h"
+
 namespace wh::cuda::portable {
 
 // Rows of one tile as they lie in memory.
@@ -69,6 +71,39 @@ constexpr void load_rows(int thread, const TileRows<T>& rows, Copy copy) {
                    rows.exists(row) && column < rows.dim ? 16 : 0);
       }
     }
+  }
+}
+
+// Keys of a tile that lies in several pages, from `first_key` on; TileRows::first is where the
+// pages begin. A warp takes rows beside each other, so that it looks for a page where one begins
+// and not for every chunk. Rolled: addresses ahead take registers that the sums need.
+template <int kRows, int kColumns, int kThreads, typename T, typename Copy>
+constexpr void load_pages(int thread, const TileRows<T>& rows, const KeyRows& keys,
+                          int64_t stride_page, int32_t first_key, Copy copy) {
+  const auto offset_of = [&](int row) {
+    return keys.offset(stride_page, rows.stride, first_key + row);
+  };
+  if (!rows.is_whole) {
+    load_elements<kRows, kColumns, kThreads>(thread, rows, offset_of, copy);
+    return;
+  }
+  constexpr int kChunk = 16 / sizeof(T);
+  constexpr int kRowChunks = kColumns / kChunk;
+  constexpr int kChunks = kRows * kRowChunks;
+  constexpr int kWarpChunks = (kChunks + kThreads - 1) / kThreads * 32;
+  const int begin = thread / 32 * kWarpChunks + thread % 32;
+  int run_end = 0;       // of the rows beside the last one that was looked for
+  int64_t run_base = 0;  // of row 0, if it were one of them
+#pragma unroll 1
+  for (int i = begin; i < begin - thread % 32 + kWarpChunks && i < kChunks; i += 32) {
+    const int row = i / kRowChunks, column = i % kRowChunks * kChunk;
+    const bool exists = rows.exists(row) && column < rows.dim;
+    if (exists && row >= run_end) {
+      run_base = offset_of(row) - row * rows.stride;
+      run_end = row + keys.run(first_key + row, first_key + kRows);
+    }
+    const int64_t offset = exists ? run_base + row * rows.stride + column : 0;
+    copy.chunk(row, column, rows.first + offset, exists ? 16 : 0);
   }
 }
 

@@ -24,6 +24,9 @@ struct PortableTile {
   constexpr int threads() const { return 32 * warps(); }
   // Blocks that an SM holds by its registers: 256 threads of 255 of them.
   constexpr int resident() const { return threads() <= 128 ? 2 : 1; }
+  // Whether tiles of keys may lie in several pages. Beside the scores of 32 rows and 64 keys, sums
+  // of 128 columns leave no registers for a second way to load one.
+  constexpr bool takes_cut_tiles() const { return warp_rows < 32 || keys < 64 || pitch_v < 128; }
   // Key tiles of 8 whose scores one of the column groups computes. The last groups may have none.
   constexpr int slice_tiles() const {
     return keys / 8 > column_groups ? keys / 8 / column_groups : 1;
