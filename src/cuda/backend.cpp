@@ -20,7 +20,7 @@ namespace {
 std::string code_of(int32_t device_index) {
   const DeviceScope scope(device_index);
   if (Status status = scope.status(); !status.ok()) return status.message();
-  const Result<LoadedCode> code = loaded_code(few_rows_instance<64, 1>());
+  const Result<LoadedCode> code = loaded_code(few_rows_instance<64, 1>(false));
   if (!code.ok()) return code.status().message();
   return code->is_translated() ? fmt::format("translated from PTX of sm_{}", code->ptx_version)
                                : fmt::format("machine code of sm_{}", code->binary_version);
