@@ -216,7 +216,8 @@ void ExpectedGradients::Rows::allocate(int64_t dim) {
 
 void ExpectedGradients::Rows::put(size_t index, double sum, double rounding) {
   wanted[index] = static_cast<float>(sum);
-  roundings[index] = static_cast<float>(std::hypot(rounding, sum));
+  // hypot() would ask for glibc 2.35.
+  roundings[index] = static_cast<float>(std::sqrt(rounding * rounding + sum * sum));
 }
 
 ExpectedGradients::ExpectedGradients(const GradientTensors& data) {
