@@ -18,12 +18,7 @@ struct PortableVariant {
   int product_rows;  // what rows are worked on in: 16 or 32 by a warp
   int threads, shared_bytes;
   int resident;  // blocks that the registers of an SM hold
-<<<<<<< Updated upstream
   const void* (*function)(bool pages_cut_tiles);
-=======
-  const void* (*function)();
-  bool reads_codes = false;  // quantised keys and values, and no others
->>>>>>> Stashed changes
 };
 
 // The variant that a plan's config names, for a card with so much shared memory a block; null: it

@@ -30,13 +30,6 @@ struct FewRowsTile {
 };
 
 template <int kDim, int kRows>
-<<<<<<< Updated upstream
 const void* few_rows_instance(bool pages_cut_tiles);
-=======
-const void* few_rows_instance();
-// The same over quantised keys and values.
-template <int kDim, int kRows>
-const void* code_rows_instance();
->>>>>>> Stashed changes
 
 }  // namespace wh::cuda
