@@ -86,7 +86,8 @@ class RankRunner {
     const double memory = planner->memory_gbytes_per_s;
     const Result<Link> link =
         flags_.parallel.link.empty()
-            ? measure_link(communicator_, request_.problem.device, device_index_, memory)
+            ? measure_link(communicator_, {request_.problem.device, device_index_, memory},
+                           run_.timeout)
             : read_link(flags_.parallel.link, memory);
     if (!link.ok()) return link.status();
     const auto plan = make_parallel_plan(*sharded, {flags_.limits, flags_.parallel.strategy}, *link,

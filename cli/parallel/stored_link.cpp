@@ -45,8 +45,9 @@ int tune_link(const Group& group, bool json) {
   return run_ranks(
       group, [&](sharded::Communicator& communicator, int32_t device_index) -> Result<int> {
         if (communicator.ranks() == 1) return invalid("--ranks is 1; a link takes at least 2");
-        const auto link = sharded::measure_link(communicator, group.device, device_index,
-                                                facts.read_gbytes_per_s);
+        const auto link = sharded::measure_link(
+            communicator, {group.device, device_index, facts.read_gbytes_per_s},
+            std::chrono::seconds(30));
         if (!link.ok()) return link.status();
         if (communicator.rank() > 0) return kFine;
         const Json document{

@@ -641,13 +641,18 @@ void Call::write_into(wh_appended& appended) const {
   if (scales_v_) appended.scales_v = static_cast<float*>(scales_v_->data);
 }
 
-void Call::run(const wh_limits& limits) {
+wh_run_options Call::run_options() const {
   wh_run_options options;
   wh_run_options_init(&options, sizeof(options));
   options.stream = q_.stream;
   if (q_.on_cuda() && !stream_.is_none()) {
     options.stream = reinterpret_cast<void*>(number<uintptr_t>("stream", stream_));
   }
+  return options;
+}
+
+void Call::run(const wh_limits& limits) {
+  wh_run_options options = run_options();
   Interrupt interrupt;
   if (!q_.on_cuda()) {
     options.progress = Interrupt::check;

@@ -50,6 +50,9 @@ class Call {
   explicit Call(const Arguments& arguments);
 
   const wh_problem& problem() const { return problem_; }
+  const wh_tensors& tensors() const { return tensors_; }
+  // On the caller's stream.
+  wh_run_options run_options() const;
   // Makes `out` and the log-sum-exp where the caller brought none, by empty(q, shape, dtype) when
   // q's library offers no allocator to C.
   void allocate(nb::handle empty);

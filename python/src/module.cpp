@@ -2,6 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
@@ -10,6 +13,7 @@
 #include "append.h"
 #include "call.h"
 #include "merge.h"
+#include "parallel.h"
 
 namespace widehead_python {
 namespace {
@@ -142,6 +146,18 @@ nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::h
   return answer;
 }
 
+// One call of a rank's; `scale` to `log_sum_exp` as sdpa() has them.
+nb::tuple sharded_sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale,
+                       nb::handle causal, nb::handle window, nb::handle softcap, nb::handle sinks,
+                       bool return_log_sum_exp, nb::handle out, const Ranks& ranks,
+                       const Limits& limits, int32_t threads, nb::handle group, nb::handle allocate,
+                       nb::handle empty) {
+  return parallel_attention(
+      {q, k, v, scale, causal, window, softcap, nb::none(), sinks, nb::none(), nb::none(),
+       nb::none(), return_log_sum_exp, out, nb::none(), nb::none(), Access::kRead},
+      ranks, limits.with_threads(threads), group, allocate, empty);
+}
+
 nb::list kernels(int32_t device) {
   nb::list rows;
   for (size_t i = 0; wh_kernel_name(device, i) != nullptr; ++i) {
@@ -179,6 +195,17 @@ NB_MODULE(_core, m) {
           nb::arg("workspace_bytes").none(), nb::arg("policy"), nb::arg("fused_above"),
           nb::arg("kernel"), nb::arg("threads"), nb::arg("precision"), nb::arg("longest_step_us"),
           nb::arg("batch_invariant"), nb::arg("fresh_keys"));
+  nb::class_<Ranks>(m, "Ranks")
+      .def(nb::init<>())
+      .def_rw("tokens_q", &Ranks::tokens_q)
+      .def_rw("tokens_k", &Ranks::tokens_k)
+      .def_rw("key_lengths", &Ranks::key_lengths, nb::arg("key_lengths").none())
+      .def_rw("key_starts", &Ranks::key_starts, nb::arg("key_starts").none())
+      .def_rw("strategy", &Ranks::strategy)
+      .def_rw("link", &Ranks::link)
+      .def_rw("timeout_s", &Ranks::timeout_s)
+      .def_rw("rank", &Ranks::rank)
+      .def_rw("ranks", &Ranks::ranks);
   // Positional only: parsing names would cost as much as reading the arrays.
   using H = nb::arg;
   m.def("sdpa", sdpa, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
@@ -191,6 +218,8 @@ NB_MODULE(_core, m) {
         H(), H(), H().none());
   m.def("append", append, H(), H(), H(), H().none(), H(), H().none());
   m.def("merge", merge, H(), H().none(), H().none(), H().none());
+  m.def("sharded_sdpa", sharded_sdpa, H(), H(), H(), H().none(), H(), H().none(), H().none(),
+        H().none(), H(), H().none(), H(), H(), H(), H(), H(), H().none());
   m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
   m.def("kernels", kernels, nb::arg("device"));
   m.def("device_json", device_json, nb::arg("device"), nb::arg("index"));

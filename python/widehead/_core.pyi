@@ -18,6 +18,36 @@ class Limits:
         fresh_keys: int,
     ) -> None: ...
 
+class Ranks:
+    tokens_q: list[tuple[int, int, int]]
+    tokens_k: list[tuple[int, int, int]]
+    key_lengths: list[int] | None
+    key_starts: list[int] | None
+    strategy: str
+    link: tuple[float, float]
+    timeout_s: float
+    rank: int
+    ranks: int
+
+def sharded_sdpa(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    sinks: Any,
+    return_log_sum_exp: bool,
+    out: Any,
+    ranks: Ranks,
+    limits: Limits,
+    threads: int,
+    group: Any,
+    allocate: Callable[[int], int],
+    empty: Callable[[Any, tuple[int, ...], str], Any] | None,
+    /,
+) -> tuple[Any, Any, str]: ...
 def sdpa(
     q: Any,
     k: Any,

@@ -228,7 +228,8 @@ class PlanMaker {
       *said = std::bit_cast<double>(*first);
     }
     if (link.gbytes_per_s != 0 || !plan_.communicator) return link;
-    return measure_link(*plan_.communicator, p.device, p.device_index, memory);
+    return measure_link(*plan_.communicator, {p.device, p.device_index, memory},
+                        plan_.communicator->run().timeout);
   }
 
   wh_parallel_plan& plan_;
