@@ -52,7 +52,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   // Pointers made of fuzz are the caller's fault too: memory for what the problem says, or none.
   wh::Problem cache;
   wh::TensorBytes bytes;
-  if (wh::read_problem(&problem, cache).ok()) bytes = wh::tensor_bytes(cache);
+  if (wh::read_problem(&problem, cache).ok()) {
+    bytes = wh::tensor_bytes(cache);
+  } else {
+    cache = {};  // half read: extents may be anything
+  }
   std::vector<double> k = memory(bytes.k), v = memory(bytes.v), scales_k = memory(bytes.scales_k),
                       scales_v = memory(bytes.scales_v);
   std::vector<double> new_k =
