@@ -6,6 +6,7 @@ import widehead
 
 torch = pytest.importorskip("torch")
 
+import engine_steps  # noqa: E402
 import widehead.torch  # noqa: E402
 from oracle import BOUNDS, oracle, qkv, relative_rms  # noqa: E402
 
@@ -218,3 +219,21 @@ def test_cupy_arrays_and_their_stream():
         stream.synchronize()
     assert isinstance(out, cupy.ndarray)
     assert relative_rms(cupy.asnumpy(out), oracle(*arrays, causal=True)[0]) <= BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_steps_of_an_engine(dtype):
+    """What vLLM asked for, over its layouts; offsets, lengths and tables lie on the GPU."""
+    for seed, step in enumerate(engine_steps.steps()):
+        q, pool = (
+            torch.from_numpy(each).to("cuda", DTYPES[dtype])
+            for each in engine_steps.arrays_of(step, np.float32, seed)
+        )
+        numbers = {name: torch.from_numpy(each).cuda() for name, each in engine_steps.numbers_of(step).items()}
+        wanted = engine_steps.expected(step, *numpy_of(q, pool))
+        for order in ("heads first", "tokens first"):
+            if order == "tokens first":
+                pool = pool.transpose(1, 2).contiguous().transpose(1, 2)
+            k, v = pool[..., : step["head_size"]], pool[..., step["head_size"] :]
+            out = widehead.sdpa(q, k, v, **numbers, **engine_steps.options_of(step))
+            assert relative_rms(*numpy_of(out), wanted) <= BOUNDS[dtype]

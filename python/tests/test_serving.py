@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import engine_steps
 import ml_dtypes
 import numpy as np
 import pytest
@@ -234,6 +235,20 @@ def test_plans_say_the_layout():
         page_offsets=[0, 4, 9], key_lengths=[64, 65],
     ).to_dict()["problem"]  # fmt: skip
     assert (real["batch"], real["len_q"], real["len_k"]) == (2, 40, 65)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_of_an_engine(dtype):
+    """What vLLM asked for, replayed; test_cuda.py does so on a GPU."""
+    kinds = set()
+    for seed, step in enumerate(engine_steps.steps()):
+        q, pool = engine_steps.arrays_of(step, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, seed)
+        k, v = pool[..., : step["head_size"]], pool[..., step["head_size"] :]
+        out = widehead.sdpa(q, k, v, **engine_steps.numbers_of(step), **engine_steps.options_of(step))
+        assert relative_rms(out, engine_steps.expected(step, q, pool)) <= BOUNDS[dtype]
+        lengths = np.diff(step["query_offsets"])
+        kinds.add((step["window"] is None, int(lengths.max()) > 1, int(lengths.min()) == 1))
+    assert len(kinds) >= 5  # windows and none; chunks, chunks beside tokens, tokens
 
 
 Q, KV = np.zeros((6, 4, 8), np.float32), np.zeros((9, 2, 4, 8), np.float32)
