@@ -15,6 +15,7 @@ import os
 import time
 from collections import Counter
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ import vllm
 import widehead
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
@@ -84,8 +86,11 @@ def run(folder, tokens, new_tokens=NEW_TOKENS, **options):
 
 
 def stock(*args, **options):
+    load_general_plugins()  # once a process: an engine would register Widehead again
     AttentionBackendEnum.CPU_ATTN.clear_override()
-    return run(*args, **options)
+    result = run(*args, **options)
+    assert "widehead" not in AttentionBackendEnum.CPU_ATTN.get_path()
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -169,6 +174,14 @@ def test_a_head_size_that_vllms_backend_has_not(tmp_path, calls):
             torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
         assert answer[0, len(prompt) :].tolist() == tokens
+
+
+def test_vllm_finds_it_by_its_entry_point():
+    (found,) = entry_points(group="vllm.general_plugins", name="widehead")
+    assert found.load() is register
+    register()
+    assert AttentionBackendEnum.CPU_ATTN.get_class() is backend.WideheadBackend
+    assert AttentionBackendEnum.CUSTOM.get_class() is backend.WideheadBackend
 
 
 def validate(**changes):
