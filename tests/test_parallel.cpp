@@ -207,6 +207,9 @@ TEST(ParallelPlans, DecodeSendsQueriesAndASlowLinkLeavesOneDeviceFaster) {
   ASSERT_TRUE(fast.ok());
   EXPECT_EQ(fast->best().strategy, Strategy::kQueries) << explain(*fast);
   EXPECT_GT(fast->alone_us, 2.5 * fast->best().estimated_us) << explain(*fast);
+  // A query to each of three, and from each one message with its part of the answer.
+  const int64_t part = 16 * (128 + 1) * 4, query = 16 * 128 * 2;
+  EXPECT_EQ(fast->best().sent_bytes, 3 * (query + part));
   Sharding on_one(4);
   on_one[2] = {{0, 262144}};
   const Problem small = causal(16, 2, 128, 1, 1024);

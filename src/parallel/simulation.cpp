@@ -96,9 +96,10 @@ class Clockwork {
       if (flight.send_us < 0 || flight.receive_us < 0) continue;
       const double begin_us =
           std::max({flight.send_us, flight.receive_us, at(from).out_free_us, at(to).in_free_us});
-      flight.end_us = begin_us + link_.latency_us +
-                      static_cast<double>(flight.bytes) / (link_.gbytes_per_s * 1e3);
-      at(from).out_free_us = at(to).in_free_us = flight.end_us;
+      const double gone_us =
+          begin_us + static_cast<double>(flight.bytes) / (link_.gbytes_per_s * 1e3);
+      flight.end_us = gone_us + link_.latency_us;
+      at(from).out_free_us = at(to).in_free_us = gone_us;
       result_.activities.push_back(
           {to, true, begin_us, flight.end_us, "from rank " + std::to_string(from)});
     }

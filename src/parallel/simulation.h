@@ -13,7 +13,7 @@ namespace wh::sharded {
 // peer.
 struct Link {
   double gbytes_per_s = 0;
-  double latency_us = 5;           // of a message
+  double latency_us = 5;           // of a message, beside others: it does not keep the link
   double memory_gbytes_per_s = 0;  // of a rank's own memory, for copies and merges
 };
 

@@ -436,11 +436,11 @@ class Builder {
     exchange(messages, peer, is_send, block.k, range);
     if (!p_.values_in_keys) exchange(messages, peer, is_send, block.v, range);
   }
+  // One message: of a decode most of the time is theirs.
   void exchange_part(std::vector<Message>& messages, int32_t peer, bool is_send,
                      const KeyGroup& group, const View& view, const Part& part) const {
     const int64_t rows = (group.batch_end - group.batch_begin) * p_.heads_q * view.q.size();
-    messages.push_back({peer, is_send, part.out.place, rows * p_.dim_v * kFloat});
-    messages.push_back({peer, is_send, part.log_sum_exp.place, rows * kFloat});
+    messages.push_back({peer, is_send, part.out.place, rows * (p_.dim_v + 1) * kFloat});
   }
   void start(int32_t exchange, std::vector<Message> messages) {
     schedule_.steps.push_back(Start{exchange, std::move(messages)});
@@ -500,11 +500,14 @@ class Builder {
     schedule_.steps.push_back(std::move(step));
   }
 
+  // Of out, and behind it the log-sum-exps.
   Part partial_buffers(const KeyGroup& group, const View& view) {
     const int64_t batch = group.batch_end - group.batch_begin, rows = view.q.size();
     const int64_t all = batch * p_.heads_q * rows;
-    return {{buffer(all * p_.dim_v * kFloat), dense_strides(p_.heads_q, rows, p_.dim_v), kFloat},
-            lse_tensor(buffer(all * kFloat), p_.heads_q, rows),
+    const Place out = buffer(all * (p_.dim_v + 1) * kFloat);
+    const Place log_sum_exp{out.where, out.offset_bytes + all * p_.dim_v * kFloat};
+    return {{out, dense_strides(p_.heads_q, rows, p_.dim_v), kFloat},
+            lse_tensor(log_sum_exp, p_.heads_q, rows),
             Dtype::kF32};
   }
 
