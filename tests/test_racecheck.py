@@ -12,7 +12,7 @@ import racecheck  # noqa: E402
 
 def line_of(kernel: str, statement: str) -> tuple[str, int]:
     folder = ROOT / "src/cuda" / kernel.replace("sm90_", "sm90/")
-    for path in sorted(folder.glob("*.cuh")):
+    for path in (*sorted(folder.glob("*.cuh")), *sorted((ROOT / "src/cuda/ptx").glob("*.cuh"))):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if statement in line:
                 return path.name, number

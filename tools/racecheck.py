@@ -29,6 +29,9 @@ KNOWN = (
           "cleaned; the word of the tile after next is another tile's"),
     Known("sm90_prefill", "mailbox()->dropped[number % 2] = number + 1",
           "mailbox()->dropped[number % 2] = number + 1", "cleaners write the same number"),
+    Known("sm90_prefill_wide", '"r"(rank), "r"(value)', "ld.shared.b32",
+          "the next tile: readers wait for mbarrier kTileFull behind the write, the next write for "
+          "kTileFree behind all reads"),
     Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
           "mailbox()->dropped[number % 2][half] != number + 1",
           "what cleaning lost: a consumer has waited for mbarrier kSlotFull of every slot that was "
@@ -45,9 +48,11 @@ KNOWN = (
           "norms: the same with kNormFull and kNormFree"),
 )
 
-# What racecheck names is the function on the line: mostly a member of one of these.
-KERNEL_OF = {"Prefill": "sm90_prefill", "Wide": "sm90_prefill_wide"}
-PART_OF = re.compile(r"wh::cuda::(Prefill|Wide)(?:Block|Consumer|Left|Right)\b")
+# What racecheck names is the function on the line: mostly a member of one of these, or what one
+# kernel alone calls.
+KERNEL_OF = {"Prefill": "sm90_prefill", "Wide": "sm90_prefill_wide", "store_at": "sm90_prefill_wide",
+             "load_word": "sm90_prefill_wide"}
+PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(Prefill|Wide|store_at|load_word)(?:Block|Consumer|Left|Right)?\b")
 ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
 PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 

@@ -34,17 +34,48 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t ra
       : "memory");
 }
 
+// A word that another block of the cluster stores, by store_at(). By a volatile pointer
+// sm90_prefill_wide had its rings in vector registers, 16 moves to uniform ones a tile of keys.
+__device__ __forceinline__ int32_t load_word(uint32_t address) {
+  int32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+// Stores a word in block `rank` of the cluster. The address stays 32 bits wide: by
+// __cluster_map_shared_rank() sm90_prefill_wide's producer, of 40 registers, spilled.
+__device__ __forceinline__ void store_at(uint32_t address, uint32_t rank, int32_t value) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.b32 [there], %2;\n}" ::"r"(address),
+      "r"(rank), "r"(value)
+      : "memory");
+}
+
+// Arrives there with all that this thread has stored, in other blocks too, for those who wait by
+// mbarrier_acquire(). st.async is no substitute: see Mailbox of sm90_prefill_wide.
+__device__ __forceinline__ void mbarrier_release_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrives and expects `bytes` of asynchronous copies.
 __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Returns once the phase with this parity is complete. The warp sleeps until then: without a time
-// it asks again and again, which was a sixth of all instructions of sm90_prefill, cleaners' and
-// producer's.
+// How long a warp sleeps before it asks again: without a time it asks again and again, which was a
+// sixth of all instructions of sm90_prefill, cleaners' and producer's.
+constexpr uint32_t kLongestSleepNs = 10'000'000;
+
+// Returns once the phase with this parity is complete.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  constexpr uint32_t kLongestSleepNs = 10'000'000;
   asm volatile(
       "{\n.reg .pred done;\n"
       "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
@@ -55,16 +86,15 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// Stores 8 bytes in block `rank` of the cluster and counts them on that block's barrier.
-__device__ __forceinline__ void store_remote(uint32_t address, uint32_t barrier, uint32_t rank,
-                                             uint64_t value) {
+// mbarrier_wait() for what other blocks of the cluster have stored.
+__device__ __forceinline__ void mbarrier_acquire(uint32_t barrier, uint32_t parity) {
   asm volatile(
-      "{\n.reg .b32 there, bar;\n"
-      "mapa.shared::cluster.u32 there, %0, %2;\n"
-      "mapa.shared::cluster.u32 bar, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [there], %3, [bar];\n}" ::"r"(
-          address),
-      "r"(barrier), "r"(rank), "l"(value)
+      "{\n.reg .pred done;\n"
+      "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1, %2;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}" ::"r"(barrier),
+      "r"(parity), "r"(kLongestSleepNs)
       : "memory");
 }
 

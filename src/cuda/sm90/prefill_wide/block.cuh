@@ -55,12 +55,13 @@ struct WideBlock {
   };
 
   struct Mailbox {
-    // Low word: index in the order, negative: no more. High word: the tile's number + 1, by which a
-    // reader knows its message: the wait for kTileFull orders this block's memory alone, not what
-    // the other block stores here. Readers that did without stood still for ever within a hundred
-    // launches of 128 tiles of a key or two: three of a warpgroup's four warps waited for weights
-    // of a tile that the fourth did not have.
-    uint64_t tile;
+    // Index in the order; negative: no more. Block 0 stores it in both blocks and arrives with
+    // release at kTileFull, where readers wait with acquire: 2 barriers of memory a tile, which
+    // does not show. By st.async, whose bytes the barrier counts, a reader could be let through
+    // before the word had come: warps then worked on different tiles, and the cluster stood still,
+    // about once in a hundred launches of 128 tiles of a key or two. Asking again until a word with
+    // the tile's number came let the lanes of a warp part, and barriers count warps.
+    int32_t tile;
     // By the parity of a tile's number, and the half: the number + 1 of the last such tile in which
     // cleaning that half of V lost something. A half's warpgroup has waited for all of its own
     // slots when it looks, not for the other's. Nobody resets it: tiles without keys to wait for
@@ -97,6 +98,9 @@ struct WideBlock {
     return reinterpret_cast<volatile Mailbox*>(s_memory + kMemory.barrier_offset + kBarriers * 8);
   }
 
+  // Of Mailbox::tile.
+  __device__ __forceinline__ uint32_t s_tile() const { return barrier(kBarriers); }
+
   __device__ __forceinline__ void init_barriers() const {
     ptx::mbarrier_init(barrier(kTileFull), 1);
     // Eight consumer warps and the cleaners of each block, and the producer of block 1.
@@ -109,7 +113,6 @@ struct WideBlock {
       ptx::mbarrier_init(barrier(kSlotFree + i), kWideCluster * 4);
     }
     ptx::mbarrier_init_fence();
-    mailbox()->tile = 0;
     for (int i = 0; i < 4; ++i) mailbox()->dropped[i / 2][i % 2] = 0;
   }
 
@@ -126,11 +129,8 @@ struct WideBlock {
 
   // The tile with this number, for everybody but the producers.
   __device__ __forceinline__ int32_t read_tile(uint32_t number) const {
-    ptx::mbarrier_wait(barrier(kTileFull), number % 2);
-    uint64_t message;
-    do message = mailbox()->tile;
-    while (message >> 32 != number + 1);
-    return static_cast<int32_t>(message);
+    ptx::mbarrier_acquire(barrier(kTileFull), number % 2);
+    return ptx::load_word(s_tile());
   }
 
   // --- producer: one thread ---
@@ -141,15 +141,12 @@ struct WideBlock {
     const int32_t clusters = gridDim.x / kWideCluster;
     int32_t index = first_tile(order, blockIdx.x / kWideCluster);
     for (uint32_t number = 0;; ++number) {
-      ptx::mbarrier_expect(barrier(kTileFull), sizeof(Mailbox::tile));
       if (rank == 0) {
         if (number > 0) index = next_query_tile(order, clusters, index);
-        ptx::mbarrier_wait(barrier(kTileFree), (number + 1) % 2);
-        const uint32_t word = s_q + kMemory.barrier_offset + kBarriers * 8;
-        const uint32_t tile = index < order.end ? index : -1;
-        const uint64_t message = uint64_t{number + 1} << 32 | tile;
+        ptx::mbarrier_acquire(barrier(kTileFree), (number + 1) % 2);
         for (uint32_t block = 0; block < kWideCluster; ++block) {
-          ptx::store_remote(word, barrier(kTileFull), block, message);
+          ptx::store_at(s_tile(), block, index < order.end ? index : -1);
+          ptx::mbarrier_release_at(barrier(kTileFull), block);
         }
       }
       index = read_tile(number);
