@@ -40,10 +40,10 @@ namespace portable {
 
 static_assert(sizeof(PackedItem) <= kPortableItemBytes);
 
-template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
+template <int kDimQk, int kDimV, typename T, SharedMemory kMemory, TilePages kPages>
 class Block {
  public:
-  static constexpr PortableTile kTile = portable_tile({kDimQk, kDimV}, sizeof(T), kMemory);
+  static constexpr PortableTile kTile = portable_tile({kDimQk, kDimV}, sizeof(T), kMemory, kPages);
   static_assert(kTile.bytes > 0 && kTile.threads() <= 256);
 
   __device__ __forceinline__ Block(const PortableArgs& args, const PackedItem& item,
@@ -502,13 +502,12 @@ constexpr int kLeastBlocks = 1;
 constexpr int kLeastBlocks = 0;
 #endif
 
-// For cards with so much shared memory, in a tile for those with kTileMemory.
-template <int kDimQk, int kDimV, typename T, SharedMemory kMemory,
-          SharedMemory kTileMemory = kMemory>
-__global__ void __launch_bounds__(portable_tile({kDimQk, kDimV}, sizeof(T), kTileMemory).threads(),
-                                  kLeastBlocks)
+// For cards with so much shared memory.
+template <int kDimQk, int kDimV, typename T, SharedMemory kMemory, TilePages kPages>
+__global__ void __launch_bounds__(
+    portable_tile({kDimQk, kDimV}, sizeof(T), kMemory, kPages).threads(), kLeastBlocks)
     cuda_portable(const __grid_constant__ PortableArgs args) {
-  using Block = portable::Block<kDimQk, kDimV, T, kTileMemory>;
+  using Block = portable::Block<kDimQk, kDimV, T, kMemory, kPages>;
   extern __shared__ __align__(16) unsigned char s_memory[];
   auto* item = reinterpret_cast<PackedItem*>(s_memory + Block::kTile.bytes - kPortableItemBytes);
   if (threadIdx.x == 0) {
@@ -528,15 +527,16 @@ template <int kDimQk, int kDimV, typename T, SharedMemory kMemory>
 const void* portable_function(bool pages_cut_tiles) {
   constexpr PortableTile kTile = portable_tile({kDimQk, kDimV}, sizeof(T), kMemory);
   if constexpr (!kTile.takes_cut_tiles()) {
-    constexpr SharedMemory kSmaller = SharedMemory::kSmall;
-    constexpr PortableTile kOther = portable_tile({kDimQk, kDimV}, sizeof(T), kSmaller);
-    static_assert(kOther.takes_cut_tiles() && kOther.rows == kTile.rows &&
-                  kOther.threads() == kTile.threads() && kOther.bytes <= kTile.bytes);
+    constexpr PortableTile kCut =
+        portable_tile({kDimQk, kDimV}, sizeof(T), kMemory, TilePages::kSeveral);
+    static_assert(kCut.takes_cut_tiles() && kCut.rows == kTile.rows &&
+                  kCut.threads() == kTile.threads() && kCut.bytes <= kTile.bytes);
     if (pages_cut_tiles) {
-      return reinterpret_cast<const void*>(&cuda_portable<kDimQk, kDimV, T, kMemory, kSmaller>);
+      return reinterpret_cast<const void*>(
+          &cuda_portable<kDimQk, kDimV, T, kMemory, TilePages::kSeveral>);
     }
   }
-  return reinterpret_cast<const void*>(&cuda_portable<kDimQk, kDimV, T, kMemory>);
+  return reinterpret_cast<const void*>(&cuda_portable<kDimQk, kDimV, T, kMemory, TilePages::kOne>);
 }
 
 }  // namespace wh::cuda

@@ -24,9 +24,10 @@ struct PortableTile {
   constexpr int threads() const { return 32 * warps(); }
   // Blocks that an SM holds by its registers: 256 threads of 255 of them.
   constexpr int resident() const { return threads() <= 128 ? 2 : 1; }
-  // Whether tiles of keys may lie in several pages. Beside the scores of 32 rows and 64 keys, sums
-  // of 128 columns leave no registers for a second way to load one.
-  constexpr bool takes_cut_tiles() const { return warp_rows < 32 || keys < 64 || pitch_v < 128; }
+  // Whether tiles of keys may lie in several pages. The scores of 32 rows and 64 keys or more leave
+  // no registers for a second way to load one: beside sums of 128 columns, and on compute
+  // capability 12.0 beside those of 64, it spilled.
+  constexpr bool takes_cut_tiles() const { return warp_rows < 32 || keys < 64; }
   // Key tiles of 8 whose scores one of the column groups computes. The last groups may have none.
   constexpr int slice_tiles() const {
     return keys / 8 > column_groups ? keys / 8 / column_groups : 1;
@@ -61,9 +62,11 @@ constexpr PortableTile portable_tile_of(HeadDims dims, int element_bytes, int ro
 // of K and V for two products instead of one.
 constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory) {
   if (element_bytes == 2 && dims.dim_qk <= 128 && dims.dim_v <= 128) {
-    // As many as do not spill. On compute capability 12.0 64 do beside 32 x 128 sums.
-    const int keys = dims.dim_v <= 64 ? 96 : memory == SharedMemory::kSmall ? 32 : 64;
-    return portable_tile_of(dims, element_bytes, 128, keys, false);
+    // As many as do not spill. On compute capability 12.0 64 do beside 32 x 128 sums, and 96 beside
+    // 32 x 64.
+    const int keys = dims.dim_v <= 64 ? 96 : 64;
+    return portable_tile_of(dims, element_bytes, 128,
+                            memory == SharedMemory::kSmall ? keys - 32 : keys, false);
   }
   const int least_keys = element_bytes == 2 ? 16 : 8;  // of one product
   // Eight warps at most: more would have to share 65,536 registers.
@@ -83,9 +86,19 @@ constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMem
   return {};
 }
 
-// Whether the two classes of cards need two tiles, and so two instances: not for 64/64 and 192/128,
-// nor for 192/192 in 16 bits (in f32, 64 x 64 of 128/128 take 103,536 bytes, 2,160 more than the
-// small ones have).
+// How many pages the keys of a tile lie in; dense and packed ones count as one.
+enum class TilePages : int32_t { kOne, kSeveral };
+
+constexpr PortableTile portable_tile(HeadDims dims, int element_bytes, SharedMemory memory,
+                                     TilePages pages) {
+  const PortableTile tile = portable_tile(dims, element_bytes, memory);
+  if (pages == TilePages::kOne || tile.takes_cut_tiles()) return tile;
+  return portable_tile_of(dims, element_bytes, tile.rows, 32, false);
+}
+
+// Whether the two classes of cards need two tiles, and so two instances: not for 64/64 in f32, for
+// 192/128, nor for 192/192 in 16 bits (in f32, 64 x 64 of 128/128 take 103,536 bytes, 2,160 more
+// than the small ones have).
 constexpr bool depends_on_memory(HeadDims dims, int element_bytes) {
   return portable_tile(dims, element_bytes, SharedMemory::kSmall).bytes !=
          portable_tile(dims, element_bytes, SharedMemory::kLarge).bytes;
