@@ -110,6 +110,50 @@ TEST(CudaPortable, FewRowsOfF32RunOnTheCudaCores) {
             "f32 CUDA cores, 128/128");
 }
 
+TEST(CudaPortable, CodesRunOnTheCudaCoresWhateverTheQueriesAre) {
+  for (const Planned* planned : {&kAmpere, &kAda, &kHopper}) {
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
+      for (const Quantised format :
+           {Quantised::kE4m3, Quantised::kInt8, Quantised::kQ8_0, Quantised::kQ4_0}) {
+        for (const auto& [len_q, rows] : {std::pair{1, 4}, {2, 8}, {300, 8}}) {
+          Problem p = problem(len_q, 5000, 160, 128, dtype);
+          p.quantised_k = format;  // V stays elements
+          const Query query = planned->query(p);
+          ASSERT_FALSE(kPortable.refusal(query).has_value()) << *kPortable.refusal(query);
+          const Config config = kPortable.configure(query);
+          const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
+          ASSERT_NE(variant, nullptr);
+          EXPECT_TRUE(variant->reads_codes);
+          EXPECT_EQ(variant->cores, Cores::kCuda);
+          EXPECT_EQ(variant->rows, rows);
+          EXPECT_EQ(kPortable.variant(query, config),
+                    "f32 CUDA cores, 256/256, codes widened as they are read");
+          // A plan over elements names a variant that takes no codes.
+          Problem elements = p;
+          elements.quantised_k = Quantised::kNone;
+          EXPECT_EQ(portable_variant(elements, config, planned->cuda.shared_bytes), nullptr);
+        }
+      }
+    }
+  }
+  Problem wide = problem(1, 5000, 320, 256);
+  wide.quantised_k = wide.quantised_v = Quantised::kInt8;
+  EXPECT_EQ(kPortable.refusal(kHopper.query(wide)),
+            "reads codes of heads up to 256/256 wide, these are 320/256");
+}
+
+// Half the bytes of a step that waits for memory.
+TEST(CudaPortable, CodesOfDecodeTakeLessTimeThanElements) {
+  const auto us = [](Quantised format, Dtype dtype) {
+    Problem p = problem(1, 262144, 128, 128, dtype);
+    p.heads_q = p.heads_kv = 32;
+    p.quantised_k = p.quantised_v = format;
+    set_dense(p);
+    return kPortable.estimate_us(kHopper.query(p), kPortable.configure(kHopper.query(p)));
+  };
+  EXPECT_LT(us(Quantised::kInt8, Dtype::kF32), 0.5 * us(Quantised::kNone, Dtype::kF32));
+}
+
 TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {
   for (const Dtype dtype : {Dtype::kBf16, Dtype::kF32}) {
     const auto us = [&](const Problem& p) {

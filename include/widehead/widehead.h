@@ -127,7 +127,7 @@ typedef struct wh_problem {
                                 page_size) pages each */
   int32_t query_layout;      /* of enum wh_query_layout */
   int32_t key_layout;        /* of enum wh_key_layout; paged needs WH_USES_KEY_LENGTHS */
-  /* Of the forward pass, on the CPU. Strides of scales are in elements, ordered batch, kv head, key
+  /* Of the forward pass. Strides of scales are in elements, ordered batch, kv head, key
    * and column, 0 broadcasts; where scales do not differ they may be anything. */
   int32_t quantised_k, quantised_v; /* of enum wh_quantised; v that lies in k is as k */
   int32_t scales_k, scales_v;       /* of enum wh_scales */

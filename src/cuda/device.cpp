@@ -145,6 +145,8 @@ Status check_pointers(const Problem& p, const Tensors& t) {
                                    {"query_offsets", t.query_offsets},
                                    {"key_offsets", t.key_offsets},
                                    {"page_table", t.page_table},
+                                   {"scales_k", t.scales_k},
+                                   {"scales_v", t.scales_v},
                                    {"page_offsets", t.page_offsets},
                                    {"log_sum_exp", t.log_sum_exp},
                                    {"workspace", t.workspace}};
@@ -152,7 +154,7 @@ Status check_pointers(const Problem& p, const Tensors& t) {
 }
 
 Status check_pointers(std::span<const NamedPointer> pointers, int32_t device_index) {
-  // The runtime's own question takes twice as long, and there are up to thirteen of them a run.
+  // The runtime's own question takes twice as long, and there are up to sixteen of them a run.
   static const auto attributes_of =
       driver_function<decltype(&cuPointerGetAttributes)>("cuPointerGetAttributes", 7000);
   if (attributes_of == nullptr) return {Code::kDeviceError, "the driver is older than CUDA 7"};

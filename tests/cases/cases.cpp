@@ -94,7 +94,8 @@ class Generator {
 
   // Whatever the layout is: what a format cannot have, as blocks of odd dims, is drawn again.
   void draw_quantised(Problem& p) {
-    if (device_ != Device::kCpu || !chance(0.35)) return;
+    // Most CUDA kernels take none.
+    if (!chance(device_ == Device::kCpu ? 0.35 : (p.is_dense() ? 0.05 : 0.2))) return;
     constexpr Quantised kFormats[] = {Quantised::kE4m3, Quantised::kInt8, Quantised::kQ8_0,
                                       Quantised::kQ4_0};
     constexpr Scales kKinds[] = {Scales::kNone, Scales::kTensor, Scales::kHead, Scales::kTokenHead,

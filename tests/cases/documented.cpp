@@ -34,8 +34,9 @@ bool Documented::takes(const std::string& kernel) const {
   const bool is_cpu = p.device == Device::kCpu;
   const bool is_dense_alone = kernel == "cpu_unfused" || (!is_cpu && kernel != "cuda_portable");
   if (is_dense_alone && !p.is_dense()) return false;
-  const bool reads_codes =
-      kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference";
+  const bool reads_codes = kernel == "cpu_prefill" || kernel == "cpu_decode" ||
+                           kernel == "cpu_reference" ||
+                           (kernel == "cuda_portable" && p.dim_qk <= 256 && p.dim_v <= 256);
   if (is_quantised(p) && !reads_codes) return false;
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
@@ -50,7 +51,9 @@ bool Documented::takes(const std::string& kernel) const {
   if (!writes_type_of_q && kernel != "sm90_decode" && kernel != "cuda_portable") return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
-  if (cuda().compute_capability < 80 || !is_one_type()) return false;
+  if (cuda().compute_capability < 80) return false;
+  if (is_quantised(p)) return true;  // in f32, whatever q is
+  if (!is_one_type()) return false;
   if (kernel == "cuda_portable") return precision == Precision::kNative || p.dtype_q == Dtype::kF32;
   return kernel == "cuda_unfused";
 }

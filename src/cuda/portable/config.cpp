@@ -34,6 +34,15 @@ constexpr PortableVariant few_rows_variant() {
 }
 constexpr auto kFewRowsVariants = variants_of<kFewRowsInstances>(
     []<Instance kInstance>() { return few_rows_variant<kInstance>(); });
+// Blocks of the same tiles, over codes.
+constexpr auto kCodeRowsVariants = variants_of<kFewRowsInstances>([]<Instance kInstance>() {
+  PortableVariant variant = few_rows_variant<kInstance>();
+  constexpr FewRowsTile kTile{kInstance.dims.dim_v, kInstance.rows, true};
+  if constexpr (kInstance.is_compiled) variant.function = code_rows_instance<kTile.dim, kTile.rows>;
+  variant.resident = kTile.resident();
+  variant.reads_codes = true;
+  return variant;
+});
 
 // Where the tile is the same for both classes of cards, so is the code.
 constexpr bool has_small_twin(const Instance& instance) {
@@ -64,9 +73,11 @@ constexpr auto kTensorVariants = variants_of<kPortableInstances>(
 
 // Few rows first, where there are few.
 constexpr auto kVariants = [] {
-  std::array<PortableVariant, kFewRowsVariants.size() + kTensorVariants.size()> all{};
+  constexpr size_t kElements = kFewRowsVariants.size() + kTensorVariants.size();
+  std::array<PortableVariant, kElements + kCodeRowsVariants.size()> all{};
   std::ranges::copy(kFewRowsVariants, all.begin());
   std::ranges::copy(kTensorVariants, all.begin() + kFewRowsVariants.size());
+  std::ranges::copy(kCodeRowsVariants, all.begin() + kElements);
   return all;
 }();
 
@@ -87,14 +98,24 @@ Problem one_sequence(Problem p) {
   return p;
 }
 
+// Over codes the largest takes more rows as more blocks.
+constexpr int kMostFewRows = 8;
+
 bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
-  return variant.shared_bytes <= shared_bytes &&
-         (variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows);
+  if (variant.shared_bytes > shared_bytes || variant.reads_codes != is_quantised(p)) return false;
+  return variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows ||
+         (variant.reads_codes && variant.rows == kMostFewRows);
+}
+
+// Widened codes are f32, and so are the products, whatever q is.
+Problem as_computed(Problem p) {
+  if (is_quantised(p)) p.dtype_q = Dtype::kF32;
+  return p;
 }
 
 // The first one that holds the problem and fits the card; -1: there is none.
 int32_t best_instance(const Problem& p, const CudaFacts& cuda) {
-  return first_variant(kVariants, p, cuda, [&](const PortableVariant& variant) {
+  return first_variant(kVariants, as_computed(p), cuda, [&](const PortableVariant& variant) {
     return fits(variant, p, cuda.shared_bytes);
   });
 }
@@ -132,7 +153,9 @@ class PortableCost {
     product_us_ = flops * static_cast<double>(sms_) / (cuda_facts(query).tensor_tflops * 1e6) *
                   (1 / share(query, variant) + of_scores(query, variant));
     const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
-    tile_bytes_ = variant.keys * static_cast<double>(p.dim_qk + p.dim_v) * element;
+    tile_bytes_ =
+        variant.keys * (variant.reads_codes ? kv_bytes_a_key(p)
+                                            : static_cast<double>(p.dim_qk + p.dim_v) * element);
     const Latency& latency = variant.cores == Cores::kTensor ? kTensorLatency : kCudaLatency;
     lone_tile_us_ = latency.tile_us + latency.us_per_byte * tile_bytes_;
     bytes_per_us_ = cuda_facts(query).read_gbytes_per_s * 1e3 * latency.reached;
@@ -231,8 +254,8 @@ class PortableCost {
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
-  if (p.dtype_q != p.dtype_kv) return "needs q, k and v in one type";
-  if (query.limits.precision == Precision::kHigh && p.dtype_q != Dtype::kF32) {
+  if (p.dtype_q != p.dtype_kv && !is_quantised(p)) return "needs q, k and v in one type";
+  if (query.limits.precision == Precision::kHigh && as_computed(p).dtype_q != Dtype::kF32) {
     return "rounds the weights to the input type; precision high forbids that";
   }
   if (!fits_int32(p)) {
@@ -241,6 +264,10 @@ std::optional<std::string> refusal(const Query& query) {
   const int32_t instance = best_instance(p, cuda_facts(query));
   if (instance < 0) {
     if (best_instance(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
+    if (is_quantised(p)) {
+      return fmt::format("reads codes of heads up to 256/256 wide, these are {}/{}", p.dim_qk,
+                         p.dim_v);
+    }
     return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
                        kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, cuda_facts(query).shared_bytes);
   }
@@ -285,9 +312,9 @@ Config configure(const Query& query) {
 std::string variant_text(const Query&, const Config& config) {
   const PortableVariant& variant = variant_at(config.instance);
   const HeadDims dims = variant.instance.dims;
-  return fmt::format("{} {}, {}/{}", kArithmetics.name(config.arithmetic),
+  return fmt::format("{} {}, {}/{}{}", kArithmetics.name(config.arithmetic),
                      variant.cores == Cores::kCuda ? "CUDA cores" : "mma.sync", dims.dim_qk,
-                     dims.dim_v);
+                     dims.dim_v, variant.reads_codes ? ", codes widened as they are read" : "");
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
@@ -314,7 +341,8 @@ double step_us(const Query& query, const Config& config) {
 const PortableVariant* portable_variant(const Problem& p, const Config& config,
                                         int64_t shared_bytes) {
   const PortableVariant& variant = variant_at(config.instance);
-  return holds(variant.instance, p) && fits(variant, p, shared_bytes) ? &variant : nullptr;
+  return holds(variant.instance, as_computed(p)) && fits(variant, p, shared_bytes) ? &variant
+                                                                                   : nullptr;
 }
 
 const Kernel kPortable{
@@ -328,6 +356,7 @@ const Kernel kPortable{
     .workspace_bytes = workspace_bytes,
     .estimate_us = estimate_us,
     .run = run_portable,
-    .step_us = step_us};
+    .step_us = step_us,
+    .reads_quantised = true};
 
 }  // namespace wh::cuda

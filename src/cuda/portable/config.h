@@ -19,6 +19,7 @@ struct PortableVariant {
   int threads, shared_bytes;
   int resident;  // blocks that the registers of an SM hold
   const void* (*function)(bool pages_cut_tiles);
+  bool reads_codes = false;  // quantised keys and values, and no others
 };
 
 // The variant that a plan's config names, for a card with so much shared memory a block; null: it

@@ -1,4 +1,5 @@
-// cuda_portable for up to eight query rows of a kv head in f32: decode, on the CUDA cores.
+// cuda_portable for up to eight query rows of a kv head in f32: decode, on the CUDA cores. And for
+// quantised keys and values, whose products are f32 whatever q is: there more rows are more blocks.
 //
 // Schedule: a block has all rows and one share of the keys. Its warps (half warps where heads are
 // 64 wide) are teams that never wait for each other: a team takes every n-th few keys, a lane four
@@ -12,10 +13,17 @@
 // time at 4 rows of 128.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "core/element.h"
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/scores.cuh"
 #include "cuda/portable/few_rows.h"
 #include "cuda/portable/kernel.h"
+#include "cuda/portable/stored_rows.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
@@ -23,16 +31,24 @@
 namespace wh::cuda {
 namespace {
 
-// Rows of K or V of one kv head; where keys are not paged, from the sequence's first key on.
-struct HeadRows {
-  const float* first;
-  int64_t stride_page, stride, stride_dim;
-  int32_t dim;
-  bool is_whole;  // 16 bytes at a time
-};
+// One of out by its type.
+__device__ __forceinline__ void store_out(void* out, Dtype dtype, int64_t offset, float value) {
+  switch (dtype) {
+    case Dtype::kF32:
+      static_cast<float*>(out)[offset] = value;
+      break;
+    case Dtype::kF16:
+      static_cast<__half*>(out)[offset] = __float2half_rn(value);
+      break;
+    case Dtype::kBf16:
+      static_cast<__nv_bfloat16*>(out)[offset] = __float2bfloat16_rn(value);
+      break;
+  }
+}
 
-// Pages are compiled in: asked for beside dense keys, they take registers.
-template <int kDim, int kRows, bool kIsPaged>
+// `Rows` are those of stored_rows.cuh. Of F32Rows everything is f32; of others q and out have types
+// of their own.
+template <int kDim, int kRows, typename Rows>
 class FewRowsBlock {
  public:
   __device__ __forceinline__ FewRowsBlock(const PortableArgs& args, const PackedItem& item,
@@ -45,8 +61,8 @@ class FewRowsBlock {
         team_(threadIdx.x / kLanes),
         begin_(max(item.seen.begin, item.tile_begin * FewRowsTile::kKeys)),
         end_(min(item.seen.end, item.tile_end * FewRowsTile::kKeys)),
-        k_(head_rows(args.k, args.stride_k, a_.dim_qk, args.k_is_whole)),
-        v_(head_rows(a_.v, a_.stride_v, a_.dim_v, args.v_is_whole)) {
+        k_(args.stored_k, args.k_is_whole, a_, item),
+        v_(args.stored_v, args.v_is_whole, a_, item) {
     const PackedRow at = packed_row(min(lane_ % kScores / kStepKeys, item.rows - 1));
     score_row_ = score_row(a_, item.sequence, at.head, at.query);
     load_queries();
@@ -77,6 +93,7 @@ class FewRowsBlock {
   }
 
  private:
+  static constexpr bool kIsF32 = !std::is_same_v<Rows, StoredRows>;
   static constexpr FewRowsTile kTile{kDim, kRows};
   static constexpr int kThreads = FewRowsTile::kThreads;
   static constexpr int kLanes = kTile.lanes();
@@ -89,12 +106,6 @@ class FewRowsBlock {
 
   __device__ __forceinline__ PackedRow packed_row(int row) const {
     return {a_, args_.rows, item_, row};
-  }
-  __device__ __forceinline__ HeadRows head_rows(const void* data, const int64_t (&stride)[4],
-                                                int32_t dim, bool is_whole) const {
-    const float* first = static_cast<const float*>(data) + item_.head_kv * stride[1];
-    if constexpr (!kIsPaged) first += item_.key_rows(a_).offset(stride[0], stride[2], 0);
-    return {first, stride[0], stride[2], stride[3], dim, is_whole};
   }
   __device__ __forceinline__ int column(int piece) const { return 4 * (lane_ + kLanes * piece); }
   __device__ __forceinline__ int32_t first_key(int step) const {
@@ -111,24 +122,28 @@ class FewRowsBlock {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const PackedRow at = packed_row(min(r, item_.rows - 1));
-      const float* row = static_cast<const float*>(args_.q) + at.offset(args_.stride_q, item_);
+      const int64_t row = at.offset(args_.stride_q, item_);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         float x[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int d = column(i) + e;
-          x[e] = d < a_.dim_qk ? row[d * args_.stride_q[3]] : 0;
+          x[e] = d < a_.dim_qk ? query_element(row + d * args_.stride_q[3]) : 0;
         }
         q_[r][i] = make_float4(x[0], x[1], x[2], x[3]);
       }
     }
   }
 
-  // Keys that do not exist are not read: they, and columns past the dimension, become 0.
+  __device__ __forceinline__ float query_element(int64_t offset) const {
+    if constexpr (kIsF32) return static_cast<const float*>(args_.q)[offset];
+    return load_element(args_.q, args_.dtype_q, offset);
+  }
+
   __device__ __forceinline__ void load(int step) {
     KeyRows::Place at[kStepKeys] = {};
-    if constexpr (kIsPaged) {  // all before the first copy, which no load passes
+    if constexpr (Rows::kFindsPlaces) {  // all before the first copy, which no load passes
 #pragma unroll
       for (int key = 0; key < kStepKeys; ++key) {
         at[key] = item_.key_rows(a_).place(existing_key(first_key(step) + key));
@@ -139,33 +154,14 @@ class FewRowsBlock {
       const int32_t key_idx = first_key(step) + key;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        copy(slot(step, false, key, i), k_, key_idx, at[key], column(i));
-        copy(slot(step, true, key, i), v_, key_idx, at[key], column(i));
+        const Piece piece{existing_key(key_idx), at[key], column(i), key_idx < end_};
+        k_.copy(slot(step, false, key, i), piece);
+        v_.copy(slot(step, true, key, i), piece);
       }
     }
   }
   __device__ __forceinline__ int32_t existing_key(int32_t key_idx) const {
     return key_idx < end_ ? key_idx : begin_;
-  }
-  __device__ __forceinline__ void copy(float4* to, const HeadRows& rows, int32_t key_idx,
-                                       KeyRows::Place in_pages, int first_column) const {
-    const uint32_t address = ptx::shared_address(to);
-    const float* row = rows.first;
-    if constexpr (kIsPaged) {
-      row += in_pages.batch_idx * rows.stride_page + in_pages.token_idx * rows.stride;
-    } else {
-      row += existing_key(key_idx) * rows.stride;
-    }
-    const int left = key_idx < end_ ? rows.dim - first_column : 0;  // columns to read
-    if (rows.is_whole) {
-      ptx::cp_async<16>(address, left > 0 ? row + first_column : row, left > 0 ? 16 : 0);
-      return;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      ptx::cp_async<4>(address + 4 * e, e < left ? row + (first_column + e) * rows.stride_dim : row,
-                       e < left ? 4 : 0);
-    }
   }
 
   __device__ __forceinline__ void work_on(int step) {
@@ -183,7 +179,7 @@ class FewRowsBlock {
     for (int key = 0; key < kStepKeys; ++key) {
       float4 k[kPieces];
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) k[i] = *slot(step, false, key, i);
+      for (int i = 0; i < kPieces; ++i) k[i] = k_.take(slot(step, false, key, i), column(i));
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float sum = 0;
@@ -229,8 +225,16 @@ class FewRowsBlock {
     float score[1] = {dot};
     if (args_.scores == Scores::kPlain) return score[0];
     transform_scores(score, a_);
-    const float bias = mask_bias<float>(a_, score_row_, key);
+    const float bias = bias_of_key(key);
     return bias == -INFINITY ? -INFINITY : score[0] + bias;
+  }
+
+  __device__ __forceinline__ float bias_of_key(int32_t key) const {
+    if constexpr (!kIsF32) {
+      if (args_.dtype_q == Dtype::kF16) return mask_bias<__half>(a_, score_row_, key);
+      if (args_.dtype_q == Dtype::kBf16) return mask_bias<__nv_bfloat16>(a_, score_row_, key);
+    }
+    return mask_bias<float>(a_, score_row_, key);
   }
 
   // Takes the scores of a step into the row's softmax; returns this lane's weight.
@@ -270,7 +274,7 @@ class FewRowsBlock {
     for (int key = 0; key < kStepKeys; ++key) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        v[key][i] = *slot(step, true, key, i);
+        v[key][i] = v_.take(slot(step, true, key, i), column(i));
         zero = fmaf(v[key][i].x, 0.0f, zero);
         zero = fmaf(v[key][i].y, 0.0f, zero);
         zero = fmaf(v[key][i].z, 0.0f, zero);
@@ -366,13 +370,18 @@ class FewRowsBlock {
       const PackedRow at = packed_row(r);
       float* sums =
           partials.sums + (item_.split * partials.rows + at.index(a_, item_)) * partials.columns;
-      float* out = static_cast<float*>(a_.out) + at.offset(a_.stride_out, item_);
+      const int64_t out = at.offset(a_.stride_out, item_);
 #pragma unroll 1
       for (int d = threadIdx.x; d < columns; d += kThreads) {
         float sum = 0;
 #pragma unroll
         for (int t = 0; t < kTeams; ++t) sum = fmaf(shares.factor[t][r], shares.o[t][r][d], sum);
-        (is_split ? sums[d] : out[d * a_.stride_out[3]]) = sum;
+        if (is_split) {
+          sums[d] = sum;
+        } else {
+          const int64_t at_column = out + d * a_.stride_out[3];
+          store_out(a_.out, kIsF32 ? Dtype::kF32 : args_.dtype_out, at_column, sum);
+        }
       }
     }
   }
@@ -383,15 +392,16 @@ class FewRowsBlock {
   float4* s_ring_;
   const int lane_, team_;  // of its team; of the block
   const int32_t begin_, end_;
-  const HeadRows k_, v_;
+  const Rows k_, v_;
   float scale_log2_ = (args_.scores == Scores::kPlain ? a_.scale : 1) * kLog2E;  // of scores
   ScoreRow score_row_;                   // of the row whose score this lane ends up with
   float largest_ = -INFINITY, sum_ = 0;  // of that row; the sum over this lane's keys
   float4 q_[kRows][kPieces], o_[kRows][kPieces];
 };
 
-template <int kDim, int kRows, bool kIsPaged>
-__global__ void __launch_bounds__(FewRowsTile::kThreads, FewRowsTile{kDim, kRows}.resident())
+template <int kDim, int kRows, typename Rows>
+__global__ void __launch_bounds__(
+    FewRowsTile::kThreads, FewRowsTile{kDim, kRows, std::is_same_v<Rows, StoredRows>}.resident())
     few_rows(const __grid_constant__ PortableArgs args) {
   extern __shared__ __align__(16) float4 s_few_rows[];
   // Behind the ring, not static: 48 KB without asking are for both together.
@@ -404,7 +414,7 @@ __global__ void __launch_bounds__(FewRowsTile::kThreads, FewRowsTile{kDim, kRows
   }
   __syncthreads();
   if (item->rows <= 0) return;  // packed queries have fewer
-  FewRowsBlock<kDim, kRows, kIsPaged> block(args, *item, s_few_rows);
+  FewRowsBlock<kDim, kRows, Rows> block(args, *item, s_few_rows);
   ptx::launch_dependents();
   block.run();
 }
@@ -413,8 +423,12 @@ __global__ void __launch_bounds__(FewRowsTile::kThreads, FewRowsTile{kDim, kRows
 
 template <int kDim, int kRows>
 const void* few_rows_instance(bool pages_cut_tiles) {
-  return pages_cut_tiles ? reinterpret_cast<const void*>(&few_rows<kDim, kRows, true>)
-                         : reinterpret_cast<const void*>(&few_rows<kDim, kRows, false>);
+  return pages_cut_tiles ? reinterpret_cast<const void*>(&few_rows<kDim, kRows, F32Rows<true>>)
+                         : reinterpret_cast<const void*>(&few_rows<kDim, kRows, F32Rows<false>>);
+}
+template <int kDim, int kRows>
+const void* code_rows_instance(bool) {
+  return reinterpret_cast<const void*>(&few_rows<kDim, kRows, StoredRows>);
 }
 
 }  // namespace wh::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/common/kv_codes.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
 #include "cuda/cuda_facts.h"
@@ -11,6 +12,13 @@
 namespace wh::cuda {
 namespace {
 
+// By 16 bytes, or where one of K and V is quantised by four columns.
+bool is_whole(const KvTensor& tensor, bool is_by_columns) {
+  if (tensor.format != Quantised::kNone) return is_whole_words(tensor);
+  const size_t bytes = is_by_columns ? 4 * dtype_bytes(tensor.dtype) : 16;
+  return portable::is_whole(tensor.data, tensor.stride, tensor.dim, tensor.dtype, bytes);
+}
+
 PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape& shape,
                            const PortableVariant& variant) {
   PortableArgs args{};
@@ -19,11 +27,15 @@ PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape
   args.k = t.k;
   std::copy_n(p.stride_q.begin(), 4, args.stride_q);
   std::copy_n(p.stride_k.begin(), 4, args.stride_k);
+  args.stored_k = keys_of(p, t);
+  args.stored_v = values_of(p, t);
+  args.dtype_q = p.dtype_q;
+  args.dtype_out = p.dtype_out();
   args.scores = scores_of(p);
   const Dtype dtype = p.dtype_q;
   args.q_is_whole = portable::is_whole(t.q, p.stride_q, p.dim_qk, dtype, 16);
-  args.k_is_whole = portable::is_whole(t.k, p.stride_k, p.dim_qk, dtype, 16);
-  args.v_is_whole = portable::is_whole(t.v, p.stride_v, p.dim_v, dtype, 16);
+  args.k_is_whole = is_whole(args.stored_k, is_quantised(p));
+  args.v_is_whole = is_whole(args.stored_v, is_quantised(p));
   args.out_is_whole =
       portable::is_whole(t.out, p.stride_out, p.dim_v, dtype, 2 * dtype_bytes(dtype));
   // On the CUDA cores a team's keys are found one by one.

@@ -1,6 +1,7 @@
 // cuda_portable, the running side.
 #pragma once
 
+#include "core/kv_tensor.h"
 #include "core/status.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
@@ -20,6 +21,9 @@ struct PortableArgs {
   const void* q;
   const void* k;
   int64_t stride_q[4], stride_k[4];  // of k's batch or page, head, token, element
+  // K and V where few_rows.cuh reads them, and the types of q and out where those are quantised.
+  KvTensor stored_k, stored_v;
+  Dtype dtype_q, dtype_out;
   // Rows that can be copied 16 bytes at a time; others are element by element.
   bool q_is_whole, k_is_whole, v_is_whole;
   bool out_is_whole;  // pairs of elements can be stored at once
