@@ -177,7 +177,7 @@ WRONG = {
     "lengths": (
         {}, {"key_lengths": torch.ones(2, dtype=torch.int32)}, "key_lengths is on cpu; it must be",
     ),
-    "a list": ({}, {"key_lengths": [1, 2]}, "key_lengths is a list; on CUDA it must be an int32"),
+    "a list": ({}, {"key_lengths": [1, 2]}, "key_lengths is a list; it must be an int32 array on CUDA"),
 }  # fmt: skip
 
 
