@@ -12,8 +12,8 @@ Format = Literal["e4m3", "int8", "q8_0", "q4_0"]
 class Quantised:
     """Keys or values as codes, for ``k`` or ``v`` of :func:`widehead.sdpa` and its plans.
 
-    They are read in place, on the CPU: no copy in another type is made. The answer is attention over
-    code times scale.
+    They are read in place: no copy in another type is made. The answer is attention over code times
+    scale.
 
     codes: [batch, heads_kv, len_k, dim]: float8_e4m3fn or its bytes as uint8, or int8. Of ``q8_0``
         and ``q4_0`` uint8 [batch, heads_kv, len_k, dim / 32 * 34] and [..., dim / 32 * 18]: ggml's
