@@ -10,6 +10,7 @@
 
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
+#include "cuda/portable/backward/config.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/tiles.h"
 #include "cuda/sm90/decode/config.h"
@@ -110,6 +111,19 @@ TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
   }
 }
 
+TEST(CudaInstances, TheBackwardPassHasBothItsKernelsOrNone) {
+  Config config;
+  for (const Instance& instance : kBackwardInstances) {
+    Problem p = problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype);
+    const PortableBackwardVariant* variant =
+        portable_backward_variant(p, config, static_cast<int64_t>(instance.memory));
+    ASSERT_NE(variant, nullptr);
+    EXPECT_EQ(variant->queries != nullptr, instance.is_compiled);
+    EXPECT_EQ(variant->keys != nullptr, instance.is_compiled);
+    ++config.instance;
+  }
+}
+
 // What a kernel's code differs in, beyond counts of rows and keys.
 using Family = std::tuple<int, int, int, int>;
 
@@ -147,6 +161,13 @@ TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
     const auto bytes = static_cast<int>(dtype_bytes(instance.dtype));
     const PortableTile tile = portable_tile(instance.dims, bytes, instance.memory);
     return Family{bytes, tile.warp_rows, tile.column_groups, tile.shares_buffer};
+  });
+  expect_every_family(kBackwardInstances, [](const Instance& instance) {
+    const auto bytes = static_cast<int>(dtype_bytes(instance.dtype));
+    const auto groups = [&](Side side) {
+      return backward_tile(instance.dims, bytes, side, instance.memory).column_groups;
+    };
+    return Family{bytes, groups(Side::kQueries), groups(Side::kKeys), 0};
   });
   expect_every_family(kFewRowsInstances, [](const Instance& instance) {
     return Family{instance.dims.dim_v, instance.rows, 0, 0};

@@ -25,6 +25,7 @@ Json = dict[str, Any]
 LEAST_CHECKED = {"sm90_prefill": 800, "sm90_prefill_wide": 1000, "sm90_decode": 1100,
                  "cuda_portable": 2700, "cuda_unfused": 2700}
 LEAST_CHECKED_IN_ALL = 5000
+LEAST_GRADIENTS = 2000
 SUITES = ("chunked", "square", "decode-sweep", "full-sweep", "routing-boundary")
 # Median and worst regret, median and worst error of the estimates.
 ROUTING_GOALS = {"median_regret": 1.01, "worst_regret": 1.10, "median_error": 0.15,
@@ -95,12 +96,15 @@ class GpuCheck:
     def is_gpu(self) -> bool:
         return self.device == "cuda"
 
-    @property
-    def kernels(self) -> list[str]:
-        """Of the forward pass, all but the oracle, which takes minutes on large cases."""
+    def kernels_of(self, direction: str) -> list[str]:
+        """All but the oracles, which take minutes on large cases."""
         rows = json.loads(self.run([self.cli, "list", "kernels", "--json"], 60).out)
         return [row["kernel"] for row in rows if row["device"] == self.device
-                and row["pass"] == "forward" and row["role"] != "reference"]
+                and row["pass"] == direction and row["role"] != "reference"]
+
+    @property
+    def kernels(self) -> list[str]:
+        return self.kernels_of("forward")
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -229,9 +233,15 @@ class GpuCheck:
             failures.append(f"no test passed: {last}")
         return Outcome(failures, data=last)
 
-    def sanitizers(self, seconds: float) -> Outcome:
+    @staticmethod
+    def sanitizer() -> str:
+        """Empty: there is none."""
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        if not Path(tool).exists():
+        return tool if Path(tool).exists() else ""
+
+    def sanitizers(self, seconds: float) -> Outcome:
+        tool = self.sanitizer()
+        if not tool:
             return missing("compute-sanitizer is not on the PATH")
         hopper = [name for name in self.kernels if name.startswith("sm90")]
         others = [name for name in self.kernels if name not in hopper]
@@ -250,9 +260,10 @@ class GpuCheck:
         return Outcome([failure for one in outcomes for failure in one.failures],
                        data=[one.data for one in outcomes])
 
-    def sanitize(self, program: str, tool: str, kernels: list[str], seconds: float) -> Outcome:
+    def sanitize(self, program: str, tool: str, kernels: list[str], seconds: float,
+                 *more: str) -> Outcome:
         log = self.scratch / f"{tool}-{kernels[0]}.log"
-        options = ["--cases", "smoke", *(["--leave-workspace"] if tool == "initcheck" else [])]
+        options = ["--cases", "smoke", *more, *(["--leave-workspace"] if tool == "initcheck" else [])]
         limit = 10_000 if tool == "racecheck" else 20  # every hazard is looked up
         outcome = self.check(seconds, *options, kernels=kernels, in_front=[
             program, "--tool", tool, "--print-limit", limit, "--log-file", log])
@@ -316,6 +327,47 @@ class GpuCheck:
                            "--runs", runs)
         return Outcome(large.failures + tiny.failures + smoke.failures,
                        data=large.data + tiny.data + smoke.data)
+
+    def gradients(self, seconds: float) -> Outcome:
+        """The kernels of the backward pass: every gradient against float64, the same bits a hundred
+        times, tiles for small cards, what memcheck and racecheck see, and large cases, sampled."""
+        kernels, begin = self.kernels_of("backward"), time.monotonic()
+        small = ["--shared-bytes", SMALL_SHARED_BYTES] if self.is_gpu else []
+        steps = [("smoke", "--runs", 100 if self.is_gpu else 3), ("corner",),
+                 ("smoke", "--seed", 9, *small), ("ci" if self.is_gpu else "smoke", "--seed", 7),
+                 ("large", "--shrink", 4 if self.is_gpu else 64)]
+        outcome = Outcome(data=[])
+        for cases, *options in steps:
+            one = self.check(seconds - (time.monotonic() - begin), "--backward", "--cases", cases,
+                             *options, kernels=kernels)
+            outcome.failures += one.failures
+            outcome.data += one.data
+        if not self.is_gpu:
+            return outcome
+        checked = sum(row["checked"] for document in outcome.data for row in document["kernels"])
+        if checked < LEAST_GRADIENTS:
+            outcome.failures.append(f"{checked} checked, fewer than {LEAST_GRADIENTS}")
+        tests = self.tests(seconds - (time.monotonic() - begin), kernels)
+        outcome.failures += tests.failures
+        outcome.data.append(tests.data)
+        tool = self.sanitizer()
+        for name in ("memcheck", "racecheck") if tool else ():
+            one = self.sanitize(tool, name, kernels, seconds - (time.monotonic() - begin),
+                                "--backward")
+            outcome.failures += one.failures
+            outcome.data.append(one.data)
+        if not tool:
+            outcome.failures.append("compute-sanitizer is not on the PATH")
+        return outcome
+
+    def backward(self, seconds: float) -> Outcome:
+        """Gradients beside PyTorch's backward, which this part is nothing without."""
+        if self.run([sys.executable, "-c", "import torch"], 60).code != 0:
+            return missing("no PyTorch here")
+        done = self.run([sys.executable, ROOT / "bench" / "backward.py", self.cli, "--device",
+                         self.device, "--seconds", 0.7], seconds)
+        Path(f"{self.stem}-backward.md").write_text(done.out)
+        return Outcome([] if done.code == 0 else [done.why()], data=done.out.splitlines())
 
     def small(self, seconds: float) -> Outcome:
         kernels = ["cuda_portable"] if self.is_gpu else ["cpu_prefill"]

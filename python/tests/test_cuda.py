@@ -45,6 +45,23 @@ def test_results_match_float64(dtype, dim, length):
     np.testing.assert_allclose(log_sum_exp.cpu().numpy(), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gradients_match_pytorch_in_float64(dtype, dim):
+    def gradients(attention, arrays):
+        leaves = [array.detach().requires_grad_() for array in arrays]
+        out = attention(*leaves, is_causal=True)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(-1) / dim)
+
+    arrays = [torch.randn(2, 4, 150, dim, device="cuda", dtype=DTYPES[dtype]) for _ in range(3)]
+    expected = gradients(
+        torch.nn.functional.scaled_dot_product_attention, [each.double() for each in arrays]
+    )
+    for have, want in zip(gradients(widehead.torch.sdpa, arrays), expected):
+        assert have.is_cuda and have.dtype == DTYPES[dtype]
+        assert relative_rms(*numpy_of(have, want)) <= 3 * BOUNDS[dtype]
+
+
 def test_options_match_float64():
     q, k, v = tensors()
     rng = np.random.default_rng(2)

@@ -149,12 +149,17 @@ Status check_pointers(const Problem& p, const Tensors& t) {
                                    {"scales_v", t.scales_v},
                                    {"page_offsets", t.page_offsets},
                                    {"log_sum_exp", t.log_sum_exp},
+                                   {"d_out", t.d_out},
+                                   {"dq", t.dq},
+                                   {"dk", t.dk},
+                                   {"dv", t.dv},
+                                   {"d_sinks", t.d_sinks},
                                    {"workspace", t.workspace}};
   return check_pointers(pointers, p.device_index);
 }
 
 Status check_pointers(std::span<const NamedPointer> pointers, int32_t device_index) {
-  // The runtime's own question takes twice as long, and there are up to sixteen of them a run.
+  // The runtime's own question takes twice as long, and a run has a dozen pointers.
   static const auto attributes_of =
       driver_function<decltype(&cuPointerGetAttributes)>("cuPointerGetAttributes", 7000);
   if (attributes_of == nullptr) return {Code::kDeviceError, "the driver is older than CUDA 7"};

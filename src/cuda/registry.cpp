@@ -1,5 +1,6 @@
 #include "cuda/registry.h"
 
+#include "cuda/portable/backward/config.h"
 #include "cuda/portable/config.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/prefill/config.h"
@@ -10,7 +11,7 @@ namespace wh::cuda {
 
 std::span<const Kernel* const> kernels() {
   static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode, &kPortable,
-                                       &kUnfused};
+                                       &kUnfused,     &kPortableBackward};
   return list;
 }
 

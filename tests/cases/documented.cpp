@@ -52,6 +52,14 @@ bool Documented::takes(const std::string& kernel) const {
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
   if (cuda().compute_capability < 80) return false;
+  if (kernel == "cuda_portable_backward") {
+    // f32 wider than 256 has a tile of 163 KB alone.
+    const bool is_wide = p.dim_qk > 256 || p.dim_v > 256;
+    const bool is_f32 = p.dtype_q == Dtype::kF32;
+    return is_one_type() && p.dim_qk <= 512 && p.dim_v <= 512 &&
+           (is_f32 || precision == Precision::kNative) &&
+           !(is_f32 && is_wide && cuda().shared_bytes < 166912);
+  }
   if (is_quantised(p)) return true;  // in f32, whatever q is
   if (!is_one_type()) return false;
   if (kernel == "cuda_portable") return precision == Precision::kNative || p.dtype_q == Dtype::kF32;

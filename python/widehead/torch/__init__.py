@@ -197,7 +197,7 @@ def _backward(context: Any, d_out: Tensor | None, d_log_sum_exp: Tensor | None) 
     nothing = (None,) * 20
     saved = context.saved_tensors  # once: checkpointing computes them anew
     q = saved[0]
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
             f"widehead has no backward on {q.device.type} yet: call it under torch.no_grad() or "
             "torch.inference_mode(), or use F.scaled_dot_product_attention to train"

@@ -15,19 +15,42 @@ using Sequence = SequenceOf<int32_t>;
 using KeyRows = KeyRowsOf<int32_t, Divisor>;
 
 // For kernels that are handed dense tensors alone.
+constexpr Keys dense_keys(const AttentionArgs& args, int32_t batch_idx) {
+  return present_keys(args.len_k, args.key_lengths, args.key_starts, batch_idx);
+}
+constexpr Sequence dense_sequence(const AttentionArgs& args, int32_t batch_idx, Keys present) {
+  return {batch_idx, batch_idx, 0, args.len_q, batch_idx, 0, present};
+}
 constexpr Sequence dense_sequence(const AttentionArgs& args, int32_t batch_idx) {
-  return {batch_idx,
-          batch_idx,
-          0,
-          args.len_q,
-          batch_idx,
-          0,
-          present_keys(args.len_k, args.key_lengths, args.key_starts, batch_idx)};
+  return dense_sequence(args, batch_idx, dense_keys(args, batch_idx));
 }
 constexpr Keys visible_keys(const AttentionArgs& args, const Sequence& sequence,
                             int32_t query_idx) {
   return wh::visible_keys<int32_t>(args.causal, {args.window_left, args.window_right},
                                    sequence.len_q, sequence.present, query_idx);
+}
+
+using Queries = KeyRangeOf<int32_t>;
+
+// The queries of a head outside of which none sees a key of `keys`. Both ends of what a query sees
+// move right with it, so those that end behind the first key are the last ones, and those that
+// begin before the last key the first ones.
+constexpr Queries queries_that_see(const AttentionArgs& args, const Sequence& sequence, Keys keys) {
+  // The first query that is past something which every query behind it is past too.
+  const auto first = [&](auto is_past) {
+    int32_t begin = 0, end = sequence.len_q;
+    while (begin < end) {
+      const int32_t middle = begin + (end - begin) / 2;
+      if (is_past(visible_keys(args, sequence, middle))) {
+        end = middle;
+      } else {
+        begin = middle + 1;
+      }
+    }
+    return begin;
+  };
+  return {first([&](Keys seen) { return seen.end > keys.begin; }),
+          first([&](Keys seen) { return seen.begin >= keys.end; })};
 }
 
 // Key tiles of `tile_k` keys that queries first..last work on, from the last one down. All are tile

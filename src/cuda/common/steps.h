@@ -49,9 +49,9 @@ class StepEvents {
 // and stops launching when told to. Nothing runs any more when it returns. `marks` is StepEvents.
 template <typename Marks, typename LaunchRange>
 Status run_watched_steps(Progress& progress, int64_t tiles, int64_t step_tiles, Marks& marks,
-                         LaunchRange launch_range) {
+                         LaunchRange launch_range, const char* results_are = "out is") {
   const int64_t steps = (tiles + step_tiles - 1) / step_tiles;
-  progress.start(steps);
+  progress.start(steps, results_are);
   progress.writing_out();  // with the first launch
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t first = i * step_tiles;
@@ -79,7 +79,9 @@ Status run_in_steps(const Launch& launch, int64_t tiles, LaunchRange launch_rang
   if (launch.progress.is_watched()) {
     StepEvents events(launch.stream);
     if (!events.status().ok()) return events.status();
-    return run_watched_steps(launch.progress, tiles, step_tiles, events, launch_range);
+    const bool is_forward = launch.problem.pass == Pass::kForward;
+    return run_watched_steps(launch.progress, tiles, step_tiles, events, launch_range,
+                             is_forward ? "out is" : "the gradients are");
   }
   for (int64_t first = 0; first < tiles; first += step_tiles) {
     Status status = launch_range(first, std::min(tiles, first + step_tiles));

@@ -1,0 +1,157 @@
+// Tiles and blocks of cuda_portable_backward, checked without a GPU.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "cuda/cuda_facts.h"
+#include "cuda/instances.h"
+#include "cuda/portable/backward/config.h"
+#include "cuda/portable/backward/kernel.h"
+#include "support/cards.h"
+#include "support/problems.h"
+
+namespace wh::cuda {
+namespace {
+
+TEST(CudaBackward, TilesAreWholeProductsThatFit) {
+  for (const Instance& instance : kBackwardInstances) {
+    const auto bytes = static_cast<int>(dtype_bytes(instance.dtype));
+    const int least_columns = bytes == 2 ? 16 : 8, least_sums = bytes == 2 ? 16 : 32;
+    for (const Side side : {Side::kQueries, Side::kKeys}) {
+      const HeadDims dims = instance.dims;
+      const BackwardTile tile = backward_tile(dims, bytes, side, instance.memory);
+      ASSERT_GT(tile.bytes, 0);
+      EXPECT_LE(tile.bytes, static_cast<int>(instance.memory));
+      // Eight warps of 16 rows, shared by groups of columns.
+      EXPECT_EQ(tile.rows * tile.column_groups, 128);
+      EXPECT_EQ(tile.columns % least_columns, 0);
+      EXPECT_EQ(dims.dim_qk / tile.column_groups % least_sums, 0);
+      EXPECT_EQ(dims.dim_v / tile.column_groups % least_sums, 0);
+      // Every column's scores are computed by one group.
+      EXPECT_EQ(tile.columns % (8 * tile.slice_tiles()), 0);
+      EXPECT_GE(tile.slice_tiles() * tile.column_groups * 8, tile.columns);
+      // Shared memory is read 16 bytes at a time.
+      for (const int pitch : {tile.pitch_qk, tile.pitch_v, tile.pitch_p}) {
+        EXPECT_EQ(pitch * bytes % 16, 0);
+      }
+      // A warp's sums and the scores beside them: 255 registers, of which others need 60.
+      const int sums =
+          (side == Side::kKeys ? dims.dim_qk + dims.dim_v : dims.dim_qk) / tile.column_groups / 2;
+      EXPECT_LE(sums + 2 * 4 * tile.slice_tiles(), 195);
+    }
+  }
+}
+
+struct Masked {
+  Causal causal;
+  int64_t window_left, window_right;
+};
+
+// Every pair that sees each other is in a block of each side, and what a block takes for full is.
+TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
+  std::mt19937 random(5);
+  const auto between = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
+  constexpr Masked kMasks[] = {
+      {Causal::kNone, kUnlimited, kUnlimited},    {Causal::kBottomRight, kUnlimited, kUnlimited},
+      {Causal::kTopLeft, kUnlimited, kUnlimited}, {Causal::kNone, 10, 3},
+      {Causal::kBottomRight, 40, kUnlimited},     {Causal::kNone, 0, kUnlimited},
+      {Causal::kTopLeft, 7, kUnlimited}};
+  int64_t seen_pairs = 0, full_tiles = 0;
+  for (int round = 0; round < 400; ++round) {
+    const Masked& masked = kMasks[round % 7];
+    Problem p;
+    p.device = Device::kCuda;
+    p.batch = 2;
+    p.heads_q = 6;
+    p.heads_kv = 2;
+    p.len_q = between(1, 150);
+    p.len_k = between(1, 150);
+    p.dim_qk = p.dim_v = 16;
+    p.causal = masked.causal;
+    p.window_left = masked.window_left;
+    p.window_right = masked.window_right;
+    p.has_key_lengths = p.has_key_starts = round % 3 == 0;
+    set_dense(p);
+    std::vector<int32_t> lengths, starts;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      lengths.push_back(static_cast<int32_t>(between(0, p.len_k)));
+      starts.push_back(static_cast<int32_t>(between(0, p.len_k)));
+    }
+    Tensors t;
+    if (p.has_key_lengths) {
+      t.key_lengths = lengths.data();
+      t.key_starts = starts.data();
+    }
+    GradientArgs args = gradient_args(p, t);
+    const int rows = 16 << between(0, 3), columns = 8 << between(0, 3);
+    for (const Side side : {Side::kQueries, Side::kKeys}) {
+      const bool is_queries = side == Side::kQueries;
+      const int64_t heads = is_queries ? p.heads_q : p.heads_kv;
+      const int64_t length = is_queries ? p.len_q : p.len_k;
+      const int64_t tiles = (length + rows - 1) / rows;
+      std::vector<int> owners(static_cast<size_t>(p.batch * heads * length));
+      for (int64_t index = 0; index < p.batch * heads * tiles; ++index) {
+        const BackwardItem item(args, side, static_cast<int32_t>(tiles),
+                                static_cast<int32_t>(index), rows, columns);
+        ASSERT_GE(item.rows, 1);
+        for (int32_t own = item.first; own < item.first + item.rows; ++own) {
+          ++owners[static_cast<size_t>((item.batch_idx * heads + item.head) * length + own)];
+          const int64_t others = is_queries ? p.len_k : p.len_q;
+          for (int64_t other = 0; other < others; ++other) {
+            const int64_t query = is_queries ? own : other, key = is_queries ? other : own;
+            const KeyRange keys = visible_keys(p, present_keys(p, t, item.batch_idx), query);
+            const bool sees = key >= keys.begin && key < keys.end;
+            const auto tile = static_cast<int32_t>(other / columns);
+            if (sees) {
+              ++seen_pairs;
+              ASSERT_TRUE(tile >= item.begin && tile < item.end) << query << " sees " << key;
+            }
+            if (is_queries && tile >= item.full_begin && tile < item.full_end) {
+              ++full_tiles;
+              ASSERT_TRUE(sees) << query << " does not see " << key << " of a full tile";
+              ASSERT_LE((tile + 1) * columns, p.len_k);
+            }
+          }
+        }
+      }
+      for (const int count : owners) ASSERT_EQ(count, 1);
+    }
+  }
+  EXPECT_GT(seen_pairs, 1'000'000);
+  EXPECT_GT(full_tiles, 100'000);
+}
+
+TEST(CudaBackward, QueriesThatSeeKeysAreThoseBetweenTheFirstAndTheLast) {
+  Problem p = square_of_300(64, 64, Dtype::kBf16, Device::kCuda);
+  p.causal = Causal::kBottomRight;
+  p.window_left = 49;
+  const GradientArgs args = gradient_args(p, {});
+  const cuda::Sequence sequence = dense_sequence(args.attention, 0);
+  // Keys 100 to 119 are on the diagonals of those queries and in the windows of the 49 behind.
+  const Queries queries = queries_that_see(args.attention, sequence, {100, 120});
+  EXPECT_EQ(queries.begin, 100);
+  EXPECT_EQ(queries.end, 119 + 49 + 1);
+}
+
+TEST(CudaBackward, TakesNumbersForEveryRowFromTheWorkspace) {
+  Problem p = square_of_300(64, 64, Dtype::kBf16, Device::kCuda);
+  const Limits limits;
+  const CudaFacts cuda = h100();
+  const Query query{p, limits, cuda};
+  const Config config = kPortableBackward.configure(query);
+  const size_t rows = 8 * 300 * sizeof(float);
+  EXPECT_LE(kPortableBackward.workspace_bytes(p, config), 3 * (rows + 64) + 64);
+  p.has_sinks = true;
+  EXPECT_GT(kPortableBackward.workspace_bytes(p, config), 4 * rows);
+  EXPECT_GT(kPortableBackward.estimate_us(query, config), 0);
+  // One row more, not a square of them more.
+  p.len_q = p.len_k = 30'000;
+  set_dense(p);
+  EXPECT_LT(kPortableBackward.workspace_bytes(p, config), 4 * 100 * (rows + 64) + 64);
+}
+
+}  // namespace
+}  // namespace wh::cuda
