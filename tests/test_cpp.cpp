@@ -263,6 +263,14 @@ TEST(Cpp, SequencesThatDisagreeWithTheViewsAreErrors) {
   EXPECT_THROW(widehead::append(two.tokens(two.q), two.tokens(two.q), slots, two.pool(two.k),
                                 two.pool(two.v)),
                widehead::Error);
+  widehead::TensorView codes = two.pool(two.k);
+  codes.quantised = widehead::Quantised::kInt8;
+  try {
+    widehead::append(two.tokens(two.k), two.tokens(two.v), slots, codes, two.pool(two.v));
+    FAIL() << "no error";
+  } catch (const widehead::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("must not be quantised"), std::string::npos);
+  }
 }
 
 }  // namespace

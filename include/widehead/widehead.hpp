@@ -597,6 +597,14 @@ inline void append(const TensorView& new_k, const TensorView& new_v, std::span<c
                     to_string(expected) +
                     ", with one type for both new ones and one for both caches");
   };
+  for (const TensorView* view : {&new_k, &new_v, &k, &v}) {
+    if (view->is_quantised()) {
+      throw Error(
+          WH_INVALID_ARGUMENT,
+          "new rows and caches must not be quantised here; wh_append() takes caches of codes "
+          "and their scales");
+    }
+  }
   expect("new_k", new_k, k);
   if (has_v) expect("new_v", new_v, v);
   wh_problem cache;

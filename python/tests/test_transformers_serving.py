@@ -11,8 +11,7 @@ import tiny_models  # noqa: E402
 import transformers  # noqa: E402
 import widehead.transformers  # noqa: E402
 from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
-
-paged = pytest.importorskip("widehead.transformers._paged")
+from widehead.transformers import _paged as paged  # noqa: E402
 
 # Full attention alone, windows beside it, softcap, sinks; and windows alone.
 MODELS = ("llama", "gemma2", "gemma3", "gpt_oss")
