@@ -10,8 +10,8 @@
 namespace wh::cuda {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode, &kPortable,
-                                       &kUnfused,     &kPortableBackward};
+  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode,
+                                       &kPortable,    &kUnfused,         &kPortableBackward};
   return list;
 }
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "parallel/simulation.h"
-#include "parallel/strategies.h"
+#include "parallel/strategies/strategies.h"
 #include "plan/plan.h"
 
 namespace wh::sharded {

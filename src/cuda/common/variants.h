@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -36,6 +37,16 @@ constexpr auto variants_of(Make make) {
     return std::array{make.template operator()<kInstances[kIndex]>()...};
   }
   (std::make_index_sequence<std::size(kInstances)>());
+}
+
+// Whether the table has the instance for cards with little shared memory too. Where the tile is the
+// same for both classes of cards, so is the code.
+template <const auto& kInstances>
+constexpr bool has_small_twin(const Instance& instance) {
+  return std::ranges::any_of(kInstances, [&](const Instance& other) {
+    return other.dims == instance.dims && other.dtype == instance.dtype &&
+           other.memory == SharedMemory::kSmall;
+  });
 }
 
 inline bool holds(const Instance& instance, const Problem& p) {

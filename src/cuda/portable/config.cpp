@@ -44,20 +44,13 @@ constexpr auto kCodeRowsVariants = variants_of<kFewRowsInstances>([]<Instance kI
   return variant;
 });
 
-// Where the tile is the same for both classes of cards, so is the code.
-constexpr bool has_small_twin(const Instance& instance) {
-  return std::ranges::any_of(kPortableInstances, [&](const Instance& other) {
-    return other.dims == instance.dims && other.dtype == instance.dtype &&
-           other.memory == SharedMemory::kSmall;
-  });
-}
-
 template <Instance kInstance>
 constexpr PortableVariant tensor_variant() {
   constexpr HeadDims kDims = kInstance.dims;
   constexpr auto kElementBytes = static_cast<int>(dtype_bytes(kInstance.dtype));
-  static_assert(depends_on_memory(kDims, kElementBytes) == has_small_twin(kInstance),
-                "instances.json and portable_tile() disagree about the classes of memory");
+  static_assert(
+      depends_on_memory(kDims, kElementBytes) == has_small_twin<kPortableInstances>(kInstance),
+      "instances.json and portable_tile() disagree about the classes of memory");
   constexpr PortableTile kTile = portable_tile(kDims, kElementBytes, kInstance.memory);
   PortableVariant variant{kInstance,   Cores::kTensor,   kTile.rows,
                           kTile.keys,  kTile.warp_rows,  kTile.threads(),

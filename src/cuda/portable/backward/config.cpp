@@ -18,20 +18,12 @@
 namespace wh::cuda {
 namespace {
 
-// Where the tiles are the same for both classes of cards, so is the code; f32 of 512 has none for
-// small ones.
-constexpr bool has_small_twin(const Instance& instance) {
-  return std::ranges::any_of(kBackwardInstances, [&](const Instance& other) {
-    return other.dims == instance.dims && other.dtype == instance.dtype &&
-           other.memory == SharedMemory::kSmall;
-  });
-}
-
 template <Instance kInstance>
 constexpr PortableBackwardVariant variant_of() {
   constexpr HeadDims kDims = kInstance.dims;
   constexpr auto kElementBytes = static_cast<int>(dtype_bytes(kInstance.dtype));
-  static_assert(!has_small_twin(kInstance) || backward_depends_on_memory(kDims, kElementBytes),
+  static_assert(!has_small_twin<kBackwardInstances>(kInstance) ||
+                    backward_depends_on_memory(kDims, kElementBytes),
                 "instances.json lists one twice that backward_tile() makes once");
   PortableBackwardVariant variant{
       kInstance, backward_tile(kDims, kElementBytes, Side::kQueries, kInstance.memory),

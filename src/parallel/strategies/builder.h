@@ -1,15 +1,17 @@
-#include "parallel/strategies.h"
-
-#include <fmt/format.h>
+// What all strategies build their schedules from: buffers, messages, views that are attended to,
+// and the sum of partial states.
+#pragma once
 
 #include <algorithm>
 #include <array>
 #include <utility>
+#include <vector>
 
+#include "parallel/schedule.h"
+#include "parallel/shards.h"
 #include "parallel/view.h"
 
 namespace wh::sharded {
-namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 
@@ -21,38 +23,7 @@ struct Heads {
   int64_t kv() const { return kv_end - kv_begin; }
 };
 
-Heads all_heads(const Problem& p) { return {0, p.heads_q, 0, p.heads_kv}; }
-
-// Even shares of whole kv heads, or of the query heads of one where there are more ranks than kv
-// heads; empty where neither comes out even enough for kernels, which want one group for all.
-std::vector<Heads> even_heads(const Problem& p, int32_t ranks) {
-  std::vector<Heads> all;
-  for (int64_t r = 0; r < ranks; ++r) {
-    if (p.heads_kv >= ranks) {
-      const int64_t begin = p.heads_kv * r / ranks, end = p.heads_kv * (r + 1) / ranks;
-      all.push_back({begin * p.group(), end * p.group(), begin, end});
-    } else {
-      if (ranks % p.heads_kv != 0 || p.group() % (ranks / p.heads_kv) != 0) return {};
-      const int64_t share = p.group() * p.heads_kv / ranks, kv = r * p.heads_kv / ranks;
-      all.push_back({r * share, (r + 1) * share, kv, kv + 1});
-    }
-  }
-  return all;
-}
-
-int32_t rank_with_most_keys(const ShardedProblem& s) {
-  int32_t most = 0;
-  for (int32_t r = 1; r < s.ranks(); ++r) {
-    if (s.local_len_k(r) > s.local_len_k(most)) most = r;
-  }
-  return most;
-}
-
-std::vector<Heads> heads_on_one(const ShardedProblem& s) {
-  std::vector<Heads> all(s.q.size(), Heads{0, 0, 0, 0});
-  all[static_cast<size_t>(rank_with_most_keys(s))] = all_heads(s.whole);
-  return all;
-}
+inline Heads all_heads(const Problem& p) { return {0, p.heads_q, 0, p.heads_kv}; }
 
 // Tokens side by side in memory, the first of them `tokens.begin`.
 struct Block {
@@ -67,6 +38,8 @@ struct KeyBlock {
   Block k, v;
 };
 
+// Lists what one rank does, step by step. A strategy is one function, in a file of its name; it
+// builds one schedule, which takes what the builder has gathered.
 class Builder {
  public:
   Builder(const ShardedProblem& s, int32_t rank)
@@ -81,227 +54,10 @@ class Builder {
     lse_ = lse_tensor({kLogSumExp, 0}, p_.heads_q, s.local_len_q(rank));
   }
 
-  Schedule ring() {
-    begin_sum();
-    const bool sends = has_peer([&](int32_t peer) { return !wanted(peer, rank_).empty(); });
-    const auto packed = sends ? pack_keys() : std::vector<KeyBlock>{};
-    // Two of them: one is worked on while the other arrives.
-    std::array<std::array<TensorAt, 2>, 2> slots{};
-    int64_t most = 0;
-    for_each_peer([&](int32_t peer) { most = std::max(most, count(wanted(rank_, peer))); });
-    for (int32_t i = 0; i < std::min(2, s_.ranks() - 1) && most > 0; ++i) {
-      slots[static_cast<size_t>(i)] = {token_major(most, p_.heads_kv, p_.dim_qk, k_.element_bytes),
-                                       value_buffer(most, p_.heads_kv)};
-    }
-    const auto rotate = [&](int32_t distance) {
-      const int32_t from = (rank_ - distance + s_.ranks()) % s_.ranks();
-      const int32_t to = (rank_ + distance) % s_.ranks();
-      std::vector<Message> messages;
-      const auto& slot = slots[static_cast<size_t>((distance - 1) % 2)];
-      for (const KeyBlock& block : blocks_in(wanted(rank_, from), slot[0], slot[1])) {
-        exchange_keys(messages, from, false, block, block.k.tokens);
-      }
-      const Tokens sent = wanted(to, rank_);
-      for (const TokenRange& range : sent) {
-        exchange_keys(messages, to, true, block_with(packed, range), range);
-      }
-      start(distance, std::move(messages));
-    };
-    if (s_.ranks() > 1) rotate(1);
-    for (const KeyBlock& block : local_keys()) attend_to(block);
-    for (int32_t distance = 1; distance < s_.ranks(); ++distance) {
-      finish(distance);
-      if (distance + 1 < s_.ranks()) rotate(distance + 1);
-      const int32_t from = (rank_ - distance + s_.ranks()) % s_.ranks();
-      const auto& slot = slots[static_cast<size_t>((distance - 1) % 2)];
-      for (const KeyBlock& block : blocks_in(wanted(rank_, from), slot[0], slot[1])) {
-        attend_to(block);
-      }
-    }
-    end_sum();
-    return std::move(schedule_);
-  }
-
-  Schedule gather() {
-    const auto seen_by = [&](int32_t rank) {
-      TokenRange seen;
-      for (const TokenRange& q : tokens_q(rank)) {
-        seen = hull(seen, seen_keys(s_, q, {0, p_.len_k}));
-      }
-      return seen;
-    };
-    const TokenRange seen = seen_by(rank_);
-    const auto mine = local_keys();
-    const bool sends = has_peer([&](int32_t peer) {
-      const TokenRange theirs = seen_by(peer);
-      return std::any_of(mine.begin(), mine.end(), [&](const KeyBlock& block) {
-        return !intersection(block.k.tokens, theirs).empty();
-      });
-    });
-    const auto packed = sends ? pack_keys() : mine;
-    const KeyBlock all{{seen, token_major(seen.size(), p_.heads_kv, p_.dim_qk, k_.element_bytes)},
-                       {seen, value_buffer(seen.size(), p_.heads_kv)}};
-    std::vector<Message> messages;
-    for_each_peer([&](int32_t peer) {
-      for (const TokenRange& range : tokens_k(peer)) {
-        const TokenRange part = intersection(range, seen);
-        if (!part.empty()) exchange_keys(messages, peer, false, all, part);
-      }
-      const TokenRange theirs = seen_by(peer);
-      for (const KeyBlock& block : packed) {
-        const TokenRange part = intersection(block.k.tokens, theirs);
-        if (!part.empty()) exchange_keys(messages, peer, true, block, part);
-      }
-    });
-    start(0, std::move(messages));
-    for (const KeyBlock& block : packed) {
-      const TokenRange part = intersection(block.k.tokens, seen);
-      if (part.empty()) continue;
-      copy_tokens(block.k, all.k, part, p_.heads_kv, p_.dim_qk);
-      if (!p_.values_in_keys) copy_tokens(block.v, all.v, part, p_.heads_kv, p_.dim_v);
-    }
-    finish(0);
-    const Block out = local_block(out_);
-    int64_t first = 0;
-    for (const TokenRange& q : tokens_q(rank_)) {
-      const Block queries{q, q_.at(0, 0, first)};
-      const Block answers{q, out.tensor.at(0, 0, first)};
-      finish_rows(queries, all, answers, Block{q, lse_.at(0, 0, first)}, all_heads(p_));
-      first += q.size();
-    }
-    return std::move(schedule_);
-  }
-
-  Schedule heads(const std::vector<Heads>& shares) {
-    const Heads mine = shares[static_cast<size_t>(rank_)];
-    const TokenRange all_q{0, p_.len_q}, all_k{0, p_.len_k};
-    const Block q{all_q, token_major(p_.len_q, mine.q(), p_.dim_qk, q_.element_bytes)};
-    const KeyBlock keys{{all_k, token_major(p_.len_k, mine.kv(), p_.dim_qk, k_.element_bytes)},
-                        {all_k, value_buffer(p_.len_k, mine.kv())}};
-    std::vector<Message> messages;
-    const auto scatter = [&](const TensorAt& local, const Block& whole, const auto& tokens_of,
-                             int64_t dim, int64_t(Heads::*begin), int64_t(Heads::*end)) {
-      for_each_rank([&](int32_t peer) {
-        const Heads& theirs = shares[static_cast<size_t>(peer)];
-        const int64_t heads = theirs.*end - theirs.*begin;
-        int64_t first = 0;
-        for (const TokenRange& range : tokens_of(rank_)) {
-          const TensorAt from = local.at(0, theirs.*begin, first);
-          first += range.size();
-          if (heads == 0 || range.empty()) continue;
-          if (peer == rank_) {
-            copy_tokens({range, from}, whole, range, heads, dim);
-          } else {
-            const Block packed{range, token_major(range.size(), heads, dim, local.element_bytes)};
-            copy_tokens({range, from}, packed, range, heads, dim);
-            exchange(messages, peer, true, packed, range);
-          }
-        }
-        if (peer == rank_ || mine.*end == mine.*begin) return;
-        for (const TokenRange& range : tokens_of(peer)) {
-          if (!range.empty()) exchange(messages, peer, false, whole, range);
-        }
-      });
-    };
-    const auto of_q = [&](int32_t rank) -> const Tokens& { return tokens_q(rank); };
-    const auto of_k = [&](int32_t rank) -> const Tokens& { return tokens_k(rank); };
-    scatter(q_, q, of_q, p_.dim_qk, &Heads::q_begin, &Heads::q_end);
-    scatter(k_, keys.k, of_k, p_.dim_qk, &Heads::kv_begin, &Heads::kv_end);
-    if (!p_.values_in_keys) {
-      scatter(v_, keys.v, of_k, p_.dim_v, &Heads::kv_begin, &Heads::kv_end);
-    }
-    start(0, std::move(messages));
-    finish(0);
-
-    const Block out{all_q, token_major(p_.len_q, mine.q(), p_.dim_v, out_.element_bytes)};
-    const Block lse{all_q,
-                    p_.wants_log_sum_exp ? token_major(p_.len_q, mine.q(), 1, kFloat) : TensorAt{}};
-    if (mine.q() > 0) finish_rows(q, keys, out, lse, mine);
-
-    std::vector<Message> answers;
-    std::vector<Copy> unpack;
-    const auto collect = [&](const TensorAt& local, const Block& whole, int64_t dim) {
-      for_each_rank([&](int32_t peer) {
-        const Heads& theirs = shares[static_cast<size_t>(peer)];
-        if (mine.q() > 0 && peer != rank_) {
-          for (const TokenRange& range : tokens_q(peer)) {
-            if (!range.empty()) exchange(answers, peer, true, whole, range);
-          }
-        }
-        int64_t first = 0;
-        for (const TokenRange& range : tokens_q(rank_)) {
-          const TensorAt to = local.at(0, theirs.q_begin, first);
-          first += range.size();
-          if (theirs.q() == 0 || range.empty()) continue;
-          Block from = whole;
-          if (peer != rank_) {
-            from = {range, token_major(range.size(), theirs.q(), dim, local.element_bytes)};
-            exchange(answers, peer, false, from, range);
-          }
-          unpack.push_back(
-              {from.at(0, 0, range.begin), to, {p_.batch, theirs.q(), range.size(), dim}});
-        }
-      });
-    };
-    collect(out_, out, p_.dim_v);
-    if (p_.wants_log_sum_exp) collect(lse_, lse, 1);
-    start(1, std::move(answers));
-    finish(1);
-    for (const Copy& copy : unpack) schedule_.steps.push_back(copy);
-    return std::move(schedule_);
-  }
-
-  Schedule queries() {
-    begin_sum();
-    const bool sends = has_peer([&](int32_t peer) { return !asking(rank_, peer).empty(); });
-    const auto packed = sends ? pack_queries() : local_queries();
-    std::vector<Message> messages;
-    std::vector<std::vector<Block>> asked(s_.q.size());  // of each peer
-    for_each_peer([&](int32_t peer) {
-      for (const TokenRange& range : asking(peer, rank_)) {
-        const Block block{range,
-                          token_major(range.size(), p_.heads_q, p_.dim_qk, q_.element_bytes)};
-        exchange(messages, peer, false, block, range);
-        asked[static_cast<size_t>(peer)].push_back(block);
-      }
-      for (const TokenRange& range : asking(rank_, peer)) {
-        exchange(messages, peer, true, block_with(packed, range), range);
-      }
-    });
-    start(0, std::move(messages));
-    const auto mine = local_keys();
-    for (const KeyBlock& block : mine) attend_to(block);
-    finish(0);
-    std::vector<Message> answers;
-    struct Arriving {
-      KeyGroup group;
-      View view;
-      Part part;
-    };
-    std::vector<Arriving> arriving;
-    for_each_peer([&](int32_t peer) {
-      for (const Block& q : asked[static_cast<size_t>(peer)]) {
-        each_view(q.tokens, tokens_k(rank_), [&](const KeyGroup& group, const View& view) {
-          const Part part = partial_buffers(group, view);
-          const KeyBlock& keys = block_with(mine, view.k);
-          attend(group, view, q, keys, part.out, part.log_sum_exp, all_heads(p_), true);
-          exchange_part(answers, peer, true, group, view, part);
-        });
-      }
-      for (const TokenRange& range : asking(rank_, peer)) {
-        each_view(range, tokens_k(peer), [&](const KeyGroup& group, const View& view) {
-          const Part part = partial_buffers(group, view);
-          exchange_part(answers, peer, false, group, view, part);
-          arriving.push_back({group, view, part});
-        });
-      }
-    });
-    start(1, std::move(answers));
-    finish(1);
-    for (const Arriving& each : arriving) add_part(each.group, each.view, each.part);
-    end_sum();
-    return std::move(schedule_);
-  }
+  Schedule ring();
+  Schedule gather();
+  Schedule heads(const std::vector<Heads>& shares);
+  Schedule queries();
 
  private:
   const Tokens& tokens_q(int32_t rank) const { return s_.q[static_cast<size_t>(rank)]; }
@@ -605,44 +361,5 @@ class Builder {
   std::array<Place, 2> scratch_{};
   Schedule schedule_;
 };
-
-}  // namespace
-
-int64_t Schedule::sent_bytes() const {
-  int64_t bytes = 0;
-  for (const Step& step : steps) {
-    const auto* start = std::get_if<Start>(&step);
-    if (start == nullptr) continue;
-    for (const Message& message : start->messages) {
-      if (message.is_send) bytes += message.bytes;
-    }
-  }
-  return bytes;
-}
-
-std::string refusal(const ShardedProblem& s, Strategy strategy) {
-  if (strategy == Strategy::kHeads && even_heads(s.whole, s.ranks()).empty()) {
-    return fmt::format("{} query heads of {} kv heads have no even shares for {} ranks",
-                       s.whole.heads_q, s.whole.heads_kv, s.ranks());
-  }
-  return "";
-}
-
-Schedule make_schedule(const ShardedProblem& s, Strategy strategy, int32_t rank) {
-  Builder builder(s, rank);
-  switch (strategy) {
-    case Strategy::kRing:
-      return builder.ring();
-    case Strategy::kGather:
-      return builder.gather();
-    case Strategy::kHeads:
-      return builder.heads(even_heads(s.whole, s.ranks()));
-    case Strategy::kQueries:
-      return builder.queries();
-    case Strategy::kOneRank:
-      break;
-  }
-  return builder.heads(heads_on_one(s));
-}
 
 }  // namespace wh::sharded
