@@ -57,8 +57,8 @@ struct WideBlock {
   struct Mailbox {
     // Index in the order; negative: no more. Block 0 stores it in both blocks and arrives with
     // release at kTileFull, where readers wait with acquire: 2 barriers of memory a tile, which
-    // does not show. By st.async, whose bytes the barrier counts, a reader could be let through
-    // before the word had come: warps then worked on different tiles, and the cluster stood still,
+    // does not show. Stored by st.async, whose bytes the barrier counts, it could be the word of
+    // another tile for some warps, as if it came behind the barrier, and the cluster stood still:
     // about once in a hundred launches of 128 tiles of a key or two. Asking again until a word with
     // the tile's number came let the lanes of a warp part, and barriers count warps.
     int32_t tile;
