@@ -3,6 +3,8 @@
 // of them as far as there are.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <map>
 #include <thread>
 
 #include "api/machine.h"
@@ -33,23 +35,58 @@ Result<Plan> plan_on_gpu(const Problem& problem, const Limits& limits) {
 
 using RankMain = std::function<Status(Communicator&, int32_t rank)>;
 
-// main() as each rank; what each answered.
-std::vector<Status> as_ranks(int32_t ranks, const RankMain& main) {
-  const auto devices = NcclDevices::make(ranks);
-  std::vector<Status> statuses(static_cast<size_t>(ranks), devices.status());
-  if (!devices.ok()) return statuses;
+// Of so many ranks, made once: it takes most of a second. Gone once a rank failed, which leaves its
+// connection of no more use.
+using Group = std::unique_ptr<NcclDevices>;
+class Groups : public testing::Environment {
+ public:
+  Group& of(int32_t ranks) { return groups_[ranks]; }
+  void TearDown() override { groups_.clear(); }
+
+ private:
+  std::map<int32_t, Group> groups_;
+};
+Groups& groups = *static_cast<Groups*>(testing::AddGlobalTestEnvironment(new Groups));
+
+// main() as each rank; what each answered. `connect`: the rank's communicator.
+using Connect = std::function<Result<std::unique_ptr<Communicator>>(NcclDevices&, int32_t rank)>;
+std::vector<Status> as_ranks(int32_t ranks, const RankMain& main, const Connect& connect) {
+  std::vector<Status> statuses(static_cast<size_t>(ranks));
+  Group& group = groups.of(ranks);
+  if (group == nullptr) {
+    auto made = NcclDevices::make(ranks);
+    if (!made.ok()) return std::vector<Status>(static_cast<size_t>(ranks), made.status());
+    group = std::move(*made);
+  }
   std::vector<std::thread> threads;
   for (int32_t rank = 0; rank < ranks; ++rank) {
     threads.emplace_back([&, rank] {
       const cuda::DeviceScope scope(rank);
-      auto communicator = NcclCommunicator::make((*devices)->comm(rank), nullptr);
+      auto communicator = connect(*group, rank);
       Status& status = statuses[static_cast<size_t>(rank)];
       status = communicator.ok() ? main(**communicator, rank) : communicator.status();
-      if (!status.ok()) (*devices)->abort(rank);
+      if (!status.ok()) group->abort(rank);
     });
   }
   for (std::thread& thread : threads) thread.join();
+  const auto is_ok = [](const Status& status) { return status.ok(); };
+  if (!std::all_of(statuses.begin(), statuses.end(), is_ok)) group.reset();
   return statuses;
+}
+// As the command line connects them.
+std::vector<Status> as_ranks(int32_t ranks, const RankMain& main) {
+  return as_ranks(ranks, main, [](NcclDevices& devices, int32_t rank) {
+    return devices.communicator(rank, nullptr);
+  });
+}
+// As processes do, which share no memory: words of the host go by NCCL too.
+std::vector<Status> as_processes(int32_t ranks, const RankMain& main) {
+  return as_ranks(ranks, main,
+                  [](NcclDevices& devices, int32_t rank) -> Result<std::unique_ptr<Communicator>> {
+                    auto made = NcclCommunicator::make(devices.comm(rank), nullptr);
+                    if (!made.ok()) return made.status();
+                    return std::unique_ptr<Communicator>(std::move(*made));
+                  });
 }
 
 ShardedProblem on_device(ShardedProblem problem, int32_t rank) {
@@ -146,13 +183,30 @@ INSTANTIATE_TEST_SUITE_P(Strategies, ParallelNccl,
                            return std::string(kStrategies.name(info.param));
                          });
 
-class ParallelNcclErrors : public ParallelNccl {};
+class ParallelNcclGroup : public ParallelNccl {};
 
-TEST_P(ParallelNcclErrors, DisagreementAndAbsenceEndOnEveryRank) {
+TEST_P(ParallelNcclGroup, WordsOfTheHostReachEveryRank) {
+  for (const int32_t ranks : group_sizes()) {
+    const auto statuses = as_processes(ranks, [&](Communicator& communicator, int32_t rank) {
+      // More each time: what they are staged in grows.
+      for (uint64_t count = 1; count < 3000; count *= 7) {
+        const std::vector<uint64_t> mine(count, static_cast<uint64_t>(rank) + count);
+        const auto all =
+            tell_all(communicator, mine, Communicator::Clock::now() + std::chrono::seconds(10));
+        if (!all.ok()) return all.status();
+        for (size_t i = 0; i < all->size(); ++i) EXPECT_EQ((*all)[i], i / count + count);
+      }
+      return Status();
+    });
+    for (const Status& status : statuses) EXPECT_TRUE(status.ok()) << status.message();
+  }
+}
+
+TEST_P(ParallelNcclGroup, DisagreementAndAbsenceEndOnEveryRank) {
   if (devices_ < 2) GTEST_SKIP() << "takes two GPUs";
   ShardedProblem s = random_case(2, 1, Device::kCuda).problem();
   s.whole.window_left = -1;
-  const auto statuses = as_ranks(2, [&](Communicator& communicator, int32_t rank) {
+  const auto statuses = as_processes(2, [&](Communicator& communicator, int32_t rank) {
     ShardedProblem mine = on_device(s, rank);
     if (rank == 1) mine.whole.window_left = 7;
     return agree(mine, GetParam(), {}, communicator, {});
@@ -163,7 +217,7 @@ TEST_P(ParallelNcclErrors, DisagreementAndAbsenceEndOnEveryRank) {
   }
   ParallelRun run;
   run.timeout = std::chrono::milliseconds(500);
-  const auto alone = as_ranks(2, [&](Communicator& communicator, int32_t rank) {
+  const auto alone = as_processes(2, [&](Communicator& communicator, int32_t rank) {
     if (rank == 1) return Status();
     return agree(on_device(s, rank), GetParam(), {}, communicator, run);
   });
@@ -172,7 +226,7 @@ TEST_P(ParallelNcclErrors, DisagreementAndAbsenceEndOnEveryRank) {
       << alone[0].message();
 }
 
-INSTANTIATE_TEST_SUITE_P(Ring, ParallelNcclErrors, testing::Values(Strategy::kRing));
+INSTANTIATE_TEST_SUITE_P(Ring, ParallelNcclGroup, testing::Values(Strategy::kRing));
 
 }  // namespace
 }  // namespace wh::sharded

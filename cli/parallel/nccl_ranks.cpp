@@ -1,5 +1,4 @@
 #include "cuda/device.h"
-#include "parallel/nccl/communicator.h"
 #include "parallel/nccl/devices.h"
 #include "parallel/ranks.h"
 #include "report/session.h"
@@ -15,7 +14,7 @@ int run_nccl_ranks(const Group& group, const RankMain& main) {
   return run_rank_threads((*devices)->ranks(), [&](int32_t rank) -> Result<int> {
     const cuda::DeviceScope scope(rank);
     WH_RETURN_IF_ERROR(scope.status());
-    auto communicator = sharded::NcclCommunicator::make((*devices)->comm(rank), nullptr);
+    auto communicator = (*devices)->communicator(rank, nullptr);
     if (!communicator.ok()) return communicator.status();
     Result<int> code = main(**communicator, rank);
     if (!code.ok()) (*devices)->abort(rank);

@@ -47,7 +47,7 @@ NcclCommunicator::~NcclCommunicator() {
   const cuda::DeviceScope scope(device_);
   for (const auto& [exchange, event] : arrived_) cudaEventDestroy(event);
   if (front_ != nullptr) cudaEventDestroy(front_);
-  if (staging_ != nullptr) cudaFree(staging_);
+  for (void* memory : staging_) cudaFree(memory);
   if (messages_ != nullptr) cudaStreamDestroy(messages_);
 }
 
@@ -83,16 +83,16 @@ Status NcclCommunicator::start_of_host(std::span<const Transfer> transfers) {
   of_host_.assign(transfers.begin(), transfers.end());
   int64_t bytes = 0;
   for (const Transfer& t : of_host_) bytes += t.bytes;
-  // Kept: to free memory waits for the whole device.
+  // The smaller ones are kept too: to free memory waits for what devices still do, a kernel that
+  // waits for this rank's message among it.
   if (bytes > staging_bytes_) {
-    if (staging_ != nullptr) WH_RETURN_IF_ERROR(check(cudaFree(staging_), "cudaFree"));
-    staging_ = nullptr;
-    staging_bytes_ = 0;
-    WH_RETURN_IF_ERROR(check(cudaMalloc(&staging_, static_cast<size_t>(bytes)), "cudaMalloc"));
+    void* more = nullptr;
+    WH_RETURN_IF_ERROR(check(cudaMalloc(&more, static_cast<size_t>(bytes)), "cudaMalloc"));
+    staging_.push_back(more);
     staging_bytes_ = bytes;
   }
   std::vector<Transfer> staged = of_host_;
-  auto* at = static_cast<std::byte*>(staging_);
+  auto* at = static_cast<std::byte*>(staging_.empty() ? nullptr : staging_.back());
   for (Transfer& t : staged) {
     if (t.is_send) {
       WH_RETURN_IF_ERROR(check(cudaMemcpyAsync(at, t.data, static_cast<size_t>(t.bytes),
@@ -111,7 +111,7 @@ Status NcclCommunicator::finish(int32_t exchange, Clock::time_point deadline) {
   const cudaEvent_t arrived = arrived_.at(exchange);
   if (exchange >= 0) return check(cudaStreamWaitEvent(stream_, arrived), "cudaStreamWaitEvent");
   WH_RETURN_IF_ERROR(wait(arrived, deadline));
-  const auto* at = static_cast<const std::byte*>(staging_);
+  const auto* at = static_cast<const std::byte*>(staging_.empty() ? nullptr : staging_.back());
   for (const Transfer& t : of_host_) {
     if (!t.is_send) {
       WH_RETURN_IF_ERROR(

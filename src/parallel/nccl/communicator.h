@@ -42,8 +42,8 @@ class NcclCommunicator final : public Communicator {
   cudaStream_t messages_ = nullptr;
   cudaEvent_t front_ = nullptr;             // what the stream holds before a message
   std::map<int32_t, cudaEvent_t> arrived_;  // of each exchange
-  std::vector<Transfer> of_host_;           // of the exchange under way, with staging_
-  void* staging_ = nullptr;
+  std::vector<Transfer> of_host_;           // of the exchange under way, in the last of staging_
+  std::vector<void*> staging_;
   int64_t staging_bytes_ = 0;
   int rank_ = 0, ranks_ = 1, device_ = 0;
 };
