@@ -4,7 +4,7 @@ _widehead() {
   if [ "$COMP_CWORD" -eq 1 ]; then
     words="$(widehead --help | sed -n '/^Subcommands:/,$s/^  \([a-z]*\) .*/\1/p') --help --version"
   elif [[ $word == -* ]]; then
-    words=$(widehead "$verb" --help | grep -o -e '^  \(-h,\)\?--[a-z-]*' | sed 's/.*--/--/')
+    words=$(widehead "$verb" --help | grep -o -e '^  \(-h,\)\?--[a-z0-9-]*' | sed 's/.*--/--/')
   else
     case "$verb $before" in
       *' --model') words=$(widehead list models | awk 'NR > 1 { print $1 }' | sort -u) ;;
