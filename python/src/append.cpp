@@ -89,12 +89,7 @@ void append(nb::handle k, nb::handle v, nb::handle new_k, nb::handle new_v, nb::
     }
     appended.slots = copy.data();
   }
-  wh_run_options options;
-  wh_run_options_init(&options, sizeof(options));
-  options.stream = keys.stream;
-  if (keys.on_cuda() && !stream.is_none()) {
-    options.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(stream));
-  }
+  const wh_run_options options = run_options_of(keys, stream);
   wh_status status = WH_OK;
   {
     const nb::gil_scoped_release release;

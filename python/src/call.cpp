@@ -5,6 +5,8 @@
 #include <limits>
 #include <thread>
 
+#include "threads.h"
+
 namespace widehead_python {
 namespace {
 
@@ -641,12 +643,15 @@ void Call::write_into(wh_appended& appended) const {
   if (scales_v_) appended.scales_v = static_cast<float*>(scales_v_->data);
 }
 
-wh_run_options Call::run_options() const {
+wh_run_options Call::run_options() const { return run_options_of(q_, stream_); }
+
+wh_run_options run_options_of(const Tensor& tensor, nb::handle stream) {
   wh_run_options options;
   wh_run_options_init(&options, sizeof(options));
-  options.stream = q_.stream;
-  if (q_.on_cuda() && !stream_.is_none()) {
-    options.stream = reinterpret_cast<void*>(number<uintptr_t>("stream", stream_));
+  options.executor = executor();
+  options.stream = tensor.stream;
+  if (tensor.on_cuda() && !stream.is_none()) {
+    options.stream = reinterpret_cast<void*>(number<uintptr_t>("stream", stream));
   }
   return options;
 }

@@ -127,6 +127,10 @@ int32_t dtype_of(const Tensor& tensor);
 // Throws ValueError, which calls the extents by `names`.
 void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* names);
 
+// Of a call on `tensor`'s device: on `stream` where the caller named one, on the threads of
+// executor().
+wh_run_options run_options_of(const Tensor& tensor, nb::handle stream);
+
 // Throws the Python exception that the status means, with the C API's message.
 void check(wh_status status);
 

@@ -110,12 +110,7 @@ nb::tuple merge(const nb::list& parts, nb::handle sinks, nb::handle stream, nb::
     }
     merged.sinks = static_cast<const float*>(read_sinks->data);
   }
-  wh_run_options options;
-  wh_run_options_init(&options, sizeof(options));
-  options.stream = first.stream;
-  if (first.on_cuda() && !stream.is_none()) {
-    options.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(stream));
-  }
+  const wh_run_options options = run_options_of(first, stream);
   wh_status status = WH_OK;
   {
     const nb::gil_scoped_release release;

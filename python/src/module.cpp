@@ -14,6 +14,7 @@
 #include "call.h"
 #include "merge.h"
 #include "parallel.h"
+#include "threads.h"
 
 namespace widehead_python {
 namespace {
@@ -223,6 +224,7 @@ NB_MODULE(_core, m) {
   m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
   m.def("kernels", kernels, nb::arg("device"));
   m.def("device_json", device_json, nb::arg("device"), nb::arg("index"));
+  m.def("use_torch_threads", use_torch_threads);
   m.def("version", wh_version);
 }
 

@@ -156,6 +156,23 @@ def test_threads_are_pytorchs_unless_the_limits_say():
     assert widehead.plan(*qkv()).to_dict()["limits"]["threads"] == 0
 
 
+def test_calls_run_on_pytorchs_own_threads():
+    """Threads of ours beside them would want the same cores: a call starts none."""
+    program = """if True:
+        import os, torch, widehead
+        torch.set_num_threads(2)
+        torch.rand(1 << 22).exp_()
+        q = torch.rand(1, 16, 512, 64)
+        threads = set(os.listdir("/proc/self/task"))
+        out = widehead.sdpa(q, q, q, causal=True)
+        assert set(os.listdir("/proc/self/task")) == threads
+        expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch.testing.assert_close(out, expected)
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_subclasses_go_through_the_operator():
     class Named(torch.Tensor):
         pass

@@ -32,6 +32,10 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         "of DLPack; 2.10 and later have it"
     )
 
+# Calls of this process run on PyTorch's threads: ours beside them would be cores that both want, for
+# a fifth of a millisecond of each layer's other work. Where its OpenMP has no entry, ours stay.
+_core.use_torch_threads()
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Where they are among the arguments.
 _TENSORS = {
