@@ -391,6 +391,18 @@ def run_in_child(arguments: list[str]) -> dict:
     return {"failure": "out of memory" if is_memory or result.returncode == -9 else text}
 
 
+def fastest(runs: list[dict]) -> dict:
+    """One row of an implementation's runs: each phase of the run that was fastest in it, the most
+    memory of all; of a failure, the failure."""
+    row = next((run for run in runs if "failure" in run), runs[0]).copy()
+    if "failure" not in row:
+        for phase in ("prefill", "decode"):
+            best = max(runs, key=lambda run: run[f"{phase}_tokens_per_s"])
+            row |= {name: best[name] for name in best if name.startswith(phase)}
+        row["peak_bytes"] = max(run["peak_bytes"] for run in runs)
+    return row
+
+
 def run_all(options) -> dict:
     import torch
     import transformers
@@ -424,7 +436,8 @@ def run_all(options) -> dict:
         for chunk in options.chunks:
             if chunk and chunk >= length:
                 continue
-            for implementation in options.implementations:
+            runs: dict[str, list[dict]] = {name: [] for name in options.implementations}
+            for implementation in options.implementations * options.repeats:
                 arguments = ["--implementation", implementation, "--length", str(length)]
                 arguments += ["--chunk", str(chunk), "--device", options.device]
                 arguments += ["--threads", str(options.threads)]
@@ -433,11 +446,12 @@ def run_all(options) -> dict:
                     arguments += ["--layers", str(options.layers)]
                 if options.text:
                     arguments += ["--text", options.text]
+                runs[implementation].append(run_in_child(arguments))
+                print(implementation, json.dumps(runs[implementation][-1]), flush=True)
+            for implementation, measured in runs.items():
                 row = {"implementation": implementation, "length": length, "chunk": chunk}
-                row |= run_in_child(arguments)
-                document["rows"].append(row)
-                Path(options.output).write_text(json.dumps(document, indent=1) + "\n")
-                print(json.dumps(row), flush=True)
+                document["rows"].append(row | fastest(measured))
+            Path(options.output).write_text(json.dumps(document, indent=1) + "\n")
     return document
 
 
@@ -451,6 +465,9 @@ def parse() -> argparse.Namespace:
         "--chunks", type=int, nargs="+", help="tokens a step, 0: all at once (0 2048, cuda 2048)"
     )
     parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of each, in turn; the fastest counts (1)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--text", help="a file to read in place of Python's language reference")
     parser.add_argument("--output", default="real-scenario.json")

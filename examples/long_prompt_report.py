@@ -34,7 +34,9 @@ HEAD = """# A real model with a long prompt
 
 A model through transformers with `attn_implementation` set to each of its names and nothing else
 changed: a prefill, whole or in chunks, then 64 decoded tokens. Each measurement is a process of its
-own. `eager` is transformers' own matmul, softmax, matmul; `sdpa` is PyTorch's
+own; with `--repeats` the implementations take turns and each phase's fastest run counts, because
+processes that run minutes apart on a machine that others use too may differ by more than attention
+does. `eager` is transformers' own matmul, softmax, matmul; `sdpa` is PyTorch's
 `scaled_dot_product_attention`, which gets every window as an L x L mask.
 
 *x sdpa* is Widehead's rate over sdpa's. *attention* and *rest* split the time of a token: attention
