@@ -455,7 +455,7 @@ const BadUsage kBadUsages[] = {
     {"plan --heads 4 --dim 64 --query-lengths 4,4 --keys 9 --mask boolean", 2,
      "mask is boolean; it must be none where queries are packed"},
     {"plan --heads 4 --dim 64 --queries 4 --lengths 9 --backward", 2, "both must be dense"},
-    {"plan --heads 4 --dim 64 --queries 4 --pages 16 --ranks 2 --link 1GB/s", 2,
+    {"plan --heads 4 --dim 64 --queries 4 --lengths 16,9 --ranks 2 --link 1GB/s", 2,
      "no effect over several ranks"},
     {"plan --model gemma-3-4b --context 9 --lengths 9", 2, "--lengths has no effect"},
     {"plan --heads 4 --dim 64 --queries 4 --device gpu", 2, "valid: cpu, cuda"},
@@ -539,6 +539,11 @@ TEST(Cli, RanksOnThreadsAgreeWithFloat64) {
     EXPECT_GT(json["relative_rms"], 0);
     EXPECT_LE(json["relative_rms"], json["tolerance"]);
   }
+  const Outcome paged = widehead(problem + "--pages 5 --parallel threads --ranks 3 --json");
+  ASSERT_EQ(paged.code, 0) << paged.err;
+  const auto of_pages = nlohmann::json::parse(paged.out);
+  EXPECT_EQ(of_pages["strategy"], "queries");
+  EXPECT_LE(of_pages["relative_rms"], of_pages["tolerance"]);
   const Outcome every = widehead(problem + "--parallel threads --ranks 2 --every-strategy --json");
   ASSERT_EQ(every.code, 0) << every.err;
   const auto all = nlohmann::json::parse(every.out);

@@ -42,11 +42,12 @@ class GpuParallel : public testing::TestWithParam<Strategy> {
 };
 
 TEST_P(GpuParallel, IsTheWholeInFloat64) {
-  for (uint64_t seed = 2000; seed < 2060; ++seed) {
+  for (uint64_t seed = 2000; seed < 2080; ++seed) {
     const auto ranks = int32_t{1} << (seed % 4);
-    ShardedData data = random_case(ranks, seed, Device::kCuda);
+    const CaseKeys keys = seed < 2060 ? CaseKeys::kDense : CaseKeys::kPaged;
+    ShardedData data = random_case(ranks, seed, Device::kCuda, CaseDims::kSmall, keys);
     SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
-                 " ranks: " + describe(data.whole()));
+                 " ranks: " + describe(data.problem().whole));
     if (!refusal(data.problem(), GetParam()).empty()) continue;
     ThreadGroup group(ranks, Device::kCuda);
     std::vector<LocalTensors> locals;

@@ -106,6 +106,22 @@ TEST_P(Parallel, IsTheSameBitsEveryTime) {
   for (size_t i = 0; i < first.size(); ++i) EXPECT_EQ(first[i].out, second[i].out);
 }
 
+// Each rank's keys in pages of its own, in any order; what holds no key that is there is no page.
+TEST(ParallelPages, AreTheWholeInFloat64) {
+  for (uint64_t seed = 0; seed < 160; ++seed) {
+    const auto ranks = static_cast<int32_t>(1 + seed % 4);
+    ShardedData sharded =
+        random_case(ranks, seed, Device::kCpu, CaseDims::kSmall, CaseKeys::kPaged);
+    SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
+                 " ranks: " + describe(sharded.problem().whole));
+    ASSERT_EQ(refusal(sharded.problem(), Strategy::kQueries), "");
+    std::vector<LocalTensors> locals;
+    run_all(sharded, Strategy::kQueries, locals);
+    if (HasFatalFailure()) return;
+    EXPECT_EQ(sharded.difference(), "");
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Strategies, Parallel,
                          testing::Values(Strategy::kRing, Strategy::kGather, Strategy::kHeads,
                                          Strategy::kQueries, Strategy::kOneRank),
@@ -244,6 +260,49 @@ TEST(ParallelPlans, SayWhyNot) {
   const auto overlap = plan_of(p, contiguous(256, 4), twice, kFast);
   EXPECT_EQ(overlap.status().message(),
             "k token 63 belongs to two ranks; each must belong to one rank");
+}
+
+TEST(ParallelPlans, PagesStayWhereTheyAre) {
+  Problem p = causal(16, 2, 128, 1, 262144);
+  p.key_layout = KeyLayout::kPaged;
+  p.page_size = 64;
+  p.has_key_lengths = true;
+  Sharding q(4);
+  q[0] = {{0, 1}};
+  ShardedProblem s = shard(p, q, contiguous(262144, 4));
+  EXPECT_EQ(s.layouts[1].pages, 1024);
+  s.key_lengths = {262144};
+  const auto plan = make_parallel_plan(s, {}, kFast, plan_on_cpu);
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(plan->best().strategy, Strategy::kQueries);
+  const int64_t part = 16 * (128 + 1) * 4, query = 16 * 128 * 2;
+  EXPECT_EQ(plan->best().sent_bytes, 3 * (query + part));
+  EXPECT_GT(plan->alone_us, 2.5 * plan->best().estimated_us) << explain(*plan);
+  for (const StrategyCandidate& candidate : plan->candidates) {
+    if (candidate.strategy == Strategy::kQueries) continue;
+    EXPECT_EQ(candidate.verdict, Verdict::kRefused);
+    EXPECT_EQ(candidate.reason, "key_layout is paged; only queries leaves K and V where they are");
+  }
+  s.whole.mask = MaskKind::kBoolean;
+  s.k[0] = {{100, 65536}, {0, 100}};
+  EXPECT_EQ(refusal(s, Strategy::kQueries),
+            "mask is boolean and key_layout paged; each rank's tokens of k must ascend");
+}
+
+TEST(ParallelPlans, RefuseKindsByTheirField) {
+  const auto refused = [](const auto& spoil) {
+    Problem p = causal(4, 2, 64, 64, 64);
+    spoil(p);
+    return plan_of(p, contiguous(64, 2), contiguous(64, 2), kFast).status().message();
+  };
+  EXPECT_EQ(refused([](Problem& p) { p.query_layout = QueryLayout::kPacked; }),
+            "query_layout is packed; of a sharded problem it must be dense");
+  EXPECT_EQ(refused([](Problem& p) { p.key_layout = KeyLayout::kPacked; }),
+            "key_layout is packed; of a sharded problem it must be dense or paged");
+  EXPECT_EQ(refused([](Problem& p) { p.has_page_offsets = true; }),
+            "uses says page_offsets; the page table of a sharded problem must have rows");
+  EXPECT_EQ(refused([](Problem& p) { p.quantised_v = Quantised::kInt8; }),
+            "quantised_k is none and quantised_v int8; of a sharded problem both must be none");
 }
 
 // Every rank hears of it, within the time-out.

@@ -32,11 +32,13 @@ std::vector<wh_token_range> flat(const Sharding& sharding) {
 struct RankCall {
   RankCall(const ShardedProblem& s, int32_t rank) : q(flat(s.q)), k(flat(s.k)) {
     Problem p = s.whole;
-    const LocalStrides& strides = s.strides[static_cast<size_t>(rank)];
-    p.stride_q = strides.q;
-    p.stride_k = strides.k;
-    p.stride_v = strides.v;
-    p.stride_out = strides.out;
+    const LocalLayout& layout = s.layouts[static_cast<size_t>(rank)];
+    p.stride_q = layout.q;
+    p.stride_k = layout.k;
+    p.stride_v = layout.v;
+    p.stride_out = layout.out;
+    p.pages = layout.pages;
+    p.stride_page_table = layout.stride_page_table;
     problem = problem_of(p);
     problem.size = sizeof(problem);
     wh_shards_init(&shards, sizeof(shards));
@@ -79,6 +81,7 @@ wh_status run(RankCall& call, const ShardedData& data, LocalTensors& local) {
   t.mask = from.mask;
   t.sinks = from.sinks;
   t.log_sum_exp = from.log_sum_exp;
+  t.page_table = from.page_table;
   t.workspace = workspace.data();
   t.workspace_bytes = bytes;
   const wh_status status = wh_parallel_plan_run(call.made.get(), &t, nullptr);
@@ -101,11 +104,12 @@ void as_ranks(int32_t ranks, const std::function<void(int32_t, wh_communicator)>
 }
 
 TEST(ParallelC, IsTheWholeInFloat64) {
-  for (uint64_t seed = 500; seed < 560; ++seed) {
+  for (uint64_t seed = 500; seed < 580; ++seed) {
     const auto ranks = static_cast<int32_t>(1 + seed % 4);
-    ShardedData data = random_case(ranks, seed);
+    const CaseKeys keys = seed < 560 ? CaseKeys::kDense : CaseKeys::kPaged;
+    ShardedData data = random_case(ranks, seed, Device::kCpu, CaseDims::kSmall, keys);
     SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
-                 " ranks: " + describe(data.whole()));
+                 " ranks: " + describe(data.problem().whole));
     std::vector<LocalTensors> locals;
     for (int32_t r = 0; r < ranks; ++r) locals.push_back(data.local(r));
     std::vector<std::string> strategies(static_cast<size_t>(ranks));

@@ -23,6 +23,7 @@ class RankOnDevice {
     WH_RETURN_IF_ERROR(made.place(t.v, local.v.size()));
     WH_RETURN_IF_ERROR(made.place(t.out, local.out.size()));
     WH_RETURN_IF_ERROR(made.place(t.log_sum_exp, local.log_sum_exp.size() * sizeof(float)));
+    WH_RETURN_IF_ERROR(made.place(t.page_table, local.page_table.size() * sizeof(int32_t)));
     const TensorBytes bytes = tensor_bytes(data.whole());
     WH_RETURN_IF_ERROR(made.place(t.mask, static_cast<size_t>(bytes.mask)));
     WH_RETURN_IF_ERROR(made.place(t.sinks, static_cast<size_t>(bytes.sinks)));

@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/element.h"
+#include "core/sequence.h"
 #include "parallel/plan.h"
 #include "verify/answer.h"
 #include "verify/elements.h"
@@ -20,28 +23,42 @@ namespace wh::sharded {
 struct LocalTensors {
   std::vector<std::byte> q, k, v, out;
   std::vector<float> log_sum_exp;
+  std::vector<int32_t>
+      page_table;  // pages in random order, where there is a key to be seen in them
 };
 
 class ShardedData {
  public:
   ShardedData(const Input& input, ShardedProblem sharded)
-      : data_(input), sharded_(std::move(sharded)) {}
+      : data_(dense(input)), sharded_(std::move(sharded)) {}
 
   const ShardedProblem& problem() const { return sharded_; }
+  // With dense keys, however the ranks have them.
   const Problem& whole() const { return data_.problem; }
 
   LocalTensors local(int32_t rank) const {
     const Problem& p = whole();
-    const LocalStrides& s = sharded_.strides[static_cast<size_t>(rank)];
+    const LocalLayout& s = sharded_.layouts[static_cast<size_t>(rank)];
     LocalTensors t;
     const Tokens& of_q = sharded_.q[static_cast<size_t>(rank)];
     const Tokens& of_k = sharded_.k[static_cast<size_t>(rank)];
-    t.q = cut(data_.q, p.dtype_q, p.stride_q, of_q, p.heads_q, p.dim_qk, s.q);
-    t.k = cut(data_.k, p.dtype_kv, p.stride_k, of_k, p.heads_kv, p.dim_qk, s.k);
+    t.page_table = page_table(rank);
+    const Problem shape = local_problem(sharded_, rank);
+    const auto of_query = [](int64_t b, int64_t i) { return At{b, i}; };
+    const auto of_key = [&](int64_t b, int64_t i) -> At {
+      if (t.page_table.empty()) return {b, i};
+      const int64_t entry = b * s.stride_page_table + i / shape.page_size;
+      return {t.page_table[static_cast<size_t>(entry)], i % shape.page_size};
+    };
+    t.q = cut(data_.q, p.dtype_q, p.stride_q, of_q, p.heads_q, p.dim_qk, query_storage(shape), s.q,
+              of_query);
+    const Storage keys = key_storage(shape);
+    t.k = cut(data_.k, p.dtype_kv, p.stride_k, of_k, p.heads_kv, p.dim_qk, keys, s.k, of_key);
     if (!p.values_in_keys) {
-      t.v = cut(data_.v, p.dtype_kv, p.stride_v, of_k, p.heads_kv, p.dim_v, s.v);
+      t.v = cut(data_.v, p.dtype_kv, p.stride_v, of_k, p.heads_kv, p.dim_v, keys, s.v, of_key);
     }
-    t.out.resize(static_cast<size_t>(span(of_q, p.heads_q, p.dim_v, s.out) * bytes_of(p.dtype_q)),
+    t.out.resize(static_cast<size_t>(span(query_storage(shape), p.heads_q, p.dim_v, s.out) *
+                                     bytes_of(p.dtype_q)),
                  std::byte{0xff});
     if (p.wants_log_sum_exp) {
       t.log_sum_exp.resize(static_cast<size_t>(p.batch * p.heads_q * count(of_q)),
@@ -59,12 +76,13 @@ class ShardedData {
     made.mask = all.mask;
     made.sinks = all.sinks;
     made.log_sum_exp = t.log_sum_exp.data();
+    made.page_table = t.page_table.data();
     return made;
   }
   // Puts a rank's answer where the whole's belongs.
   void put(int32_t rank, const LocalTensors& t) {
     const Problem& p = whole();
-    const LocalStrides& s = sharded_.strides[static_cast<size_t>(rank)];
+    const LocalLayout& s = sharded_.layouts[static_cast<size_t>(rank)];
     const int64_t bytes = bytes_of(p.dtype_q), rows = sharded_.local_len_q(rank);
     each_row(sharded_.q[static_cast<size_t>(rank)], p.heads_q,
              [&](int64_t b, int64_t h, int64_t token, int64_t i) {
@@ -135,20 +153,54 @@ class ShardedData {
       }
     }
   }
-  int64_t span(const Tokens& tokens, int64_t heads, int64_t dim, const Strides& s) const {
-    if (whole().batch == 0 || count(tokens) == 0) return 0;
-    return offset_of(s, whole().batch - 1, heads - 1, count(tokens) - 1, dim - 1) + 1;
+  static Input dense(Input input) {
+    input.problem = with_dense_keys(input.problem);
+    input.page_table.clear();
+    return input;
   }
+  // Entries whose pages hold no key that is there are no pages of the pool.
+  std::vector<int32_t> page_table(int32_t rank) const {
+    const Problem shape = local_problem(sharded_, rank);
+    if (shape.key_layout != KeyLayout::kPaged) return {};
+    std::vector<int32_t> pool(static_cast<size_t>(shape.pages));
+    std::iota(pool.begin(), pool.end(), 0);
+    std::shuffle(pool.begin(), pool.end(), std::mt19937_64(static_cast<uint64_t>(rank)));
+    std::vector<int32_t> table(static_cast<size_t>(shape.batch * shape.stride_page_table), -1);
+    each_row(sharded_.k[static_cast<size_t>(rank)], 1,
+             [&](int64_t b, int64_t, int64_t token, int64_t i) {
+               const KeyRange there = sequence_at(whole(), data_.tensors(), b).present;
+               if (token < there.begin || token >= there.end) return;
+               const auto entry =
+                   static_cast<size_t>(b * shape.stride_page_table + i / shape.page_size);
+               if (table[entry] >= 0) return;
+               table[entry] = pool.back();
+               pool.pop_back();
+             });
+    return table;
+  }
+  // Where a token lies: in which batch entry or page, and at which of its places. Batch below 0:
+  // nowhere.
+  struct At {
+    int64_t batch_idx, index;
+  };
+  static int64_t span(const Storage& storage, int64_t heads, int64_t dim, const Strides& s) {
+    if (storage.batch == 0 || storage.length == 0) return 0;
+    return offset_of(s, storage.batch - 1, heads - 1, storage.length - 1, dim - 1) + 1;
+  }
+  template <typename Locate>
   std::vector<std::byte> cut(const GuardedTensor& from, Dtype dtype, const Strides& strides,
                              const Tokens& tokens, int64_t heads, int64_t dim,
-                             const Strides& to) const {
+                             const Storage& storage, const Strides& to,
+                             const Locate& locate) const {
     const int64_t bytes = bytes_of(dtype);
-    std::vector<std::byte> made(static_cast<size_t>(span(tokens, heads, dim, to) * bytes),
+    std::vector<std::byte> made(static_cast<size_t>(span(storage, heads, dim, to) * bytes),
                                 std::byte{0xff});
     const int64_t at_once = strides[3] == 1 && to[3] == 1 ? dim : 1;
     each_row(tokens, heads, [&](int64_t b, int64_t h, int64_t token, int64_t i) {
+      const At at = locate(b, i);
+      if (at.batch_idx < 0) return;
       for (int64_t d = 0; d < dim; d += at_once) {
-        std::memcpy(made.data() + offset_of(to, b, h, i, d) * bytes,
+        std::memcpy(made.data() + offset_of(to, at.batch_idx, h, at.index, d) * bytes,
                     from.data() + offset_of(strides, b, h, token, d) * bytes,
                     static_cast<size_t>(at_once * bytes));
       }

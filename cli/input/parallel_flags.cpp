@@ -91,10 +91,10 @@ Result<sharded::ShardedProblem> read_sharded(const ParallelFlags& flags, const R
   }
   const auto cut = tokens == TokensFlag::kZigzag ? sharded::zigzag : sharded::contiguous;
   const Problem& p = request.problem;
-  if (!p.is_dense()) {
+  if (p.query_layout != QueryLayout::kDense || p.key_layout == KeyLayout::kPacked) {
     return invalid(
-        "--lengths, --query-lengths and --pages have no effect over several ranks, whose parts are "
-        "dense; --key-lengths has");
+        "--query-lengths, and --lengths without --pages, have no effect over several ranks, whose "
+        "parts are dense or paged; --key-lengths has");
   }
   sharded::ShardedProblem made = shard(p, cut(p.len_q, ranks), cut(p.len_k, ranks));
   made.key_lengths = per_batch(request.key_lengths, p.batch);

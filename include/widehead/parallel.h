@@ -75,7 +75,9 @@ WH_API wh_status wh_shards_init(wh_shards* shards, size_t size);
 
 /* `whole` is of all tokens, but its strides of q, k, v and out are those of this rank's tensors;
  * the mask and the sinks every rank has whole. Every rank agrees, or every rank gets an error that
- * names a rank and what it said otherwise. Forward, dense, of 16-bit or f32 elements.
+ * names a rank and what it said otherwise. Forward, of 16-bit or f32 elements, q dense, k and v
+ * dense or paged: pages, strides of them and stride_page_table are this rank's, and row b of its
+ * table lists where the tokens of its ranges lie for sequence b, one after another.
  * communicator NULL: a plan that says what rank 0 would do, and cannot run; it needs a link. */
 WH_API wh_status wh_parallel_plan_create(const wh_problem* whole, const wh_shards* shards,
                                          const wh_limits* limits,

@@ -121,13 +121,14 @@ Status read_sharded(const wh_problem* whole, const wh_shards& shards, int32_t ra
   local.len_k = count(k[static_cast<size_t>(rank)]);
   Problem p;
   WH_RETURN_IF_ERROR(read_problem(&local, p));
-  const LocalStrides mine{p.stride_q, p.stride_k, p.stride_v, p.stride_out};
+  const LocalLayout mine{p.stride_q,   p.stride_k, p.stride_v,
+                         p.stride_out, p.pages,    p.stride_page_table};
   p.len_q = whole->len_q;
   p.len_k = whole->len_k;
   // Those of one token would be anything.
   if (p.mask != MaskKind::kNone) std::copy_n(whole->stride_mask, 4, p.stride_mask.begin());
   to = shard(p, std::move(q), std::move(k));
-  to.strides[static_cast<size_t>(rank)] = mine;
+  to.layouts[static_cast<size_t>(rank)] = mine;
   const auto read = [&](const char* name, bool is_used, const int32_t* from,
                         std::vector<int32_t>& values) -> Status {
     if (!is_used) return {};

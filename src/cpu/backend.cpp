@@ -72,6 +72,10 @@ class CpuBackend final : public Backend {
     std::memcpy(to, from, bytes);
     return {};
   }
+  Status write(DeviceStream, void* to, std::span<const int32_t> numbers) const override {
+    std::memcpy(to, numbers.data(), numbers.size_bytes());
+    return {};
+  }
   Status copy(DeviceStream, const TensorCopy& copy, const Executor& executor) const override {
     const auto& e = copy.extents;
     const bool is_row = copy.stride_to[3] == 1 && copy.stride_from[3] == 1;

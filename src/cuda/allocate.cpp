@@ -100,6 +100,14 @@ Status copy(DeviceStream on, void* to, const void* from, size_t bytes) {
   return synchronize(on);
 }
 
+Status write(DeviceStream on, void* to, std::span<const int32_t> numbers) {
+  const DeviceScope scope(on.device_index);
+  WH_RETURN_IF_ERROR(scope.status());
+  return cuda_status(cudaMemcpyAsync(to, numbers.data(), numbers.size_bytes(),
+                                     cudaMemcpyHostToDevice, static_cast<cudaStream_t>(on.stream)),
+                     "cudaMemcpyAsync");
+}
+
 Status copy(DeviceStream on, const TensorCopy& c) {
   const DeviceScope scope(on.device_index);
   WH_RETURN_IF_ERROR(scope.status());

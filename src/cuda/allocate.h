@@ -11,6 +11,7 @@ void release(DeviceStream on, void* data) noexcept;
 
 Status copy(DeviceStream on, void* to, const void* from, size_t bytes);
 Status copy(DeviceStream on, const TensorCopy& copy);
+Status write(DeviceStream on, void* to, std::span<const int32_t> numbers);
 Status synchronize(DeviceStream on);
 
 }  // namespace wh::cuda

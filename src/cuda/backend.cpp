@@ -65,6 +65,9 @@ class CudaBackend final : public Backend {
   Status copy(DeviceStream on, const TensorCopy& copy, const Executor&) const override {
     return cuda::copy(on, copy);
   }
+  Status write(DeviceStream on, void* to, std::span<const int32_t> numbers) const override {
+    return cuda::write(on, to, numbers);
+  }
   Status synchronize(DeviceStream on) const override { return cuda::synchronize(on); }
 
   Status check(const Problem& problem, const Tensors& tensors, void* stream) const override {

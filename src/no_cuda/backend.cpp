@@ -36,6 +36,7 @@ class NoBackend final : public Backend {
   void release(DeviceStream, void*) const noexcept override {}
   Status copy(DeviceStream, void*, const void*, size_t) const override { return refused(); }
   Status copy(DeviceStream, const TensorCopy&, const Executor&) const override { return refused(); }
+  Status write(DeviceStream, void*, std::span<const int32_t>) const override { return refused(); }
   Status synchronize(DeviceStream) const override { return refused(); }
 
   Status check(const Problem&, const Tensors&, void*) const override { return refused(); }

@@ -87,6 +87,9 @@ class Runner {
     t.out = at(attend.out);
     t.mask = at(attend.mask);
     t.sinks = static_cast<const float*>(at(attend.sinks));
+    t.page_table = static_cast<const int32_t*>(at(attend.page_table));
+    t.key_lengths = static_cast<const int32_t*>(at(attend.key_lengths));
+    t.key_starts = static_cast<const int32_t*>(at(attend.key_starts));
     t.log_sum_exp = static_cast<float*>(at(attend.log_sum_exp));
     t.workspace = static_cast<std::byte*>(t_.workspace) + plan_.kernel_offset;
     t.workspace_bytes = plan_.workspace_bytes - plan_.kernel_offset;
@@ -128,6 +131,10 @@ class Runner {
     return device().merge(work, run_.options.executor, stream());
   }
 
+  Status operator()(const Write& write) const {
+    return device().write(stream(), at(write.to), write.numbers);
+  }
+
   Status operator()(const Start& start) const {
     std::vector<Communicator::Transfer> transfers;
     for (const Message& message : start.messages) {
@@ -164,6 +171,8 @@ class Runner {
         return moved(t_.mask);
       case kSinks:
         return moved(t_.sinks);
+      case kPageTable:
+        return moved(t_.page_table);
       default:
         break;
     }

@@ -114,7 +114,7 @@ StrategyCandidate assess(const ShardedProblem& s, Strategy strategy, const Paral
 
 // One device that has all tokens: what a group is compared with.
 double alone_us(const ShardedProblem& s, const Limits& limits, Plans& plans) {
-  Problem alone = s.whole;
+  Problem alone = s.whole;  // with the pages that all keys fill
   const Strides mask = alone.stride_mask;
   set_dense(alone);
   alone.scale = s.whole.scale;

@@ -20,7 +20,8 @@ enum Where : int32_t {
   kOut = -5,
   kLogSumExp = -6,
   kMask = -7,
-  kSinks = -8
+  kSinks = -8,
+  kPageTable = -9
 };
 struct Place {
   int32_t where = kNowhere;
@@ -52,7 +53,7 @@ struct Copy {
 
 struct Attend {
   Problem problem;
-  Place q, k, v, out, log_sum_exp, mask, sinks;
+  Place q, k, v, out, log_sum_exp, mask, sinks, page_table, key_lengths, key_starts;
   int32_t plan = -1;  // of the schedule's
 };
 
@@ -83,7 +84,13 @@ struct Finish {
   int32_t exchange;
 };
 
-using Step = std::variant<Copy, Attend, Merge, Start, Finish>;
+// Numbers that kernels read, known before anything runs.
+struct Write {
+  Place to;
+  std::vector<int32_t> numbers;
+};
+
+using Step = std::variant<Copy, Attend, Merge, Start, Finish, Write>;
 
 struct Schedule {
   std::vector<Step> steps;

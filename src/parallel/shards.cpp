@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/names.h"
+
 namespace wh::sharded {
 namespace {
 
@@ -36,6 +38,37 @@ Status validate_tokens(const char* name, const Sharding& sharding, int64_t lengt
   if (end == length) return {};
   return invalid(
       fmt::format("{} token {} belongs to no rank; each must belong to one rank", name, end));
+}
+
+// As many pages as the keys fill, none shared.
+void set_full_pages(Problem& p) {
+  if (p.key_layout != KeyLayout::kPaged) return;
+  p.stride_page_table = p.pages_a_sequence();
+  p.pages = p.batch * p.stride_page_table;
+}
+
+// What no strategy knows how to cut.
+Status validate_kind(const Problem& p) {
+  if (p.pass == Pass::kBackward) {
+    return invalid("pass is backward; a sharded problem must be of the forward pass");
+  }
+  if (p.f32_out) return invalid("f32_out is true; of a sharded problem it must be false");
+  if (is_quantised(p)) {
+    return invalid(
+        fmt::format("quantised_k is {} and quantised_v {}; of a sharded problem both "
+                    "must be none",
+                    kQuantiseds.name(p.quantised_k), kQuantiseds.name(p.quantised_v)));
+  }
+  if (p.query_layout == QueryLayout::kPacked) {
+    return invalid("query_layout is packed; of a sharded problem it must be dense");
+  }
+  if (p.key_layout == KeyLayout::kPacked) {
+    return invalid("key_layout is packed; of a sharded problem it must be dense or paged");
+  }
+  if (p.has_page_offsets) {
+    return invalid("uses says page_offsets; the page table of a sharded problem must have rows");
+  }
+  return {};
 }
 
 }  // namespace
@@ -75,41 +108,52 @@ Sharding zigzag(int64_t length, int32_t ranks) {
   return sharding;
 }
 
+Problem with_dense_keys(Problem p) {
+  if (p.key_layout != KeyLayout::kPaged) return p;
+  p.key_layout = KeyLayout::kDense;
+  p.page_size = p.pages = p.stride_page_table = 0;
+  p.stride_k = dense_strides(p.heads_kv, p.len_k, p.dim_qk);
+  p.stride_v = p.values_in_keys ? p.stride_k : dense_strides(p.heads_kv, p.len_k, p.dim_v);
+  return p;
+}
+
 ShardedProblem shard(const Problem& whole, Sharding q, Sharding k) {
   ShardedProblem sharded{whole, std::move(q), std::move(k), {}, {}, {}};
+  set_full_pages(sharded.whole);
   for (int32_t rank = 0; rank < sharded.ranks(); ++rank) {
     Problem local = whole;
     local.len_q = sharded.local_len_q(rank);
     local.len_k = sharded.local_len_k(rank);
+    set_full_pages(local);
     set_dense(local);
-    sharded.strides.push_back({local.stride_q, local.stride_k, local.stride_v, local.stride_out});
+    sharded.layouts.push_back({local.stride_q, local.stride_k, local.stride_v, local.stride_out,
+                               local.pages, local.stride_page_table});
   }
   return sharded;
 }
 
 Problem local_problem(const ShardedProblem& s, int32_t rank) {
-  const LocalStrides& strides = s.strides[static_cast<size_t>(rank)];
+  const LocalLayout& layout = s.layouts[static_cast<size_t>(rank)];
   Problem local = s.whole;
   local.len_q = s.local_len_q(rank);
   local.len_k = s.local_len_k(rank);
-  local.stride_q = strides.q;
-  local.stride_k = strides.k;
-  local.stride_v = strides.v;
-  local.stride_out = strides.out;
+  local.stride_q = layout.q;
+  local.stride_k = layout.k;
+  local.stride_v = layout.v;
+  local.stride_out = layout.out;
+  local.pages = layout.pages;
+  local.stride_page_table = layout.stride_page_table;
   return local;
 }
 
 Status validate(const ShardedProblem& s) {
-  if (s.q.empty() || s.q.size() != s.k.size() || s.q.size() != s.strides.size()) {
+  if (s.q.empty() || s.q.size() != s.k.size() || s.q.size() != s.layouts.size()) {
     return invalid(
-        fmt::format("tokens of q are given for {} ranks, of k for {}, strides for {}; "
+        fmt::format("tokens of q are given for {} ranks, of k for {}, layouts for {}; "
                     "there must be as many of each, and at least one",
-                    s.q.size(), s.k.size(), s.strides.size()));
+                    s.q.size(), s.k.size(), s.layouts.size()));
   }
-  if (s.whole.pass == Pass::kBackward) {
-    return invalid("pass is backward; a sharded problem must be of the forward pass");
-  }
-  if (s.whole.f32_out) return invalid("f32_out is true; of a sharded problem it must be false");
+  WH_RETURN_IF_ERROR(validate_kind(s.whole));
   for (int32_t rank = 0; rank < s.ranks(); ++rank) {
     if (Status status = validate(local_problem(s, rank)); !status.ok()) {
       return {status.code(), fmt::format("rank {}: {}", rank, status.message())};

@@ -32,18 +32,20 @@ Sharding contiguous(int64_t length, int32_t ranks);
 // a causal diagonal all ranks then see about as many keys.
 Sharding zigzag(int64_t length, int32_t ranks);
 
-// The strides of a rank's tensors, [batch, heads, its tokens, dim].
-struct LocalStrides {
+// How a rank's tensors, [batch, heads, its tokens, dim], lie in its memory. Paged: pages of its own
+// pool, which a table of its own lists; the tokens of its ranges follow each other in them.
+struct LocalLayout {
   Strides q{}, k{}, v{}, out{};
-  bool operator==(const LocalStrides&) const = default;
+  int64_t pages = 0, stride_page_table = 0;
+  bool operator==(const LocalLayout&) const = default;
 };
 
 struct ShardedProblem {
   // All tokens of all ranks. Strides are of the mask alone, which every rank has whole; key lengths
-  // and starts are below.
+  // and starts are below, and each rank's pages in its layout.
   Problem whole;
   Sharding q, k;
-  std::vector<LocalStrides> strides;             // of each rank
+  std::vector<LocalLayout> layouts;              // of each rank
   std::vector<int32_t> key_lengths, key_starts;  // [batch], of the whole's keys; empty: not used
 
   int32_t ranks() const { return static_cast<int32_t>(q.size()); }
@@ -51,8 +53,11 @@ struct ShardedProblem {
   int64_t local_len_k(int32_t rank) const { return count(k[static_cast<size_t>(rank)]); }
 };
 
-// The whole as contiguous tensors of each rank.
+// The whole as contiguous tensors, or full pages, of each rank.
 ShardedProblem shard(const Problem& whole, Sharding q, Sharding k);
+
+// The same with keys side by side, where they are paged.
+Problem with_dense_keys(Problem problem);
 
 // A rank's tensors against each other: of their shape and strides, not what the rank computes.
 Problem local_problem(const ShardedProblem& problem, int32_t rank);

@@ -116,6 +116,8 @@ class Clockwork {
       const auto& e = merge->extents;
       const auto tensors = static_cast<int64_t>(merge->parts.size()) + 1;
       work(r, memory_us(tensors * e[0] * e[1] * e[2] * e[3] * 4), "merge");
+    } else if (const auto* write = std::get_if<Write>(&step)) {
+      work(r, memory_us(static_cast<int64_t>(write->numbers.size()) * 4), "write");
     } else if (const auto* start = std::get_if<Start>(&step)) {
       post(r, *start);
     } else if (const auto* finish = std::get_if<Finish>(&step)) {

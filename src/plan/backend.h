@@ -79,6 +79,8 @@ class Backend {
   virtual Status copy(DeviceStream on, void* to, const void* from, size_t bytes) const = 0;
   // One tensor [batch, heads, length, dim] into another on the device, in the order of the stream.
   virtual Status copy(DeviceStream on, const TensorCopy& copy, const Executor& executor) const = 0;
+  // Numbers of the host onto the device, in the order of the stream: they must stay until then.
+  virtual Status write(DeviceStream on, void* to, std::span<const int32_t> numbers) const = 0;
   // Waits, and answers with what went wrong on the stream.
   virtual Status synchronize(DeviceStream on) const = 0;
 

@@ -23,10 +23,11 @@ inline Sharding random_sharding(int64_t length, int32_t ranks, std::mt19937_64& 
 }
 
 enum class CaseDims : uint8_t { kSmall, kOfModels };
+enum class CaseKeys : uint8_t { kDense, kPaged };
 
 // A problem of every kind of mask, split in one of the usual ways or at random.
 inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Device::kCpu,
-                               CaseDims dims = CaseDims::kSmall) {
+                               CaseDims dims = CaseDims::kSmall, CaseKeys keys = CaseKeys::kDense) {
   std::mt19937_64 random(seed);
   const auto pick = [&](auto... values) {
     const std::common_type_t<decltype(values)...> list[] = {values...};
@@ -73,7 +74,7 @@ inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Dev
                              ? pick(MaskPattern::kRandom, MaskPattern::kWholeRows)
                              : MaskPattern::kRandom;
   }
-  p.has_key_lengths = chance(30);
+  p.has_key_lengths = chance(30) || keys == CaseKeys::kPaged;
   p.has_key_starts = chance(20);
   for (int64_t b = 0; b < p.batch; ++b) {
     const auto most = static_cast<uint64_t>(p.len_k) + 1;
@@ -86,19 +87,30 @@ inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Dev
            : way == 1 ? zigzag(length, ranks)
                       : random_sharding(length, ranks, random);
   };
-  ShardedProblem s = shard(p, split(p.len_q), split(p.len_k));
+  Problem shared = p;
+  if (keys == CaseKeys::kPaged) {
+    shared.key_layout = KeyLayout::kPaged;
+    shared.page_size = pick(1, 5, 16, 64);
+  }
+  ShardedProblem s = shard(shared, split(p.len_q), split(p.len_k));
   s.key_lengths = input.key_lengths;
   s.key_starts = input.key_starts;
   for (int32_t r = 0; r < ranks; ++r) {
     if (!chance(50)) continue;  // [batch, length, heads, dim]
-    LocalStrides& strides = s.strides[static_cast<size_t>(r)];
+    LocalLayout& layout = s.layouts[static_cast<size_t>(r)];
     const auto length_first = [](int64_t heads, int64_t length, int64_t dim) {
       return Strides{length * heads * dim, dim, heads * dim, 1};
     };
-    strides.q = length_first(p.heads_q, s.local_len_q(r), p.dim_qk);
-    strides.k = length_first(p.heads_kv, s.local_len_k(r), p.dim_qk);
-    strides.v = p.values_in_keys ? strides.k : length_first(p.heads_kv, s.local_len_k(r), p.dim_v);
-    strides.out = length_first(p.heads_q, s.local_len_q(r), p.dim_v);
+    layout.q = length_first(p.heads_q, s.local_len_q(r), p.dim_qk);
+    layout.out = length_first(p.heads_q, s.local_len_q(r), p.dim_v);
+    // Pages have their tokens first anyway.
+    const bool is_paged = keys == CaseKeys::kPaged;
+    const auto of_keys = [&](int64_t dim) {
+      return is_paged ? dense_strides(p.heads_kv, shared.page_size, dim)
+                      : length_first(p.heads_kv, s.local_len_k(r), dim);
+    };
+    layout.k = of_keys(p.dim_qk);
+    layout.v = p.values_in_keys ? layout.k : of_keys(p.dim_v);
   }
   return {input, std::move(s)};
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -44,13 +45,13 @@ class Builder {
  public:
   Builder(const ShardedProblem& s, int32_t rank)
       : s_(s), p_(s.whole), rank_(rank), groups_(key_groups(s)) {
-    const LocalStrides& strides = s.strides[static_cast<size_t>(rank)];
+    const LocalLayout& layout = s.layouts[static_cast<size_t>(rank)];
     const auto bytes_q = static_cast<int64_t>(dtype_bytes(p_.dtype_q));
     const auto bytes_kv = static_cast<int64_t>(dtype_bytes(p_.dtype_kv));
-    q_ = {{kQ, 0}, strides.q, bytes_q};
-    k_ = {{kK, 0}, strides.k, bytes_kv};
-    v_ = {{p_.values_in_keys ? kK : kV, 0}, p_.values_in_keys ? strides.k : strides.v, bytes_kv};
-    out_ = {{kOut, 0}, strides.out, bytes_q};
+    q_ = {{kQ, 0}, layout.q, bytes_q};
+    k_ = {{kK, 0}, layout.k, bytes_kv};
+    v_ = {{p_.values_in_keys ? kK : kV, 0}, p_.values_in_keys ? layout.k : layout.v, bytes_kv};
+    out_ = {{kOut, 0}, layout.out, bytes_q};
     lse_ = lse_tensor({kLogSumExp, 0}, p_.heads_q, s.local_len_q(rank));
   }
 
@@ -236,24 +237,69 @@ class Builder {
     p.stride_k = keys.k.tensor.strides;
     p.stride_v = keys.v.tensor.strides;
     p.stride_out = out.strides;
-    if (p.len_k == 0) p.mask = MaskKind::kNone;
-    p = canonical(p);
+    if (p.len_k == 0) {
+      p.mask = MaskKind::kNone;
+      p = with_dense_keys(p);
+    }
     const int64_t b = group.batch_begin;
+    int64_t first_key = view.k.begin;
     step.q = q.at(b, 0, view.q.begin).place;
-    if (p.len_k > 0) {
+    if (p.key_layout == KeyLayout::kPaged) {
+      first_key -= take_pages(step, b, view.k);
+    } else if (p.len_k > 0) {
       step.k = keys.k.at(b, 0, view.k.begin).place;
       step.v = keys.v.at(b, 0, view.k.begin).place;
     }
+    p = canonical(p);
     step.out = out.place;
     if (p.wants_log_sum_exp) step.log_sum_exp = log_sum_exp.place;
     if (p.has_sinks) step.sinks = {kSinks, heads.q_begin * kFloat};
     if (p.mask != MaskKind::kNone) {
       const Strides& m = p_.stride_mask;
       step.mask = {kMask,
-                   (b * m[0] + heads.q_begin * m[1] + view.q.begin * m[2] + view.k.begin * m[3]) *
+                   (b * m[0] + heads.q_begin * m[1] + view.q.begin * m[2] + first_key * m[3]) *
                        mask_element_bytes(p_)};
     }
     schedule_.steps.push_back(std::move(step));
+  }
+
+  // Keys of this rank's own pages, from the page of the first one on. The answer: how many of that
+  // page lie before it, which key starts hide.
+  int64_t take_pages(Attend& step, int64_t batch_begin, TokenRange keys) {
+    Problem& p = step.problem;
+    const LocalLayout& layout = s_.layouts[static_cast<size_t>(rank_)];
+    const int64_t first = index_in(tokens_k(rank_), keys);
+    const int64_t page = first / p.page_size, before = first % p.page_size;
+    p.len_k = before + keys.size();
+    p.pages = layout.pages;
+    p.stride_page_table = layout.stride_page_table;
+    step.k = k_.place;
+    step.v = v_.place;
+    step.page_table = {kPageTable, (batch_begin * layout.stride_page_table + page) *
+                                       static_cast<int64_t>(sizeof(int32_t))};
+    p.has_key_lengths = true;
+    step.key_lengths = numbers(p.batch, p.len_k);
+    if (before > 0) {
+      p.has_key_starts = true;
+      step.key_starts = numbers(p.batch, before);
+    }
+    return before;
+  }
+  // One number so many times. All are written at once, by the first step.
+  Place numbers(int64_t count, int64_t value) {
+    if (!numbers_) {
+      numbers_ = Write{buffer(0), {}};
+    }
+    Place place = numbers_->to;
+    place.offset_bytes = static_cast<int64_t>(numbers_->numbers.size() * sizeof(int32_t));
+    numbers_->numbers.insert(numbers_->numbers.end(), static_cast<size_t>(count),
+                             static_cast<int32_t>(value));
+    grow(numbers_->to, static_cast<int64_t>(numbers_->numbers.size() * sizeof(int32_t)));
+    return place;
+  }
+  Schedule finished() {
+    if (numbers_) schedule_.steps.insert(schedule_.steps.begin(), std::move(*numbers_));
+    return std::move(schedule_);
   }
 
   // Of out, and behind it the log-sum-exps.
@@ -299,15 +345,18 @@ class Builder {
     int64_t& have = schedule_.buffers[static_cast<size_t>(place.where)];
     have = std::max(have, bytes);
   }
-  void add_part(const KeyGroup& group, const View& view, const Part& part) {
+  // Where the first token of a part of one of the ranges lies among all of them.
+  static int64_t index_in(const Tokens& tokens, TokenRange part) {
     int64_t first = 0;
-    for (const TokenRange& q : tokens_q(rank_)) {
-      if (q.begin <= view.q.begin && view.q.end <= q.end) break;
-      first += q.size();
+    for (const TokenRange& range : tokens) {
+      if (range.begin <= part.begin && part.end <= range.end)
+        return first + part.begin - range.begin;
+      first += range.size();
     }
-    for (const TokenRange& q : tokens_q(rank_)) {
-      if (q.begin <= view.q.begin && view.q.end <= q.end) first += view.q.begin - q.begin;
-    }
+    return first;  // never: parts come out of these ranges
+  }
+  void add_part(const KeyGroup& group, const View& view, const Part& part) {
+    const int64_t first = index_in(tokens_q(rank_), view.q);
     const int64_t b = group.batch_begin;
     const Part rows{sum_.out.at(b, 0, first), sum_.log_sum_exp.at(b, 0, first), Dtype::kF32};
     schedule_.steps.push_back(
@@ -359,6 +408,7 @@ class Builder {
   TensorAt q_, k_, v_, out_, lse_;
   Part sum_{};
   std::array<Place, 2> scratch_{};
+  std::optional<Write> numbers_;
   Schedule schedule_;
 };
 

@@ -50,7 +50,7 @@ Schedule Builder::gather() {
     finish_rows(queries, all, answers, Block{q, lse_.at(0, 0, first)}, all_heads(p_));
     first += q.size();
   }
-  return std::move(schedule_);
+  return finished();
 }
 
 }  // namespace wh::sharded

@@ -79,7 +79,7 @@ Schedule Builder::heads(const std::vector<Heads>& shares) {
   start(1, std::move(answers));
   finish(1);
   for (const Copy& copy : unpack) schedule_.steps.push_back(copy);
-  return std::move(schedule_);
+  return finished();
 }
 
 }  // namespace wh::sharded

@@ -51,7 +51,7 @@ Schedule Builder::queries() {
   finish(1);
   for (const Arriving& each : arriving) add_part(each.group, each.view, each.part);
   end_sum();
-  return std::move(schedule_);
+  return finished();
 }
 
 }  // namespace wh::sharded

@@ -41,7 +41,7 @@ Schedule Builder::ring() {
     }
   }
   end_sum();
-  return std::move(schedule_);
+  return finished();
 }
 
 }  // namespace wh::sharded

@@ -38,6 +38,19 @@ std::vector<Heads> heads_on_one(const ShardedProblem& s) {
   return all;
 }
 
+// Whether no rank has a token at an index above its own. A part of the keys of a page begins at the
+// page in the mask too, which might else lie before the mask.
+bool all_ascend(const Sharding& sharding) {
+  for (const Tokens& tokens : sharding) {
+    int64_t first = 0;
+    for (const TokenRange& range : tokens) {
+      if (!range.empty() && range.begin < first) return false;
+      first += range.size();
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int64_t Schedule::sent_bytes() const {
@@ -53,6 +66,15 @@ int64_t Schedule::sent_bytes() const {
 }
 
 std::string refusal(const ShardedProblem& s, Strategy strategy) {
+  if (s.whole.key_layout == KeyLayout::kPaged) {
+    if (strategy != Strategy::kQueries) {
+      return "key_layout is paged; only queries leaves K and V where they are";
+    }
+    if (s.whole.mask != MaskKind::kNone && !all_ascend(s.k)) {
+      return fmt::format("mask is {} and key_layout paged; each rank's tokens of k must ascend",
+                         kMasks.name(s.whole.mask));
+    }
+  }
   if (strategy == Strategy::kHeads && even_heads(s.whole, s.ranks()).empty()) {
     return fmt::format("{} query heads of {} kv heads have no even shares for {} ranks",
                        s.whole.heads_q, s.whole.heads_kv, s.ranks());
