@@ -1,6 +1,8 @@
 /* One attention over several ranks, each with a part of the tokens of q, k and v: what widehead.h
  * has, for a group. The library has no transport: the caller brings a wh_communicator, functions
- * that send and receive, over whatever connects the ranks. docs/parallel.md says how it is shared.
+ * that send and receive, over whatever connects the ranks. The optional library widehead_parallel
+ * makes one of an MPI_Comm (parallel/mpi.h) or an ncclComm_t (parallel/nccl.h). docs/parallel.md
+ * says how it is shared.
  *
  * Making a plan and running it are collective: every rank calls them, in the same order.
  */
@@ -70,6 +72,9 @@ typedef struct wh_shards {
 
 typedef struct wh_parallel_plan wh_parallel_plan;
 
+/* For whoever writes a communicator: leaves a copy of the message in wh_last_error(), and answers
+ * with the status. */
+WH_API wh_status wh_fail(wh_status status, const char* message);
 WH_API wh_status wh_communicator_init(wh_communicator* communicator, size_t size);
 WH_API wh_status wh_shards_init(wh_shards* shards, size_t size);
 

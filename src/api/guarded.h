@@ -11,7 +11,25 @@
 
 namespace wh {
 
-wh_status code_of(const Status& status);
+inline wh_status code_of(const Status& status) {
+  switch (status.code()) {
+    case Code::kOk:
+      return WH_OK;
+    case Code::kInvalidArgument:
+      return WH_INVALID_ARGUMENT;
+    case Code::kRefused:
+      return WH_REFUSED;
+    case Code::kOutOfMemory:
+      return WH_OUT_OF_MEMORY;
+    case Code::kDeviceError:
+      return WH_DEVICE_ERROR;
+    case Code::kCancelled:
+      return WH_CANCELLED;
+    case Code::kInternal:
+      break;
+  }
+  return WH_INTERNAL_ERROR;
+}
 // Keeps the message for wh_last_error(). Of text that is there for good it takes no memory.
 wh_status fail(wh_status status, std::string message) noexcept;
 wh_status fail_with_text(wh_status status, const char* text) noexcept;

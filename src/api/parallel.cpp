@@ -242,6 +242,14 @@ class PlanMaker {
 using wh::guarded;
 using wh::Status;
 
+wh_status wh_fail(wh_status status, const char* message) {
+  try {
+    return wh::fail(status, message == nullptr ? "" : message);
+  } catch (const std::bad_alloc&) {
+    return wh::fail_with_text(status, "out of memory");
+  }
+}
+
 wh_status wh_communicator_init(wh_communicator* communicator, size_t size) {
   return guarded([&] { return wh::init_sized(wh::kCommunicatorStruct, communicator, size); });
 }

@@ -68,26 +68,6 @@ wh_status fail_with(const std::exception& error) noexcept {
   }
 }
 
-wh_status code_of(const Status& status) {
-  switch (status.code()) {
-    case Code::kOk:
-      return WH_OK;
-    case Code::kInvalidArgument:
-      return WH_INVALID_ARGUMENT;
-    case Code::kRefused:
-      return WH_REFUSED;
-    case Code::kOutOfMemory:
-      return WH_OUT_OF_MEMORY;
-    case Code::kDeviceError:
-      return WH_DEVICE_ERROR;
-    case Code::kCancelled:
-      return WH_CANCELLED;
-    case Code::kInternal:
-      break;
-  }
-  return WH_INTERNAL_ERROR;
-}
-
 }  // namespace wh
 
 using wh::guarded;

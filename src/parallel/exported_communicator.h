@@ -1,7 +1,12 @@
 // A communicator as the C API takes one.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "api/guarded.h"
@@ -60,5 +65,39 @@ class ExportedCommunicator {
   Communicator& communicator_;
   std::string error_;
 };
+
+// One that goes when destroy_exported() is called.
+class OwningExport final : public ExportedCommunicator {
+ public:
+  explicit OwningExport(std::unique_ptr<Communicator> communicator)
+      : ExportedCommunicator(*communicator), owned_(std::move(communicator)) {}
+
+ private:
+  std::unique_ptr<Communicator> owned_;
+};
+
+// Into the caller's struct, of `size` bytes, what make() answers with. For functions of the library
+// widehead_parallel, whose messages are left in the other one's wh_last_error().
+template <typename Make>
+wh_status export_new(wh_communicator* to, size_t size, const Make& make) noexcept {
+  if (const wh_status status = wh_communicator_init(to, size); status != WH_OK) return status;
+  try {
+    Result<std::unique_ptr<Communicator>> made = make();
+    if (!made.ok()) return wh_fail(code_of(made.status()), made.status().message().c_str());
+    auto exported = std::make_unique<OwningExport>(std::move(*made));
+    wh_communicator c = exported->c_struct();
+    c.size = to->size;
+    std::memcpy(to, &c, std::min(size, sizeof(c)));
+    exported.release();  // the context's, until destroy_exported()
+    return WH_OK;
+  } catch (const std::bad_alloc&) {
+    return wh_fail(WH_OUT_OF_MEMORY, "out of memory");
+  }
+}
+inline void destroy_exported(wh_communicator* communicator) {
+  if (communicator == nullptr) return;
+  delete static_cast<OwningExport*>(static_cast<ExportedCommunicator*>(communicator->context));
+  communicator->context = nullptr;
+}
 
 }  // namespace wh::sharded
