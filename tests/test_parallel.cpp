@@ -171,19 +171,6 @@ TEST(ParallelViews, HoldWhatTheWholeMakesVisible) {
   }
 }
 
-Problem causal(int64_t heads_q, int64_t heads_kv, int64_t dim, int64_t len_q, int64_t len_k) {
-  Problem p;
-  p.dtype_q = p.dtype_kv = Dtype::kBf16;
-  p.heads_q = heads_q;
-  p.heads_kv = heads_kv;
-  p.dim_qk = p.dim_v = dim;
-  p.len_q = len_q;
-  p.len_k = len_k;
-  p.causal = Causal::kBottomRight;
-  set_dense(p);
-  return p;
-}
-
 Result<ParallelPlan> plan_of(const Problem& p, const Sharding& q, const Sharding& k,
                              const Link& link, const ParallelLimits& limits = {}) {
   return make_parallel_plan(shard(p, q, k), limits, link, plan_on_cpu);

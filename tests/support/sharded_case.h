@@ -115,4 +115,19 @@ inline ShardedData random_case(int32_t ranks, uint64_t seed, Device device = Dev
   return {input, std::move(s)};
 }
 
+// Causal, bf16.
+inline Problem causal(int64_t heads_q, int64_t heads_kv, int64_t dim, int64_t len_q,
+                      int64_t len_k) {
+  Problem p;
+  p.dtype_q = p.dtype_kv = Dtype::kBf16;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.dim_qk = p.dim_v = dim;
+  p.len_q = len_q;
+  p.len_k = len_k;
+  p.causal = Causal::kBottomRight;
+  set_dense(p);
+  return p;
+}
+
 }  // namespace wh::sharded
