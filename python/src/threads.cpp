@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <atomic>
 
@@ -13,6 +14,7 @@ namespace {
 using Parallel = void (*)(void (*region)(void*), void* argument, unsigned threads, unsigned flags);
 
 std::atomic<Parallel> parallel_region{nullptr};
+std::atomic<bool> has_run{false};
 
 struct Tasks {
   std::atomic<int32_t> next{0};
@@ -29,6 +31,7 @@ struct Tasks {
 };
 
 void run_on_openmp(void*, int32_t count, void (*task)(void*, int32_t), void* argument) {
+  has_run.store(true, std::memory_order_relaxed);
   Tasks tasks{.count = count, .task = task, .argument = argument};
   parallel_region.load(std::memory_order_acquire)(Tasks::take, &tasks, 0, 0);
 }
@@ -41,8 +44,13 @@ bool use_torch_threads() {
   if (torch == nullptr) return false;
   const auto found = reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel"));
   dlclose(torch);
-  if (found != nullptr) parallel_region.store(found, std::memory_order_release);
-  return found != nullptr;
+  if (found == nullptr) return false;
+  parallel_region.store(found, std::memory_order_release);
+  // A forked process has none of its parent's threads. OpenMP would wait for them, ours do without.
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    if (has_run) parallel_region = nullptr;
+  });
+  return registered == 0;
 }
 
 const wh_executor* executor() {

@@ -173,6 +173,22 @@ def test_calls_run_on_pytorchs_own_threads():
     assert result.returncode == 0, result.stderr
 
 
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
+    program = """if True:
+        import os, signal, torch, widehead
+        torch.set_num_threads(2)
+        q = torch.rand(1, 16, 512, 64)
+        expected = widehead.sdpa(q, q, q).numpy().tobytes()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if widehead.sdpa(q, q, q).numpy().tobytes() == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_subclasses_go_through_the_operator():
     class Named(torch.Tensor):
         pass
