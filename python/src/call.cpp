@@ -264,7 +264,7 @@ Call::Call(const Arguments& a)
     read_scales(a.v, v_, scales_v_, problem_.scales_v, problem_.stride_scales_v, tensors_.scales_v);
   }
   read_options(a);
-  if (!a.mask.is_none()) read_mask(a.mask);
+  if (!a.mask.is_none()) read_mask(a.mask, problem_.len_q, problem_.len_k);
   if (!a.sinks.is_none()) read_sinks(a.sinks);
   if (a.return_log_sum_exp) problem_.uses |= WH_USES_LOG_SUM_EXP;
   if (!a.out.is_none()) read_out(a.out);
@@ -439,7 +439,7 @@ void Call::read_options(const Arguments& a) {
   problem_.window_right = window_side(a.window, a.window[1]);
 }
 
-void Call::read_mask(nb::handle object) {
+void Call::read_mask(nb::handle object, int64_t len_q, int64_t len_k) {
   mask_.emplace(object, "mask", stream_, access_);
   const Tensor& mask = *mask_;
   expect_same_device(mask);
@@ -453,7 +453,7 @@ void Call::read_mask(nb::handle object) {
     fail_type(std::string("mask is ") + mask.dtype_text() +
               "; it must be bool (true attends), float32 or of q's type (added to the scores)");
   }
-  const int64_t extents[] = {problem_.batch, problem_.heads_q, problem_.len_q, problem_.len_k};
+  const int64_t extents[] = {problem_.batch, problem_.heads_q, len_q, len_k};
   for (int i = 0; i < 4; ++i) {
     const int from = i - (4 - mask.ndim);
     const int64_t size = from < 0 ? 1 : mask.shape[from];

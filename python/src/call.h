@@ -56,6 +56,8 @@ class Call {
   // Makes `out` and the log-sum-exp where the caller brought none, by empty(q, shape, dtype) when
   // q's library offers no allocator to C.
   void allocate(nb::handle empty);
+  // Of queries and keys that may be more than q and k have.
+  void read_mask(nb::handle object, int64_t len_q, int64_t len_k);
   // Makes it the backward pass.
   void read_gradients(const Gradients& gradients);
   void run(const wh_limits& limits);
@@ -92,7 +94,6 @@ class Call {
   void read_out(nb::handle object);
   void read_log_sum_exp(nb::handle object);
   void read_options(const Arguments& arguments);
-  void read_mask(nb::handle object);
   void read_sinks(nb::handle object);
   // Arrays of `ndim` dimensions; lists of one, on the host.
   void read_integers(const char* name, nb::handle object, int ndim, const Range& range,

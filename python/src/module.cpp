@@ -149,14 +149,14 @@ nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::h
 
 // One call of a rank's; `scale` to `log_sum_exp` as sdpa() has them.
 nb::tuple sharded_sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale,
-                       nb::handle causal, nb::handle window, nb::handle softcap, nb::handle sinks,
-                       bool return_log_sum_exp, nb::handle out, const Ranks& ranks,
-                       const Limits& limits, int32_t threads, nb::handle group, nb::handle allocate,
-                       nb::handle empty) {
+                       nb::handle causal, nb::handle window, nb::handle softcap, nb::handle mask,
+                       nb::handle sinks, bool return_log_sum_exp, nb::handle out,
+                       const Ranks& ranks, const Limits& limits, int32_t threads, nb::handle group,
+                       nb::handle allocate, nb::handle empty) {
   return parallel_attention(
       {q, k, v, scale, causal, window, softcap, nb::none(), sinks, nb::none(), nb::none(),
        nb::none(), return_log_sum_exp, out, nb::none(), nb::none(), Access::kRead},
-      ranks, limits.with_threads(threads), group, allocate, empty);
+      mask, ranks, limits.with_threads(threads), group, allocate, empty);
 }
 
 nb::list kernels(int32_t device) {
@@ -220,7 +220,7 @@ NB_MODULE(_core, m) {
   m.def("append", append, H(), H(), H(), H().none(), H(), H().none());
   m.def("merge", merge, H(), H().none(), H().none(), H().none());
   m.def("sharded_sdpa", sharded_sdpa, H(), H(), H(), H().none(), H(), H().none(), H().none(),
-        H().none(), H(), H().none(), H(), H(), H(), H(), H(), H().none());
+        H().none(), H().none(), H(), H().none(), H(), H(), H(), H(), H(), H().none());
   m.def("empty", make_empty, nb::arg("shape"), nb::arg("dtype"));
   m.def("kernels", kernels, nb::arg("device"));
   m.def("device_json", device_json, nb::arg("device"), nb::arg("index"));

@@ -84,12 +84,14 @@ void expect_count(const char* name, const std::optional<std::vector<int32_t>>& n
 
 }  // namespace
 
-nb::tuple parallel_attention(Arguments arguments, const Ranks& ranks, const wh_limits& limits,
-                             nb::handle group, nb::handle allocate, nb::handle empty) {
+nb::tuple parallel_attention(Arguments arguments, nb::handle mask, const Ranks& ranks,
+                             const wh_limits& limits, nb::handle group, nb::handle allocate,
+                             nb::handle empty) {
   Call call(arguments);
   call.allocate(empty);
-  wh_problem whole = call.problem();
   const auto q = c_ranges(ranks.tokens_q), k = c_ranges(ranks.tokens_k);
+  if (!mask.is_none()) call.read_mask(mask, last_of(q), last_of(k));
+  wh_problem whole = call.problem();
   const auto expect_own = [&](const char* name, const std::vector<wh_token_range>& ranges,
                               int64_t have) {
     int64_t own = 0;

@@ -21,8 +21,10 @@ struct Ranks {
   int32_t rank, ranks;
 };
 
-// Answers with out, or out and the log-sum-exp, and what the plan says.
-nb::tuple parallel_attention(Arguments arguments, const Ranks& ranks, const wh_limits& limits,
-                             nb::handle group, nb::handle allocate, nb::handle empty);
+// Answers with out, or out and the log-sum-exp, and what the plan says. The mask is the whole's,
+// the arguments have none.
+nb::tuple parallel_attention(Arguments arguments, nb::handle mask, const Ranks& ranks,
+                             const wh_limits& limits, nb::handle group, nb::handle allocate,
+                             nb::handle empty);
 
 }  // namespace widehead_python

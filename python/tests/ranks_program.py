@@ -9,7 +9,7 @@ import torch.distributed as dist
 from widehead.torch import parallel
 
 
-def oracle(q, k, v, *, causal, window, softcap, sinks, length):
+def oracle(q, k, v, *, causal, window, softcap, sinks, length, mask=None):
     """float64, over all tokens."""
     q, k, v = (x.double() for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -25,6 +25,10 @@ def oracle(q, k, v, *, causal, window, softcap, sinks, length):
     if window:
         hidden = hidden | (j < i - window[0])
     scores = scores.masked_fill(hidden, float("-inf"))
+    if mask is not None:
+        additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")) \
+            if mask.dtype == torch.bool else mask
+        scores = scores + additive.double()
     if sinks is not None:
         scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(
             *scores.shape[:3], 1)], 3)
@@ -66,6 +70,83 @@ def check_cases(rank, ranks):
     return count
 
 
+def check_masks(rank, ranks):
+    """Each rank makes the rows of its own queries; or all have what broadcasts to all rows."""
+    torch.manual_seed(2)
+    count = 0
+    for kind, strategy in itertools.product(
+            ("boolean", "additive", "of keys"), (None, "ring", "gather", "queries", "one_rank")):
+        tokens, tokens_k = parallel.zigzag(61, ranks), parallel.contiguous(83, ranks)
+        q, k, v = torch.randn(2, 4, 61, 32), torch.randn(2, 2, 83, 32), torch.randn(2, 2, 83, 24)
+        shape = {"boolean": (2, 1, 61, 83), "additive": (2, 4, 61, 83), "of keys": (83,)}[kind]
+        mask = torch.randn(shape) if kind == "additive" else torch.rand(shape) > 0.3
+        want = oracle(q, k, v, causal=False, window=None, softcap=None, sinks=None, length=83,
+                      mask=mask)
+        given = mask
+        if mask.ndim == 4:
+            rows = parallel.take(mask, tokens, rank)
+            given = parallel.gather(rows, tokens)
+            assert torch.equal(given, mask)
+        local = [parallel.take(x, t, rank) for x, t in ((q, tokens), (k, tokens_k), (v, tokens_k))]
+        out = parallel.sdpa(*local, tokens=tokens, tokens_k=tokens_k, mask=given,
+                            strategy=strategy, link=(10.0, 5.0), timeout=200)
+        mine = parallel.take(want, tokens, rank)
+        error = float((out.double() - mine).norm() / max(1e-30, mine.norm())) if mine.numel() else 0
+        assert error <= 4e-6, f"{error} on rank {rank}: {kind} mask, {strategy}"
+        count += 1
+    if ranks > 1:
+        try:
+            parallel.sdpa(*local, tokens=tokens, tokens_k=tokens_k, mask=mask.new_ones(61, 7))
+        except ValueError as error:
+            assert "mask is [61, 7]; it must broadcast to" in str(error), error
+        else:
+            raise AssertionError("a mask of too few keys was taken")
+        dist.barrier()
+        rows = torch.ones(1, 1, 3, 83)
+        try:
+            parallel.gather(rows, parallel.contiguous(61, ranks))
+        except ValueError as error:
+            assert "part has 3 tokens in dimension 2" in str(error), error
+        else:
+            raise AssertionError("too few rows were taken")
+    return count
+
+
+class OfADevice(parallel._Group):
+    """The way of tensors that a device has, with host memory for the device's and gloo for NCCL:
+    words of the host are staged, and a batch of messages has one handle, for which host code waits
+    by asking."""
+
+    def __init__(self, group, device):
+        super().__init__(group, device)
+        self.is_host = False
+
+    def _at(self, address, size):
+        return parallel._host_bytes(address, size)
+
+
+class OneHandle:
+    def __init__(self, works):
+        self.works = works
+
+    def wait(self):
+        for work in self.works:
+            work.wait()
+
+    def is_completed(self):
+        return all(work.is_completed() for work in self.works)
+
+
+def check_the_way_of_devices(rank, ranks):
+    send = dist.batch_isend_irecv
+    parallel.dist.batch_isend_irecv = lambda operations: [OneHandle(send(operations))]
+    hosts, parallel._Group = parallel._Group, OfADevice
+    try:
+        return check_cases(rank, ranks)
+    finally:
+        parallel._Group, parallel.dist.batch_isend_irecv = hosts, send
+
+
 def check_errors(rank, ranks):
     tokens = parallel.contiguous(64, ranks)
     q = torch.randn(1, 2, 64 // ranks + (64 % ranks > rank), 16)
@@ -98,9 +179,12 @@ def main():
     torch.set_num_threads(1)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     count = check_cases(rank, ranks)
+    masked = check_masks(rank, ranks)
+    staged = check_the_way_of_devices(rank, ranks)
     if ranks > 1:
         check_errors(rank, ranks)
-    print(f"rank {rank} of {ranks}: {count} cases", flush=True)
+    print(f"rank {rank} of {ranks}: {count} cases, {masked} with a mask, {staged} as of a device",
+          flush=True)
     sys.stdout.flush()
 
 

@@ -37,6 +37,7 @@ def sharded_sdpa(
     causal: bool | str,
     window: tuple[int | None, int | None] | None,
     softcap: float | None,
+    mask: Any,
     sinks: Any,
     return_log_sum_exp: bool,
     out: Any,

@@ -28,7 +28,7 @@ from torch import Tensor
 from widehead import _core
 from widehead._limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["Tokens", "contiguous", "sdpa", "take", "zigzag"]
+__all__ = ["Tokens", "contiguous", "gather", "sdpa", "take", "zigzag"]
 
 # Of each rank the ranges of tokens that it holds, in the order in which its tensors have them.
 Tokens = Sequence[Sequence[tuple[int, int]]]
@@ -59,6 +59,35 @@ def take(tensor: Tensor, tokens: Tokens, rank: int, dim: int = 2) -> Tensor:
     return torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
 
 
+def gather(
+    part: Tensor, tokens: Tokens, *, dim: int = 2, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The tensor that has all tokens, from each rank's part: what :func:`take` undoes. For masks of
+    which a rank made the rows of its own queries."""
+    rank = dist.get_rank(group)
+    sizes = [sum(end - begin for begin, end in ranges) for ranges in tokens]
+    if part.shape[dim] != sizes[rank]:
+        raise ValueError(
+            f"part has {part.shape[dim]} tokens in dimension {dim}; rank {rank} holds {sizes[rank]}"
+        )
+    # Parts must be of one size, and bool is no type of every backend.
+    mine = part.movedim(dim, 0)
+    padded = mine.new_zeros((max(sizes), *mine.shape[1:]))
+    padded[: sizes[rank]] = mine
+    is_bool = part.dtype == torch.bool
+    sent = padded.view(torch.uint8) if is_bool else padded
+    parts = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(parts, sent, group=group)
+    whole = mine.new_empty((sum(sizes), *mine.shape[1:]))
+    for ranges, theirs in zip(tokens, parts, strict=True):
+        first = 0
+        for begin, end in ranges:
+            rows = theirs[first : first + end - begin]
+            whole[begin:end] = rows.view(torch.bool) if is_bool else rows
+            first += end - begin
+    return whole.movedim(0, dim)
+
+
 class _CudaMemory:
     """Bytes of a device, for PyTorch to see in place."""
 
@@ -72,7 +101,7 @@ class _Group:
     """What the library sends, as PyTorch sends it."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.group, self.device = group, device
+        self.group, self.device, self.is_host = group, device, device.type == "cpu"
         self.memory: Tensor | None = None
         self.works: dict[int, list[tuple[dist.Work, str]]] = {}
         self.arrivals: list[tuple[Tensor, Tensor]] = []  # of host memory that was sent by a device
@@ -101,10 +130,9 @@ class _Group:
 
     def finish(self, exchange: int, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
-        is_host = self.device.type == "cpu"
         for work, what in self.works.pop(exchange, []):
             try:
-                if is_host:
+                if self.is_host:
                     work.wait(timedelta(seconds=max(0.001, end - time.monotonic())))
                     continue
                 work.wait()  # by the stream
@@ -120,13 +148,13 @@ class _Group:
             self.arrivals.clear()
 
     def _at(self, address: int, size: int) -> Tensor:
-        if self.device.type == "cpu":
+        if self.is_host:
             return _host_bytes(address, size)
         return torch.as_tensor(_CudaMemory(address, size), device=self.device)
 
     def _of_host(self, address: int, size: int, is_send: bool) -> Tensor:
         host = _host_bytes(address, size)
-        if self.device.type == "cpu":
+        if self.is_host:
             return host
         if is_send:
             return host.to(self.device)
@@ -150,6 +178,7 @@ def sdpa(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    mask: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Sequence[int] | None = None,
     key_starts: Sequence[int] | None = None,
@@ -167,6 +196,10 @@ def sdpa(
     q [batch, heads_q, tokens here, dim_qk], k and v the same with theirs. ``tokens`` says who has
     which of q, and of k and v too unless ``tokens_k`` does: the same on every rank. Everything else
     is of the whole sequence and as in :func:`widehead.sdpa`: ``causal``, ``window``, ``key_lengths``.
+
+    mask: boolean (true attends) or additive, of the queries and keys of all ranks, or broadcasting
+    to them; the same on every rank. Where each rank has made the rows of its own queries,
+    ``gather(rows, tokens)`` is that.
 
     strategy: "ring", "gather", "heads", "queries" or "one_rank"; None: the planner chooses.
     link: GB/s each way and microseconds a message; (0, 0): measured, in a fraction of a second.
@@ -189,7 +222,7 @@ def sdpa(
     whole.rank, whole.ranks = rank, ranks
     callbacks = _Group(group, q.device)
     answer, log_sum_exp, text = _core.sharded_sdpa(
-        q, k, v, scale, causal, window, softcap, sinks, return_log_sum_exp, out, whole,
+        q, k, v, scale, causal, window, softcap, mask, sinks, return_log_sum_exp, out, whole,
         (limits or DEFAULT_LIMITS)._core, torch.get_num_threads(), callbacks, callbacks.workspace,
         None,
     )  # fmt: skip
