@@ -43,6 +43,10 @@ struct PackedRows {
         has_slots(shape.has_slots) {}
 };
 
+// What a kernel is handed: one of dense tensors alone asks for no offsets, slots and pages before its
+// first load.
+enum class Layouts : int32_t { kDense, kAll };
+
 // What one block works on. `index` counts blocks; fastest are the row tiles of a pair, which read
 // the same keys.
 struct PackedItem {
@@ -56,7 +60,8 @@ struct PackedItem {
   bool is_mixed = false;                 // some key is seen by some rows only
 
   constexpr PackedItem(const AttentionArgs& args, const PackedRows& packed, int32_t index,
-                       int tile_q, int tile_k) {
+                       int tile_q, int tile_k, Layouts layouts = Layouts::kAll) {
+    const bool is_dense = layouts == Layouts::kDense;
     int32_t next = packed.row_tiles.quotient(index);
     SlotTile at{0, packed.row_tiles.remainder(index, next)};
     index = next;
@@ -65,13 +70,13 @@ struct PackedItem {
     index = next;
     at.batch_idx = packed.heads_kv.quotient(index);
     head_kv = packed.heads_kv.remainder(index, at.batch_idx);
-    if (packed.has_slots) at = slot_tile(args, {args.group, tile_q}, at.tile);
-    sequence = sequence_at(args, at.batch_idx);
+    if (!is_dense && packed.has_slots) at = slot_tile(args, {args.group, tile_q}, at.tile);
+    sequence = is_dense ? dense_sequence(args, at.batch_idx) : sequence_at(args, at.batch_idx);
     first_row = at.tile * tile_q;
     const int32_t all_rows = sequence.len_q * args.group;
     rows = tile_q < all_rows - first_row ? tile_q : all_rows - first_row;
     if (rows <= 0) return;
-    pages = args.page_table.of(at.batch_idx);
+    if (!is_dense) pages = args.page_table.of(at.batch_idx);
     const int32_t first_query = packed.group.quotient(first_row);
     const int32_t last_query = packed.group.quotient(first_row + rows - 1);
     const Keys first = visible_keys(args, sequence, first_query);

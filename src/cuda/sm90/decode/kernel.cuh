@@ -328,10 +328,10 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const PackedItem
   {
     QueryLoader<Tile, T> queries(args, item);
     ptx::wait_for_dependency();
-    queries.request();
+    queries.request(shared.q);
     __syncwarp();
     ptx::named_arrive(kQueriesRequested, Tile::kConsumers + 32);
-    queries.store(smem);
+    queries.wait();
   }
   meet_block<Tile>();
   if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<Tile::kConsumerRegisters>();
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr;
   if (reads_lengths && args.fresh_keys < 0) ptx::wait_for_dependency();
   const PackedItem item(args.attention, args.rows, static_cast<int32_t>(blockIdx.x), Tile::kTileQ,
-                        Tile::kTileK);
+                        Tile::kTileK, Layouts::kDense);
   if (threadIdx.x < Tile::kConsumers) {
     consume<Tile, T>(args, item, shared, smem);
     return;
