@@ -3,7 +3,8 @@
     python3 bench/gpu.py LIBRARY RESULT.json RESULT.md [--groups prefill,decode,portable]
                          [--seconds 120] [--sustained 1.5]
 
-Prefill: CUDA events, the median of several calls. Decode and short calls: replays of a CUDA graph,
+Prefill: CUDA events, the median of several calls, in another order each round: what follows a slow
+kernel finds a cooler card. Decode and short calls: replays of a CUDA graph,
 for decode over several sets of K and V, so that they come from memory and not from L2. TFLOP/s
 count visible pairs only. The libraries of gpu_rivals.py that are installed run beside PyTorch. A
 rival that refuses, or answers something else, is written down with its reason. Every kernel's answer
@@ -14,6 +15,7 @@ written after every row.
 import argparse
 import datetime
 import json
+import random
 import statistics
 import sys
 import time
@@ -139,9 +141,10 @@ def time_alternating(candidates: dict[str, Call], calls: int,
         run()
     torch.cuda.synchronize()
     first = sum(event_ms(run) for run in candidates.values())
+    order = random.Random(0)
     for _ in range(max(5, min(30, int(seconds * 1e3 / max(first, 1e-3))))):
-        for name, run in candidates.items():
-            times[name].append(event_ms(run) / calls)
+        for name in order.sample(list(candidates), len(candidates)):
+            times[name].append(event_ms(candidates[name]) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
