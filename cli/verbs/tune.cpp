@@ -89,7 +89,7 @@ std::vector<Request> tuning_grid(Device device, int32_t device_index) {
   // Interpolation crosses types more easily than lengths or widths: an early stop should leave out
   // the last type.
   for (const char* dtype : {"f16", "f32", "bf16"}) {
-    for (const int64_t keys : {16, 64, 256, 1024, 4096, 32768}) {
+    for (const int64_t keys : {16, 64, 256, 512, 1024, 4096, 32768}) {
       for (const int64_t dim : {64, 128, 256, 512}) {
         for (const char* heads : {"8/8", "8/2"}) {
           if (keys <= 1024) add(heads, dim, keys, keys, dtype);
