@@ -79,14 +79,15 @@ def test_every_kernel_by_name(dim):
 
 
 def test_a_graph_of_many_nodes():
-    """Inputs that the graph itself makes, results that it uses, and no evaluation in between."""
+    """Inputs that the graph itself makes, results that it uses, and no evaluation in between. Times
+    1.5 in place of 0.9 the steps would spread an f32 rounding to 0.07 of the answer."""
     (q, k, v), exact = arrays("float32", heads=(4, 4), length=(64, 64), dim=(64, 64))
     out, expected = q, exact[0]
     for i in range(150):  # more than MLX puts into one graph
         keys = k * (1 + i / 150)  # made just before
-        out = widehead.mlx.sdpa(out + 0.1, keys, v, scale=0.1, mask="causal") * 1.5
+        out = widehead.mlx.sdpa(out + 0.1, keys, v, scale=0.1, mask="causal") * 0.9
         one = oracle(expected + 0.1, exact[1] * (1 + i / 150), exact[2], scale=0.1, causal=True)[0]
-        expected = one * 1.5
+        expected = one * 0.9
     assert error(out, expected) <= 1e-4
 
 

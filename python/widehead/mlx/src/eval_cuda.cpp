@@ -15,9 +15,10 @@ const void* device_memory(const mx::array& a) { return mx::gpu_ptr<void>(a); }
 
 // New memory of the device. MLX's allocator of it is hidden in the library, and the public one
 // gives managed memory, whose pages move at the first touch: so one of MLX's operations allocates,
-// and its kernel's writes are the price, a few microseconds for an output of 25 MB.
+// and its kernel's writes are the price, a few microseconds for an output of 25 MB. A word or less
+// would come from a pool of words, where a workspace is not aligned as plans ask.
 mx::array new_memory(size_t bytes, mx::Stream stream) {
-  const size_t words = std::max<size_t>(1, (bytes + 7) / 8);
+  const size_t words = std::max<size_t>(64, bytes + 7) / 8;
   mx::array memory = mx::arange(0.0, static_cast<double>(words), 1.0, mx::int64, stream);
   std::vector<mx::array> made{memory};
   memory.primitive().eval_gpu({}, made);
