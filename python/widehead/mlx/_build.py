@@ -135,12 +135,14 @@ class Recipe:
             for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
             if root is not None
         ]
+        # nvidia-cuda-runtime alone, which MLX's wheel brings, includes what it does not hold.
+        needed = ("cuda_runtime.h", "crt/host_config.h")
         for folder in folders:
-            if (folder / "cuda_runtime.h").exists():
+            if all((folder / header).exists() for header in needed):
                 return [folder]
         raise CannotBuild(
-            "there is no cuda_runtime.h: install the package nvidia-cuda-runtime or a CUDA toolkit, "
-            "and name its folder in CUDA_HOME"
+            f"no folder has {' and '.join(needed)}: install the packages nvidia-cuda-runtime and "
+            "nvidia-cuda-crt, or a CUDA toolkit whose folder CUDA_HOME names"
         )
 
     def _command(self) -> list[str]:
