@@ -247,6 +247,28 @@ TEST(Quantised, EmptyAndSpoiltRows) {
   Q8_0 eight;
   quantise_row(row.data(), 32, Quantised::kQ8_0, nullptr, 0, &eight);
   EXPECT_TRUE(std::isnan(to_float(eight, 0)));
+  // Infinity over infinity, and NaN of either sign, are the one NaN.
+  row[7] = std::numeric_limits<float>::infinity();
+  const float of_row = scale_of_row(row.data(), 32, Quantised::kE4m3);
+  EXPECT_EQ(of_row, row[7]);
+  row[8] = std::copysign(std::numeric_limits<float>::quiet_NaN(), -1.0f);
+  quantise_row(row.data(), 32, Quantised::kE4m3, &of_row, 0, codes.data());
+  EXPECT_EQ(codes[7], 0x7f);
+  EXPECT_EQ(codes[8], 0x7f);
+  EXPECT_EQ(codes[9], 0);
+}
+
+TEST(Quantised, TheFirstOfTheFarthestElementsHasTheSign) {
+  float row[32] = {1, -3, 3, -2};
+  const auto of = [&](int64_t i) { return row[i]; };
+  EXPECT_EQ(largest_of(of, 32), -3);
+  EXPECT_EQ(largest_of(of, 1), 1);
+  EXPECT_EQ(largest_of(of, 0), 0);
+  row[31] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(largest_of(of, 31), -3);
+  EXPECT_TRUE(std::isnan(largest_of(of, 32)));
+  row[31] = -std::numeric_limits<float>::infinity();
+  EXPECT_EQ(largest_of(of, 32), row[31]);
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
-// The two 16-bit float formats as storage types, with exact widening, for host and device, and
-// round-to-nearest-even narrowing. Scalar on purpose: kernels convert with SIMD, everything else is
+// The two 16-bit float formats as storage types, with exact widening and round-to-nearest-even
+// narrowing, for host and device. Scalar on purpose: kernels convert with SIMD, everything else is
 // not hot.
 #pragma once
 
 #include <bit>
-#include <cmath>
 #include <cstdint>
 
 namespace wh {
@@ -32,19 +31,19 @@ constexpr float to_float(Half value) {
 }
 
 template <typename T>
-T from_float(float value);
+constexpr T from_float(float value);
 template <>
-inline float from_float<float>(float value) {
+constexpr float from_float<float>(float value) {
   return value;
 }
 template <>
-inline Bfloat16 from_float<Bfloat16>(float value) {
+constexpr Bfloat16 from_float<Bfloat16>(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (std::isnan(value)) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 template <>
-inline Half from_float<Half>(float value) {
+constexpr Half from_float<Half>(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

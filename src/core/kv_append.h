@@ -10,7 +10,7 @@
 
 namespace wh {
 
-// K or V. A row is rounded to the cache's type or format, to nearest even.
+// For host and device. K or V. A row is rounded to the cache's type or format, to nearest even.
 struct AppendedRows {
   bool is_k;
   const void* rows;               // [tokens, heads_kv, dim]
@@ -20,9 +20,13 @@ struct AppendedRows {
   float* scales;                  // and `stored.scales_data`: written where tokens have their own
   KvTensor stored;
 
-  int64_t offset(int64_t token, int64_t head) const { return token * stride[0] + head * stride[1]; }
+  constexpr int64_t offset(int64_t token, int64_t head) const {
+    return token * stride[0] + head * stride[1];
+  }
   // Whether rows are copied bit by bit.
-  bool is_copy() const { return stored.format == Quantised::kNone && stored.dtype == dtype; }
+  constexpr bool is_copy() const {
+    return stored.format == Quantised::kNone && stored.dtype == dtype;
+  }
 };
 
 struct KvAppend {
@@ -32,10 +36,10 @@ struct KvAppend {
   int32_t caches;        // 2, or 1 where values lie in keys
   std::array<AppendedRows, 2> of;
 
-  int64_t slot_count() const { return storage.batch * storage.length; }
+  constexpr int64_t slot_count() const { return storage.batch * storage.length; }
   // Where a slot's rows are. Scales that sequences have of their own are those of the batch entry,
   // and all sequences' where a slot does not say whose it is: check() sees to it.
-  KvPlace place(int64_t slot, int64_t head) const {
+  constexpr KvPlace place(int64_t slot, int64_t head) const {
     const int64_t batch_idx = slot / storage.length;
     return {batch_idx, head, slot % storage.length, batch_idx};
   }
