@@ -263,14 +263,52 @@ TEST(Cpp, SequencesThatDisagreeWithTheViewsAreErrors) {
   EXPECT_THROW(widehead::append(two.tokens(two.q), two.tokens(two.q), slots, two.pool(two.k),
                                 two.pool(two.v)),
                widehead::Error);
-  widehead::TensorView codes = two.pool(two.k);
+  widehead::TensorView codes = two.tokens(two.k);
   codes.quantised = widehead::Quantised::kInt8;
   try {
-    widehead::append(two.tokens(two.k), two.tokens(two.v), slots, codes, two.pool(two.v));
+    widehead::append(codes, two.tokens(two.v), slots, two.pool(two.k), two.pool(two.v));
     FAIL() << "no error";
   } catch (const widehead::Error& error) {
-    EXPECT_NE(std::string(error.what()).find("must not be quantised"), std::string::npos);
+    EXPECT_NE(std::string(error.what()).find("of codes"), std::string::npos) << error.what();
   }
+  widehead::TensorView fewer = two.pool(two.v);
+  --fewer.shape[0];
+  try {
+    widehead::append(two.tokens(two.k), two.tokens(two.v), std::vector<int64_t>(6, -1),
+                     two.pool(two.k), fewer);
+    FAIL() << "no error";
+  } catch (const widehead::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("v is ["), std::string::npos) << error.what();
+  }
+}
+
+TEST(Cpp, CodesAreAppendedWithTheirScalesAndReadAgain) {
+  // A dense cache of two tokens of one head: int8 keys with a scale each, e4m3 values with a scale
+  // that is given.
+  std::vector<int8_t> k(2 * 4, 99);
+  std::vector<uint8_t> v(2 * 4, 99);
+  std::vector<float> scales_k(2, kNan), scale_v{0.5f};
+  const widehead::TensorView keys(
+      k.data(), widehead::Quantised::kInt8, {1, 1, 2, 4},
+      {scales_k.data(), widehead::Scales::kTokenHead, widehead::dense_strides({1, 1, 2, 1})});
+  const widehead::TensorView values(v.data(), widehead::Quantised::kE4m3, {1, 1, 2, 4},
+                                    {scale_v.data(), widehead::Scales::kTensor, {}});
+  std::vector<float> new_k{0, 254, -127, 1}, new_v{1, 2, -3, 0};
+  const auto tokens = [](std::vector<float>& data) {
+    return widehead::packed(data.data(), widehead::Dtype::kF32, 1, 1, 4);
+  };
+  widehead::append(tokens(new_k), tokens(new_v), std::vector<int64_t>{1}, keys, values);
+  EXPECT_EQ(scales_k[1], 2);
+  EXPECT_TRUE(std::isnan(scales_k[0]));
+  EXPECT_EQ(k, (std::vector<int8_t>{99, 99, 99, 99, 0, 127, -64, 0}));  // ties to even
+  EXPECT_EQ(v, (std::vector<uint8_t>{99, 99, 99, 99, 0x40, 0x48, 0xcc, 0}));
+  std::vector<float> q(4, 0), out(4, kNan);
+  const std::vector<int32_t> starts{1};
+  const auto view = [](std::vector<float>& data) {
+    return widehead::TensorView(data.data(), widehead::Dtype::kF32, {1, 1, 1, 4});
+  };
+  widehead::attention(view(q), keys, values, view(out), {.key_starts = starts.data()});
+  EXPECT_EQ(out, new_v);
 }
 
 }  // namespace

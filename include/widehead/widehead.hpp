@@ -16,6 +16,7 @@
 
 #include <widehead/widehead.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
@@ -583,43 +584,49 @@ inline void backward(const TensorView& q, const TensorView& k, const TensorView&
 
 // Writes rows [1, heads, tokens, dim], as packed() makes them, into caches by slots; see
 // wh_append(). A cache [n, heads, length, dim] has n * length slots: of pages that paged() makes,
-// page * length + row. Without a v of its own (data null) values lie in keys.
+// page * length + row. Without a v of its own (data null) values lie in keys. Into codes rows are
+// rounded, and scales of tokens written; those of heads and channels are of a dense cache's batch
+// entries, or with a stride of 0 of all pages.
 inline void append(const TensorView& new_k, const TensorView& new_v, std::span<const int64_t> slots,
                    const TensorView& k, const TensorView& v, const RunOptions& run = {},
                    Device device = Device::kCpu, int32_t device_index = 0) {
   const bool has_v = v.data != nullptr;
+  const TensorView& values = has_v ? v : k;
   const auto tokens = static_cast<int64_t>(slots.size());
+  const Dtype dtype = k.is_quantised() ? values.dtype : k.dtype;
   const auto expect = [&](const char* name, const TensorView& rows, const TensorView& cache) {
     const Extents expected{1, cache.shape[1], tokens, cache.shape[3]};
-    if (rows.shape == expected && rows.dtype == new_k.dtype && cache.dtype == k.dtype) return;
+    const bool is_of_type = cache.is_quantised() || cache.dtype == dtype;
+    if (rows.shape == expected && rows.dtype == new_k.dtype && !rows.is_quantised() && is_of_type) {
+      return;
+    }
     throw Error(WH_INVALID_ARGUMENT,
-                std::string(name) + " is " + to_string(rows.shape) + "; slots and cache make it " +
+                std::string(name) + " is " + to_string(rows.shape) +
+                    (rows.is_quantised() ? " of codes" : "") + "; slots and cache make it " +
                     to_string(expected) +
                     ", with one type for both new ones and one for both caches");
   };
-  for (const TensorView* view : {&new_k, &new_v, &k, &v}) {
-    if (view->is_quantised()) {
-      throw Error(
-          WH_INVALID_ARGUMENT,
-          "new rows and caches must not be quantised here; wh_append() takes caches of codes "
-          "and their scales");
-    }
-  }
   expect("new_k", new_k, k);
   if (has_v) expect("new_v", new_v, v);
+  if (!std::equal(k.shape.begin(), k.shape.end() - 1, values.shape.begin())) {
+    throw Error(WH_INVALID_ARGUMENT, "v is " + to_string(v.shape) + "; k is " + to_string(k.shape) +
+                                         ": all but the last must be the same");
+  }
   wh_problem cache;
   check(wh_problem_init(&cache, sizeof(cache)));
   cache.device = static_cast<int32_t>(device);
   cache.device_index = device_index;
-  cache.dtype_q = cache.dtype_kv = static_cast<int32_t>(k.dtype);
+  cache.dtype_q = cache.dtype_kv = static_cast<int32_t>(dtype);
   cache.heads_q = cache.heads_kv = k.shape[1];
   cache.dim_qk = k.shape[3];
-  cache.dim_v = has_v ? v.shape[3] : k.shape[3];
-  cache.key_layout = WH_KEYS_PAGED;
-  cache.uses = WH_USES_KEY_LENGTHS | (has_v ? 0u : uint32_t{WH_USES_VALUES_IN_KEYS});
-  cache.pages = k.shape[0];
-  cache.page_size = cache.len_k = k.shape[2];
-  cache.stride_page_table = 1;
+  cache.dim_v = values.shape[3];
+  cache.batch = k.shape[0];
+  cache.len_k = k.shape[2];
+  if (!has_v) cache.uses |= WH_USES_VALUES_IN_KEYS;
+  cache.quantised_k = static_cast<int32_t>(k.quantised);
+  cache.quantised_v = static_cast<int32_t>(values.quantised);
+  cache.scales_k = static_cast<int32_t>(k.scales.kind);
+  cache.scales_v = static_cast<int32_t>(values.scales.kind);
   wh_appended appended;
   check(wh_appended_init(&appended, sizeof(appended)));
   appended.tokens = tokens;
@@ -629,9 +636,13 @@ inline void append(const TensorView& new_k, const TensorView& new_v, std::span<c
   appended.new_v = new_v.data;
   appended.k = k.data;
   appended.v = v.data;
-  const TensorView& values = has_v ? v : k;
+  // Written where tokens have scales of their own, by whom has made the view: as elements are.
+  appended.scales_k = const_cast<float*>(k.scales.data);
+  appended.scales_v = has_v ? const_cast<float*>(v.scales.data) : nullptr;
   for (size_t i = 0; i < 4; ++i) cache.stride_k[i] = k.strides[i];
   for (size_t i = 0; i < 4; ++i) cache.stride_v[i] = values.strides[i];
+  for (size_t i = 0; i < 4; ++i) cache.stride_scales_k[i] = k.scales.strides[i];
+  for (size_t i = 0; i < 4; ++i) cache.stride_scales_v[i] = values.scales.strides[i];
   constexpr size_t kOrder[] = {2, 1, 3};  // token, head, element
   for (size_t i = 0; i < 3; ++i) appended.stride_new_k[i] = new_k.strides[kOrder[i]];
   for (size_t i = 0; i < 3; ++i) appended.stride_new_v[i] = new_v.strides[kOrder[i]];
