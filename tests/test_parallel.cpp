@@ -276,6 +276,35 @@ TEST(ParallelPlans, PagesStayWhereTheyAre) {
             "mask is boolean and key_layout paged; each rank's tokens of k must ascend");
 }
 
+// Sequences of lengths of their own, some of which end before the keys of the last ranks begin.
+TEST(ParallelPlans, ABatchOfLengthsIsOneAttentionOnEachRank) {
+  for (const KeyLayout layout : {KeyLayout::kDense, KeyLayout::kPaged}) {
+    Problem p = causal(16, 2, 128, 1, 4096);
+    p.batch = 6;
+    p.has_key_lengths = true;
+    p.key_layout = layout;
+    p.page_size = layout == KeyLayout::kPaged ? 64 : 0;
+    set_dense(p);
+    Sharding q(4);
+    q[0] = {{0, 1}};
+    ShardedProblem s = shard(p, q, contiguous(4096, 4));
+    s.key_lengths = {4096, 3000, 100, 3500, 1024, 17};
+    const int64_t batches[] = {6, 4, 4, 4};  // from the first to the last one that has keys there
+    for (int32_t rank = 0; rank < 4; ++rank) {
+      const Schedule schedule = make_schedule(s, Strategy::kQueries, rank);
+      int pieces = 0;
+      for (const Step& step : schedule.steps) {
+        const auto* attend = std::get_if<Attend>(&step);
+        if (attend == nullptr || attend->problem.len_k == 0) continue;
+        EXPECT_EQ(attend->problem.batch, batches[rank]);
+        EXPECT_EQ(attend->problem.key_layout, layout);
+        ++pieces;
+      }
+      EXPECT_EQ(pieces, 1) << "rank " << rank;
+    }
+  }
+}
+
 TEST(ParallelPlans, RefuseKindsByTheirField) {
   const auto refused = [](const auto& spoil) {
     Problem p = causal(4, 2, 64, 64, 64);

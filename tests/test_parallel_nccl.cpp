@@ -140,11 +140,12 @@ class ParallelNccl : public testing::TestWithParam<Strategy> {
 
 TEST_P(ParallelNccl, IsTheWholeInFloat64AndOnOneDevice) {
   for (const int32_t ranks : group_sizes()) {
-    for (uint64_t seed = 3000; seed < 3024; ++seed) {
+    for (uint64_t seed = 3000; seed < 3032; ++seed) {
       const CaseDims dims = seed % 2 == 0 ? CaseDims::kSmall : CaseDims::kOfModels;
-      ShardedData data = random_case(ranks, seed, Device::kCuda, dims);
+      const CaseKeys keys = seed < 3024 ? CaseKeys::kDense : CaseKeys::kPaged;
+      ShardedData data = random_case(ranks, seed, Device::kCuda, dims, keys);
       SCOPED_TRACE(std::to_string(seed) + ", " + std::to_string(ranks) +
-                   " ranks: " + describe(data.whole()));
+                   " ranks: " + describe(data.problem().whole));
       if (!refusal(data.problem(), GetParam()).empty()) continue;
       std::vector<LocalTensors> locals;
       for (const Status& status : run_all(data, GetParam(), locals)) {

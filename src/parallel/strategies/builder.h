@@ -39,6 +39,23 @@ struct KeyBlock {
   Block k, v;
 };
 
+// What is attended to at once: neighbours of the batch whose rows are the same and lie alike
+// against the ends of their keys.
+struct Piece {
+  int64_t batch_begin = 0;
+  View view;                     // its keys are the hull of all
+  std::vector<TokenRange> keys;  // of each one of the batch; none at all too
+
+  int64_t batch() const { return static_cast<int64_t>(keys.size()); }
+  bool keys_differ() const {
+    return std::any_of(keys.begin(), keys.end(), [&](TokenRange k) { return k != view.k; });
+  }
+};
+inline Piece piece_of(const KeyGroup& group, const View& view) {
+  const auto batch = static_cast<size_t>(group.batch_end - group.batch_begin);
+  return {group.batch_begin, view, std::vector<TokenRange>(batch, view.k)};
+}
+
 // Lists what one rank does, step by step. A strategy is one function, in a file of its name; it
 // builds one schedule, which takes what the builder has gathered.
 class Builder {
@@ -194,9 +211,9 @@ class Builder {
     if (!p_.values_in_keys) exchange(messages, peer, is_send, block.v, range);
   }
   // One message: of a decode most of the time is theirs.
-  void exchange_part(std::vector<Message>& messages, int32_t peer, bool is_send,
-                     const KeyGroup& group, const View& view, const Part& part) const {
-    const int64_t rows = (group.batch_end - group.batch_begin) * p_.heads_q * view.q.size();
+  void exchange_part(std::vector<Message>& messages, int32_t peer, bool is_send, const Piece& piece,
+                     const Part& part) const {
+    const int64_t rows = piece.batch() * p_.heads_q * piece.view.q.size();
     messages.push_back({peer, is_send, part.out.place, rows * (p_.dim_v + 1) * kFloat});
   }
   void start(int32_t exchange, std::vector<Message> messages) {
@@ -204,24 +221,44 @@ class Builder {
   }
   void finish(int32_t exchange) { schedule_.steps.push_back(Finish{exchange}); }
 
-  // Every part of the batch and of the keys that some of the queries see.
+  // Every part of the batch and of the keys that some of the queries see. Of a batch of lengths of
+  // their own that is one piece for all that end beyond the keys or are decoded, not one each.
   template <typename Visit>
-  void each_view(TokenRange q, const Tokens& keys, const Visit& visit) const {
+  void each_piece(TokenRange q, const Tokens& keys, const Visit& visit) const {
     for (const TokenRange& k : keys) {
+      Piece open;
+      const auto close = [&] {
+        while (!open.keys.empty() && open.keys.back().empty()) open.keys.pop_back();
+        if (!open.keys.empty()) visit(open);
+        open.keys.clear();
+      };
       for (const KeyGroup& group : groups_) {
         const View view = view_of(p_, group.present, q, k);
-        if (!view.empty()) visit(group, view);
+        const bool fits =
+            view.empty() || (view.q == open.view.q && view.window_left == open.view.window_left &&
+                             view.window_right == open.view.window_right);
+        if (open.keys.empty() || !fits) {
+          close();
+          if (!view.empty()) open = piece_of(group, view);
+          continue;
+        }
+        const TokenRange its_keys = view.empty() ? TokenRange{} : view.k;
+        open.keys.insert(open.keys.end(), static_cast<size_t>(group.batch_end - group.batch_begin),
+                         its_keys);
+        open.view.k = hull(open.view.k, its_keys);
       }
+      close();
     }
   }
 
   // `out` and `log_sum_exp` are those of the view's rows.
-  void attend(const KeyGroup& group, const View& view, const Block& q, const KeyBlock& keys,
-              const TensorAt& out, const TensorAt& log_sum_exp, const Heads& heads, bool is_part) {
+  void attend(const Piece& piece, const Block& q, const KeyBlock& keys, const TensorAt& out,
+              const TensorAt& log_sum_exp, const Heads& heads, bool is_part) {
+    const View& view = piece.view;
     Attend step;
     Problem& p = step.problem;
     p = p_;
-    p.batch = group.batch_end - group.batch_begin;
+    p.batch = piece.batch();
     p.heads_q = heads.q();
     p.heads_kv = heads.kv();
     p.len_q = view.q.size();
@@ -241,15 +278,17 @@ class Builder {
       p.mask = MaskKind::kNone;
       p = with_dense_keys(p);
     }
-    const int64_t b = group.batch_begin;
+    const int64_t b = piece.batch_begin;
     int64_t first_key = view.k.begin;
     step.q = q.at(b, 0, view.q.begin).place;
-    if (p.key_layout == KeyLayout::kPaged) {
+    const bool is_paged = p.key_layout == KeyLayout::kPaged;
+    if (is_paged) {
       first_key -= take_pages(step, b, view.k);
     } else if (p.len_k > 0) {
       step.k = keys.k.at(b, 0, view.k.begin).place;
       step.v = keys.v.at(b, 0, view.k.begin).place;
     }
+    if (is_paged || piece.keys_differ()) say_which_keys(step, piece, first_key);
     p = canonical(p);
     step.out = out.place;
     if (p.wants_log_sum_exp) step.log_sum_exp = log_sum_exp.place;
@@ -264,7 +303,7 @@ class Builder {
   }
 
   // Keys of this rank's own pages, from the page of the first one on. The answer: how many of that
-  // page lie before it, which key starts hide.
+  // page lie before it.
   int64_t take_pages(Attend& step, int64_t batch_begin, TokenRange keys) {
     Problem& p = step.problem;
     const LocalLayout& layout = s_.layouts[static_cast<size_t>(rank_)];
@@ -277,24 +316,29 @@ class Builder {
     step.v = v_.place;
     step.page_table = {kPageTable, (batch_begin * layout.stride_page_table + page) *
                                        static_cast<int64_t>(sizeof(int32_t))};
-    p.has_key_lengths = true;
-    step.key_lengths = numbers(p.batch, p.len_k);
-    if (before > 0) {
-      p.has_key_starts = true;
-      step.key_starts = numbers(p.batch, before);
-    }
     return before;
   }
-  // One number so many times. All are written at once, by the first step.
-  Place numbers(int64_t count, int64_t value) {
-    if (!numbers_) {
-      numbers_ = Write{buffer(0), {}};
+  // Which keys each one of the batch has, from `first` on.
+  void say_which_keys(Attend& step, const Piece& piece, int64_t first) {
+    std::vector<int32_t> lengths, starts;
+    for (const TokenRange& keys : piece.keys) {
+      lengths.push_back(keys.empty() ? 0 : static_cast<int32_t>(keys.end - first));
+      starts.push_back(keys.empty() ? 0 : static_cast<int32_t>(keys.begin - first));
     }
+    step.problem.has_key_lengths = true;
+    step.key_lengths = numbers(lengths);
+    if (std::all_of(starts.begin(), starts.end(), [](int32_t start) { return start == 0; })) return;
+    step.problem.has_key_starts = true;
+    step.key_starts = numbers(starts);
+  }
+  // All of them are written at once, by the first step.
+  Place numbers(const std::vector<int32_t>& more) {
+    if (!numbers_) numbers_ = Write{buffer(0), {}};
+    std::vector<int32_t>& all = numbers_->numbers;
     Place place = numbers_->to;
-    place.offset_bytes = static_cast<int64_t>(numbers_->numbers.size() * sizeof(int32_t));
-    numbers_->numbers.insert(numbers_->numbers.end(), static_cast<size_t>(count),
-                             static_cast<int32_t>(value));
-    grow(numbers_->to, static_cast<int64_t>(numbers_->numbers.size() * sizeof(int32_t)));
+    place.offset_bytes = static_cast<int64_t>(all.size() * sizeof(int32_t));
+    all.insert(all.end(), more.begin(), more.end());
+    grow(numbers_->to, static_cast<int64_t>(all.size() * sizeof(int32_t)));
     return place;
   }
   Schedule finished() {
@@ -303,9 +347,8 @@ class Builder {
   }
 
   // Of out, and behind it the log-sum-exps.
-  Part partial_buffers(const KeyGroup& group, const View& view) {
-    const int64_t batch = group.batch_end - group.batch_begin, rows = view.q.size();
-    const int64_t all = batch * p_.heads_q * rows;
+  Part partial_buffers(const Piece& piece) {
+    const int64_t rows = piece.view.q.size(), all = piece.batch() * p_.heads_q * rows;
     const Place out = buffer(all * (p_.dim_v + 1) * kFloat);
     const Place log_sum_exp{out.where, out.offset_bytes + all * p_.dim_v * kFloat};
     return {{out, dense_strides(p_.heads_q, rows, p_.dim_v), kFloat},
@@ -322,22 +365,21 @@ class Builder {
     // Each row may be seen by no part at all: no keys make it an empty one.
     const TokenRange all{0, rows};
     if (rows == 0 || p_.batch == 0) return;
-    attend({0, p_.batch, {}}, {all, {}}, {all, q_}, {}, sum_.out, sum_.log_sum_exp, all_heads(p_),
-           true);
+    attend(piece_of({0, p_.batch, {}}, {all, {}}), {all, q_}, {}, sum_.out, sum_.log_sum_exp,
+           all_heads(p_), true);
     scratch_ = {buffer(0), buffer(0)};
   }
   void attend_to(const KeyBlock& keys) {
     for (const Block& q : local_queries()) {
-      each_view(q.tokens, {keys.k.tokens}, [&](const KeyGroup& group, const View& view) {
-        const int64_t batch = group.batch_end - group.batch_begin, rows = view.q.size();
-        const int64_t all = batch * p_.heads_q * rows;
+      each_piece(q.tokens, {keys.k.tokens}, [&](const Piece& piece) {
+        const int64_t rows = piece.view.q.size(), all = piece.batch() * p_.heads_q * rows;
         grow(scratch_[0], all * p_.dim_v * kFloat);
         grow(scratch_[1], all * kFloat);
         const Part part{{scratch_[0], dense_strides(p_.heads_q, rows, p_.dim_v), kFloat},
                         lse_tensor(scratch_[1], p_.heads_q, rows),
                         Dtype::kF32};
-        attend(group, view, q, keys, part.out, part.log_sum_exp, all_heads(p_), true);
-        add_part(group, view, part);
+        attend(piece, q, keys, part.out, part.log_sum_exp, all_heads(p_), true);
+        add_part(piece, part);
       });
     }
   }
@@ -355,12 +397,12 @@ class Builder {
     }
     return first;  // never: parts come out of these ranges
   }
-  void add_part(const KeyGroup& group, const View& view, const Part& part) {
-    const int64_t first = index_in(tokens_q(rank_), view.q);
-    const int64_t b = group.batch_begin;
+  void add_part(const Piece& piece, const Part& part) {
+    const TokenRange& q = piece.view.q;
+    const int64_t b = piece.batch_begin, first = index_in(tokens_q(rank_), q);
     const Part rows{sum_.out.at(b, 0, first), sum_.log_sum_exp.at(b, 0, first), Dtype::kF32};
     schedule_.steps.push_back(
-        Merge{{group.batch_end - b, p_.heads_q, view.q.size(), p_.dim_v}, rows, {}, {rows, part}});
+        Merge{{piece.batch(), p_.heads_q, q.size(), p_.dim_v}, rows, {}, {rows, part}});
   }
   void end_sum() {
     const int64_t rows = s_.local_len_q(rank_);
@@ -391,8 +433,8 @@ class Builder {
           dense = lse_tensor(buffer(batch * heads.q() * view.q.size() * kFloat), heads.q(),
                              view.q.size());
         }
-        attend(group, view, q, keys, out.at(group.batch_begin, 0, view.q.begin), dense, heads,
-               false);
+        attend(piece_of(group, view), q, keys, out.at(group.batch_begin, 0, view.q.begin), dense,
+               heads, false);
         if (!p_.wants_log_sum_exp) continue;
         schedule_.steps.push_back(Copy{dense,
                                        lse.at(group.batch_begin, 0, view.q.begin),

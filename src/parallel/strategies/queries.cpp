@@ -25,31 +25,30 @@ Schedule Builder::queries() {
   finish(0);
   std::vector<Message> answers;
   struct Arriving {
-    KeyGroup group;
-    View view;
+    Piece piece;
     Part part;
   };
   std::vector<Arriving> arriving;
   for_each_peer([&](int32_t peer) {
     for (const Block& q : asked[static_cast<size_t>(peer)]) {
-      each_view(q.tokens, tokens_k(rank_), [&](const KeyGroup& group, const View& view) {
-        const Part part = partial_buffers(group, view);
-        const KeyBlock& keys = block_with(mine, view.k);
-        attend(group, view, q, keys, part.out, part.log_sum_exp, all_heads(p_), true);
-        exchange_part(answers, peer, true, group, view, part);
+      each_piece(q.tokens, tokens_k(rank_), [&](const Piece& piece) {
+        const Part part = partial_buffers(piece);
+        const KeyBlock& keys = block_with(mine, piece.view.k);
+        attend(piece, q, keys, part.out, part.log_sum_exp, all_heads(p_), true);
+        exchange_part(answers, peer, true, piece, part);
       });
     }
     for (const TokenRange& range : asking(rank_, peer)) {
-      each_view(range, tokens_k(peer), [&](const KeyGroup& group, const View& view) {
-        const Part part = partial_buffers(group, view);
-        exchange_part(answers, peer, false, group, view, part);
-        arriving.push_back({group, view, part});
+      each_piece(range, tokens_k(peer), [&](const Piece& piece) {
+        const Part part = partial_buffers(piece);
+        exchange_part(answers, peer, false, piece, part);
+        arriving.push_back({piece, part});
       });
     }
   });
   start(1, std::move(answers));
   finish(1);
-  for (const Arriving& each : arriving) add_part(each.group, each.view, each.part);
+  for (const Arriving& each : arriving) add_part(each.piece, each.part);
   end_sum();
   return finished();
 }
