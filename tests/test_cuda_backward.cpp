@@ -1,6 +1,7 @@
-// Tiles and blocks of cuda_portable_backward, checked without a GPU.
+// Tiles and blocks of cuda_portable_backward and sm90_backward, checked without a GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #include "cuda/instances.h"
 #include "cuda/portable/backward/config.h"
 #include "cuda/portable/backward/kernel.h"
+#include "cuda/sm90/backward/config.h"
 #include "support/cards.h"
 #include "support/problems.h"
 
@@ -109,10 +111,10 @@ TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
               ++seen_pairs;
               ASSERT_TRUE(tile >= item.begin && tile < item.end) << query << " sees " << key;
             }
-            if (is_queries && tile >= item.full_begin && tile < item.full_end) {
+            if (item.is_full(tile)) {
               ++full_tiles;
               ASSERT_TRUE(sees) << query << " does not see " << key << " of a full tile";
-              ASSERT_LE((tile + 1) * columns, p.len_k);
+              if (is_queries) ASSERT_LE((tile + 1) * columns, p.len_k);
             }
           }
         }
@@ -122,6 +124,57 @@ TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
   }
   EXPECT_GT(seen_pairs, 1'000'000);
   EXPECT_GT(full_tiles, 100'000);
+}
+
+TEST(CudaBackward, HopperTilesFitRegistersAndSharedMemory) {
+  for (const Instance& instance : kGradientInstances) {
+    const HeadDims dims = instance.dims;
+    for (const Side side : {Side::kQueries, Side::kKeys}) {
+      const GradientTile tile = gradient_tile(dims, side);
+      const GradientMemory memory(dims, side);
+      EXPECT_LE(memory.bytes, most_shared_bytes());
+      EXPECT_EQ(tile.columns % 16, 0);
+      // Of a thread of a consumer: sums, scores, d_out v^T, and both as operands.
+      int sums = dims.dim_qk / 2, halves = tile.columns / 4;
+      if (side == Side::kKeys) {
+        sums =
+            tile.has_roles ? std::max(dims.dim_qk, dims.dim_v) / 2 : (dims.dim_qk + dims.dim_v) / 2;
+        halves *= tile.has_roles ? 1 : 2;
+      }
+      EXPECT_LE(sums + tile.columns + halves, 208);
+      // TMA's boxes and the swizzle's repetition.
+      EXPECT_LE(std::max(tile.rows, tile.columns), 256);
+      for (const int offset : {memory.own_v_offset, memory.qk_offset, memory.v_offset,
+                               memory.qk_bytes, memory.v_bytes}) {
+        EXPECT_EQ(offset % 1024, 0);
+      }
+    }
+  }
+}
+
+TEST(CudaBackward, HopperTakesNumbersForEveryRowAndAFlag) {
+  Problem p = square_of_300(128, 128, Dtype::kBf16, Device::kCuda);
+  const Config config;
+  const size_t portable = kPortableBackward.workspace_bytes(p, config);
+  EXPECT_GT(kSm90Backward.workspace_bytes(p, config), portable);
+  EXPECT_LE(kSm90Backward.workspace_bytes(p, config), portable + 128);
+}
+
+TEST(CudaBackward, HopperRefusesWithWords) {
+  const Limits limits;
+  const auto reason = [&](const Problem& p, const CudaFacts& cuda) {
+    return kSm90Backward.refusal({p, limits, cuda}).value_or("taken");
+  };
+  Problem p = backward_of(square_of_300(128, 128, Dtype::kBf16, Device::kCuda));
+  EXPECT_EQ(reason(p, h100()), "taken");
+  EXPECT_NE(reason(p, ampere()).find("compute capability 9.0"), std::string::npos);
+  p.mask = MaskKind::kBoolean;
+  EXPECT_NE(reason(p, h100()).find("array mask"), std::string::npos);
+  p.mask = MaskKind::kNone;
+  p.stride_d_out[2] = 0;
+  EXPECT_EQ(reason(p, h100()), "taken");  // broadcast
+  p.stride_d_out[2] = 132;
+  EXPECT_NE(reason(p, h100()).find("d_out"), std::string::npos) << reason(p, h100());
 }
 
 TEST(CudaBackward, QueriesThatSeeKeysAreThoseBetweenTheFirstAndTheLast) {
@@ -134,6 +187,9 @@ TEST(CudaBackward, QueriesThatSeeKeysAreThoseBetweenTheFirstAndTheLast) {
   const Queries queries = queries_that_see(args.attention, sequence, {100, 120});
   EXPECT_EQ(queries.begin, 100);
   EXPECT_EQ(queries.end, 119 + 49 + 1);
+  const Queries whole = queries_that_see_all(args.attention, sequence, {100, 120});
+  EXPECT_EQ(whole.begin, 119);
+  EXPECT_EQ(whole.end, 100 + 49 + 1);
 }
 
 TEST(CudaBackward, TakesNumbersForEveryRowFromTheWorkspace) {

@@ -13,19 +13,10 @@
 #include "documented.h"
 #include "plan/kernel.h"
 #include "support/cards.h"
+#include "support/problems.h"
 
 namespace wh {
 namespace {
-
-// Gradients lie as their tensors do.
-Problem backward_of(Problem p) {
-  p.pass = Pass::kBackward;
-  p.stride_d_out = p.stride_out;
-  p.stride_dq = p.stride_q;
-  p.stride_dk = p.stride_k;
-  if (!p.values_in_keys) p.stride_dv = p.stride_v;
-  return p;
-}
 
 class CudaDocumented : public testing::TestWithParam<CaseSet> {};
 
@@ -62,6 +53,7 @@ TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
     EXPECT_GE(taken["sm90_decode"], 1100);
     EXPECT_GE(taken["cuda_portable"], 2700);
     EXPECT_GE(taken["cuda_portable_backward"], 1500);
+    EXPECT_GE(taken["sm90_backward"], 300);
   }
 }
 

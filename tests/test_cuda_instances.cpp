@@ -13,6 +13,7 @@
 #include "cuda/portable/backward/config.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/tiles.h"
+#include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/decode/tiles.h"
 #include "cuda/sm90/prefill/config.h"
@@ -32,7 +33,7 @@ CudaFacts hopper(bool only_compiled) {
 }
 
 Problem problem(int64_t dim_qk, int64_t dim_v, Dtype dtype) {
-  return square_of_300(dim_qk, dim_v, dtype, Device::kCuda);
+  return backward_of(square_of_300(dim_qk, dim_v, dtype, Device::kCuda));
 }
 
 struct Listed {
@@ -41,7 +42,8 @@ struct Listed {
 };
 const Listed kListed[] = {{kSm90Prefill, kPrefillInstances},
                           {kSm90PrefillWide, kWideInstances},
-                          {kSm90Decode, kDecodeInstances}};
+                          {kSm90Decode, kDecodeInstances},
+                          {kSm90Backward, kGradientInstances}};
 
 // The one with the least padding, by a look at all of them.
 const Instance* narrowest(const Listed& listed, const Problem& p, bool only_compiled) {
@@ -113,6 +115,21 @@ TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
 
 TEST(CudaInstances, TheBackwardPassHasBothItsKernelsOrNone) {
   Config config;
+  for (const Instance& instance : kGradientInstances) {
+    for (const auto& functions :
+         {gradient_variant(config).queries, gradient_variant(config).keys}) {
+      for (const auto function : functions) EXPECT_EQ(function != nullptr, instance.is_compiled);
+    }
+    // What takes over where something is not finite is in the same builds.
+    if (instance.is_compiled) {
+      EXPECT_NE(
+          portable_backward_variant(
+              problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype), hopper(true)),
+          nullptr);
+    }
+    ++config.instance;
+  }
+  config = {};
   for (const Instance& instance : kBackwardInstances) {
     Problem p = problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype);
     const PortableBackwardVariant* variant =
@@ -168,6 +185,9 @@ TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
       return backward_tile(instance.dims, bytes, side, instance.memory).column_groups;
     };
     return Family{bytes, groups(Side::kQueries), groups(Side::kKeys), 0};
+  });
+  expect_every_family(kGradientInstances, [](const Instance& instance) {
+    return Family{gradient_tile(instance.dims, Side::kKeys).has_roles, 0, 0, 0};
   });
   expect_every_family(kFewRowsInstances, [](const Instance& instance) {
     return Family{instance.dims.dim_v, instance.rows, 0, 0};

@@ -142,8 +142,8 @@ TEST_P(GpuGradients, HostMemoryIsAnError) {
       << wh_last_error();
 }
 
-INSTANTIATE_TEST_SUITE_P(Cuda, GpuGradients, testing::Values("cuda_portable_backward"),
-                         kernel_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, GpuGradients,
+                         testing::Values("sm90_backward", "cuda_portable_backward"), kernel_name);
 
 }  // namespace
 }  // namespace wh

@@ -40,7 +40,8 @@ class Racecheck(unittest.TestCase):
 
     def test_kernels_are_known_by_their_parts(self) -> None:
         parts = {"sm90_prefill": "PrefillBlock<(int)64, (int)64>::Consumer::run()",
-                 "sm90_prefill_wide": "WideRight<wh::cuda::WideBlock<(int)576, (int)512>>::values()"}
+                 "sm90_prefill_wide": "WideRight<wh::cuda::WideBlock<(int)576, (int)512>>::values()",
+                 "sm90_backward": "GradientBlock<(wh::cuda::Side)1, (int)256>::KeysConsumer::run()"}
         for one in racecheck.KNOWN:
             write, other = line_of(one.kernel, one.write), line_of(one.kernel, one.other)
             log = report(one.kernel, ("Write", *write), ("Read", *other))

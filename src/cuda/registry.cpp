@@ -2,6 +2,7 @@
 
 #include "cuda/portable/backward/config.h"
 #include "cuda/portable/config.h"
+#include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/prefill_wide/config.h"
@@ -10,8 +11,9 @@
 namespace wh::cuda {
 
 std::span<const Kernel* const> kernels() {
-  static const Kernel* const list[] = {&kSm90Prefill, &kSm90PrefillWide, &kSm90Decode,
-                                       &kPortable,    &kUnfused,         &kPortableBackward};
+  static const Kernel* const list[] = {&kSm90Prefill,     &kSm90PrefillWide, &kSm90Decode,
+                                       &kPortable,        &kUnfused,         &kSm90Backward,
+                                       &kPortableBackward};
   return list;
 }
 

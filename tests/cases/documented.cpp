@@ -3,23 +3,24 @@
 namespace wh {
 
 // 16-bit elements: strides of 16 bytes are 8 of them. A dimension of one is never stepped over.
+bool Documented::has_steps_of(const Strides& stride, int64_t heads, int64_t length,
+                              int64_t multiple) const {
+  return stride[3] == 1 && (problem.batch <= 1 || stride[0] % multiple == 0) &&
+         (heads <= 1 || stride[1] % multiple == 0) && (length <= 1 || stride[2] % multiple == 0);
+}
 bool Documented::is_for_tma() const {
   const Problem& p = problem;
-  if (p.dim_qk % 8 != 0 || p.dim_v % 8 != 0) return false;
-  const struct {
-    const Strides& stride;
-    int64_t heads, length, multiple;
-  } all[] = {{p.stride_q, p.heads_q, p.len_q, 8},
-             {p.stride_k, p.heads_kv, p.len_k, 8},
-             {p.stride_v, p.heads_kv, p.len_k, 8},
-             {p.stride_out, p.heads_q, p.len_q, 4}};
-  for (const auto& one : all) {
-    if (one.stride[3] != 1) return false;
-    if (p.batch > 1 && one.stride[0] % one.multiple != 0) return false;
-    if (one.heads > 1 && one.stride[1] % one.multiple != 0) return false;
-    if (one.length > 1 && one.stride[2] % one.multiple != 0) return false;
-  }
-  return true;
+  return p.dim_qk % 8 == 0 && p.dim_v % 8 == 0 && has_steps_of(p.stride_q, p.heads_q, p.len_q, 8) &&
+         has_steps_of(p.stride_k, p.heads_kv, p.len_k, 8) &&
+         has_steps_of(p.stride_v, p.heads_kv, p.len_k, 8) &&
+         has_steps_of(p.stride_out, p.heads_q, p.len_q, 4);
+}
+bool Documented::has_gradients_for_tma() const {
+  const Problem& p = problem;
+  return has_steps_of(p.stride_d_out, p.heads_q, p.len_q, 8) &&
+         has_steps_of(p.stride_dq, p.heads_q, p.len_q, 4) &&
+         has_steps_of(p.stride_dk, p.heads_kv, p.len_k, 4) &&
+         has_steps_of(p.stride_dv, p.heads_kv, p.len_k, 4);
 }
 
 bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
@@ -51,6 +52,10 @@ bool Documented::takes(const std::string& kernel) const {
   if (!writes_type_of_q && kernel != "sm90_decode" && kernel != "cuda_portable") return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
+  if (kernel == "sm90_backward") {
+    return is_sm90(256, 256) && p.mask == MaskKind::kNone && !p.values_in_keys &&
+           has_gradients_for_tma();
+  }
   if (cuda().compute_capability < 80) return false;
   if (kernel == "cuda_portable_backward") {
     // f32 wider than 256 has a tile of 163 KB alone.

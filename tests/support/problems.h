@@ -34,4 +34,14 @@ inline Problem square_of_300(int64_t dim_qk, int64_t dim_v, Dtype dtype, Device 
   return p;
 }
 
+// The same problem's backward pass, whose gradients lie as their tensors do.
+inline Problem backward_of(Problem p) {
+  p.pass = Pass::kBackward;
+  p.stride_d_out = p.stride_out;
+  p.stride_dq = p.stride_q;
+  p.stride_dk = p.stride_k;
+  if (!p.values_in_keys) p.stride_dv = p.stride_v;
+  return p;
+}
+
 }  // namespace wh

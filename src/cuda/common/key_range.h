@@ -32,25 +32,34 @@ constexpr Keys visible_keys(const AttentionArgs& args, const Sequence& sequence,
 
 using Queries = KeyRangeOf<int32_t>;
 
-// The queries of a head outside of which none sees a key of `keys`. Both ends of what a query sees
-// move right with it, so those that end behind the first key are the last ones, and those that
-// begin before the last key the first ones.
-constexpr Queries queries_that_see(const AttentionArgs& args, const Sequence& sequence, Keys keys) {
-  // The first query that is past something which every query behind it is past too.
-  const auto first = [&](auto is_past) {
-    int32_t begin = 0, end = sequence.len_q;
-    while (begin < end) {
-      const int32_t middle = begin + (end - begin) / 2;
-      if (is_past(visible_keys(args, sequence, middle))) {
-        end = middle;
-      } else {
-        begin = middle + 1;
-      }
+// The first query of a head that is past something which every query behind it is past too: both
+// ends of what a query sees move right with it.
+template <typename IsPast>
+constexpr int32_t first_query_past(const AttentionArgs& args, const Sequence& sequence,
+                                   IsPast is_past) {
+  int32_t begin = 0, end = sequence.len_q;
+  while (begin < end) {
+    const int32_t middle = begin + (end - begin) / 2;
+    if (is_past(visible_keys(args, sequence, middle))) {
+      end = middle;
+    } else {
+      begin = middle + 1;
     }
-    return begin;
-  };
-  return {first([&](Keys seen) { return seen.end > keys.begin; }),
-          first([&](Keys seen) { return seen.begin >= keys.end; })};
+  }
+  return begin;
+}
+
+// The queries outside of which none sees a key of `keys`: those that end behind the first key are
+// the last ones, and those that begin before the last key the first ones.
+constexpr Queries queries_that_see(const AttentionArgs& args, const Sequence& sequence, Keys keys) {
+  return {first_query_past(args, sequence, [&](Keys seen) { return seen.end > keys.begin; }),
+          first_query_past(args, sequence, [&](Keys seen) { return seen.begin >= keys.end; })};
+}
+// Those that see all of them.
+constexpr Queries queries_that_see_all(const AttentionArgs& args, const Sequence& sequence,
+                                       Keys keys) {
+  return {first_query_past(args, sequence, [&](Keys seen) { return seen.end >= keys.end; }),
+          first_query_past(args, sequence, [&](Keys seen) { return seen.begin > keys.begin; })};
 }
 
 // Key tiles of `tile_k` keys that queries first..last work on, from the last one down. All are tile

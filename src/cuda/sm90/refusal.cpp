@@ -7,22 +7,18 @@
 #include "cuda/cuda_facts.h"
 
 namespace wh::cuda {
-namespace {
-
-std::optional<std::string> out_refusal(const Problem& p) {
-  if (p.stride_out[3] != 1) {
-    return fmt::format("out has a dim stride of {}; vector stores need 1", p.stride_out[3]);
+std::optional<std::string> store_refusal(const char* name, const Strides& strides) {
+  if (strides[3] != 1) {
+    return fmt::format("{} has a dim stride of {}; vector stores need 1", name, strides[3]);
   }
   for (int i = 0; i < 3; ++i) {
-    if (p.stride_out[i] % 4 != 0) {
-      return fmt::format("out has a stride of {} elements; vector stores need a multiple of 4",
-                         p.stride_out[i]);
+    if (strides[i] % 4 != 0) {
+      return fmt::format("{} has a stride of {} elements; vector stores need a multiple of 4", name,
+                         strides[i]);
     }
   }
   return std::nullopt;
 }
-
-}  // namespace
 
 std::optional<std::string> sm90_refusal(const Query& query) {
   const Problem& p = query.problem;
@@ -44,21 +40,22 @@ std::optional<std::string> sm90_refusal(const Query& query) {
   if (auto reason = tensor_map_refusal("q", p.stride_q, p.dim_qk)) return reason;
   if (auto reason = tensor_map_refusal("k", p.stride_k, p.dim_qk)) return reason;
   if (auto reason = tensor_map_refusal("v", p.stride_v, p.dim_v)) return reason;
-  return out_refusal(p);
+  return store_refusal("out", p.stride_out);
+}
+
+Status check_alignment(const char* name, const void* pointer, uintptr_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
+  return invalid(fmt::format("{} is at {}; this kernel needs it aligned to {} bytes", name,
+                             fmt::ptr(pointer), bytes));
 }
 
 Status check_alignment(const Problem& p, const Tensors& t) {
-  const auto misaligned = [](const char* name, const void* pointer, uintptr_t bytes) -> Status {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
-    return invalid(fmt::format("{} is at {}; this kernel needs it aligned to {} bytes", name,
-                               fmt::ptr(pointer), bytes));
-  };
-  if (Status status = misaligned("q", t.q, 16); !status.ok()) return status;
+  WH_RETURN_IF_ERROR(check_alignment("q", t.q, 16));
   if (p.len_k > 0) {
-    if (Status status = misaligned("k", t.k, 16); !status.ok()) return status;
-    if (Status status = misaligned("v", t.v, 16); !status.ok()) return status;
+    WH_RETURN_IF_ERROR(check_alignment("k", t.k, 16));
+    WH_RETURN_IF_ERROR(check_alignment("v", t.v, 16));
   }
-  return misaligned("out", t.out, 8);
+  return check_alignment("out", t.out, 8);
 }
 
 }  // namespace wh::cuda

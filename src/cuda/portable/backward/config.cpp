@@ -7,13 +7,12 @@
 
 #include "core/names.h"
 #include "cuda/common/attention_args.h"
-#include "cuda/common/steps.h"
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
+#include "cuda/gradients/work.h"
 #include "cuda/instances.h"
 #include "cuda/portable/backward/kernel.h"
 #include "plan/names.h"
-#include "plan/work.h"
 
 namespace wh::cuda {
 namespace {
@@ -38,8 +37,6 @@ constexpr PortableBackwardVariant variant_of() {
 }
 constexpr auto kVariants =
     variants_of<kBackwardInstances>([]<Instance kInstance>() { return variant_of<kInstance>(); });
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // The first one that holds the problem and fits the card; -1: there is none.
 int32_t best_instance(const Problem& p, const CudaFacts& cuda) {
@@ -67,7 +64,7 @@ std::optional<std::string> refusal(const Query& query) {
     return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
                        kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, cuda_facts(query).shared_bytes);
   }
-  if (BackwardBlocks(p, variant_at(instance)).all() > std::numeric_limits<int32_t>::max()) {
+  if (variant_at(instance).blocks(p).all() > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows or keys for one grid";
   }
   return std::nullopt;
@@ -85,38 +82,9 @@ double share_of_peak(const Query& query, const PortableBackwardVariant& variant)
   return (is_hopper ? 0.17 : 0.45) * (widest <= 256 ? 1 : 0.5);
 }
 
-constexpr double kStartUs = 12;  // of three launches or four
-
-double tile_us(const Query& query, const PortableBackwardVariant& variant, double pairs) {
-  const HeadDims dims = variant.instance.dims;
-  const double sm_tflops = cuda_facts(query).tensor_tflops / std::max(1, cuda_facts(query).sms);
-  return pairs * (2.0 * dims.dim_qk + 1.75 * dims.dim_v) * 2 /
-         (sm_tflops * 1e6 * share_of_peak(query, variant));
-}
-
-// The longest block: one that meets all that some tile may see.
-double block_us(const Query& query, const PortableBackwardVariant& variant) {
-  const Problem& p = query.problem;
-  const double of_queries =
-      static_cast<double>(variant.of_queries.rows) *
-      static_cast<double>(std::min(p.len_k, most_visible_keys(p, variant.of_queries.rows)));
-  const double of_keys =
-      static_cast<double>(variant.of_keys.rows) * static_cast<double>(p.len_q * p.group());
-  return tile_us(query, variant, std::max(of_queries, of_keys));
-}
-
-double us_of(const Query& query, const PortableBackwardVariant& variant) {
-  const Problem& p = query.problem;
-  const BackwardBlocks blocks(p, variant);
-  // Rows of a tile cost what they cost, there or not; a diagonal's tile is half empty.
-  const auto padded = [](int64_t length, int rows) {
-    return static_cast<double>(divide_up(length, rows) * rows);
-  };
-  const double pairs = visible_pairs(p) / std::max<double>(1, static_cast<double>(p.len_q)) *
-                       padded(p.len_q, 16) * static_cast<double>(p.batch * p.heads_q);
-  const double sms = std::max(1, cuda_facts(query).sms);
-  const double all = 2 * tile_us(query, variant, pairs) / sms;
-  return kStartUs + std::max(all, block_us(query, variant));
+BackwardWork work_of(const Query& query, const PortableBackwardVariant& variant) {
+  return {variant.instance.dims, variant.of_queries.rows, variant.of_keys.rows,
+          share_of_peak(query, variant)};
 }
 
 Config configure(const Query& query) {
@@ -128,11 +96,7 @@ Config configure(const Query& query) {
                                                             : arithmetic_of(variant.instance.dtype);
   config.tile_q = variant.of_queries.rows;
   config.tile_k = variant.of_keys.rows;
-  if (query.limits.longest_step_us > 0) {
-    const TileWaves waves{BackwardBlocks(p, variant).all(), std::max(1, cuda_facts(query).sms),
-                          kStartUs + block_us(query, variant)};
-    config.step_tiles = choose_step_tiles(query, waves, us_of(query, variant));
-  }
+  config.step_tiles = backward_step_tiles(query, work_of(query, variant));
   return config;
 }
 
@@ -142,36 +106,36 @@ std::string variant_text(const Query&, const Config& config) {
                      dims.dim_v);
 }
 
-size_t workspace_bytes(const Problem& p, const Config&) { return BackwardRows(nullptr, p).bytes; }
+size_t workspace_bytes(const Problem& p, const Config&) {
+  Carver carver(nullptr);
+  BackwardRows(carver, p);
+  return carver.bytes();
+}
 
 double estimate_us(const Query& query, const Config& config) {
   const PortableBackwardVariant* variant =
       portable_backward_variant(query.problem, config, cuda_facts(query).shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
-  return us_of(query, *variant);
+  return backward_us(query, work_of(query, *variant));
 }
 
 double step_us(const Query& query, const Config& config) {
   const PortableBackwardVariant* variant =
       portable_backward_variant(query.problem, config, cuda_facts(query).shared_bytes);
   if (variant == nullptr) return std::numeric_limits<double>::infinity();
-  const TileWaves waves{BackwardBlocks(query.problem, *variant).all(),
-                        std::max(1, cuda_facts(query).sms), kStartUs + block_us(query, *variant)};
-  return step_us_of(waves, config.step_tiles, us_of(query, *variant));
+  return backward_step_us(query, work_of(query, *variant), config.step_tiles);
 }
 
 }  // namespace
-
-BackwardBlocks::BackwardBlocks(const Problem& p, const PortableBackwardVariant& variant)
-    : query_tiles(divide_up(p.len_q, variant.of_queries.rows)),
-      key_tiles(divide_up(p.len_k, variant.of_keys.rows)),
-      queries(p.batch * p.heads_q * query_tiles),
-      keys(p.batch * p.heads_kv * key_tiles) {}
 
 const PortableBackwardVariant* portable_backward_variant(const Problem& p, const Config& config,
                                                          int64_t shared_bytes) {
   const PortableBackwardVariant& variant = variant_at(config.instance);
   return holds(variant.instance, p) && variant.shared_bytes() <= shared_bytes ? &variant : nullptr;
+}
+const PortableBackwardVariant* portable_backward_variant(const Problem& p, const CudaFacts& cuda) {
+  const int32_t instance = best_instance(p, cuda);
+  return instance < 0 ? nullptr : &variant_at(instance);
 }
 
 const Kernel kPortableBackward{

@@ -1,6 +1,8 @@
 // cuda_portable_backward, the planner's side. docs/cuda-portable-backward.md describes the kernel.
 #pragma once
 
+#include "cuda/cuda_facts.h"
+#include "cuda/gradients/items.h"
 #include "cuda/portable/backward/tiles.h"
 #include "plan/kernel.h"
 
@@ -14,6 +16,9 @@ struct PortableBackwardVariant {
   const void* (*queries)();  // the kernel whose blocks own queries; null: not in this build
   const void* (*keys)();
 
+  constexpr BackwardBlocks blocks(const Problem& problem) const {
+    return {problem, of_queries.rows, of_keys.rows};
+  }
   constexpr int shared_bytes() const {
     return of_queries.bytes > of_keys.bytes ? of_queries.bytes : of_keys.bytes;
   }
@@ -24,14 +29,8 @@ struct PortableBackwardVariant {
 const PortableBackwardVariant* portable_backward_variant(const Problem& problem,
                                                          const Config& config,
                                                          int64_t shared_bytes);
-
-// How a problem is cut into blocks: those that own queries first.
-struct BackwardBlocks {
-  int64_t query_tiles, key_tiles;  // of a head
-  int64_t queries, keys;           // blocks
-
-  BackwardBlocks(const Problem& problem, const PortableBackwardVariant& variant);
-  int64_t all() const { return queries + keys; }
-};
+// The one that the planner takes for these heads; null: there is none.
+const PortableBackwardVariant* portable_backward_variant(const Problem& problem,
+                                                         const CudaFacts& cuda);
 
 }  // namespace wh::cuda

@@ -11,27 +11,6 @@
 namespace wh::cuda {
 namespace {
 
-PortableBackwardArgs backward_args(const Problem& p, const Tensors& t) {
-  PortableBackwardArgs args{};
-  args.gradients = gradient_args(p, t);
-  args.rows = BackwardRows(t.workspace, p);
-  const Dtype dtype = p.dtype_q;
-  const auto is_whole = [&](const void* data, const Strides& stride, int64_t dim) {
-    return portable::is_whole(data, stride, dim, dtype, 16);
-  };
-  args.q_is_whole = is_whole(t.q, p.stride_q, p.dim_qk);
-  args.k_is_whole = is_whole(t.k, p.stride_k, p.dim_qk);
-  args.v_is_whole = is_whole(t.v, p.stride_v, p.dim_v);
-  args.d_out_is_whole = is_whole(t.d_out, p.stride_d_out, p.dim_v);
-  const auto has_pairs = [&](const void* data, const Strides& stride, int64_t dim) {
-    return portable::is_whole(data, stride, dim, dtype, 2 * dtype_bytes(dtype));
-  };
-  args.dq_is_whole = has_pairs(t.dq, p.stride_dq, p.dim_qk);
-  args.dk_is_whole = has_pairs(t.dk, p.stride_dk, p.dim_qk);
-  args.dv_is_whole = has_pairs(t.dv, p.stride_dv, p.dim_v);
-  return args;
-}
-
 // Blocks [first, end) of one side.
 Status launch_side(PortableBackwardArgs args, const void* function, const BackwardTile& tile,
                    int64_t tiles, int64_t first, int64_t end, cudaStream_t stream) {
@@ -49,6 +28,39 @@ Status launch_side(PortableBackwardArgs args, const void* function, const Backwa
 
 }  // namespace
 
+PortableBackwardArgs portable_backward_args(const Problem& p, const Tensors& t,
+                                            const BackwardRows& rows) {
+  PortableBackwardArgs args{};
+  args.gradients = gradient_args(p, t);
+  args.rows = rows;
+  const Dtype dtype = p.dtype_q;
+  const auto is_whole = [&](const void* data, const Strides& stride, int64_t dim) {
+    return portable::is_whole(data, stride, dim, dtype, 16);
+  };
+  args.q_is_whole = is_whole(t.q, p.stride_q, p.dim_qk);
+  args.k_is_whole = is_whole(t.k, p.stride_k, p.dim_qk);
+  args.v_is_whole = is_whole(t.v, p.stride_v, p.dim_v);
+  args.d_out_is_whole = is_whole(t.d_out, p.stride_d_out, p.dim_v);
+  const auto has_pairs = [&](const void* data, const Strides& stride, int64_t dim) {
+    return portable::is_whole(data, stride, dim, dtype, 2 * dtype_bytes(dtype));
+  };
+  args.dq_is_whole = has_pairs(t.dq, p.stride_dq, p.dim_qk);
+  args.dk_is_whole = has_pairs(t.dk, p.stride_dk, p.dim_qk);
+  args.dv_is_whole = has_pairs(t.dv, p.stride_dv, p.dim_v);
+  return args;
+}
+
+Status launch_portable_backward(const PortableBackwardArgs& args,
+                                const PortableBackwardVariant& variant,
+                                const BackwardBlocks& blocks, int64_t first, int64_t end,
+                                cudaStream_t stream) {
+  WH_RETURN_IF_ERROR(launch_side(args, variant.queries(), variant.of_queries, blocks.query_tiles,
+                                 first, std::min(end, blocks.queries), stream));
+  return launch_side(args, variant.keys(), variant.of_keys, blocks.key_tiles,
+                     std::max(first, blocks.queries) - blocks.queries, end - blocks.queries,
+                     stream);
+}
+
 Status run_portable_backward(const Launch& launch) {
   const Problem& p = launch.problem;
   const PortableBackwardVariant* variant =
@@ -56,28 +68,24 @@ Status run_portable_backward(const Launch& launch) {
   if (variant == nullptr) {
     return invalid("the plan's tile fits no variant of cuda_portable_backward");
   }
-  const BackwardBlocks blocks(p, *variant);
-  const PortableBackwardArgs args = backward_args(p, launch.tensors);
+  const BackwardBlocks blocks = variant->blocks(p);
+  Carver carver(launch.tensors.workspace);
+  const BackwardRows rows(carver, p);
+  const PortableBackwardArgs args = portable_backward_args(p, launch.tensors, rows);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  WH_RETURN_IF_ERROR(
-      cuda_status(cudaMemsetAsync(args.rows.dropped, 0, sizeof(*args.rows.dropped), stream),
-                  "cudaMemsetAsync"));
+  WH_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(rows.dropped, 0, sizeof(*rows.dropped), stream),
+                                 "cudaMemsetAsync"));
   // Without queries or keys nothing else is written.
   if (blocks.all() == 0 && p.has_sinks) {
-    return launch_sink_gradients(args.gradients, args.rows.d_sink, stream);
+    return launch_sink_gradients(args.gradients, rows.d_sink, stream);
   }
   return run_in_steps(launch, blocks.all(), [&](int64_t first, int64_t end) -> Status {
-    WH_RETURN_IF_ERROR(launch_side(args, variant->queries(), variant->of_queries,
-                                   blocks.query_tiles, first, std::min(end, blocks.queries),
-                                   stream));
-    WH_RETURN_IF_ERROR(launch_side(args, variant->keys(), variant->of_keys, blocks.key_tiles,
-                                   std::max(first, blocks.queries) - blocks.queries,
-                                   end - blocks.queries, stream));
+    WH_RETURN_IF_ERROR(launch_portable_backward(args, *variant, blocks, first, end, stream));
     if (end < blocks.all()) return {};
     if (p.has_sinks) {
-      WH_RETURN_IF_ERROR(launch_sink_gradients(args.gradients, args.rows.d_sink, stream));
+      WH_RETURN_IF_ERROR(launch_sink_gradients(args.gradients, rows.d_sink, stream));
     }
-    return launch_restore(args.gradients, p.dtype_q, args.rows.dropped, stream);
+    return launch_restore(args.gradients, p.dtype_q, rows.dropped, stream);
   });
 }
 

@@ -28,6 +28,7 @@ namespace wh::cuda {
 template <Side kSide, int kDimQk, int kDimV, typename T, SharedMemory kMemory>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     cuda_portable_backward(const __grid_constant__ PortableBackwardArgs args) {
+  if (args.only_if != nullptr && *args.only_if == 0) return;
   using Block = portable::BackwardBlock<kSide, kDimQk, kDimV, T, kMemory>;
   extern __shared__ __align__(16) unsigned char s_memory[];
   auto* item = reinterpret_cast<BackwardItem*>(s_memory);

@@ -5,11 +5,9 @@
 #include <initializer_list>
 
 #include "cuda/common/instance.h"
+#include "cuda/gradients/items.h"
 
 namespace wh::cuda {
-
-// Whose gradients a block sums; rows of the other side stream past.
-enum class Side : int32_t { kQueries, kKeys };
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardItemBytes = 64;      // of a block's BackwardItem

@@ -19,6 +19,24 @@ __device__ __forceinline__ int32_t accumulator_row(int r) {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
 }
 
+// Accumulator row `r` times `norm`, of which the first `columns` are there, to a row in memory that
+// is aligned to 8 bytes. Lane pairs swap halves, so that a quad fills the 32 bytes of a sector.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_sums(const float (&o)[kCount], int r, T* row, int32_t columns,
+                                           float norm) {
+  const int lane = threadIdx.x % 32;
+  const int32_t column = lane % 2 * 8 + lane % 4 / 2 * 4;
+#pragma unroll
+  for (int i = 0; i < kCount / 4; i += 2) {
+    const float* sums = o + 4 * i + 2 * r;
+    const uint32_t low = norm == 0 ? 0 : ptx::pack<T>(sums[0] * norm, sums[1] * norm);
+    const uint32_t high = norm == 0 ? 0 : ptx::pack<T>(sums[4] * norm, sums[5] * norm);
+    const uint32_t other = __shfl_xor_sync(~0u, lane % 2 != 0 ? low : high, 1);
+    const uint2 four = lane % 2 != 0 ? make_uint2(other, high) : make_uint2(low, other);
+    if (8 * i + column < columns) *reinterpret_cast<uint2*>(row + column + 8 * i) = four;
+  }
+}
+
 template <typename T>
 struct QueryRows {
   const AttentionArgs& args;
@@ -57,24 +75,12 @@ struct QueryRows {
            p.head * args.stride_out[1] + p.query * args.stride_out[2];
   }
 
-  // Columns [first_column, first_column + kColumns) of accumulator row `r` times `norm`; where that
-  // is 0 the row is empty, and its sums may be NaN: weights of 0 times infinities of V. Lane pairs
-  // swap halves, so that a quad fills the 32 bytes of a sector.
+  // Columns [first_column, ...) of accumulator row `r` times `norm`; where that is 0 the row is
+  // empty, and its sums may be NaN: weights of 0 times infinities of V.
   template <int kCount>
   __device__ __forceinline__ void store(const float (&o)[kCount], int r, const Place& p, float norm,
                                         int32_t first_column) const {
-    const int lane = threadIdx.x % 32;
-    const int32_t column = first_column + lane % 2 * 8 + lane % 4 / 2 * 4;
-    T* to = out(p) + column;
-#pragma unroll
-    for (int i = 0; i < kCount / 4; i += 2) {
-      const float* sums = o + 4 * i + 2 * r;
-      const uint32_t low = norm == 0 ? 0 : ptx::pack<T>(sums[0] * norm, sums[1] * norm);
-      const uint32_t high = norm == 0 ? 0 : ptx::pack<T>(sums[4] * norm, sums[5] * norm);
-      const uint32_t other = __shfl_xor_sync(~0u, lane % 2 != 0 ? low : high, 1);
-      const uint2 four = lane % 2 != 0 ? make_uint2(other, high) : make_uint2(low, other);
-      if (p.exists && 8 * i + column < args.dim_v) *reinterpret_cast<uint2*>(to + 8 * i) = four;
-    }
+    store_sums(o, r, out(p) + first_column, p.exists ? args.dim_v - first_column : 0, norm);
   }
 
   // Adds what cleaning dropped from V to stored rows [first_row, first_row + 64) that see it, in
