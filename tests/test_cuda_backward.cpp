@@ -5,11 +5,13 @@
 #include <random>
 #include <vector>
 
+#include "api/machine.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/portable/backward/config.h"
 #include "cuda/portable/backward/kernel.h"
 #include "cuda/sm90/backward/config.h"
+#include "plan/planner.h"
 #include "support/cards.h"
 #include "support/problems.h"
 
@@ -114,7 +116,9 @@ TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
             if (item.is_full(tile)) {
               ++full_tiles;
               ASSERT_TRUE(sees) << query << " does not see " << key << " of a full tile";
-              if (is_queries) ASSERT_LE((tile + 1) * columns, p.len_k);
+              if (is_queries) {
+                ASSERT_LE((tile + 1) * columns, p.len_k);
+              }
             }
           }
         }
@@ -175,6 +179,59 @@ TEST(CudaBackward, HopperRefusesWithWords) {
   EXPECT_EQ(reason(p, h100()), "taken");  // broadcast
   p.stride_d_out[2] = 132;
   EXPECT_NE(reason(p, h100()).find("d_out"), std::string::npos) << reason(p, h100());
+}
+
+// Medians of bench/results/nvidia-h200-2026-11-29-backward-sm90.json.
+TEST(CudaBackward, EstimatesAreNearWhatAnH200Took) {
+  constexpr struct {
+    int64_t heads, dim_qk, dim_v;
+    Causal causal;
+    double sm90_ms, portable_ms;
+  } kRows[] = {
+      {32, 64, 64, Causal::kNone, 8.43, 20.43},   {32, 64, 64, Causal::kTopLeft, 4.68, 11.31},
+      {16, 128, 128, Causal::kNone, 6.15, 16.10}, {16, 128, 128, Causal::kTopLeft, 3.46, 8.88},
+      {16, 192, 128, Causal::kNone, 8.04, 26.08}, {16, 192, 128, Causal::kTopLeft, 4.43, 13.82},
+      {16, 192, 192, Causal::kNone, 8.90, 45.97}, {16, 192, 192, Causal::kTopLeft, 4.92, 23.32},
+      {16, 256, 256, Causal::kNone, 11.51, 47.62}};
+  const Limits limits;
+  const CudaFacts cuda = h200();
+  for (const auto& row : kRows) {
+    Problem p = square_of_300(row.dim_qk, row.dim_v, Dtype::kBf16, Device::kCuda);
+    p.batch = 2;
+    p.heads_q = p.heads_kv = row.heads;
+    p.len_q = p.len_k = 8192;
+    p.causal = row.causal;
+    set_dense(p);
+    p = backward_of(p);
+    const Query query{p, limits, cuda};
+    const auto estimate_ms = [&](const Kernel& kernel) {
+      return kernel.estimate_us(query, kernel.configure(query)) / 1e3;
+    };
+    EXPECT_NEAR(estimate_ms(kSm90Backward) / row.sm90_ms, 1, 0.1) << describe(p);
+    EXPECT_NEAR(estimate_ms(kPortableBackward) / row.portable_ms, 1, 0.4) << describe(p);
+  }
+}
+
+TEST(CudaBackward, PlansTakeHoppersKernelWhereItRuns) {
+  const Limits limits;
+  const auto chosen = [&](const Problem& p, const CudaFacts& cuda) {
+    return make_plan(backward_of(p), limits, {cuda, kernels_of(Device::kCuda)})->kernel;
+  };
+  for (const int64_t dim : {32, 64, 80, 128, 136, 192, 256}) {
+    for (const int64_t length : {16, 300, 8192}) {
+      Problem p = square_of_300(dim, dim, Dtype::kF16, Device::kCuda);
+      p.len_q = p.len_k = length;
+      set_dense(p);
+      EXPECT_EQ(chosen(p, h200()), "sm90_backward") << describe(p);
+      EXPECT_EQ(chosen(p, ampere()), "cuda_portable_backward") << describe(p);
+      p.mask = MaskKind::kBoolean;
+      EXPECT_EQ(chosen(p, h200()), "cuda_portable_backward") << describe(p);
+    }
+  }
+  EXPECT_EQ(chosen(square_of_300(512, 512, Dtype::kBf16, Device::kCuda), h200()),
+            "cuda_portable_backward");
+  EXPECT_EQ(chosen(square_of_300(128, 128, Dtype::kF32, Device::kCuda), h200()),
+            "cuda_portable_backward");
 }
 
 TEST(CudaBackward, QueriesThatSeeKeysAreThoseBetweenTheFirstAndTheLast) {
