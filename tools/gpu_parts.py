@@ -25,7 +25,7 @@ Json = dict[str, Any]
 LEAST_CHECKED = {"sm90_prefill": 800, "sm90_prefill_wide": 1000, "sm90_decode": 1100,
                  "cuda_portable": 2700, "cuda_unfused": 2700}
 LEAST_CHECKED_IN_ALL = 5000
-LEAST_GRADIENTS = 2000
+LEAST_GRADIENTS = {"sm90_backward": 500, "cuda_portable_backward": 2000}
 SUITES = ("chunked", "square", "decode-sweep", "full-sweep", "routing-boundary")
 # Median and worst regret, median and worst error of the estimates.
 ROUTING_GOALS = {"median_regret": 1.01, "worst_regret": 1.10, "median_error": 0.15,
@@ -297,15 +297,17 @@ class GpuCheck:
                 counts[row["kernel"]] = max(counts.get(row["kernel"], 0), row["checked"])
         failures = corner.failures + layouts.failures + ci.failures
         if self.is_gpu:
-            for kernel, least in LEAST_CHECKED.items():
-                is_for_card = not kernel.startswith("sm90") or self.is_hopper()
-                if is_for_card and counts.get(kernel, 0) < least:
-                    failures.append(f"{kernel} was checked on {counts.get(kernel, 0)} cases, fewer "
-                                    f"than {least}")
+            failures += self.too_few(counts, LEAST_CHECKED)
             if sum(counts.values()) < LEAST_CHECKED_IN_ALL:
                 failures.append(f"{sum(counts.values())} checked in all, fewer than "
                                 f"{LEAST_CHECKED_IN_ALL}")
         return Outcome(failures, data=corner.data + layouts.data + ci.data)
+
+    def too_few(self, checked: dict[str, int], least: dict[str, int]) -> list[str]:
+        return [f"{kernel} was checked on {checked.get(kernel, 0)} cases, fewer than {count}"
+                for kernel, count in least.items()
+                if checked.get(kernel, 0) < count
+                and (self.is_hopper() or not kernel.startswith("sm90"))]
 
     def is_hopper(self) -> bool:
         return bool(self.facts["kernels_use"] == "sm_90")
@@ -344,9 +346,10 @@ class GpuCheck:
             outcome.data += one.data
         if not self.is_gpu:
             return outcome
-        checked = sum(row["checked"] for document in outcome.data for row in document["kernels"])
-        if checked < LEAST_GRADIENTS:
-            outcome.failures.append(f"{checked} checked, fewer than {LEAST_GRADIENTS}")
+        checked = {name: sum(row["checked"] for document in outcome.data
+                             for row in document["kernels"] if row["kernel"] == name)
+                   for name in kernels}
+        outcome.failures += self.too_few(checked, LEAST_GRADIENTS)
         tests = self.tests(seconds - (time.monotonic() - begin), kernels)
         outcome.failures += tests.failures
         outcome.data.append(tests.data)
@@ -362,12 +365,22 @@ class GpuCheck:
 
     def backward(self, seconds: float) -> Outcome:
         """Gradients beside PyTorch's backward, which this part is nothing without."""
+        begin = time.monotonic()
         if self.run([sys.executable, "-c", "import torch"], 60).code != 0:
             return missing("no PyTorch here")
         done = self.run([sys.executable, ROOT / "bench" / "backward.py", self.cli, "--device",
                          self.device, "--seconds", 0.7], seconds)
         Path(f"{self.stem}-backward.md").write_text(done.out)
-        return Outcome([] if done.code == 0 else [done.why()], data=done.out.splitlines())
+        outcome = Outcome([] if done.code == 0 else [done.why()], data=done.out.splitlines())
+        if self.is_hopper():
+            left = seconds - (time.monotonic() - begin)
+            paths = [f"{self.stem}-backward-sm90.{ending}" for ending in ("json", "md")]
+            each = self.run([sys.executable, ROOT / "bench" / "gpu_backward.py", *paths,
+                             "--seconds", left * 0.85], left)
+            outcome.data += each.out.splitlines()
+            if each.code != 0:
+                outcome.failures.append(each.why())
+        return outcome
 
     def small(self, seconds: float) -> Outcome:
         kernels = ["cuda_portable"] if self.is_gpu else ["cpu_prefill"]
