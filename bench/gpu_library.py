@@ -15,7 +15,10 @@ DTYPE_CODES = {"f32": 0, "f16": 1, "bf16": 2}
 TOLERANCES = {"f32": 4e-6, "f16": 9e-4, "bf16": 7e-3}
 KERNELS = ("sm90_prefill", "sm90_prefill_wide", "sm90_decode", "cuda_portable", "cuda_unfused")
 CANCELLED = 5
+USES_KEY_LENGTHS = 2
 USES_VALUES_IN_KEYS = 16
+QUERIES_PACKED = 1
+KEYS_PACKED, KEYS_PAGED = 1, 2
 Row = dict[str, Any]
 
 
@@ -30,6 +33,11 @@ class Problem(ctypes.Structure):
         ("causal", ctypes.c_int32), ("mask", ctypes.c_int32),
         ("window_left", ctypes.c_int64), ("window_right", ctypes.c_int64),
         ("uses", ctypes.c_uint32),
+        *[("stride_" + name, I64x4) for name in ("d_out", "dq", "dk", "dv")],
+        ("pass_", ctypes.c_int32),
+        *[(name, ctypes.c_int64) for name in
+          ("total_q", "total_k", "page_size", "pages", "page_entries", "stride_page_table")],
+        ("query_layout", ctypes.c_int32), ("key_layout", ctypes.c_int32),
     ]
 
 
@@ -38,7 +46,10 @@ class Tensors(ctypes.Structure):
                 *[(name, ctypes.c_void_p) for name in
                   ("q", "k", "v", "out", "mask", "sinks", "key_lengths", "key_starts",
                    "log_sum_exp", "workspace")],
-                ("workspace_bytes", ctypes.c_size_t)]
+                ("workspace_bytes", ctypes.c_size_t),
+                *[(name, ctypes.c_void_p) for name in
+                  ("d_out", "dq", "dk", "dv", "d_sinks", "query_offsets", "key_offsets",
+                   "page_table", "page_offsets")]]
 
 
 class Limits(ctypes.Structure):
@@ -157,6 +168,9 @@ class Widehead:
         p.causal = 1 if row["causal"] else 0
         p.uses = USES_VALUES_IN_KEYS if row["values_in_keys"] else 0
         self.check(self.c.wh_problem_set_dense(ctypes.byref(p)))
+        return self.create(p, allowed)
+
+    def create(self, p: Problem, allowed: Limits) -> ctypes.c_void_p:
         plan = ctypes.c_void_p()
         self.check(self.c.wh_plan_create(ctypes.byref(p), ctypes.byref(allowed),
                                          ctypes.byref(plan)))
