@@ -1,14 +1,19 @@
 // How sm90_decode cuts a problem into blocks, checked without a GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
+#include <vector>
 
 #include "cuda/combine/combine.h"
 #include "cuda/common/divisor.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/cuda_facts.h"
+#include "cuda/portable/config.h"
 #include "cuda/sm90/decode/config.h"
+#include "cuda/sm90/prefill/config.h"
+#include "cuda/sm90/refusal.h"
 #include "support/cards.h"
 
 namespace wh::cuda {
@@ -85,7 +90,12 @@ TEST(CudaDecode, BatchInvariantSharesDoNotDependOnTheBatch) {
   const int64_t alone = planned.splits(decode_problem(1, 32, 8, 1, 8192, 128));
   EXPECT_GT(alone, 1);
   for (const int64_t batch : {2, 16, 300}) {
-    EXPECT_EQ(planned.splits(decode_problem(batch, 32, 8, 1, 8192, 128)), alone) << batch;
+    Problem p = decode_problem(batch, 32, 8, 1, 8192, 128);
+    EXPECT_EQ(planned.splits(p), alone) << batch;
+    p.query_layout = QueryLayout::kPacked;
+    p.total_q = batch;
+    set_dense(p);
+    EXPECT_EQ(planned.splits(p), alone) << batch << " packed";
   }
 }
 
@@ -98,6 +108,136 @@ TEST(CudaDecode, WorkspaceHoldsTheSharesOfEveryRow) {
   EXPECT_EQ(kSm90Decode.workspace_bytes(p, config), splits * 64 * 3 * (256 + 2) * sizeof(float));
   const Problem spread = decode_problem(32, 32, 8, 1, 8192, 128);
   EXPECT_EQ(kSm90Decode.workspace_bytes(spread, kSm90Decode.configure(planned.query(spread))), 0u);
+}
+
+TEST(CudaDecode, ABoxOfPagesNeverCrossesOne) {
+  const Planned planned;
+  Problem p = decode_problem(3, 32, 8, 1, 4096, 128);
+  EXPECT_EQ(box_keys(p, 64), 64);
+  p.key_layout = KeyLayout::kPaged;
+  p.has_key_lengths = true;
+  p.pages = 2000;
+  for (const auto& [page_size, box] :
+       {std::pair{8, 8}, {16, 16}, {48, 16}, {64, 64}, {528, 16}, {544, 32}, {1024, 64}}) {
+    p.page_size = page_size;
+    set_dense(p);
+    EXPECT_EQ(planned.refusal(p), "") << page_size;
+    EXPECT_EQ(box_keys(p, 64), box) << page_size;
+  }
+  for (const int64_t page_size : {1, 2, 4, 12}) {
+    p.page_size = page_size;
+    set_dense(p);
+    EXPECT_NE(planned.refusal(p).find("a multiple of 8 keys, these are of"), std::string::npos);
+  }
+}
+
+Problem paged_problem(int64_t batch, int64_t len_k) {
+  Problem p = decode_problem(batch, 64, 2, 1, len_k, 256);
+  p.query_layout = QueryLayout::kPacked;
+  p.key_layout = KeyLayout::kPaged;
+  p.has_key_lengths = true;
+  p.page_size = 64;
+  p.pages = batch * len_k / 64;
+  p.total_q = batch;
+  set_dense(p);
+  return p;
+}
+
+TEST(CudaDecode, SharesOfPackedQueriesFollowTheirTotal) {
+  Planned planned;
+  planned.limits.batch_invariant = true;
+  Problem p = decode_problem(8, 64, 2, 1, 65536, 256);
+  const int64_t splits = planned.splits(p);
+  p = paged_problem(8, 65536);
+  EXPECT_EQ(planned.splits(p), splits);
+  const Config config = kSm90Decode.configure(planned.query(p));
+  EXPECT_EQ(share_rule(p, config).wave_shares, 0);
+  EXPECT_EQ(kSm90Decode.workspace_bytes(p, config),
+            static_cast<size_t>(splits) * 8 * 64 * (256 + 2) * sizeof(float));
+}
+
+TEST(CudaDecode, LengthsOfTheirOwnAreSharedByTotalKeys) {
+  const Planned planned;
+  const Problem p = paged_problem(64, 65536);
+  const Config config = kSm90Decode.configure(planned.query(p));
+  const ShareRule rule = share_rule(p, config);
+  ASSERT_EQ(rule.wave_shares, 66);
+  EXPECT_EQ(rule.even_splits, planned.splits(decode_problem(64, 64, 2, 1, 65536, 256)));
+  const auto tiles = static_cast<int32_t>(p.len_k / config.tile_k);
+  EXPECT_EQ(rule.share_tiles(64, 64 * tiles, tiles), 0) << "equal lengths";
+  std::mt19937 random(1);
+  for (int round = 0; round < 1000; ++round) {
+    const int32_t batch = 2 + static_cast<int32_t>(random() % 63);
+    const double spread = std::log(tiles) * static_cast<double>(random() % 101) / 100;
+    std::vector<int32_t> lengths(batch);
+    int32_t sum = 0, most = 0;
+    for (int32_t& length : lengths) {
+      const double share = static_cast<double>(random() % 1001) / 1000;
+      length = random() % 16 == 0 ? 0 : static_cast<int32_t>(std::exp(spread * share));
+      sum += length;
+      most = std::max(most, length);
+    }
+    const int32_t share = rule.share_tiles(batch, sum, most);
+    int32_t shares = 0;
+    for (const int32_t length : lengths) {
+      const int32_t splits = rule.splits(share, length);
+      ASSERT_GE(splits, 1);
+      ASSERT_LE(splits, config.splits);
+      shares += splits;
+    }
+    ASSERT_LE(shares, rule.most_shares(batch));
+    if (share == 0) continue;
+    // Nobody works long after the others: a fourth of what each place does, where that is enough
+    // for a block and no sequence has most of the keys.
+    const int32_t fair = std::max(sum / (4 * rule.wave_shares), most / config.splits) + 1;
+    ASSERT_LE(share, std::max(rule.least_tiles, fair));
+  }
+}
+
+TEST(CudaDecode, ARaggedBatchIsEstimatedByItsTotalKeys) {
+  Planned planned;
+  planned.cuda = h200();
+  const auto us = [&](const Kernel& kernel, const Problem& p) {
+    const Query query = planned.query(p);
+    return kernel.estimate_us(query, kernel.configure(query));
+  };
+  const Problem all = paged_problem(64, 65536);
+  Problem ragged = all;
+  ragged.pages = all.pages / 8;
+  EXPECT_LT(us(kSm90Decode, ragged), us(kSm90Decode, all) / 5);
+  EXPECT_LT(us(kSm90Decode, ragged), us(kPortable, ragged));
+  EXPECT_LT(us(kSm90Decode, ragged), us(kSm90Prefill, ragged));
+  planned.limits.batch_invariant = true;
+  EXPECT_LT(us(kSm90Decode, ragged), us(kSm90Decode, all) / 2);
+}
+
+TEST(CudaDecode, SmallPagesAreEstimatedByTheirBoxes) {
+  Planned planned;
+  planned.cuda = h200();
+  const auto us = [&](int64_t page_size) {
+    Problem p = paged_problem(4, 65536);
+    p.page_size = page_size;
+    p.pages = 4 * 65536 / page_size;
+    set_dense(p);
+    const Query query = planned.query(p);
+    return kSm90Decode.estimate_us(query, kSm90Decode.configure(query));
+  };
+  const double dense_us = us(64);
+  EXPECT_EQ(us(256), dense_us);
+  EXPECT_NEAR(us(16) / dense_us, 1.5, 0.2);  // on an H200 228 us to 153
+}
+
+TEST(CudaDecode, ShortCachesOneSequenceAndBitsOfTheirOwnAreCutAlike) {
+  Planned planned;
+  const auto workers = [&](const Problem& p) {
+    return kSm90Decode.configure(planned.query(p)).workers;
+  };
+  EXPECT_GT(workers(paged_problem(2, 4096)), 0);
+  EXPECT_EQ(workers(paged_problem(1, 4096)), 0);
+  EXPECT_EQ(workers(paged_problem(2, 512)), 0);
+  EXPECT_EQ(workers(decode_problem(2, 64, 2, 1, 4096, 256)), 0);
+  planned.limits.batch_invariant = true;
+  EXPECT_EQ(workers(paged_problem(2, 4096)), 0);
 }
 
 TEST(CudaDecode, TakesTheNarrowestVariant) {

@@ -91,24 +91,33 @@ TEST(CudaInstances, TheNarrowestThatIsThereIsTaken) {
   }
 }
 
+void expect_functions(const TileVariant& variant, const Instance& instance) {
+  for (const Layouts layouts : {Layouts::kDense, Layouts::kAll}) {
+    for (const Scores scores : {Scores::kPlain, Scores::kTransformed, Scores::kMasked}) {
+      const auto function =
+          variant.functions[static_cast<size_t>(layouts)][static_cast<size_t>(scores)];
+      const bool is_taken = layouts == Layouts::kDense || scores != Scores::kMasked;
+      EXPECT_EQ(function != nullptr, is_taken && instance.is_compiled);
+    }
+  }
+}
+
 TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
   Config config;
   for (const Instance& instance : kPrefillInstances) {
-    for (const auto function : prefill_variant(config).function) {
-      EXPECT_EQ(function != nullptr, instance.is_compiled);
-    }
+    expect_functions(prefill_variant(config), instance);
     ++config.instance;
   }
   config = {};
   for (const Instance& instance : kWideInstances) {
-    for (const auto function : wide_variant(config).function) {
-      EXPECT_EQ(function != nullptr, instance.is_compiled);
-    }
+    expect_functions(wide_variant(config), instance);
     ++config.instance;
   }
   config = {};
   for (const Instance& instance : kDecodeInstances) {
-    EXPECT_EQ(decode_variant(config).function != nullptr, instance.is_compiled);
+    for (const auto function : decode_variant(config).functions) {
+      EXPECT_EQ(function != nullptr, instance.is_compiled);
+    }
     ++config.instance;
   }
 }
@@ -161,11 +170,11 @@ void expect_every_family(std::span<const Instance> instances, FamilyOf family_of
 
 TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
   expect_every_family(kPrefillInstances, [](const Instance& instance) {
-    const PrefillTile tile = prefill_tile(instance.dims, Scores::kPlain);
+    const PrefillTile tile = prefill_tile(instance.dims, Scores::kPlain, Layouts::kDense);
     return Family{tile.warpgroups, tile.tile_k, tile.stages, 0};
   });
   expect_every_family(kWideInstances, [](const Instance& instance) {
-    const WideTile tile = wide_tile(instance.dims, Scores::kPlain);
+    const WideTile tile = wide_tile(instance.dims, Scores::kPlain, Layouts::kDense);
     return Family{tile.tile_k, tile.left_slots, tile.right_slots, 0};
   });
   expect_every_family(kDecodeInstances, [](const Instance& instance) {

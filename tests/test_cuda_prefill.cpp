@@ -140,20 +140,22 @@ TEST(CudaTileOrder, EveryTileComesOnceAndTheLastQueriesOfASectionFirst) {
 // start with 168 or 128 each.
 TEST(CudaTiles, FitSharedMemoryAndRegisters) {
   constexpr int kSharedBytes = 232448;
-  for (const Scores scores : {Scores::kPlain, Scores::kTransformed, Scores::kMasked}) {
-    for (const Instance& instance : kPrefillInstances) {
-      const HeadDims dims = instance.dims;
-      const PrefillTile tile = prefill_tile(dims, scores);
-      EXPECT_LE(PrefillMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
-      EXPECT_EQ(tile.tile_k % 16, 0);
-      EXPECT_LE(tile.producer_registers + tile.warpgroups * tile.consumer_registers,
-                tile.warpgroups == 2 ? 3 * 168 : 4 * 128);
-    }
-    for (const Instance& instance : kWideInstances) {
-      const HeadDims dims = instance.dims;
-      const WideTile tile = wide_tile(dims, scores);
-      EXPECT_LE(WideMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
-      EXPECT_LE(tile.producer_registers + tile.left_registers + tile.right_registers, 3 * 168);
+  for (const Layouts layouts : {Layouts::kDense, Layouts::kAll}) {
+    for (const Scores scores : {Scores::kPlain, Scores::kTransformed, Scores::kMasked}) {
+      for (const Instance& instance : kPrefillInstances) {
+        const HeadDims dims = instance.dims;
+        const PrefillTile tile = prefill_tile(dims, scores, layouts);
+        EXPECT_LE(PrefillMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
+        EXPECT_EQ(tile.tile_k % 16, 0);
+        EXPECT_LE(tile.producer_registers + tile.warpgroups * tile.consumer_registers,
+                  tile.warpgroups == 2 ? 3 * 168 : 4 * 128);
+      }
+      for (const Instance& instance : kWideInstances) {
+        const HeadDims dims = instance.dims;
+        const WideTile tile = wide_tile(dims, scores, layouts);
+        EXPECT_LE(WideMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
+        EXPECT_LE(tile.producer_registers + tile.left_registers + tile.right_registers, 3 * 168);
+      }
     }
   }
 }

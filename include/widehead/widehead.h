@@ -145,8 +145,9 @@ typedef struct wh_limits {
   double longest_step_us;  /* between two looks at the callback; CUDA: of a launch; 0: any */
   int32_t batch_invariant; /* 1: a row's bits do not depend on the batch around it */
   /* A promise for CUDA streams, or -1 for none: the kernel in front in the stream, and any that it
-   * overlaps, write no keys but the last so many of each sequence, and neither key lengths nor key
-   * starts. The rest may then be read before that kernel has ended. Too small an n is a race. */
+   * overlaps, write no keys but the last so many of each sequence, and no key lengths, key starts,
+   * offsets or page tables. The rest may then be read before that kernel has ended. Too small an n
+   * is a race. */
   int64_t fresh_keys;
 } wh_limits;
 

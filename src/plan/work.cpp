@@ -51,6 +51,14 @@ double sequences(const Problem& p) {
   return std::min(batch, static_cast<double>(p.total_q) / static_cast<double>(p.len_q));
 }
 
+double mean_key_share(const Problem& p) {
+  const auto most = static_cast<double>(p.batch * p.len_k);
+  if (p.key_layout == KeyLayout::kDense || most == 0) return 1;
+  const auto room =
+      static_cast<double>(p.key_layout == KeyLayout::kPacked ? p.total_k : p.pages * p.page_size);
+  return std::min(1.0, room / most);
+}
+
 double useful_flops(const Problem& p) {
   return visible_pairs(p) * sequences(p) * static_cast<double>(p.heads_q) * flops_a_pair(p);
 }
@@ -65,8 +73,7 @@ double kv_bytes_a_key(const Problem& p) {
 }
 
 double kv_bytes(const Problem& p) {
-  const double keys = p.key_layout == KeyLayout::kPacked ? static_cast<double>(p.total_k)
-                                                         : static_cast<double>(p.batch * p.len_k);
+  const double keys = static_cast<double>(p.batch * p.len_k) * mean_key_share(p);
   return static_cast<double>(p.heads_kv) * keys * kv_bytes_a_key(p);
 }
 

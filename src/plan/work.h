@@ -18,13 +18,17 @@ int64_t most_visible_keys(const Problem& problem);  // of all queries
 // queries are packed and most sequences have fewer.
 double sequences(const Problem& problem);
 
+// A sequence's keys, to the most that one may have: what there is room for tells, where keys are
+// packed or in pages.
+double mean_key_share(const Problem& problem);
+
 // Multiply-adds counted twice, of a visible pair and query head: 2 * (dim_qk + dim_v), and in the
 // backward pass, of five products, 2 * (3 * dim_qk + 2 * dim_v).
 double flops_a_pair(const Problem& problem);
 double useful_flops(const Problem& problem);  // of all
 
-// Bytes of K and V, each counted once, or of K alone where V lies in it: what decode streams.
-// Scales of tokens count, others are few.
+// Bytes of K and V that there is room for, each counted once, or of K alone where V lies in it:
+// what decode streams. Scales of tokens count, others are few.
 double kv_bytes(const Problem& problem);
 double kv_bytes_a_key(const Problem& problem);  // and kv head
 

@@ -1,26 +1,33 @@
 #include "documented.h"
 
 namespace wh {
+namespace {
 
 // 16-bit elements: strides of 16 bytes are 8 of them. A dimension of one is never stepped over.
-bool Documented::has_steps_of(const Strides& stride, int64_t heads, int64_t length,
-                              int64_t multiple) const {
-  return stride[3] == 1 && (problem.batch <= 1 || stride[0] % multiple == 0) &&
-         (heads <= 1 || stride[1] % multiple == 0) && (length <= 1 || stride[2] % multiple == 0);
+bool has_steps_of(const Strides& stride, int64_t heads, const Storage& stored, int64_t multiple) {
+  return stride[3] == 1 && (stored.batch <= 1 || stride[0] % multiple == 0) &&
+         (heads <= 1 || stride[1] % multiple == 0) &&
+         (stored.length <= 1 || stride[2] % multiple == 0);
 }
+
+}  // namespace
+
 bool Documented::is_for_tma() const {
   const Problem& p = problem;
-  return p.dim_qk % 8 == 0 && p.dim_v % 8 == 0 && has_steps_of(p.stride_q, p.heads_q, p.len_q, 8) &&
-         has_steps_of(p.stride_k, p.heads_kv, p.len_k, 8) &&
-         has_steps_of(p.stride_v, p.heads_kv, p.len_k, 8) &&
-         has_steps_of(p.stride_out, p.heads_q, p.len_q, 4);
+  if (p.key_layout == KeyLayout::kPaged && p.page_size % 8 != 0) return false;
+  const Storage queries = query_storage(p), keys = key_storage(p);
+  return p.dim_qk % 8 == 0 && p.dim_v % 8 == 0 && has_steps_of(p.stride_q, p.heads_q, queries, 8) &&
+         has_steps_of(p.stride_k, p.heads_kv, keys, 8) &&
+         has_steps_of(p.stride_v, p.heads_kv, keys, 8) &&
+         has_steps_of(p.stride_out, p.heads_q, queries, 4);
 }
 bool Documented::has_gradients_for_tma() const {
   const Problem& p = problem;
-  return has_steps_of(p.stride_d_out, p.heads_q, p.len_q, 8) &&
-         has_steps_of(p.stride_dq, p.heads_q, p.len_q, 4) &&
-         has_steps_of(p.stride_dk, p.heads_kv, p.len_k, 4) &&
-         has_steps_of(p.stride_dv, p.heads_kv, p.len_k, 4);
+  const Storage queries = query_storage(p), keys = key_storage(p);
+  return has_steps_of(p.stride_d_out, p.heads_q, queries, 8) &&
+         has_steps_of(p.stride_dq, p.heads_q, queries, 4) &&
+         has_steps_of(p.stride_dk, p.heads_kv, keys, 4) &&
+         has_steps_of(p.stride_dv, p.heads_kv, keys, 4);
 }
 
 bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
@@ -33,7 +40,7 @@ bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
-  const bool is_dense_alone = kernel == "cpu_unfused" || (!is_cpu && kernel != "cuda_portable");
+  const bool is_dense_alone = kernel == "cpu_unfused" || kernel == "cuda_unfused";
   if (is_dense_alone && !p.is_dense()) return false;
   const bool reads_codes = kernel == "cpu_prefill" || kernel == "cpu_decode" ||
                            kernel == "cpu_reference" ||
@@ -50,6 +57,8 @@ bool Documented::takes(const std::string& kernel) const {
   if (is_cpu) return false;
   const bool writes_type_of_q = p.dtype_out() == p.dtype_q;
   if (!writes_type_of_q && kernel != "sm90_decode" && kernel != "cuda_portable") return false;
+  const bool is_sm90_prefill = kernel == "sm90_prefill" || kernel == "sm90_prefill_wide";
+  if (is_sm90_prefill && !p.is_dense() && p.mask != MaskKind::kNone) return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
   if (kernel == "sm90_backward") {

@@ -20,7 +20,6 @@ struct Documented {
   bool takes(const std::string& kernel) const;
 
  private:
-  bool has_steps_of(const Strides& stride, int64_t heads, int64_t length, int64_t multiple) const;
   bool is_for_tma() const;
   bool has_gradients_for_tma() const;
   const CpuFacts& cpu() const { return static_cast<const CpuFacts&>(facts); }

@@ -40,7 +40,8 @@ constexpr int32_t claimed_tile(const TileOrder& order, int32_t workers, int32_t 
   return order.begin + workers + claim;
 }
 
-constexpr QueryTile query_tile(const TileOrder& order, int32_t heads_q, int32_t index) {
+// With the number of the tile, in order of the queries, in place of its first one.
+constexpr QueryTile numbered_tile(const TileOrder& order, int32_t heads_q, int32_t index) {
   const int32_t section_tiles = order.section_sets * order.query_tiles;
   const int32_t section = index / section_tiles;
   const int32_t within = index - section * section_tiles;
@@ -51,18 +52,21 @@ constexpr QueryTile query_tile(const TileOrder& order, int32_t heads_q, int32_t 
   const int32_t sets_a_batch = heads_q / order.packed_heads;
   const int32_t batch_idx = set / sets_a_batch;
   return {batch_idx, (set - batch_idx * sets_a_batch) * order.packed_heads,
-          (order.query_tiles - 1 - row) * order.tile_queries};
+          order.query_tiles - 1 - row};
+}
+
+constexpr QueryTile query_tile(const TileOrder& order, int32_t heads_q, int32_t index) {
+  QueryTile tile = numbered_tile(order, heads_q, index);
+  tile.first_query *= order.tile_queries;
+  return tile;
 }
 
 // The same of sequences with lengths of their own, whose tiles may have no queries.
 constexpr QueryTile query_tile(const TileOrder& order, const AttentionArgs& args, int32_t index) {
-  QueryTile tile = query_tile(order, args.heads_q, index);
-  if (!order.has_slots) return tile;
-  const SlotTile at =
-      slot_tile(args, {1, order.tile_queries}, tile.first_query / order.tile_queries);
-  tile.batch_idx = at.batch_idx;
-  tile.first_query = at.tile * order.tile_queries;
-  return tile;
+  if (!order.has_slots) return query_tile(order, args.heads_q, index);
+  const QueryTile tile = numbered_tile(order, args.heads_q, index);
+  const SlotTile at = slot_tile(args, {1, order.tile_queries}, tile.first_query);
+  return {at.batch_idx, tile.first_head, at.tile * order.tile_queries};
 }
 
 }  // namespace wh::cuda

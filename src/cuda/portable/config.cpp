@@ -135,8 +135,8 @@ class PortableCost {
     block_tiles_ =
         std::min(most_tiles_, divide_up(most_visible_keys(p, block_queries), variant.keys) + 1);
     const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q));
-    tiles_ = keys * mean_length(p) / variant.keys + 0.5;
-    has_even_lengths_ = mean_length(p) == 1;
+    tiles_ = keys * mean_key_share(p) / variant.keys + 0.5;
+    has_even_lengths_ = mean_key_share(p) == 1;
     // Warps without rows skip the products.
     const int64_t rows =
         divide_up(std::min<int64_t>(pair_rows, variant.rows), variant.product_rows) *
@@ -188,15 +188,6 @@ class PortableCost {
   }
 
  private:
-  // A sequence's keys, to the most that one may have: what there is room for tells.
-  static double mean_length(const Problem& p) {
-    const auto most = static_cast<double>(p.batch * p.len_k);
-    if (p.key_layout == KeyLayout::kDense || most == 0) return 1;
-    const auto room =
-        static_cast<double>(p.key_layout == KeyLayout::kPacked ? p.total_k : p.pages * p.page_size);
-    return std::min(1.0, room / most);
-  }
-
   // A tile of keys in a block, while so many of those want to run.
   double tile_us(int64_t blocks) const {
     const auto active = static_cast<double>(std::min(blocks, sms_ * resident_));

@@ -7,6 +7,7 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/cuda_facts.h"
+#include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/refusal.h"
 #include "plan/names.h"
 #include "plan/work.h"
@@ -25,9 +26,12 @@ double tile_us(const Query& query, const TileWork& work, double keys) {
   constexpr double kSustained = 0.84;
   const double worker_flops_per_us = cuda_facts(query).tensor_tflops * kSustained * share * 1e6 *
                                      work.worker_sms / std::max(1, cuda_facts(query).sms);
-  return keys * 2.0 * (work.dims.dim_qk + work.dims.dim_v) * work.worker_rows /
-             worker_flops_per_us +
-         1.0;
+  const double products_us =
+      keys * 2.0 * (work.dims.dim_qk + work.dims.dim_v) * work.worker_rows / worker_flops_per_us;
+  // The blocks of a cluster ask for a part of the keys each.
+  const int panels = panels_of(work.dims.dim_qk) + panels_of(work.dims.dim_v);
+  const double asked_us = boxes_us(query.problem, keys / work.box_keys * panels / work.worker_sms);
+  return std::max(products_us, asked_us) + 1.0;
 }
 
 double read_us(const Query& query) {
@@ -50,11 +54,20 @@ std::string wgmma_variant(const Query&, const Config& config) {
   return fmt::format("wgmma {}", kArithmetics.name(config.arithmetic));
 }
 
-TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
+TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed, int32_t blocks) {
   TileOrder order{};
   const int64_t group = std::max<int64_t>(1, p.group());
+  // Of so many queries, for all sequences; of packed queries whichever way to count them is less.
+  const auto each_ones_tiles = [&](int64_t queries) {
+    return p.batch * divide_up(p.len_q, queries);
+  };
+  const auto slots = [&](int64_t queries) {
+    return p.query_layout == QueryLayout::kPacked ? slot_count(p.total_q, queries, p.batch)
+                                                  : each_ones_tiles(queries);
+  };
   const auto tiles_with = [&](int64_t packed) {
-    return divide_up(p.len_q, tile_q / packed) * (group / packed);
+    const int64_t queries = tile_q / packed;
+    return std::min(slots(queries), each_ones_tiles(queries)) * (group / packed);
   };
   // Packing costs address arithmetic and fills the tiles of short queries; 5 % fewer pay for it.
   int64_t packed = least_packed;
@@ -63,17 +76,11 @@ TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
     if (tiles_with(heads) * 20 < tiles_with(packed) * 19) packed = heads;
   }
   order.packed_heads = static_cast<int32_t>(packed);
-  order.tile_queries = static_cast<int32_t>(tile_q / packed);
-  order.query_tiles = static_cast<int32_t>(divide_up(p.len_q, order.tile_queries));
-  order.head_sets = static_cast<int32_t>(p.batch * p.heads_q / packed);
-  if (p.query_layout == QueryLayout::kPacked) {
-    const int64_t slots = slot_count(p.total_q, order.tile_queries, p.batch);
-    order.has_slots = slots < p.batch * order.query_tiles;
-    if (order.has_slots) {
-      order.query_tiles = static_cast<int32_t>(slots);
-      order.head_sets = static_cast<int32_t>(p.heads_q / packed);
-    }
-  }
+  order.tile_queries = static_cast<int32_t>(tile_q / packed * blocks);
+  order.has_slots = slots(order.tile_queries) < each_ones_tiles(order.tile_queries);
+  order.query_tiles = static_cast<int32_t>(
+      order.has_slots ? slots(order.tile_queries) : divide_up(p.len_q, order.tile_queries));
+  order.head_sets = static_cast<int32_t>((order.has_slots ? 1 : p.batch) * p.heads_q / packed);
   order.tiles = order.query_tiles * order.head_sets;
   // K and V of a section fit in two thirds of the 50 MB of L2.
   constexpr int64_t kSectionBytes = 32 << 20;
@@ -85,14 +92,18 @@ TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed) {
 }
 
 bool claims_tiles(const Problem& p, int64_t tiles, int32_t workers) {
-  return tiles > workers && (p.causal != Causal::kNone || p.window_left != kUnlimited ||
-                             p.window_right != kUnlimited || p.has_key_lengths || p.has_key_starts);
+  return tiles > workers &&
+         (p.causal != Causal::kNone || p.window_left != kUnlimited ||
+          p.window_right != kUnlimited || p.has_key_lengths || p.has_key_starts || !p.is_dense());
 }
 
 std::optional<std::string> tile_refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = sm90_refusal(query)) return reason;
   if (least_splits(p) > 1) return kWritesTypeOfQ;
+  if (!p.is_dense() && scores_of(p) == Scores::kMasked) {
+    return "takes array masks over dense keys alone";
+  }
   constexpr int64_t kMostTiles = int64_t{1} << 30;
   const int64_t tiles = p.batch * p.heads_q * divide_up(p.len_q, 64);
   if (tiles <= kMostTiles) return std::nullopt;
@@ -116,14 +127,20 @@ double tiles_us(const Query& query, const TileWork& work, const Config& config) 
   const Problem& p = query.problem;
   const int32_t workers = std::max(1, config.workers);
   // Keys of a query on average, and half a tile more where its last tile is cut.
-  const double keys = visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q)) +
-                      static_cast<double>(config.tile_k) / 2;
+  const double mean = mean_key_share(p), half_tile = static_cast<double>(config.tile_k) / 2;
+  const double keys =
+      visible_pairs(p) / static_cast<double>(std::max<int64_t>(1, p.len_q)) * mean + half_tile;
   // Tiles dealt in turn end together; claimed ones leave half a tile idle in the end.
   const double rounds = claims_tiles(p, work.order.tiles, workers)
                             ? static_cast<double>(work.order.tiles) / workers + 0.5
                             : static_cast<double>(divide_up(work.order.tiles, workers));
   constexpr double kFixedUs = 12;  // what small problems take in a graph, beyond their tiles
-  return std::max(tile_us(query, work, keys) * rounds, read_us(query)) + kFixedUs;
+  // No tile of the longest sequence is cut by its keys.
+  const double longest_us =
+      mean == 1 ? 0
+                : tile_us(query, work,
+                          static_cast<double>(most_visible_keys(p, work.order.tile_queries)));
+  return std::max({tile_us(query, work, keys) * rounds, longest_us, read_us(query)}) + kFixedUs;
 }
 
 double tiles_step_us(const Query& query, const TileWork& work, const Config& config) {

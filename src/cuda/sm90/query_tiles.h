@@ -13,27 +13,38 @@
 #include "cuda/common/steps.h"
 #include "cuda/common/tile_order.h"
 #include "cuda/common/variants.h"
+#include "cuda/sm90/refusal.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
 
 struct TileVariant {
   Instance instance;
-  std::array<const void* (*)(), 3> function;  // by Scores
+  // By Layouts and Scores. Packed queries have no array mask, and the code for one over paged or
+  // packed keys would be a sixth of all: null.
+  std::array<std::array<const void* (*)(), 3>, 2> functions;
+
+  const void* function(const Problem& p) const {
+    return functions[static_cast<size_t>(layouts_of(p))][static_cast<size_t>(scores_of(p))]();
+  }
 };
 
-// One for each of a table's instances, with functions.operator()<kDims, kDtype, kScores>().
+// One for each of a table's instances, with functions.operator()<kDims, kDtype, kScores,
+// kLayouts>().
 template <const auto& kInstances, typename Functions>
 constexpr auto tile_variants(Functions functions) {
   return variants_of<kInstances>([&]<Instance kInstance>() {
     TileVariant variant{kInstance, {}};
     if constexpr (kInstance.is_compiled) {
-      const auto function = [&]<Scores kScores>() {
-        return functions.template operator()<kInstance.dims, kInstance.dtype, kScores>();
+      const auto function = [&]<Scores kScores, Layouts kLayouts>() {
+        return functions.template operator()<kInstance.dims, kInstance.dtype, kScores, kLayouts>();
       };
-      variant.function = {function.template operator()<Scores::kPlain>(),
-                          function.template operator()<Scores::kTransformed>(),
-                          function.template operator()<Scores::kMasked>()};
+      variant.functions = {
+          {{function.template operator()<Scores::kPlain, Layouts::kDense>(),
+            function.template operator()<Scores::kTransformed, Layouts::kDense>(),
+            function.template operator()<Scores::kMasked, Layouts::kDense>()},
+           {function.template operator()<Scores::kPlain, Layouts::kAll>(),
+            function.template operator()<Scores::kTransformed, Layouts::kAll>(), nullptr}}};
     }
     return variant;
   });
@@ -47,7 +58,9 @@ std::string wgmma_variant(const Query& query, const Config& config);
 
 // How rows are laid over tiles of `tile_q` rows and in which order these run, without the counter.
 // Packs at least `least_packed` heads of a group into a tile, more where that fills tiles better.
-TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packed);
+// A tile is that of one block, or of `blocks` that split its queries.
+TileOrder tile_order(const Problem& problem, int32_t tile_q, int32_t least_packed,
+                     int32_t blocks = 1);
 
 // Whether so many tiles differ in length and are more than the workers, so that claiming them from
 // a counter beats dealing them in turn.
@@ -58,6 +71,7 @@ struct TileWork {
   HeadDims dims;        // computed, padding included
   int32_t worker_rows;  // of a tile
   int32_t worker_sms;   // 1 where a worker is a block, 2 where it is a cluster of two
+  int32_t box_keys;     // rows of a box of keys in pages
   double share;         // of the card's dense tensor rate that the main loop reaches
 };
 

@@ -2,11 +2,17 @@
 
 #include <fmt/format.h>
 
+#include <numeric>
+
 #include "cuda/common/attention_args.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/cuda_facts.h"
 
 namespace wh::cuda {
+namespace {
+constexpr int64_t kLeastBoxKeys = 8;
+}  // namespace
+
 std::optional<std::string> store_refusal(const char* name, const Strides& strides) {
   if (strides[3] != 1) {
     return fmt::format("{} has a dim stride of {}; vector stores need 1", name, strides[3]);
@@ -40,6 +46,10 @@ std::optional<std::string> sm90_refusal(const Query& query) {
   if (auto reason = tensor_map_refusal("q", p.stride_q, p.dim_qk)) return reason;
   if (auto reason = tensor_map_refusal("k", p.stride_k, p.dim_qk)) return reason;
   if (auto reason = tensor_map_refusal("v", p.stride_v, p.dim_v)) return reason;
+  if (p.key_layout == KeyLayout::kPaged && p.page_size % kLeastBoxKeys != 0) {
+    return fmt::format("takes pages of a multiple of {} keys, these are of {}", kLeastBoxKeys,
+                       p.page_size);
+  }
   return store_refusal("out", p.stride_out);
 }
 
@@ -47,6 +57,19 @@ Status check_alignment(const char* name, const void* pointer, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
   return invalid(fmt::format("{} is at {}; this kernel needs it aligned to {} bytes", name,
                              fmt::ptr(pointer), bytes));
+}
+
+Layouts layouts_of(const Problem& p) { return p.is_dense() ? Layouts::kDense : Layouts::kAll; }
+
+double boxes_us(const Problem& p, double boxes) {
+  constexpr double kBoxUs = 0.1;
+  return p.key_layout == KeyLayout::kPaged ? boxes * kBoxUs : 0;
+}
+
+int32_t box_keys(const Problem& p, int32_t rows) {
+  if (p.key_layout != KeyLayout::kPaged) return rows;
+  const int64_t both = std::gcd<int64_t>(p.page_size, rows);
+  return static_cast<int32_t>(both & -both);
 }
 
 Status check_alignment(const Problem& p, const Tensors& t) {

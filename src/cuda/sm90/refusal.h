@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/status.h"
+#include "cuda/common/packed_rows.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
@@ -15,6 +16,18 @@ std::optional<std::string> sm90_refusal(const Query& query);
 
 // Of a tensor that is written 8 bytes at a time, and read so.
 std::optional<std::string> store_refusal(const char* name, const Strides& strides);
+
+// For which of a kernel's instances a problem is.
+Layouts layouts_of(const Problem& problem);
+
+// Keys in pages that TMA takes at once: a power of 2 that divides a page and `rows` of a tile, 8 at
+// least, a whole turn of the swizzle. Where keys are not paged, all rows.
+int32_t box_keys(const Problem& problem, int32_t rows);
+
+// What a multiprocessor takes to ask for so many boxes, one after another: 0.1 to 0.15 us each, of
+// 16 rows and 64 columns (decode and prefill of an H200, dims 64 to 512), twice what its share of
+// the memory's rate takes. 0 where keys are not paged.
+double boxes_us(const Problem& problem, double boxes);
 
 // Whether the pointers of a run are aligned as TMA (q, k, v: 16 bytes) and vector stores (out: 8
 // bytes) need.

@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
+#include <numeric>
 
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
@@ -15,11 +17,12 @@ namespace wh::cuda {
 namespace {
 
 Result<CUtensorMap> query_map(const Problem& p, const void* q, const TileLaunch& tiles) {
+  const Storage stored = query_storage(p);
   return make_tensor_map(
       q, {"q",
           p.dtype_q,
           5,
-          {p.dim_qk, p.group(), p.len_q, p.heads_kv, p.batch},
+          {p.dim_qk, p.group(), stored.length, p.heads_kv, stored.batch},
           {1, p.stride_q[1], p.stride_q[2], p.stride_q[1] * p.group(), p.stride_q[0]},
           {kPanelColumns, tiles.order.packed_heads, tiles.block_queries, 1, 1}});
 }
@@ -33,10 +36,11 @@ struct KeyTensor {
 
 Result<CUtensorMap> key_map(const Problem& p, const KeyTensor& tensor, int32_t rows) {
   const Strides& stride = tensor.stride;
+  const Storage stored = key_storage(p);
   return make_tensor_map(tensor.data, {tensor.name,
                                        p.dtype_kv,
                                        4,
-                                       {tensor.dim, p.len_k, p.heads_kv, p.batch},
+                                       {tensor.dim, stored.length, p.heads_kv, stored.batch},
                                        {1, stride[2], stride[1], stride[0]},
                                        {kPanelColumns, rows, 1, 1}});
 }
@@ -46,21 +50,29 @@ Result<CUtensorMap> key_map(const Problem& p, const KeyTensor& tensor, int32_t r
 Status run_tiles(const Launch& launch, const TileLaunch& tiles) {
   const Problem& p = launch.problem;
   const Tensors& t = launch.tensors;
-  if (p.batch == 0 || p.len_q == 0) return {};
+  if (tiles.order.tiles == 0) return {};
   if (Status status = check_alignment(p, t); !status.ok()) return status;
   const Result<CUtensorMap> q = query_map(p, t.q, tiles);
   if (!q.ok()) return q.status();
-  PrefillMaps maps{*q, *q, *q};  // without keys, K and V are never read
-  if (p.len_k > 0) {
-    const Result<CUtensorMap> k = key_map(p, {"k", t.k, p.stride_k, p.dim_qk}, tiles.box_keys);
+  AttentionArgs args = attention_args(p, t);
+  const Storage keys = key_storage(p);
+  if (keys.batch * keys.length == 0) args.len_k = 0;  // whatever lengths say
+  // One size for K and V.
+  const int32_t paged_box = box_keys(p, std::gcd(tiles.box_keys, tiles.box_values));
+  const bool is_paged = p.key_layout == KeyLayout::kPaged;
+  // Without keys, K and V are never read.
+  PrefillMaps maps{*q, *q, *q, std::countr_zero(static_cast<uint32_t>(paged_box))};
+  if (args.len_k > 0) {
+    const Result<CUtensorMap> k =
+        key_map(p, {"k", t.k, p.stride_k, p.dim_qk}, is_paged ? paged_box : tiles.box_keys);
     if (!k.ok()) return k.status();
-    const Result<CUtensorMap> v = key_map(p, {"v", t.v, p.stride_v, p.dim_v}, tiles.box_values);
+    const Result<CUtensorMap> v =
+        key_map(p, {"v", t.v, p.stride_v, p.dim_v}, is_paged ? paged_box : tiles.box_values);
     if (!v.ok()) return v.status();
     maps.k = *k;
     maps.v = *v;
   }
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  AttentionArgs args = attention_args(p, t);
   return run_in_steps(launch, tiles.order.tiles, [&](int64_t first, int64_t end) -> Status {
     TileOrder order = tiles.order;
     order.begin = static_cast<int32_t>(first);

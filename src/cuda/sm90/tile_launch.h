@@ -16,17 +16,19 @@ struct Launch;  // the kernels must not be compiled anew when the planner change
 namespace wh::cuda {
 
 struct PrefillMaps {
-  CUtensorMap q;  // [batch, heads_kv, query, head in group, dim], a box is one panel of a block
-  CUtensorMap k;  // [batch, heads_kv, key, dim]
+  CUtensorMap
+      q;  // [batch, heads_kv, query or token, head in group, dim], a box is one panel of a block
+  CUtensorMap k;  // [batch or page, heads_kv, key, dim]
   CUtensorMap v;
+  int32_t box_keys_log2;  // keys of a box of K and V, where they are in pages
 };
 
 struct TileLaunch {
   TileOrder order;
   int32_t workers;        // that tiles are dealt to: blocks or clusters
   int32_t block_queries;  // of a tile, that one block loads
-  int32_t box_keys;       // rows of a box of K
-  int32_t box_values;     // rows of a box of V
+  int32_t box_keys;       // rows of a box of K that lie side by side
+  int32_t box_values;     // and of V
   const void* function;
   int32_t threads;
   int32_t shared_bytes;

@@ -11,6 +11,7 @@
 #include "cuda/common/scores.cuh"
 #include "cuda/common/tile_order.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/sm90/common/tile_walk.cuh"
 
 namespace wh::cuda {
 
@@ -37,10 +38,10 @@ __device__ __forceinline__ void store_sums(const float (&o)[kCount], int r, T* r
   }
 }
 
-template <typename T>
+template <typename T, typename Tile>
 struct QueryRows {
   const AttentionArgs& args;
-  QueryTile at;          // the block's first query
+  const Tile& tile;      // a WalkedTile whose first query is the block's
   int32_t packed_heads;  // row r is query r / packed_heads, head r % packed_heads
   int32_t queries;       // the block holds so many; rows beyond them are empty
 
@@ -50,14 +51,16 @@ struct QueryRows {
   };
   __device__ __forceinline__ Place place(int32_t row) const {
     const int32_t query = row / packed_heads;
-    return {at.first_head + row - query * packed_heads, at.first_query + query,
-            query < queries && at.first_query + query < args.len_q};
+    const int32_t of_sequence = tile.at.first_query + query;
+    return {tile.at.first_head + row - query * packed_heads, of_sequence,
+            query < queries && of_sequence < tile.sequence.len_q};
   }
 
   // What the row may see; rows that do not exist see what the last one does.
-  __device__ __forceinline__ ScoreRow scores(const Sequence& sequence, int32_t row) const {
+  __device__ __forceinline__ ScoreRow scores(int32_t row) const {
     const Place p = place(row);
-    return score_row(args, sequence, min(p.head, args.heads_q - 1), min(p.query, args.len_q - 1));
+    return score_row(args, tile.sequence, min(p.head, args.heads_q - 1),
+                     min(p.query, tile.sequence.len_q - 1));
   }
 
   __device__ __forceinline__ float sink(const Place& p) const {
@@ -66,13 +69,14 @@ struct QueryRows {
 
   __device__ __forceinline__ void store_log_sum_exp(const Place& p, RowWeight weight) const {
     if (args.log_sum_exp == nullptr || !p.exists || threadIdx.x % 4 != 0) return;
-    args.log_sum_exp[(static_cast<int64_t>(at.batch_idx) * args.heads_q + p.head) * args.len_q +
-                     p.query] = log_sum_exp(weight);
+    args.log_sum_exp[row_index<int64_t>(Tile::query_layout(args), args.heads_q, args.len_q,
+                                        tile.sequence.query_batch, p.head,
+                                        tile.sequence.first_query + p.query)] = log_sum_exp(weight);
   }
 
   __device__ __forceinline__ T* out(const Place& p) const {
-    return static_cast<T*>(args.out) + at.batch_idx * args.stride_out[0] +
-           p.head * args.stride_out[1] + p.query * args.stride_out[2];
+    return static_cast<T*>(args.out) + tile.sequence.query_batch * args.stride_out[0] +
+           p.head * args.stride_out[1] + (tile.sequence.first_query + p.query) * args.stride_out[2];
   }
 
   // Columns [first_column, ...) of accumulator row `r` times `norm`; where that is 0 the row is
@@ -86,13 +90,13 @@ struct QueryRows {
   // Adds what cleaning dropped from V to stored rows [first_row, first_row + 64) that see it, in
   // columns [first_column, end_column). A warp takes the rows that it stored, whose `norm` its
   // lanes hold: empty ones stay 0. Rare: speed does not matter.
-  __device__ __forceinline__ void restore(const Sequence& sequence, const KeyTiles& tiles,
-                                          int32_t tile_k, int32_t first_row, const float (&norm)[2],
+  __device__ __forceinline__ void restore(int32_t tile_k, int32_t first_row, const float (&norm)[2],
                                           int32_t first_column, int32_t end_column) const {
     __syncwarp();  // its rows are stored
-    const T* v = static_cast<const T*>(args.v) + at.batch_idx * args.stride_v[0] +
-                 at.first_head / args.group * args.stride_v[1];
-    const Keys present = sequence.present;
+    const T* v = static_cast<const T*>(args.v) + tile.at.first_head / args.group * args.stride_v[1];
+    const KeyRows v_rows = tile.key_rows(args);
+    const Keys present = tile.sequence.present;
+    const KeyTiles& tiles = tile.keys;
     const Keys left{max(present.begin, tiles.begin * tile_k),
                     min(present.end, tiles.full_begin * tile_k)};
     const Keys right{max(present.begin, max(tiles.full_begin, tiles.clean_end) * tile_k),
@@ -103,12 +107,12 @@ struct QueryRows {
       const float row_norm = __shfl_sync(~0u, i < 8 ? norm[0] : norm[1], i % 8 * 4);
       const Place p = place(r);
       if (!p.exists || row_norm == 0) continue;
-      const ScoreRow row = scores(sequence, r);
+      const ScoreRow row = scores(r);
 #pragma unroll 1
       for (int32_t column = first_column + threadIdx.x % 32; column < min(end_column, args.dim_v);
            column += 32) {
-        restore_values<T>(args, row, left, v, out(p), column);
-        restore_values<T>(args, row, right, v, out(p), column);
+        restore_values<T>(args, row, left, v, v_rows, out(p), column);
+        restore_values<T>(args, row, right, v, v_rows, out(p), column);
       }
     }
   }

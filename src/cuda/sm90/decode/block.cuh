@@ -36,13 +36,52 @@ struct Shared {
   __device__ __forceinline__ uint32_t slot(int i) const { return ring + i * Tile::kSlotBytes; }
 };
 
-// Fills the ring's slots: K and V tiles in turn, or K tiles alone where V lies in them.
+// Which pages a share's boxes lie in. Each lane knows that of one of 32 boxes that follow each
+// other; the next 32 are on their way, so that no tile waits for the table.
+class BoxPages {
+ public:
+  __device__ __forceinline__ BoxPages(const DecodeArgs& args, const PackedItem& item,
+                                      int32_t first_key)
+      : args_(args),
+        item_(item),
+        first_box_(first_key >> args.box_keys_log2),
+        page_(read(0)),
+        next_page_(read(32)) {}
+
+  // The whole warp asks, for one tile after another: no tile begins among these 32 boxes and ends
+  // among the next, since boxes of a tile are 1, 2, 4 or 8.
+  __device__ __forceinline__ int32_t page(int32_t key) {
+    const int32_t box = key >> args_.box_keys_log2;
+    if (box - first_box_ >= 32) {
+      first_box_ += 32;
+      page_ = next_page_;
+      next_page_ = read(32);
+    }
+    return __shfl_sync(~0u, page_, box - first_box_);
+  }
+
+ private:
+  // Entries past the keys that somebody sees may be anything, or not be there.
+  __device__ __forceinline__ int32_t read(int32_t ahead) const {
+    const int32_t key = (first_box_ + ahead + threadIdx.x % 32) << args_.box_keys_log2;
+    return key < item_.seen.end ? item_.pages[key / args_.attention.page_size] : 0;
+  }
+
+  const DecodeArgs& args_;
+  const PackedItem& item_;
+  int32_t first_box_;
+  int32_t page_, next_page_;
+};
+
+// Fills the ring's slots: K and V tiles in turn, or K tiles alone where V lies in them. All is done
+// by one warp, of which one lane issues the copies.
 template <typename Tile>
 struct TileLoader {
   const DecodeMaps& maps;
   const DecodeArgs& args;
   const PackedItem& item;
   const Shared<Tile>& shared;
+  const bool is_leader;
 
   __device__ __forceinline__ int count() const {
     return (item.tile_end - item.tile_begin) * (args.values == Values::kInKeys ? 1 : 2);
@@ -52,19 +91,54 @@ struct TileLoader {
     return item.tile_begin + (args.values == Values::kInKeys ? n : n / 2);
   }
 
+  // Keys that lie side by side.
   __device__ __forceinline__ void load(int n, int slot) const {
+    if (!is_leader) return;
     const bool is_v = args.values == Values::kOwn && n % 2 == 1;
     const CUtensorMap* map = is_v ? &maps.v : &maps.k;
     const MapUse& use = is_v ? args.use_v : args.use_k;
-    const int key = tile(n) * Tile::kTileK;
+    const int key = item.sequence.first_key + tile(n) * Tile::kTileK;
     const int head = item.head_kv * use.head_step;
-    const int batch_idx = item.sequence.batch_idx * use.batch_step;
+    const int batch_idx = item.sequence.key_batch * use.batch_step;
     const uint32_t full = shared.full + 8 * slot;
     constexpr int kPanelBytes = panel_bytes(Tile::kTileK);
     ptx::mbarrier_expect(full, (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns * kPanelBytes);
     for (int box = 0; box < use.boxes; ++box) {
       ptx::tma_load_5d(shared.slot(slot) + box * kPanelBytes, map, full, box * kPanelColumns, key,
                        0, head, batch_idx, ptx::CacheHint::kEvictFirst);
+    }
+  }
+
+  // Keys in pages: boxes of so many rows that none crosses a page. Those past the last key
+  // that somebody sees are left out: what then lies in the slot is hidden and cleared like any
+  // other unseen key.
+  __device__ __forceinline__ void load(int n, int slot, BoxPages& pages) const {
+    const bool is_v = args.values == Values::kOwn && n % 2 == 1;
+    const CUtensorMap* map = is_v ? &maps.v : &maps.k;
+    const MapUse& use = is_v ? args.use_v : args.use_k;
+    const int head = item.head_kv * use.head_step;
+    const uint32_t full = shared.full + 8 * slot;
+    const int32_t begin = tile(n) * Tile::kTileK;
+    const int32_t end = min(begin + Tile::kTileK, item.seen.end);
+    const int box_keys = 1 << args.box_keys_log2;
+    const int box_bytes = panel_bytes(box_keys);
+    const int boxes = (end - begin + box_keys - 1) >> args.box_keys_log2;
+    if (is_leader) {
+      ptx::mbarrier_expect(
+          full, boxes * ((is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns) * box_bytes);
+    }
+    uint32_t to = shared.slot(slot);
+#pragma unroll 1
+    for (int32_t key = begin; key < end; key += box_keys) {
+      const int page = pages.page(key) * use.batch_step;
+      if (is_leader) {
+        for (int box = 0; box < use.boxes; ++box) {
+          ptx::tma_load_5d(to + box * panel_bytes(Tile::kTileK), map, full, box * kPanelColumns,
+                           key % args.attention.page_size, 0, head, page,
+                           ptx::CacheHint::kEvictFirst);
+        }
+      }
+      to += box_bytes;
     }
   }
 };

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/names.h"
+#include "core/sequence.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/variants.h"
@@ -24,9 +25,11 @@ constexpr DecodeVariant variant() {
   constexpr HeadDims kDims = kInstance.dims;
   using Tile = DecodeTile<kDims.dim_qk, kDims.dim_v>;
   DecodeVariant variant{kInstance,          Tile::kTileK,       Tile::kThreads,
-                        Tile::kSharedBytes, Tile::kBlocksPerSm, nullptr};
+                        Tile::kSharedBytes, Tile::kBlocksPerSm, {}};
   if constexpr (kInstance.is_compiled) {
-    variant.function = decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype>;
+    variant.functions = {
+        decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kDense>,
+        decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kAll>};
   }
   return variant;
 }
@@ -35,26 +38,39 @@ constexpr auto kVariants =
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-int64_t row_tiles(const Problem& p) { return divide_up(p.len_q * p.group(), kDecodeTileQ); }
+PackedShape shape_of(const Problem& p, int64_t splits) {
+  Config config;
+  config.tile_q = kDecodeTileQ;
+  config.splits = static_cast<int32_t>(splits);
+  return {p, config};
+}
+
+// The longest sequence by itself.
+Problem alone(Problem p) {
+  p.batch = std::min<int64_t>(1, p.batch);
+  p.total_q = std::min(p.total_q, p.len_q);
+  return p;
+}
 
 // What a problem costs by the number of shares its keys are cut into. The constants are fits to
 // sweeps of that number on an H100: dims 128 to 512, 1K to 256K keys, batch 1 to 20.
 class DecodeCost {
  public:
-  DecodeCost(const Query& query, const DecodeVariant& variant, int64_t batch)
-      : sms_(std::max(1, cuda_facts(query).sms)),
+  DecodeCost(const CudaFacts& facts, const DecodeVariant& variant, const Problem& p)
+      : sms_(std::max(1, facts.sms)),
         slots_(sms_ * variant.blocks_per_sm),
-        gbytes_per_s_(cuda_facts(query).read_gbytes_per_s) {
-    const Problem& p = query.problem;
-    row_tiles_ = std::max<int64_t>(1, row_tiles(p));
-    items_ = batch * p.heads_kv * row_tiles_;
+        gbytes_per_s_(facts.read_gbytes_per_s),
+        mean_key_share_(mean_key_share(p)),
+        tile_boxes_us_(tile_boxes_us(p, variant)) {
+    items_ = shape_of(p, 1).items;
+    row_tiles_ = std::max<int64_t>(1, items_ / std::max<int64_t>(1, p.batch * p.heads_kv));
     // A window does not start at a tile's edge.
     const int64_t keys = most_visible_keys(p);
     tiles_ = divide_up(keys, variant.tile_k) + (keys < p.len_k ? 1 : 0);
     tile_work_ = static_cast<double>(variant.tile_k * (p.dim_qk + p.dim_v) * 2);
     tile_bytes_ =
         static_cast<double>(variant.tile_k * (p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) * 2);
-    share_bytes_ = static_cast<double>(batch * p.heads_q * p.len_q * p.dim_v * 4);
+    share_bytes_ = static_cast<double>(all_query_rows(p) * p.dim_v * 4);
   }
 
   int64_t tiles() const { return tiles_; }
@@ -70,6 +86,19 @@ class DecodeCost {
     return us;
   }
 
+  // Of sequences with fewer keys than the most, in so many shares of those at most.
+  double ragged_us(int64_t splits, bool is_balanced) const {
+    const double all =
+        static_cast<double>(items_ * tiles_) * mean_key_share_ / static_cast<double>(slots_);
+    const auto longest = static_cast<double>(divide_up(tiles_, splits));
+    // Shares by total keys leave half a share of a place idle in the end, on average.
+    const double tiles =
+        is_balanced ? all + all / (2 * ShareRule::kWaves) : std::max(longest, all + longest / 4);
+    const double merged =
+        splits > 1 ? kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate : 0;
+    return kStartUs + tiles * tile_us(slots_) + merged;
+  }
+
   // The number with the least of it.
   int64_t best_splits() const {
     int64_t best = 1;
@@ -81,14 +110,21 @@ class DecodeCost {
   }
 
  private:
+  static double tile_boxes_us(const Problem& p, const DecodeVariant& variant) {
+    const HeadDims dims = variant.instance.dims;
+    const int panels = panels_of(dims.dim_qk) + (p.values_in_keys ? 0 : panels_of(dims.dim_v));
+    return boxes_us(p, variant.tile_k / box_keys(p, variant.tile_k) * panels);
+  }
+
   // A tile of keys while so many blocks run at once: fewer draw less of the bandwidth together, and
   // one alone waits for its own products. Row tiles of a pair share what they read.
   double tile_us(int64_t blocks) const {
     const auto busy = static_cast<double>(blocks);
     const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(slots_));
     const double rate = blocks > sms_ ? kBlockRate * kTwoBlocksGain / 2 : kBlockRate;
-    return std::max(tile_work_ / rate,
-                    tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached);
+    const double blocks_of_sm = std::max(1.0, busy / static_cast<double>(sms_));
+    return std::max({tile_work_ / rate, tile_boxes_us_ * blocks_of_sm,
+                     tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached});
   }
 
   static constexpr double kStartUs = 3;           // launch, and the way to the first keys
@@ -102,7 +138,8 @@ class DecodeCost {
   static constexpr double kTwoBlocksGain = 1.25;
 
   int64_t sms_, slots_;  // slots_: blocks that the card runs at once
-  double gbytes_per_s_;
+  double gbytes_per_s_, mean_key_share_;
+  double tile_boxes_us_;  // what a multiprocessor takes to ask for the pages of a tile
   int64_t row_tiles_, items_, tiles_;
   double tile_work_, tile_bytes_, share_bytes_;
 };
@@ -122,12 +159,26 @@ std::optional<std::string> refusal(const Query& query) {
     return reason;
   }
   // Of this kernel, and of the one that merges.
-  const int64_t most_blocks = std::max(p.batch * p.heads_kv * row_tiles(p) * kMostSplits,
-                                       p.batch * p.heads_q * p.len_q * divide_up(p.dim_v, 128));
+  const int64_t most_blocks =
+      std::max(shape_of(p, kMostSplits).blocks, all_query_rows(p) * divide_up(p.dim_v, 128));
   if (most_blocks > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows for one grid";
   }
   return std::nullopt;
+}
+
+// Fewer keys of a share do not pay for a block, and more shares of a sequence would cost more
+// workspace and merging than they end earlier.
+constexpr int64_t kLeastShareKeys = 512, kMostBalancedSplits = 32;
+
+// Whether sequences may have fewer keys than the longest, and a block of rows each. Bits must then
+// depend on the batch, since the longer a batch is the longer are its shares.
+bool is_balanced(const Query& query) {
+  const Problem& p = query.problem;
+  const PackedShape shape = shape_of(p, 1);
+  return !p.is_dense() && !query.limits.batch_invariant && p.batch > 1 && !shape.has_slots &&
+         shape.row_tiles == 1 && (p.has_key_lengths || p.key_layout == KeyLayout::kPacked) &&
+         p.window_left == kUnlimited && p.len_k >= 2 * kLeastShareKeys;
 }
 
 // The rule for shares looks at the shape and at the card, and at one batch entry alone where bits
@@ -141,11 +192,15 @@ Config configure(const Query& query) {
   config.tile_q = kDecodeTileQ;
   config.tile_k = variant.tile_k;
   config.fresh_keys = query.limits.fresh_keys;
-  const int64_t batch = query.limits.batch_invariant ? std::min<int64_t>(1, p.batch) : p.batch;
-  const DecodeCost cost(query, variant, batch);
+  const DecodeCost cost(cuda_facts(query), variant, query.limits.batch_invariant ? alone(p) : p);
   const int64_t splits = std::max(cost.best_splits(), least_splits(p));
   if (splits > 1) config.chunk_keys = divide_up(cost.tiles(), splits) * variant.tile_k;
   config.splits = static_cast<int32_t>(splits);
+  if (is_balanced(query)) {
+    config.workers = cuda_facts(query).sms * variant.blocks_per_sm;
+    const int64_t balanced = std::min(kMostBalancedSplits, p.len_k / kLeastShareKeys);
+    config.splits = static_cast<int32_t>(std::max(splits, balanced));
+  }
   return config;
 }
 
@@ -156,13 +211,21 @@ std::string variant_text(const Query&, const Config& config) {
                      instance.dims.dim_v);
 }
 
+// Shares of the keys of every sequence, where all are as long as the longest can be.
+int64_t even_splits(const Problem& p, const Config& config) {
+  if (config.workers == 0) return config.splits;
+  return config.chunk_keys == 0 ? 1 : divide_up(p.len_k, config.chunk_keys);
+}
+
 size_t workspace_bytes(const Problem& p, const Config& config) {
   return Partials::bytes(p, config.splits);
 }
 
 double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
-  return DecodeCost(query, decode_variant(config), p.batch).us(config.splits);
+  const DecodeCost cost(cuda_facts(query), decode_variant(config), p);
+  if (mean_key_share(p) == 1) return cost.us(even_splits(p, config));
+  return cost.ragged_us(config.splits, config.workers > 0);
 }
 
 }  // namespace
@@ -171,10 +234,21 @@ const DecodeVariant& decode_variant(const Config& config) {
   return kVariants[static_cast<size_t>(config.instance)];
 }
 
+ShareRule share_rule(const Problem& p, const Config& config) {
+  ShareRule rule;
+  if (config.workers == 0) return rule;
+  rule.wave_shares = static_cast<int32_t>(divide_up(config.workers, p.heads_kv));
+  rule.most_splits = config.splits;
+  rule.even_splits = static_cast<int32_t>(even_splits(p, config));
+  rule.least_tiles = static_cast<int32_t>(divide_up(kLeastShareKeys, config.tile_k));
+  return rule;
+}
+
 const Kernel kSm90Decode{
     .name = "sm90_decode",
     .role = Role::kFused,
     .summary = "few queries, a group packed on one tile, keys split over the SMs",
+    .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
     .variant = variant_text,

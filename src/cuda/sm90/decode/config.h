@@ -1,7 +1,10 @@
 // sm90_decode, the planner's side. docs/sm90-decode.md describes the kernel.
 #pragma once
 
+#include <array>
+
 #include "cuda/common/instance.h"
+#include "cuda/sm90/decode/share_rule.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
@@ -14,9 +17,12 @@ struct DecodeVariant {
   int32_t threads;
   int32_t shared_bytes;
   int32_t blocks_per_sm;
-  const void* (*function)();
+  std::array<const void* (*)(), 2> functions;  // by Layouts
 };
 
 const DecodeVariant& decode_variant(const Config& config);
+
+// For sequences with lengths of their own; without shares in a wave where all are cut alike.
+ShareRule share_rule(const Problem& problem, const Config& config);
 
 }  // namespace wh::cuda

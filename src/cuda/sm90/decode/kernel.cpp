@@ -1,6 +1,7 @@
 #include "cuda/sm90/decode/kernel.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
@@ -19,27 +20,31 @@ struct MappedTensor {
   const Strides& stride;
   int64_t dim;          // of the problem
   int64_t variant_dim;  // columns that a tile has room for
+  int32_t tile_k;
+  int32_t box = box_keys(problem, tile_k);
 
-  bool has_whole_panels() const { return dim % kPanelColumns == 0; }
+  // A box may hold all panels where they are whole and as long as the tile.
+  bool is_one_box() const { return dim % kPanelColumns == 0 && box == tile_k; }
   MapUse use() const {
     return {stride[1] != 0, stride[0] != 0,
-            has_whole_panels() ? 1 : static_cast<int32_t>(variant_dim / kPanelColumns)};
+            is_one_box() ? 1 : static_cast<int32_t>(variant_dim / kPanelColumns)};
   }
-  Result<CUtensorMap> map(const void* data, int32_t tile_k) const {
+  Result<CUtensorMap> map(const void* data) const {
     const Problem& p = problem;
+    const Storage stored = key_storage(p);
     const int64_t heads = stride[1] != 0 ? p.heads_kv : 1;
-    const int64_t batch = stride[0] != 0 ? p.batch : 1;
+    const int64_t batch = stride[0] != 0 ? stored.batch : 1;
     TensorMapShape shape{};
     shape.name = name;
     shape.dtype = p.dtype_kv;
     shape.rank = 5;
     shape.stride = {1, stride[2], kPanelColumns, stride[1], stride[0]};
-    if (has_whole_panels()) {
-      shape.extent = {kPanelColumns, p.len_k, dim / kPanelColumns, heads, batch};
+    if (is_one_box()) {
+      shape.extent = {kPanelColumns, stored.length, dim / kPanelColumns, heads, batch};
       shape.box = {kPanelColumns, tile_k, static_cast<int32_t>(variant_dim / kPanelColumns), 1, 1};
     } else {
-      shape.extent = {dim, p.len_k, 1, heads, batch};
-      shape.box = {kPanelColumns, tile_k, 1, 1, 1};
+      shape.extent = {dim, stored.length, 1, heads, batch};
+      shape.box = {kPanelColumns, box, 1, 1, 1};
     }
     return make_tensor_map(data, shape);
   }
@@ -64,6 +69,7 @@ DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config)
   args.values = values_of(p, t);
   args.fresh_keys = static_cast<int32_t>(std::min(config.fresh_keys, p.len_k));
   args.rows = PackedRows(p, shape);
+  args.shares = share_rule(p, config);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;
 }
@@ -78,16 +84,19 @@ Status run_decode(const Launch& launch) {
   if (Status status = check_alignment(p, t); !status.ok()) return status;
   const DecodeVariant& variant = decode_variant(launch.config);
   const HeadDims dims = variant.instance.dims;
-  const MappedTensor k{"k", p, p.stride_k, p.dim_qk, dims.dim_qk};
-  const MappedTensor v{"v", p, p.stride_v, p.dim_v, dims.dim_v};
+  const MappedTensor k{"k", p, p.stride_k, p.dim_qk, dims.dim_qk, variant.tile_k};
+  const MappedTensor v{"v", p, p.stride_v, p.dim_v, dims.dim_v, variant.tile_k};
   DecodeArgs args = decode_args(p, t, launch.config);
   args.use_k = k.use();
   args.use_v = v.use();
+  args.box_keys_log2 = std::countr_zero(static_cast<uint32_t>(k.box));
   DecodeMaps maps{};
-  if (p.len_k > 0) {
-    const Result<CUtensorMap> map_k = k.map(t.k, variant.tile_k);
+  const Storage keys = key_storage(p);
+  if (keys.batch * keys.length == 0) args.attention.len_k = 0;  // whatever lengths say
+  if (args.attention.len_k > 0) {
+    const Result<CUtensorMap> map_k = k.map(t.k);
     if (!map_k.ok()) return map_k.status();
-    const Result<CUtensorMap> map_v = v.map(t.v, variant.tile_k);
+    const Result<CUtensorMap> map_v = v.map(t.v);
     if (!map_v.ok()) return map_v.status();
     maps = {*map_k, *map_v};
   }
@@ -95,13 +104,17 @@ Status run_decode(const Launch& launch) {
   // One launch: its blocks end together, and the merge waits for the kernel right in front of it.
   return run_in_steps(launch, 1, [&](int64_t, int64_t) -> Status {
     void* parameters[] = {&maps, &args};
-    Status status = launch_kernel({.function = variant.function(),
-                                   .blocks = static_cast<int>(shape.blocks),
-                                   .threads = variant.threads,
-                                   .shared_bytes = variant.shared_bytes,
-                                   .overlaps_front = true,
-                                   .parameters = parameters,
-                                   .stream = stream});
+    const bool is_balanced = args.shares.wave_shares > 0;
+    const int64_t blocks =
+        is_balanced ? p.heads_kv * args.shares.most_shares(args.attention.batch) : shape.blocks;
+    Status status =
+        launch_kernel({.function = variant.functions[static_cast<size_t>(layouts_of(p))](),
+                       .blocks = static_cast<int>(blocks),
+                       .threads = variant.threads,
+                       .shared_bytes = variant.shared_bytes,
+                       .overlaps_front = true,
+                       .parameters = parameters,
+                       .stream = stream});
     if (!status.ok() || shape.splits == 1) return status;
     return launch_combine(args.attention, p.dtype_out(), args.partials, stream);
   });

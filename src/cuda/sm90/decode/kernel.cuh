@@ -27,6 +27,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <iterator>
 #include <type_traits>
 
 #include "cuda/common/element.cuh"
@@ -34,6 +35,7 @@
 #include "cuda/sm90/common/ring.cuh"
 #include "cuda/sm90/common/tile_softmax.cuh"
 #include "cuda/sm90/decode/block.cuh"
+#include "cuda/sm90/decode/shares.cuh"
 #include "cuda/sm90/decode/tiles.h"
 
 namespace wh::cuda {
@@ -59,14 +61,15 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < Tile::kColumns / 2; ++i) o[i] = 0;
-  const T* k = static_cast<const T*>(args.k) + item.sequence.batch_idx * args.stride_k[0] +
-               item.head_kv * args.stride_k[1];
-  const T* v = static_cast<const T*>(a.v) + item.sequence.batch_idx * a.stride_v[0] +
-               item.head_kv * a.stride_v[1];
+  const KeyRows rows = item.key_rows(a);
+  const T* k_head = static_cast<const T*>(args.k) + item.head_kv * args.stride_k[1];
+  const T* v_head = static_cast<const T*>(a.v) + item.head_kv * a.stride_v[1];
   const int32_t begin = max(item.seen.begin, item.tile_begin * Tile::kTileK);
   const int32_t end = min(item.seen.end, item.tile_end * Tile::kTileK);
 #pragma unroll 1
   for (int32_t key = begin; key < end; ++key) {
+    const T* k = k_head + rows.offset(args.stride_k[0], args.stride_k[2], key);
+    const T* v = v_head + rows.offset(a.stride_v[0], a.stride_v[2], key);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float dot[1] = {0};
@@ -74,7 +77,7 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
       for (int d = column; d < a.dim_qk; d += 8) {
         const float2 x =
             load_pair<T>(s_q + chunk_offset(first_row + 8 * r, d / 8, Tile::kTileQ) + d % 8 * 2);
-        const float2 y = load_pair<T>(k + key * args.stride_k[2] + d);
+        const float2 y = load_pair<T>(k + d);
         dot[0] = fmaf(x.x, y.x, fmaf(x.y, y.y, dot[0]));
       }
       dot[0] += __shfl_xor_sync(~0u, dot[0], 1);
@@ -89,7 +92,7 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
       for (int i = 0; i < Tile::kColumns / 8; ++i) {
         const int d = first_column + 8 * i + column;
         if (d >= a.dim_v) continue;
-        const float2 y = load_pair<T>(v + key * a.stride_v[2] + d);
+        const float2 y = load_pair<T>(v + d);
         o[4 * i + 2 * r] = fmaf(p, y.x, o[4 * i + 2 * r]);
         o[4 * i + 2 * r + 1] = fmaf(p, y.y, o[4 * i + 2 * r + 1]);
       }
@@ -108,7 +111,7 @@ __device__ __forceinline__ bool any_not_finite(const float (&o)[kCount]) {
 }
 
 // What a consumer thread does: its share of two rows' scores and of their sums of V.
-template <typename Tile, typename T>
+template <typename Tile, typename T, Layouts kLayouts>
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(const DecodeArgs& args, const PackedItem& item,
@@ -131,8 +134,10 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) o_[i] = 0;
     Ring<Tile::kSlots> ring;
+    const int32_t kept = keep_item();
 #pragma unroll 1
-    for (int32_t tile = item_.tile_begin; tile < item_.tile_end; ++tile) work_on(tile, ring);
+    for (int32_t tile = item_.tile_begin; tile < tile_end(kept); ++tile) work_on(tile, ring, kept);
+    recall_item(kept);
     if (item_.is_mixed && any_not_finite(o_)) {
       redo_sums<Tile, T>(o_, args_, item_, softmax_, smem_, first_row_, first_column_);
     }
@@ -144,13 +149,60 @@ class Consumer {
   }
 
  private:
+  static constexpr bool kIsDense = kLayouts == Layouts::kDense;
   static constexpr int kTileK = Tile::kTileK, kColumns = Tile::kColumns;
+
+  // Of layouts, the item lies in one register through the loop, of which each lane has its own.
+  // Where tensors are dense, it follows from the block's index.
+  __device__ __forceinline__ int32_t keep_item() const {
+    int32_t kept = 0;
+    if (kIsDense) return kept;
+    const int32_t all[] = {item_.seen.begin,     item_.seen.end, item_.tiles.full_begin,
+                           item_.tiles.full_end, item_.tile_end, item_.sequence.batch_idx,
+                           item_.head_kv,        item_.split,    item_.first_row,
+                           item_.rows,           item_.is_mixed, item_.tile_begin};
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(std::size(all)); ++i) {
+      if (threadIdx.x % 32 == i) kept = all[i];
+    }
+    return kept;
+  }
+  __device__ __forceinline__ int32_t tile_end(int32_t kept) const {
+    if constexpr (kIsDense) {
+      return item_.tile_end;
+    } else {
+      return __shfl_sync(~0u, kept, 4);
+    }
+  }
+  // What a tile asks for.
+  __device__ __forceinline__ void recall_bounds(int32_t kept) {
+    if constexpr (!kIsDense) {
+      item_.seen = {__shfl_sync(~0u, kept, 0), __shfl_sync(~0u, kept, 1)};
+      item_.tiles.full_begin = __shfl_sync(~0u, kept, 2);
+      item_.tiles.full_end = __shfl_sync(~0u, kept, 3);
+    }
+  }
+  __device__ __forceinline__ void recall_item(int32_t kept) {
+    if constexpr (!kIsDense) {
+      recall_bounds(kept);
+      const int32_t batch_idx = __shfl_sync(~0u, kept, 5);
+      item_.sequence = sequence_at(args_.attention, batch_idx);
+      item_.pages = args_.attention.page_table.of(batch_idx);
+      item_.head_kv = __shfl_sync(~0u, kept, 6);
+      item_.split = __shfl_sync(~0u, kept, 7);
+      item_.first_row = __shfl_sync(~0u, kept, 8);
+      item_.rows = __shfl_sync(~0u, kept, 9);
+      item_.is_mixed = __shfl_sync(~0u, kept, 10) != 0;
+      item_.tile_begin = __shfl_sync(~0u, kept, 11);
+      item_.tile_end = tile_end(kept);
+    }
+  }
 
   __device__ __forceinline__ void release(int slot) const {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared_.empty + 8 * slot);
   }
 
-  __device__ __forceinline__ void work_on(int32_t tile, Ring<Tile::kSlots>& ring) {
+  __device__ __forceinline__ void work_on(int32_t tile, Ring<Tile::kSlots>& ring, int32_t kept) {
     const AttentionArgs& a = args_.attention;
     const int32_t tile_key = tile * kTileK;
     float s[kTileK / 2];
@@ -168,6 +220,7 @@ class Consumer {
       release(ring.slot);
       ring.next();
     }
+    recall_bounds(kept);
     softmax_.raise(s, tile_key, !item_.tiles.is_full(tile));
     softmax_.weigh(s);
     softmax_.pack(s, p);
@@ -280,7 +333,7 @@ class Consumer {
   }
 
   const DecodeArgs& args_;
-  const PackedItem& item_;
+  std::conditional_t<kIsDense, const PackedItem&, PackedItem> item_;
   const Shared<Tile>& shared_;
   unsigned char* smem_;
   int first_row_;     // of the thread's two, 8 apart
@@ -290,11 +343,11 @@ class Consumer {
 };
 
 // One warp: one thread of it fills the ring. The whole warp runs the loops, so that it meets the
-// barriers as one: a thread that comes late out of a loop of its own arrives alone.
-template <typename Tile>
-__device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
+// barriers as one: a thread that comes late out of a loop of its own arrives alone. load(n, slot)
+// asks for the n-th tile.
+template <typename Tile, typename Load>
+__device__ __forceinline__ void produce(const TileLoader<Tile>& tiles, Load load) {
   const DecodeArgs& args = tiles.args;
-  const bool is_leader = threadIdx.x == Tile::kConsumers;
   const int count = tiles.count();
   // The ring is empty: its first tiles are on their way before the block is told of the barriers.
   const int first_count = min(count, Tile::kSlots);
@@ -302,31 +355,41 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
   if (args.fresh_keys >= 0) {
     const int old_tiles = max(0, tiles.item.sequence.present.end - args.fresh_keys) / Tile::kTileK;
     for (; n < first_count && tiles.tile(n) < old_tiles; ++n) {
-      if (is_leader) tiles.load(n, n);
+      load(n, n);
     }
   }
   __syncwarp();
   ptx::wait_for_dependency();
   ptx::named_sync(kQueriesRequested, Tile::kConsumers + 32);
   for (; n < first_count; ++n) {
-    if (is_leader) tiles.load(n, n);
+    load(n, n);
     __syncwarp();
   }
   meet_block<Tile>();
   Ring<Tile::kSlots> ring;
   for (; n < count; ++n) {
     ptx::mbarrier_wait(tiles.shared.empty + 8 * ring.slot, ring.parity);
-    if (is_leader) tiles.load(n, ring.slot);
+    load(n, ring.slot);
     ring.next();
   }
 }
 
-template <typename Tile, typename T>
-__device__ __forceinline__ void consume(const DecodeArgs& args, const PackedItem& item,
+template <typename Tile, Layouts kLayouts>
+__device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
+  if (kLayouts == Layouts::kDense || tiles.item.pages == nullptr) {
+    produce(tiles, [&](int n, int slot) { tiles.load(n, slot); });
+    return;
+  }
+  BoxPages pages(tiles.args, tiles.item, tiles.item.tile_begin * Tile::kTileK);
+  produce(tiles, [&](int n, int slot) { tiles.load(n, slot, pages); });
+}
+
+template <typename Tile, typename T, Layouts kLayouts>
+__device__ __forceinline__ void consume(const DecodeArgs& args, const BlockItem& block,
                                         const Shared<Tile>& shared, unsigned char* smem) {
-  Consumer<Tile, T> consumer(args, item, shared, smem);
+  Consumer<Tile, T, kLayouts> consumer(args, block.item, shared, smem);
   {
-    QueryLoader<Tile, T> queries(args, item);
+    QueryLoader<Tile, T> queries(args, block.item);
     ptx::wait_for_dependency();
     queries.request(shared.q);
     __syncwarp();
@@ -334,13 +397,14 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const PackedItem
     queries.wait();
   }
   meet_block<Tile>();
-  if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<Tile::kConsumerRegisters>();
+  if constexpr (kLayouts == Layouts::kAll) weigh_missing<Tile::kConsumers>(args, block);
+  if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<DecodeRegisters<kLayouts>::kConsumer>();
   consumer.run();
 }
 
 }  // namespace decode
 
-template <typename Tile, typename T>
+template <typename Tile, typename T, Layouts kLayouts>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     sm90_decode(const __grid_constant__ DecodeMaps maps, const __grid_constant__ DecodeArgs args) {
   using namespace decode;
@@ -358,22 +422,37 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     }
   }
   __syncwarp();
+  constexpr bool kIsDense = kLayouts == Layouts::kDense;
+  using Registers = DecodeRegisters<kLayouts>;
   // Nothing that the kernel in front may have written is read before it has ended.
   const bool reads_lengths =
-      args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr;
+      args.attention.key_lengths != nullptr || args.attention.key_starts != nullptr ||
+      (!kIsDense &&
+       (args.attention.query_offsets != nullptr || args.attention.key_offsets != nullptr));
   if (reads_lengths && args.fresh_keys < 0) ptx::wait_for_dependency();
-  const PackedItem item(args.attention, args.rows, static_cast<int32_t>(blockIdx.x), Tile::kTileQ,
-                        Tile::kTileK, Layouts::kDense);
-  if (threadIdx.x < Tile::kConsumers) {
-    consume<Tile, T>(args, item, shared, smem);
+  const BlockItem block = block_item<Tile, kLayouts>(args);
+  const PackedItem& item = block.item;
+  if (!kIsDense && item.rows <= 0) {
+    // Whoever waits for this kernel's end relies on that of the one in front too.
+    ptx::wait_for_dependency();
     return;
   }
-  if constexpr (Tile::kWarpgroups == 2) ptx::registers_give<Tile::kProducerRegisters>();
+  if (threadIdx.x < Tile::kConsumers) {
+    consume<Tile, T, kLayouts>(args, block, shared, smem);
+    return;
+  }
+  if constexpr (Tile::kWarpgroups == 2) ptx::registers_give<Registers::kProducer>();
   if (threadIdx.x < Tile::kConsumers + 32) {
-    produce<Tile>({maps, args, item, shared});
+    produce<Tile, kLayouts>({maps, args, item, shared, threadIdx.x == Tile::kConsumers});
   } else {
     meet_block<Tile>();
   }
+}
+
+template <int kDimQk, int kDimV, Dtype kDtype, Layouts kLayouts>
+const void* decode_instance() {
+  return reinterpret_cast<const void*>(
+      &sm90_decode<DecodeTile<kDimQk, kDimV>, Element<kDtype>, kLayouts>);
 }
 
 }  // namespace wh::cuda

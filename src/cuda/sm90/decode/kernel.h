@@ -7,6 +7,7 @@
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/packed_rows.h"
+#include "cuda/sm90/decode/share_rule.h"
 
 namespace wh {
 struct Launch;
@@ -37,15 +38,17 @@ struct DecodeArgs {
   int32_t fresh_keys;  // Limits::fresh_keys
   PackedRows rows;
   Partials partials;
+  int32_t box_keys_log2;  // keys of a box of a map, where they are in pages
+  ShareRule shares;
 };
 
 struct DecodeMaps {
-  CUtensorMap k;  // [batch, heads_kv, key, dim], a box is one panel of a tile
+  CUtensorMap k;  // [batch or page, heads_kv, key, dim], a box is one panel of a tile, or all
   CUtensorMap v;
 };
 
 // The kernel compiled for these dimensions; instance.cu.in defines them.
-template <int kDimQk, int kDimV, Dtype kDtype>
+template <int kDimQk, int kDimV, Dtype kDtype, Layouts kLayouts>
 const void* decode_instance();
 
 Status run_decode(const Launch& launch);

@@ -1,6 +1,7 @@
 // Tile sizes of sm90_decode by head dimensions, and what they cost in shared memory.
 #pragma once
 
+#include "cuda/common/packed_rows.h"
 #include "cuda/sm90/common/panels.h"
 
 namespace wh::cuda {
@@ -27,7 +28,6 @@ struct DecodeTile {
   // A lone producer warp is free beside one warpgroup; beside two it would cost them registers
   // that only a whole producer warpgroup can give back.
   static constexpr int kThreads = kConsumers + (kWarpgroups == 1 ? 32 : 128);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kColumns = kDimV / kWarpgroups;  // of V, a warpgroup
 
   static constexpr int kQueryBytes = kTileQ * kDimQk * 2;
@@ -40,6 +40,14 @@ struct DecodeTile {
 
   static_assert(kDimQk % 64 == 0 && kDimV % 64 == 0 && kDimV <= kDimQk && kColumns <= 256);
   static_assert(kSlots >= 4);
+};
+
+// Of a thread, where there are two warpgroups of consumers and one of producers. Page tables take
+// some of the producer.
+template <Layouts kLayouts>
+struct DecodeRegisters {
+  static constexpr int kProducer = kLayouts == Layouts::kDense ? 24 : 40;
+  static constexpr int kConsumer = kLayouts == Layouts::kDense ? 240 : 232;
 };
 
 }  // namespace wh::cuda

@@ -8,9 +8,9 @@
 namespace wh::cuda {
 namespace {
 
-constexpr auto kVariants =
-    tile_variants<kPrefillInstances>([]<HeadDims kDims, Dtype kDtype, Scores kScores>() {
-      return prefill_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores>;
+constexpr auto kVariants = tile_variants<kPrefillInstances>(
+    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
+      return prefill_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
     });
 
 std::optional<std::string> refusal(const Query& query) {
@@ -41,6 +41,7 @@ TileWork work_of(const Problem& p, const Config& config) {
           .dims = dims,
           .worker_rows = tile_q,
           .worker_sms = 1,
+          .box_keys = box_keys(p, static_cast<int32_t>(config.tile_k)),
           .share = share};
 }
 
@@ -48,7 +49,8 @@ Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
   config.instance = first_variant(kVariants, p, cuda_facts(query));
-  const PrefillTile tile = prefill_tile(prefill_variant(config).instance.dims, scores_of(p));
+  const PrefillTile tile =
+      prefill_tile(prefill_variant(config).instance.dims, scores_of(p), layouts_of(p));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = tile.tile_q();
   config.tile_k = tile.tile_k;
@@ -65,6 +67,7 @@ const TileVariant& prefill_variant(const Config& config) {
 const Kernel kSm90Prefill{.name = "sm90_prefill",
                           .role = Role::kFused,
                           .summary = "TMA and wgmma, heads up to 256 wide, 128 or 192 rows a block",
+                          .takes_all_layouts = true,
                           .refusal = refusal,
                           .configure = configure,
                           .variant = wgmma_variant,

@@ -9,14 +9,14 @@ Status run_prefill(const Launch& launch) {
   const Problem& p = launch.problem;
   const TileVariant& variant = prefill_variant(launch.config);
   const HeadDims dims = variant.instance.dims;
-  const PrefillTile tile = prefill_tile(dims, scores_of(p));
+  const PrefillTile tile = prefill_tile(dims, scores_of(p), layouts_of(p));
   const TileOrder order = tile_order(p, tile.tile_q(), 1);
   return run_tiles(launch, {.order = order,
                             .workers = launch.config.workers,
                             .block_queries = order.tile_queries,
                             .box_keys = tile.tile_k,
                             .box_values = tile.tile_k,
-                            .function = variant.function[static_cast<size_t>(scores_of(p))](),
+                            .function = variant.function(p),
                             .threads = tile.threads(),
                             .shared_bytes = PrefillMemory(dims, tile).bytes});
 }

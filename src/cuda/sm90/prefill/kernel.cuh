@@ -26,6 +26,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/common/key_boxes.cuh"
 #include "cuda/sm90/common/products.cuh"
 #include "cuda/sm90/common/query_rows.cuh"
 #include "cuda/sm90/common/ring.cuh"
@@ -36,11 +37,11 @@
 
 namespace wh::cuda {
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 struct PrefillBlock {
   using T = Element<kDtype>;
   static constexpr HeadDims kDims{kDimQk, kDimV};
-  static constexpr PrefillTile kTile = prefill_tile(kDims, kScores);
+  static constexpr PrefillTile kTile = prefill_tile(kDims, kScores, kLayouts);
   static constexpr PrefillMemory kMemory{kDims, kTile};
   static constexpr int kTileQ = kTile.tile_q();
   static constexpr int kTileK = kTile.tile_k;
@@ -77,6 +78,7 @@ struct PrefillBlock {
     // something. Nobody resets it: tiles without keys to wait for would read a flag that is just
     // being cleared.
     uint32_t dropped[2];
+    ProducerNotes notes;
   };
   static_assert(kBarriers * 8 + sizeof(Mailbox) <= 256);
 
@@ -114,63 +116,81 @@ struct PrefillBlock {
   }
 
   // A tile's place in the problem and the keys it works on.
-  using Work = WalkedTile;
+  using Work = WalkedTile<kLayouts>;
   __device__ __forceinline__ Work work(int32_t index) const {
-    return walked_tile(args, order, index, kTileK);
+    return walked_tile<kLayouts>(args, order, index, kTileK);
   }
 
   // --- producer: one thread ---
 
+  using Boxes = KeyBoxes<kLayouts>;
+  __device__ __forceinline__ KeptNotes<kLayouts> kept_notes() const {
+    if constexpr (kLayouts == Layouts::kDense) {
+      return {};
+    } else {
+      return mailbox()->notes;
+    }
+  }
+
   __device__ __forceinline__ void produce() const {
     Ring<kStages> ring;
-    uint32_t q_parity = 1;
-    const uint32_t q_bytes =
-        kMemory.panels_qk * panel_bytes(order.packed_heads * order.tile_queries);
+    KeptNotes<kLayouts> notes = kept_notes();
+    notes.q_parity = 1;
     for (int32_t index = first_tile(order, blockIdx.x);;
-         index = next_query_tile(order, gridDim.x, index)) {
+         index = next_query_tile(order, gridDim.x, notes.tile)) {
+      index = filled_tile<kLayouts>(args, order, gridDim.x, index, kTileK);
+      notes.tile = index;
       const bool is_last = index >= order.end;
-      ptx::mbarrier_wait(barrier(kQFree), q_parity);
-      q_parity ^= 1;
+      ptx::mbarrier_wait(barrier(kQFree), notes.q_parity);
+      notes.q_parity = notes.q_parity ^ 1;
       mailbox()->tile = is_last ? -1 : index;
       if (is_last) {
         ptx::mbarrier_arrive(barrier(kQFull));
         return;
       }
       const Work w = work(index);
-      ptx::mbarrier_expect(barrier(kQFull), q_bytes);
+      ptx::mbarrier_expect(barrier(kQFull), kMemory.panels_qk * panel_bytes(order.packed_heads *
+                                                                            order.tile_queries));
       const int32_t head_kv = w.at.first_head / args.group;
 #pragma unroll
       for (int i = 0; i < kMemory.panels_qk; ++i) {
         ptx::tma_load_5d(s_q + i * panel_bytes(kTileQ), &maps.q, barrier(kQFull), i * kPanelColumns,
-                         w.at.first_head - head_kv * args.group, w.at.first_query, head_kv,
-                         w.at.batch_idx, ptx::CacheHint::kEvictFirst);
+                         w.at.first_head - head_kv * args.group,
+                         w.sequence.first_query + w.at.first_query, head_kv, w.sequence.query_batch,
+                         ptx::CacheHint::kEvictFirst);
       }
+      note_keys(notes, w.keys);
+      const Boxes boxes(args, maps.box_keys_log2, w.sequence);
 #pragma unroll 1
-      for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
-        const TileAt at{n * kTileK, head_kv, w.at.batch_idx};
-        load<kMemory.panels_qk>(maps.k, at, s_k(ring.slot), ring.parity,
+      for (int32_t n = w.keys.end - 1; n >= notes.begin; --n) {
+        const TileAt at{n * kTileK, head_kv};
+        load<kMemory.panels_qk>(maps.k, boxes, at, s_k(ring.slot), ring.parity,
                                 barrier(kKFree + ring.slot), barrier(kKFull + ring.slot));
-        const int full = w.keys.is_clean(n) ? kVFull : kVLoaded;
-        load<kMemory.panels_v>(maps.v, at, s_v(ring.slot), ring.parity, barrier(kVFree + ring.slot),
-                               barrier(full + ring.slot));
+        const int full = is_clean(notes, n) ? kVFull : kVLoaded;
+        load<kMemory.panels_v>(maps.v, boxes, at, s_v(ring.slot), ring.parity,
+                               barrier(kVFree + ring.slot), barrier(full + ring.slot));
         ring.next();
       }
     }
   }
 
   struct TileAt {
-    int32_t key, head_kv, batch_idx;
+    int32_t key, head_kv;
   };
   template <int kPanels>
-  __device__ __forceinline__ void load(const CUtensorMap& map, const TileAt& at, uint32_t to,
-                                       uint32_t parity, uint32_t free, uint32_t full) const {
+  __device__ __forceinline__ void load(const CUtensorMap& map, const Boxes& boxes, const TileAt& at,
+                                       uint32_t to, uint32_t parity, uint32_t free,
+                                       uint32_t full) const {
     ptx::mbarrier_wait(free, parity ^ 1);
-    ptx::mbarrier_expect(full, kPanels * panel_bytes(kTileK));
+    ptx::mbarrier_expect(full, kPanels * panel_bytes(boxes.count<kTileK>(at.key)));
+    boxes.copy_each<kTileK>(at.key, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
-    for (int i = 0; i < kPanels; ++i) {
-      ptx::tma_load_4d(to + i * panel_bytes(kTileK), &map, full, i * kPanelColumns, at.key,
-                       at.head_kv, at.batch_idx, ptx::CacheHint::kEvictLast);
-    }
+      for (int i = 0; i < kPanels; ++i) {
+        ptx::tma_load_4d(to + i * panel_bytes(kTileK) + panel_bytes(row), &map, full,
+                         i * kPanelColumns, token, at.head_kv, batch_idx,
+                         ptx::CacheHint::kEvictLast);
+      }
+    });
   }
 
   // --- cleaners: the other three warps of the producer's warpgroup ---
@@ -309,20 +329,20 @@ struct PrefillBlock {
       ring.next();
     }
 
-    __device__ __forceinline__ QueryRows<T> query_rows(const Work& w) const {
-      return {block.args, w.at, block.order.packed_heads, block.order.tile_queries};
+    __device__ __forceinline__ QueryRows<T, Work> query_rows(const Work& w) const {
+      return {block.args, w, block.order.packed_heads, block.order.tile_queries};
     }
 
     // Notes which keys this thread's rows see; returns which tiles the block works on.
     __device__ __forceinline__ KeyTiles enter(const Work& w) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        softmax.rows[r] = query_rows(w).scores(w.sequence, warpgroup * 64 + accumulator_row(r));
+        softmax.rows[r] = query_rows(w).scores(warpgroup * 64 + accumulator_row(r));
       }
       return w.keys;
     }
 
-    __device__ __forceinline__ void store(const QueryRows<T>& query_rows) {
+    __device__ __forceinline__ void store(const QueryRows<T, Work>& query_rows) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const auto place = query_rows.place(warpgroup * 64 + accumulator_row(r));
@@ -357,20 +377,19 @@ struct PrefillBlock {
         const Work w = block.work(index);
         store(query_rows(w));
         if (block.mailbox()->dropped[number % 2] == number + 1) {
-          query_rows(w).restore(w.sequence, w.keys, kTileK, warpgroup * 64,
-                                softmax.online.correction, 0, kDimV);
+          query_rows(w).restore(kTileK, warpgroup * 64, softmax.online.correction, 0, kDimV);
         }
       }
     }
   };
 };
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
-__global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads(), 1)
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
+__global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores, kLayouts).threads(), 1)
     sm90_prefill(const __grid_constant__ PrefillMaps maps,
                  const __grid_constant__ AttentionArgs args,
                  const __grid_constant__ TileOrder order) {
-  using Block = PrefillBlock<kDimQk, kDimV, kDtype, kScores>;
+  using Block = PrefillBlock<kDimQk, kDimV, kDtype, kScores, kLayouts>;
   constexpr PrefillTile kTile = Block::kTile;
   extern __shared__ __align__(1024) unsigned char s_memory[];
   const Block block{maps, args, order, s_memory, ptx::shared_address(s_memory)};
@@ -398,9 +417,9 @@ __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores).threads
   }
 }
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 const void* prefill_instance() {
-  return reinterpret_cast<const void*>(&sm90_prefill<kDimQk, kDimV, kDtype, kScores>);
+  return reinterpret_cast<const void*>(&sm90_prefill<kDimQk, kDimV, kDtype, kScores, kLayouts>);
 }
 
 }  // namespace wh::cuda

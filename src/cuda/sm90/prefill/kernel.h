@@ -7,7 +7,7 @@
 namespace wh::cuda {
 
 // The kernel compiled for these dimensions; instance.cu.in instantiates it.
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 const void* prefill_instance();
 
 Status run_prefill(const Launch& launch);

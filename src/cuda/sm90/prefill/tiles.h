@@ -5,6 +5,7 @@
 
 #include "cuda/common/attention_args.h"
 #include "cuda/common/head_dims.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/sm90/common/panels.h"
 
 namespace wh::cuda {
@@ -24,10 +25,14 @@ struct PrefillTile {
 // consumer thread holds tile_k / 2 scores, tile_k / 4 packed weights and dim_v / 2 sums. Below 80
 // keys Q K^T is bound by shared memory. At dim 64 three warpgroups of 64 rows share each K tile; 48
 // bytes of spill there halve the speed.
-constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
+constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores, Layouts layouts) {
   const bool is_plain = scores == Scores::kPlain;
+  // Page tables take registers of the producer.
+  const bool is_dense = layouts == Layouts::kDense;
+  const int producer_registers = is_dense ? 40 : 56, consumer_registers = is_dense ? 232 : 224;
   if (dims.dim_v <= 64 && dims.dim_qk <= 64) {
-    return is_plain ? PrefillTile{3, 128, 2, 32, 160} : PrefillTile{2, 128, 2, 40, 232};
+    if (is_plain) return {3, 128, 2, 32, 160};
+    return {2, 128, 2, producer_registers, consumer_registers};
   }
   int tile_k = 80;
   if (dims.dim_qk > 256) {
@@ -40,7 +45,7 @@ constexpr PrefillTile prefill_tile(HeadDims dims, Scores scores) {
   }
   // The addresses of an array mask take registers.
   if (scores == Scores::kMasked) tile_k = dims.dim_qk <= 128 && dims.dim_v <= 128 ? 96 : 64;
-  return {2, tile_k, 2, 40, 232};
+  return {2, tile_k, 2, producer_registers, consumer_registers};
 }
 
 // Panels: Q, then the stages of K, then those of V, then barriers.

@@ -9,6 +9,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/common/key_boxes.cuh"
 #include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/common/ring.cuh"
 #include "cuda/sm90/common/tile_walk.cuh"
@@ -17,12 +18,12 @@
 
 namespace wh::cuda {
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 struct WideBlock {
   using T = Element<kDtype>;
   static constexpr HeadDims kDims{kDimQk, kDimV};
   static constexpr Scores kScoresOf = kScores;
-  static constexpr WideTile kTile = wide_tile(kDims, kScores);
+  static constexpr WideTile kTile = wide_tile(kDims, kScores, kLayouts);
   static constexpr WideMemory kMemory{kDims, kTile};
   static constexpr int kTileK = kTile.tile_k;
   static constexpr int kSlots = kTile.left_slots + kTile.right_slots;
@@ -57,8 +58,8 @@ struct WideBlock {
   struct Mailbox {
     // Index in the order; negative: no more. Block 0 stores it in both blocks and arrives with
     // release at kTileFull, where readers wait with acquire: 2 barriers of memory a tile, which
-    // does not show. Stored by st.async, whose bytes the barrier counts, it could be the word of
-    // another tile for some warps, as if it came behind the barrier, and the cluster stood still:
+    // does not show. By st.async, whose bytes the barrier counts, a reader could be let through
+    // before the word had come: warps then worked on different tiles, and the cluster stood still,
     // about once in a hundred launches of 128 tiles of a key or two. Asking again until a word with
     // the tile's number came let the lanes of a warp part, and barriers count warps.
     int32_t tile;
@@ -67,6 +68,7 @@ struct WideBlock {
     // slots when it looks, not for the other's. Nobody resets it: tiles without keys to wait for
     // would read a flag that is just being cleared.
     uint32_t dropped[2][2];
+    ProducerNotes notes;
   };
   static_assert(kBarriers * 8 + sizeof(Mailbox) <= 512);
 
@@ -117,12 +119,12 @@ struct WideBlock {
   }
 
   // `at` is of this block, `keys` of the cluster.
-  using Work = WalkedTile;
+  using Work = WalkedTile<kLayouts>;
   __device__ __forceinline__ int32_t block_queries() const {
     return order.tile_queries / kWideCluster;
   }
   __device__ __forceinline__ Work work(int32_t index) const {
-    Work w = walked_tile(args, order, index, kTileK);
+    Work w = walked_tile<kLayouts>(args, order, index, kTileK);
     w.at.first_query += rank * block_queries();
     return w;
   }
@@ -135,14 +137,25 @@ struct WideBlock {
 
   // --- producer: one thread ---
 
+  using Boxes = KeyBoxes<kLayouts>;
+  __device__ __forceinline__ KeptNotes<kLayouts> kept_notes() const {
+    if constexpr (kLayouts == Layouts::kDense) {
+      return {};
+    } else {
+      return mailbox()->notes;
+    }
+  }
+
   __device__ __forceinline__ void produce() const {
     LeftRing left;
     RightRing right;
     const int32_t clusters = gridDim.x / kWideCluster;
+    KeptNotes<kLayouts> notes = kept_notes();
     int32_t index = first_tile(order, blockIdx.x / kWideCluster);
     for (uint32_t number = 0;; ++number) {
       if (rank == 0) {
-        if (number > 0) index = next_query_tile(order, clusters, index);
+        if (number > 0) index = next_query_tile(order, clusters, notes.tile);
+        index = filled_tile<kLayouts>(args, order, clusters, index, kTileK);
         ptx::mbarrier_acquire(barrier(kTileFree), (number + 1) % 2);
         for (uint32_t block = 0; block < kWideCluster; ++block) {
           ptx::store_at(s_tile(), block, index < order.end ? index : -1);
@@ -150,6 +163,7 @@ struct WideBlock {
         }
       }
       index = read_tile(number);
+      notes.tile = index;
       if (rank != 0) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
       if (index < 0) return;
       const Work w = work(index);
@@ -161,64 +175,72 @@ struct WideBlock {
       for (int i = 0; i < kMemory.panels_qk; ++i) {
         ptx::tma_load_5d(s_q + i * panel_bytes(kWideTileQ), &maps.q, barrier(kQFull),
                          i * kPanelColumns, w.at.first_head - head_kv * args.group,
-                         w.at.first_query, head_kv, w.at.batch_idx, ptx::CacheHint::kEvictFirst);
+                         w.sequence.first_query + w.at.first_query, head_kv, w.sequence.query_batch,
+                         ptx::CacheHint::kEvictFirst);
       }
+      note_keys(notes, w.keys);
+      const Boxes boxes(args, maps.box_keys_log2, w.sequence);
 #pragma unroll 1
-      for (int32_t n = w.keys.end - 1; n >= w.keys.begin; --n) {
-        load_keys(left, n * kTileK, head_kv, w.at.batch_idx);
+      for (int32_t n = w.keys.end - 1; n >= notes.begin; --n) {
+        load_keys(left, boxes, n * kTileK, head_kv);
         if (n + 1 < w.keys.end) {
-          load_values(left, right, (n + 1) * kTileK, head_kv, w.at.batch_idx,
-                      w.keys.is_clean(n + 1));
+          load_values(left, right, boxes, (n + 1) * kTileK, head_kv, is_clean(notes, n + 1));
         }
       }
-      if (w.keys.end > w.keys.begin) {
-        load_values(left, right, w.keys.begin * kTileK, head_kv, w.at.batch_idx,
-                    w.keys.is_clean(w.keys.begin));
+      if (w.keys.end > notes.begin) {
+        load_values(left, right, boxes, notes.begin * kTileK, head_kv,
+                    is_clean(notes, notes.begin));
       }
     }
   }
 
   // A slot is two boxes: halves of the rows of one panel, or two panels. This block's is number
   // `rank`.
-  __device__ __forceinline__ void load_keys(LeftRing& ring, int32_t key, int32_t head_kv,
-                                            int32_t batch_idx) const {
+  __device__ __forceinline__ void load_keys(LeftRing& ring, const Boxes& boxes, int32_t key,
+                                            int32_t head_kv) const {
 #pragma unroll 1
     for (int i = 0; i < kKSlots; ++i) {
       ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
-      ptx::mbarrier_expect(barrier(kSlotFull + ring.slot), kKSlotBytes);
+      ptx::mbarrier_expect(barrier(kSlotFull + ring.slot),
+                           kPanelsOfKSlot * panel_bytes(boxes.count<kTileK>(key)));
       const int panel = kPanelsOfKSlot == 1 ? i : 2 * i + rank;
-      ptx::tma_multicast_4d(s_slot(ring.slot) + rank * (kKSlotBytes / 2), &maps.k,
-                            barrier(kSlotFull + ring.slot), panel * kPanelColumns,
-                            kPanelsOfKSlot == 1 ? key + rank * (kTileK / 2) : key, head_kv,
-                            batch_idx, kBothBlocks);
+      // The other block's rows, of one panel, end where this one's begin.
+      const int32_t first_row = kPanelsOfKSlot == 1 ? rank * (kTileK / 2) : 0;
+      constexpr int kRows = kPanelsOfKSlot == 1 ? kTileK / 2 : kTileK;
+      boxes.copy_each<kRows>(key + first_row, [&](int32_t row, int32_t token, int32_t batch_idx) {
+        ptx::tma_multicast_4d(s_slot(ring.slot) + rank * (kKSlotBytes / 2) + panel_bytes(row),
+                              &maps.k, barrier(kSlotFull + ring.slot), panel * kPanelColumns, token,
+                              head_kv, batch_idx, kBothBlocks);
+      });
       ring.next();
     }
   }
 
-  __device__ __forceinline__ void load_values(LeftRing& left, RightRing& right, int32_t key,
-                                              int32_t head_kv, int32_t batch_idx,
-                                              bool is_clean) const {
+  __device__ __forceinline__ void load_values(LeftRing& left, RightRing& right, const Boxes& boxes,
+                                              int32_t key, int32_t head_kv, bool is_clean) const {
 #pragma unroll 1
     for (int i = 0; i < kVSlots; ++i) {
-      load_value_slot(left, key + i * kVRows, 0, head_kv, batch_idx, is_clean);
-      load_value_slot(right, key + i * kVRows, kHalf, head_kv, batch_idx, is_clean);
+      load_value_slot(left, boxes, key + i * kVRows, 0, head_kv, is_clean);
+      load_value_slot(right, boxes, key + i * kVRows, kHalf, head_kv, is_clean);
     }
   }
 
   // A slot is four panels of 32 rows; this block loads two.
   template <typename RingOfHalf>
-  __device__ __forceinline__ void load_value_slot(RingOfHalf& ring, int32_t key,
+  __device__ __forceinline__ void load_value_slot(RingOfHalf& ring, const Boxes& boxes, int32_t key,
                                                   int32_t first_column, int32_t head_kv,
-                                                  int32_t batch_idx, bool is_clean) const {
+                                                  bool is_clean) const {
     const uint32_t full = barrier((is_clean ? kSlotFull : kSlotLoaded) + ring.slot);
     ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
-    ptx::mbarrier_expect(full, kWideSlotBytes);
+    ptx::mbarrier_expect(full, kHalf / kPanelColumns * panel_bytes(boxes.count<kVRows>(key)));
+    boxes.copy_each<kVRows>(key, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
-    for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
-      ptx::tma_multicast_4d(s_slot(ring.slot) + panel * panel_bytes(kVRows), &maps.v, full,
-                            first_column + panel * kPanelColumns, key, head_kv, batch_idx,
-                            kBothBlocks);
-    }
+      for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
+        ptx::tma_multicast_4d(s_slot(ring.slot) + panel * panel_bytes(kVRows) + panel_bytes(row),
+                              &maps.v, full, first_column + panel * kPanelColumns, token, head_kv,
+                              batch_idx, kBothBlocks);
+      }
+    });
     ring.next();
   }
 

@@ -8,9 +8,9 @@
 namespace wh::cuda {
 namespace {
 
-constexpr auto kVariants =
-    tile_variants<kWideInstances>([]<HeadDims kDims, Dtype kDtype, Scores kScores>() {
-      return wide_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores>;
+constexpr auto kVariants = tile_variants<kWideInstances>(
+    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
+      return wide_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
     });
 
 std::optional<std::string> refusal(const Query& query) {
@@ -24,6 +24,7 @@ TileWork work_of(const Problem& p, const Config& config) {
           .dims = wide_variant(config).instance.dims,
           .worker_rows = kWideCluster * kWideTileQ,
           .worker_sms = kWideCluster,
+          .box_keys = box_keys(p, kWideValueRows),
           .share = 0.61};  // of the dense tensor rate, measured on an H100
 }
 
@@ -33,7 +34,7 @@ Config configure(const Query& query) {
   config.instance = first_variant(kVariants, p, cuda_facts(query));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kWideTileQ;
-  config.tile_k = wide_tile(wide_variant(config).instance.dims, scores_of(p)).tile_k;
+  config.tile_k = wide_tile(wide_variant(config).instance.dims, scores_of(p), layouts_of(p)).tile_k;
   deal_tiles(query, work_of(p, config), config);
   return config;
 }
@@ -48,17 +49,14 @@ const TileVariant& wide_variant(const Config& config) {
 // queries and the same keys under a causal mask. The cluster's tile is split between its blocks by
 // queries, each with all the packed heads.
 TileOrder wide_order(const Problem& p) {
-  TileOrder order = tile_order(p, kWideTileQ, p.group() % 2 == 0 ? 2 : 1);
-  order.tile_queries *= kWideCluster;
-  order.query_tiles = (order.query_tiles + kWideCluster - 1) / kWideCluster;
-  order.tiles = order.query_tiles * order.head_sets;
-  return order;
+  return tile_order(p, kWideTileQ, p.group() % 2 == 0 ? 2 : 1, kWideCluster);
 }
 
 const Kernel kSm90PrefillWide{
     .name = "sm90_prefill_wide",
     .role = Role::kFused,
     .summary = "TMA multicast and wgmma, heads up to 576/512, 64 rows a block",
+    .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
     .variant = wgmma_variant,

@@ -51,14 +51,14 @@ struct WideConsumer {
     for (int i = 0; i < kHalf / 2; ++i) r_o[i] = 0;
   }
 
-  __device__ __forceinline__ QueryRows<T> query_rows(const Work& w) const {
-    return {block.args, w.at, block.order.packed_heads, block.block_queries()};
+  __device__ __forceinline__ QueryRows<T, Work> query_rows(const Work& w) const {
+    return {block.args, w, block.order.packed_heads, block.block_queries()};
   }
 
   __device__ __forceinline__ void restore(const Work& w, uint32_t number, int half,
                                           const float (&norm)[2]) {
     if (block.mailbox()->dropped[number % 2][half] != number + 1) return;
-    query_rows(w).restore(w.sequence, w.keys, kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
+    query_rows(w).restore(kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
   }
 };
 
@@ -186,7 +186,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
     finish_values();
   }
 
-  __device__ __forceinline__ void store(const QueryRows<T>& query_rows) {
+  __device__ __forceinline__ void store(const QueryRows<T, Work>& query_rows) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto place = query_rows.place(accumulator_row(r));
@@ -208,10 +208,10 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
 
   // Notes which keys this thread's rows see; returns which tiles the cluster works on.
   __device__ __forceinline__ KeyTiles enter(const Work& w) {
-    const QueryRows<T> query_rows = this->query_rows(w);
+    const QueryRows<T, Work> query_rows = this->query_rows(w);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      softmax.rows[r] = query_rows.scores(w.sequence, accumulator_row(r));
+      softmax.rows[r] = query_rows.scores(accumulator_row(r));
     }
     return w.keys;
   }
@@ -295,7 +295,7 @@ struct WideRight : WideConsumer<Block, typename Block::RightRing> {
       const float norm[2] = {block.s_factors()[Block::kNorms + accumulator_row(0)],
                              block.s_factors()[Block::kNorms + accumulator_row(1)]};
       ptx::named_arrive(Block::kNormFree, 256);
-      const QueryRows<T> query_rows = this->query_rows(w);
+      const QueryRows<T, Work> query_rows = this->query_rows(w);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         query_rows.store(r_o, r, query_rows.place(accumulator_row(r)), norm[r], kHalf);

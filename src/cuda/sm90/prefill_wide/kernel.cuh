@@ -20,12 +20,12 @@
 
 namespace wh::cuda {
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 __global__ void __launch_bounds__(kWideThreads, 1)
     sm90_prefill_wide(const __grid_constant__ PrefillMaps maps,
                       const __grid_constant__ AttentionArgs args,
                       const __grid_constant__ TileOrder order) {
-  using Block = WideBlock<kDimQk, kDimV, kDtype, kScores>;
+  using Block = WideBlock<kDimQk, kDimV, kDtype, kScores, kLayouts>;
   constexpr WideTile kTile = Block::kTile;
   extern __shared__ __align__(1024) unsigned char s_memory[];
   const Block block{
@@ -53,9 +53,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   ptx::cluster_sync();  // no block leaves while the other may still write into it
 }
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 const void* wide_instance() {
-  return reinterpret_cast<const void*>(&sm90_prefill_wide<kDimQk, kDimV, kDtype, kScores>);
+  return reinterpret_cast<const void*>(
+      &sm90_prefill_wide<kDimQk, kDimV, kDtype, kScores, kLayouts>);
 }
 
 }  // namespace wh::cuda

@@ -22,8 +22,11 @@ struct WideTile {
 
 // 96 keys would ask less of shared memory's port, but ran at 470 to 520 TFLOP/s where 64 keys run
 // at 515 to 555: with 8 + 3 slots of a tile against 6 of the ring the copies come too late.
-constexpr WideTile wide_tile(HeadDims dims, Scores) {
-  return {64, dims.dim_qk > 512 ? 5 : 6, 3, 40, 248, 216};
+constexpr WideTile wide_tile(HeadDims dims, Scores, Layouts layouts) {
+  const int left_slots = dims.dim_qk > 512 ? 5 : 6;
+  // Page tables take registers of the producer.
+  if (layouts == Layouts::kAll) return {64, left_slots, 3, 56, 240, 208};
+  return {64, left_slots, 3, 40, 248, 216};
 }
 
 // Panels of 64 columns of K in a slot. Of one panel each block of the cluster loads half of the
