@@ -50,6 +50,13 @@ class Outcome:
         return "failed" if self.failures else "skipped" if self.skipped else "passed"
 
 
+def all_passed(outcome: Outcome) -> Outcome:
+    """The same, where a test that was skipped is a failure."""
+    skipped = outcome.data["skipped"] if outcome.data else []
+    outcome.failures += [f"{name} was skipped" for name in skipped]
+    return outcome
+
+
 def missing(what: str) -> Outcome:
     """What a part needs: nobody asked to do without it."""
     return Outcome(failures=[f"{what}; --skip leaves the part out"])
@@ -176,31 +183,44 @@ class GpuCheck:
 
     # The parts.
 
+    def run_tests(self, program: str, seconds: float, kind: str = "*") -> Outcome:
+        """The tests of a GoogleTest program, those like `kind` alone; none that passes is a failure."""
+        path = self.build / "tests" / program
+        if not path.exists():
+            return Outcome(failures=[f"{path} is missing"])
+        report = self.scratch / f"{program}-{kind.strip('*/.')}.json"
+        done = self.run([path, f"--gtest_filter={kind}", f"--gtest_output=json:{report}"], seconds)
+        outcome = Outcome(data={"passed": 0, "skipped": []})
+        suites = json.loads(report.read_text())["testsuites"] if report.exists() else []
+        for test in (one for suite in suites for one in suite["testsuite"]):
+            name = f"{test['classname']}.{test['name']}"
+            if "failures" in test:
+                text = test["failures"][0]["failure"].replace("\n", " ")
+                outcome.failures.append(f"{name}: {text[:400]}")
+            elif test.get("result") == "SKIPPED":
+                outcome.data["skipped"].append(name)
+            else:
+                outcome.data["passed"] += 1
+        if not suites or done.code not in (0, 1):
+            outcome.failures.append(f"{program} {kind}: {done.why()} {done.out[-300:]}")
+        return outcome
+
     def tests(self, seconds: float, kernels: list[str] | None = None) -> Outcome:
-        program = self.build / "tests" / "widehead_gpu_tests"
-        if not program.exists():
-            return Outcome(failures=[f"{program} is missing"])
         outcome, begin = Outcome(data={"passed": 0, "skipped": []}), time.monotonic()
         for suffix in kernels or (*self.kernels, "ADeviceThatDoesNotExistIsRefused"):
-            report = self.scratch / f"{suffix}.json"
-            done = self.run([program, f"--gtest_filter=*{'.' if suffix[0] == 'A' else '/'}{suffix}",
-                             f"--gtest_output=json:{report}"], seconds - time.monotonic() + begin)
-            tests = [test for suite in (json.loads(report.read_text())["testsuites"]
-                                        if report.exists() else []) for test in suite["testsuite"]]
-            for test in tests:
-                name = f"{test['classname']}.{test['name']}"
-                if "failures" in test:
-                    text = test["failures"][0]["failure"].replace("\n", " ")
-                    outcome.failures.append(f"{name}: {text[:400]}")
-                elif test.get("result") == "SKIPPED":
-                    outcome.data["skipped"].append(name)
-                else:
-                    outcome.data["passed"] += 1
-            if not tests or (done.code not in (0, 1)):
-                outcome.failures.append(f"{suffix}: {done.why()} {done.out[-300:]}")
+            ran = self.run_tests("widehead_gpu_tests", seconds - time.monotonic() + begin,
+                                 f"*{'.' if suffix[0] == 'A' else '/'}{suffix}")
+            outcome.failures += ran.failures
+            if ran.data:
+                outcome.data["passed"] += ran.data["passed"]
+                outcome.data["skipped"] += ran.data["skipped"]
         if outcome.data["passed"] == 0:
             outcome.failures.append("no test ran")
         return outcome
+
+    def ranks(self, seconds: float) -> Outcome:
+        """Every strategy on 1 to 8 ranks, threads that share one card, against float64."""
+        return all_passed(self.run_tests("widehead_gpu_parallel_tests", seconds))
 
     def translated(self, seconds: float) -> Outcome:
         """Kernels that others follow on the stream, in the build that tools/test makes: for sm_80 and

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import ROOT, GpuCheck, Json, Outcome, missing, parse
+from gpu_parts import ROOT, GpuCheck, Json, Outcome, all_passed, missing, parse
 
 # At so many ranks a problem should run so many times as fast as on one.
 PREFILL_EFFICIENCY, DECODE_SPEEDUP_AT_4 = 0.9, 2.5
@@ -94,24 +94,7 @@ class GpusCheck(GpuCheck):
         return outcome
 
     def tests(self, seconds: float, kernels: list[str] | None = None) -> Outcome:
-        program = self.build / "tests" / "widehead_nccl_tests"
-        if not program.exists():
-            return missing(f"no {program}")
-        report = self.scratch / "nccl.json"
-        done = self.run([program, f"--gtest_output=json:{report}"], seconds)
-        outcome = Outcome(data={"passed": [], "skipped": []})
-        suites = json.loads(report.read_text())["testsuites"] if report.exists() else []
-        for test in (one for suite in suites for one in suite["testsuite"]):
-            name = f"{test['classname']}.{test['name']}"
-            if "failures" in test:
-                outcome.failures.append(f"{name}: {test['failures'][0]['failure'][:400]}")
-            elif test.get("result") == "SKIPPED":
-                outcome.failures.append(f"{name} was skipped")
-            else:
-                outcome.data["passed"].append(name)
-        if done.code != 0 or not outcome.data["passed"]:
-            outcome.failures.append(f"{done.why()} {done.out[-600:]}")
-        return outcome
+        return all_passed(self.run_tests("widehead_nccl_tests", seconds))
 
     def figures_part(self, seconds: float) -> Outcome:
         """Every problem on one device, then every strategy on every number of ranks."""
