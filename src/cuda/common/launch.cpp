@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <shared_mutex>
@@ -15,7 +16,8 @@ constexpr int kSharedBytesOfAll = 48 << 10;
 // What the runtime knows of a kernel on a device, asked for once: each question takes 1 us.
 class LoadedKernels {
  public:
-  // Allows the kernel its shared memory, once.
+  // Allows the kernel its shared memory: as much as any launch of it has asked for, which problems
+  // decide for some. Less than before is never set: another thread may be about to launch.
   Result<LoadedCode> code_of(const KernelLaunch& launch) {
     int device = 0;
     if (Status status = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
@@ -24,23 +26,34 @@ class LoadedKernels {
     const std::pair key{launch.function, device};
     {
       const std::shared_lock lock(mutex_);
-      if (const auto found = known_.find(key); found != known_.end()) return found->second;
+      const auto found = known_.find(key);
+      if (found != known_.end() && launch.shared_bytes <= found->second.shared_bytes) {
+        return found->second.code;
+      }
     }
     const std::unique_lock lock(mutex_);
-    if (launch.shared_bytes > kSharedBytesOfAll) {
+    const auto found = known_.find(key);
+    const int allowed = found == known_.end() ? kSharedBytesOfAll : found->second.shared_bytes;
+    if (launch.shared_bytes > allowed) {
       WH_RETURN_IF_ERROR(cuda_status(
           cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                launch.shared_bytes),
           "cudaFuncSetAttribute"));
     }
     const Result<LoadedCode> code = loaded_code(launch.function);
-    if (code.ok()) known_.insert({key, *code});
+    if (code.ok()) {
+      known_.insert_or_assign(key, Known{*code, std::max(allowed, launch.shared_bytes)});
+    }
     return code;
   }
 
  private:
+  struct Known {
+    LoadedCode code;
+    int shared_bytes;  // allowed
+  };
   std::shared_mutex mutex_;
-  std::map<std::pair<const void*, int>, LoadedCode> known_;
+  std::map<std::pair<const void*, int>, Known> known_;
 };
 
 }  // namespace

@@ -27,7 +27,7 @@ struct KernelLaunch {
   const void* function;
   int blocks;
   int threads;
-  int shared_bytes;  // dynamic; above 48 KB the kernel is told so, once a device
+  int shared_bytes;  // dynamic; above 48 KB the kernel is told so
   int cluster = 1;   // blocks of a cluster
   // Its blocks may start while the kernel in front still runs; they wait for it themselves before
   // they touch memory (ptx::wait_for_dependency). Launched so only where the loaded code does wait.
