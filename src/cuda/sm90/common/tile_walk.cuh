@@ -50,8 +50,8 @@ __device__ __forceinline__ WalkedTile<kLayouts> walked_tile(const AttentionArgs&
   return tile;
 }
 
-// What a producer keeps of where it is: in registers where tensors are dense. Page tables need
-// those: it then reads in shared memory what its first thread has written there.
+// What a producer thread keeps of where it is: in registers where tensors are dense. Page tables
+// need those: it then reads in shared memory what it has written there.
 struct ProducerNotes {
   int32_t tile;
   uint32_t q_parity;
@@ -84,11 +84,9 @@ __device__ __forceinline__ int32_t next_query_tile(const TileOrder& order, int32
 template <Layouts kLayouts>
 __device__ __forceinline__ int32_t filled_tile(const AttentionArgs& args, const TileOrder& order,
                                                int32_t workers, int32_t index, int32_t tile_k) {
-  if constexpr (kLayouts == Layouts::kAll) {
-    while (args.query_offsets != nullptr && index < order.end &&
-           !walked_tile<kLayouts>(args, order, index, tile_k).has_queries()) {
-      index = next_query_tile(order, workers, index);
-    }
+  if (kLayouts == Layouts::kDense || args.query_offsets == nullptr) return index;
+  while (index < order.end && !walked_tile<kLayouts>(args, order, index, tile_k).has_queries()) {
+    index = next_query_tile(order, workers, index);
   }
   return index;
 }
