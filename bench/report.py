@@ -14,6 +14,7 @@ into a folder of [bench/results](../bench/results); `python3 bench/report.py` ma
 multiply-add rate, before and after each, and the count of preemptions found undisturbed; rows where none was are marked ~. *Peak* is the
 multiply-add rate of all cores in f32 and *reads* the rate at which they read memory, both measured in the same run; GFLOP/s count visible
 query-key pairs only. "In cache": keys and values fit the last level of cache, where repeated samples find them.
+What bounds the CPU kernels is on the pages of [decode](cpu-decode.md#what-bounds-it) and [prefill](cpu-prefill.md#what-bounds-it).
 `python3 bench/peers/compare.py cpu-prefill cpu-decode` puts other libraries beside it; on a Zen 5 PyTorch, ONNX Runtime, oneDNN, ggml and MLX
 ([table](../bench/results/amd-epyc-avx3-2026-11-29-peers.md)):
 
