@@ -14,7 +14,11 @@ namespace {
 using Parallel = void (*)(void (*region)(void*), void* argument, unsigned threads, unsigned flags);
 
 std::atomic<Parallel> parallel_region{nullptr};
-std::atomic<bool> has_run{false};
+
+// A forked process has none of its parent's threads, whoever had started them: OpenMP would wait
+// for them, ours do without. From the module's import on, as PyTorch may be met behind the fork.
+std::atomic<bool> is_forked{false};
+const bool notices_forks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; }) == 0;
 
 struct Tasks {
   std::atomic<int32_t> next{0};
@@ -31,7 +35,6 @@ struct Tasks {
 };
 
 void run_on_openmp(void*, int32_t count, void (*task)(void*, int32_t), void* argument) {
-  has_run.store(true, std::memory_order_relaxed);
   Tasks tasks{.count = count, .task = task, .argument = argument};
   parallel_region.load(std::memory_order_acquire)(Tasks::take, &tasks, 0, 0);
 }
@@ -39,6 +42,7 @@ void run_on_openmp(void*, int32_t count, void (*task)(void*, int32_t), void* arg
 }  // namespace
 
 bool use_torch_threads() {
+  if (is_forked || !notices_forks) return false;
   // Other packages bring OpenMP libraries of their own: the one that PyTorch is linked with.
   void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (torch == nullptr) return false;
@@ -46,16 +50,13 @@ bool use_torch_threads() {
   dlclose(torch);
   if (found == nullptr) return false;
   parallel_region.store(found, std::memory_order_release);
-  // A forked process has none of its parent's threads. OpenMP would wait for them, ours do without.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    if (has_run) parallel_region = nullptr;
-  });
-  return registered == 0;
+  return true;
 }
 
 const wh_executor* executor() {
   static constexpr wh_executor kOpenMp{run_on_openmp, nullptr};
-  return parallel_region.load(std::memory_order_relaxed) == nullptr ? nullptr : &kOpenMp;
+  return is_forked || parallel_region.load(std::memory_order_relaxed) == nullptr ? nullptr
+                                                                                 : &kOpenMp;
 }
 
 }  // namespace widehead_python

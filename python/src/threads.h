@@ -6,7 +6,7 @@
 namespace widehead_python {
 
 // From now on those of PyTorch, which must be loaded. False where its OpenMP offers no entry for
-// them.
+// them, and in a forked process.
 bool use_torch_threads();
 
 // What the calls' options take; null: the library's own.
