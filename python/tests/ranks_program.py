@@ -103,12 +103,18 @@ def check_masks(rank, ranks):
             raise AssertionError("a mask of too few keys was taken")
         dist.barrier()
         rows = torch.ones(1, 1, 3, 83)
-        try:
-            parallel.gather(rows, parallel.contiguous(61, ranks))
-        except ValueError as error:
-            assert "part has 3 tokens in dimension 2" in str(error), error
-        else:
-            raise AssertionError("too few rows were taken")
+        others = [()] * (ranks - 2)
+        for wrong, message in (
+                (parallel.contiguous(61, ranks), "part has 3 tokens in dimension 2"),
+                (parallel.contiguous(3, ranks + 1), f"tokens is of {ranks + 1} ranks"),
+                ([[(0, 3)], [(2, 5)], *others], "token 2 belongs to two ranks"),
+                ([[(0, 3)], [(4, 7)], *others], "token 3 belongs to no rank")):
+            try:
+                parallel.gather(rows, wrong)
+            except ValueError as error:
+                assert message in str(error), error
+            else:
+                raise AssertionError(f"{wrong} was taken")
     return count
 
 

@@ -65,6 +65,14 @@ def gather(
     """The tensor that has all tokens, from each rank's part: what :func:`take` undoes. For masks of
     which a rank made the rows of its own queries."""
     rank = dist.get_rank(group)
+    _expect_ranks("tokens", tokens, dist.get_world_size(group))
+    end_of_last = 0
+    for begin, end in sorted(both for ranges in tokens for both in ranges if both[0] < both[1]):
+        if begin != end_of_last:
+            owner = "two ranks" if begin < end_of_last else "no rank"
+            token = min(begin, end_of_last)
+            raise ValueError(f"token {token} belongs to {owner}; each must belong to one rank")
+        end_of_last = end
     sizes = [sum(end - begin for begin, end in ranges) for ranges in tokens]
     if part.shape[dim] != sizes[rank]:
         raise ValueError(
@@ -209,8 +217,7 @@ def sdpa(
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     tokens_k = tokens if tokens_k is None else tokens_k
     for name, given in (("tokens", tokens), ("tokens_k", tokens_k)):
-        if len(given) != ranks:
-            raise ValueError(f"{name} is of {len(given)} ranks; the group has {ranks}")
+        _expect_ranks(name, given, ranks)
     if out is None:
         # Models take the heads of a position side by side next: in this layout that is a view.
         out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
@@ -229,6 +236,11 @@ def sdpa(
     if explain is not None:
         explain.append(text)
     return (answer, log_sum_exp) if return_log_sum_exp else answer
+
+
+def _expect_ranks(name: str, tokens: Tokens, ranks: int) -> None:
+    if len(tokens) != ranks:
+        raise ValueError(f"{name} is of {len(tokens)} ranks; the group has {ranks}")
 
 
 def _flat(tokens: Tokens) -> list[tuple[int, int, int]]:
