@@ -180,7 +180,7 @@ class Served:
 
 
 def plain_read_ms(size: int) -> float:
-    """Of so many bytes, by PyTorch's sum of 32-bit words."""
+    """Of so many bytes, by PyTorch's maximum of 32-bit words."""
     words = torch.ones(size // 4, dtype=torch.int32, device="cuda")
     return time_alternating({"read": Graph([words.max])}, 1)["read"]
 

@@ -47,8 +47,8 @@ class Limits:
     longest_step_ms: of a piece of work that cannot be interrupted; 0: any.
     batch_invariant: a row's bits do not depend on the batch around it.
     fresh_keys: a promise for CUDA streams: the kernel in front in the stream writes no keys but the
-        last so many of each sequence, and neither key lengths nor key starts. The rest may then be
-        read before it has ended; too small a number is a race. None: no promise.
+        last so many of each sequence, and no key lengths, key starts, offsets or page tables. The
+        rest may then be read before it has ended; too small a number is a race. None: no promise.
     """
 
     workspace: int | str | None = None

@@ -34,8 +34,9 @@ struct Limits {
   double longest_step_us = 0;    // between two looks at the progress callback; 0: any
   bool batch_invariant = false;  // a row's bits do not depend on the batch around it
   // The promise that the kernel in front in the stream, and any that it overlaps, write no keys but
-  // the last so many of each sequence, and neither key lengths nor key starts: the rest may be read
-  // before that kernel has ended. Too small a number is a race that nobody detects.
+  // the last so many of each sequence, and no key lengths, key starts, offsets or page tables: the
+  // rest may be read before that kernel has ended. Too small a number is a race that nobody
+  // detects.
   int64_t fresh_keys = kAnyKeys;
   bool operator==(const Limits&) const = default;
 };
