@@ -23,5 +23,7 @@ int main(int argc, char** argv) {
   wh_mpi_communicator_destroy(&group);
   if (group.context != NULL) ++wrong;
   MPI_Finalize();
+  wrong += expect_invalid(wh_mpi_communicator_create(MPI_COMM_WORLD, &group, sizeof(group)),
+                          "MPI has been ended");
   return wrong;
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 #include <string>
@@ -92,6 +93,8 @@ wh_status export_new(wh_communicator* to, size_t size, const Make& make) noexcep
     return WH_OK;
   } catch (const std::bad_alloc&) {
     return wh_fail(WH_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception& error) {
+    return wh_fail(WH_INTERNAL_ERROR, error.what());
   }
 }
 inline void destroy_exported(wh_communicator* communicator) {

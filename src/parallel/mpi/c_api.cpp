@@ -8,10 +8,14 @@ using wh::sharded::MpiCommunicator;
 wh_status wh_mpi_communicator_create(MPI_Comm comm, wh_communicator* communicator, size_t size) {
   return wh::sharded::export_new(
       communicator, size, [&]() -> wh::Result<std::unique_ptr<Communicator>> {
-        int is_there = 0;
-        if (comm == MPI_COMM_NULL || MPI_Initialized(&is_there) != MPI_SUCCESS || is_there == 0) {
-          return wh::invalid(comm == MPI_COMM_NULL ? "comm is MPI_COMM_NULL"
-                                                   : "MPI has not been started");
+        if (comm == MPI_COMM_NULL) return wh::invalid("comm is MPI_COMM_NULL");
+        // Whatever else is called at another time ends the program.
+        int has_begun = 0, has_ended = 0;
+        if (MPI_Initialized(&has_begun) != MPI_SUCCESS || has_begun == 0) {
+          return wh::invalid("MPI has not been started");
+        }
+        if (MPI_Finalized(&has_ended) != MPI_SUCCESS || has_ended != 0) {
+          return wh::invalid("MPI has been ended");
         }
         return std::unique_ptr<Communicator>(std::make_unique<MpiCommunicator>(comm));
       });
