@@ -105,6 +105,8 @@ def measure(row: tuple) -> dict[str, Any]:
     wrong = []
     if want is None:
         wrong.append("nothing of PyTorch's to compare with")
+    if not any(kernel in calls for kernel in KERNELS):
+        wrong.append("every kernel of Widehead's refuses it")
     differences = {}
     for name in (kernel for kernel in KERNELS if kernel in calls):
         first = [tensor.clone() for tensor in calls[name]()]
@@ -140,8 +142,11 @@ def main() -> int:
     flags.add_argument("--only", default="", help="rows that begin so: d128,d256")
     flags.add_argument("--seconds", type=float, default=60, help="no row begins after so many")
     options = flags.parse_args()
+    selected = [row for row in ROWS if name_of(row).startswith(tuple(options.only.split(",")))]
+    if not selected:
+        flags.error(f"--only {options.only} is none of {', '.join(map(name_of, ROWS))}")
     begin, rows, left_out = time.perf_counter(), [], []
-    for row in (row for row in ROWS if name_of(row).startswith(tuple(options.only.split(",")))):
+    for row in selected:
         if time.perf_counter() - begin > options.seconds:
             left_out.append(name_of(row))
         else:

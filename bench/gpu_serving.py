@@ -208,9 +208,13 @@ def bench(library: Widehead, batch: Batch, limits: dict[str, Any]) -> dict[str, 
     if prompts and tokens:
         halves = [(Served(batch.part(prompts)), Served(batch.part(tokens))) for _ in sets]
         runs = [half.run(library, batch.layouts[-1], limits) for pair in halves for half in pair]
-        row["layouts"]["two calls"] = dict(kernel=", ".join(one.kernel for one in runs[:2]))
+        halves_out = [runs[0](), runs[1]()]
+        torch.cuda.synchronize()
+        row["layouts"]["two calls"] = dict(kernel=", ".join(one.kernel for one in runs[:2]),
+                                           is_wrong=not all(bool(out.isfinite().all())
+                                                            for out in halves_out))
         calls["two calls"] = Graph(runs)
-    times = time_alternating(calls, len(sets))
+    times = time_alternating(calls, len(sets)) if calls else {}
     for layout, ms in times.items():
         row["layouts"][layout].update(us=ms * 1e3, kv_gbytes_per_s=batch.kv_bytes / ms * 1e-6)
     if len(set(batch.keys)) > 1:
@@ -256,6 +260,9 @@ def main() -> None:
             torch.cuda.empty_cache()
     if any(one.get("is_wrong") for row in rows for one in row["layouts"].values()):
         sys.exit("gpu_serving: another answer than that of the first layout")
+    refused = [row["name"] for row in rows if not any("us" in one for one in row["layouts"].values())]
+    if refused:
+        sys.exit(f"gpu_serving: every layout of {', '.join(refused)} is refused")
 
 
 main()

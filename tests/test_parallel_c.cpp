@@ -182,6 +182,13 @@ TEST(ParallelC, NamesWhatIsWrong) {
   EXPECT_STREQ(wh_last_error(), "shards.q[0].rank is 9; it must be between 0 and 1");
 }
 
+TEST(ParallelC, AFailureIsNoSuccess) {
+  EXPECT_EQ(wh_fail(WH_REFUSED, "the cable is out"), WH_REFUSED);
+  EXPECT_STREQ(wh_last_error(), "the cable is out");
+  EXPECT_EQ(wh_fail(WH_OK, "the cable is out"), WH_INVALID_ARGUMENT);
+  EXPECT_STREQ(wh_last_error(), "status of wh_fail() is WH_OK; it must be that of an error");
+}
+
 // What one rank alone gets wrong, every rank hears of.
 TEST(ParallelC, TheOthersHearOfAnErrorOfOne) {
   const ShardedData data = random_case(3, 5);

@@ -73,7 +73,7 @@ typedef struct wh_shards {
 typedef struct wh_parallel_plan wh_parallel_plan;
 
 /* For whoever writes a communicator: leaves a copy of the message in wh_last_error(), and answers
- * with the status. */
+ * with the status, which must be an error's. */
 WH_API wh_status wh_fail(wh_status status, const char* message);
 WH_API wh_status wh_communicator_init(wh_communicator* communicator, size_t size);
 WH_API wh_status wh_shards_init(wh_shards* shards, size_t size);

@@ -243,6 +243,10 @@ using wh::guarded;
 using wh::Status;
 
 wh_status wh_fail(wh_status status, const char* message) {
+  if (status == WH_OK) {
+    return wh::fail_with_text(WH_INVALID_ARGUMENT,
+                              "status of wh_fail() is WH_OK; it must be that of an error");
+  }
   try {
     return wh::fail(status, message == nullptr ? "" : message);
   } catch (const std::bad_alloc&) {

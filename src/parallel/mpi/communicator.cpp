@@ -15,6 +15,7 @@ constexpr int64_t kMostBytes = 1ll << 30;  // of one message: MPI counts in int
 
 MpiCommunicator::MpiCommunicator(MPI_Comm comm) : comm_(comm) {
   // Errors are answers, not the end of the program.
+  MPI_Comm_get_errhandler(comm_, &callers_errors_);
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm_, &rank_);
   MPI_Comm_size(comm_, &ranks_);
@@ -23,7 +24,11 @@ MpiCommunicator::MpiCommunicator(MPI_Comm comm) : comm_(comm) {
   may_poll_ = level >= MPI_THREAD_SERIALIZED;
 }
 
-MpiCommunicator::~MpiCommunicator() { abandon(); }
+MpiCommunicator::~MpiCommunicator() {
+  abandon();
+  MPI_Comm_set_errhandler(comm_, callers_errors_);
+  MPI_Errhandler_free(&callers_errors_);
+}
 
 // What a failure leaves behind must not write into memory that is the caller's again.
 void MpiCommunicator::abandon() {

@@ -34,6 +34,7 @@ class MpiCommunicator final : public Communicator {
   void abandon();
 
   MPI_Comm comm_;
+  MPI_Errhandler callers_errors_;  // what the caller had, until this ends
   int32_t rank_ = 0, ranks_ = 1;
   bool may_poll_ = false;
   std::map<int32_t, Pending> pending_;

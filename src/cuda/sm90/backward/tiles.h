@@ -19,9 +19,10 @@ struct GradientTile {
 };
 
 // A consumer thread holds its sums, columns / 2 scores and as many elements of d_out v^T, and half
-// of each again as operands of 16 bits: 200 of its 232 registers at most (208 spilled). Below 80
-// columns the first two products are bound by shared memory, by 1.14 at 48. Two stages of both
-// tensors beside the block's own rows leave 48 keys at dim 256.
+// of each again as operands of 16 bits: 208 of its 232 registers at most where consumers have
+// roles, 200 where they have not (208 spilled). Below 80 columns the first two products are bound
+// by shared memory, by 1.14 at 48. Two stages of both tensors beside the block's own rows leave 48
+// keys at dim 256.
 constexpr GradientTile gradient_tile(HeadDims dims, Side side) {
   if (side == Side::kKeys) {
     const int sums = dims.dim_qk + dims.dim_v;
