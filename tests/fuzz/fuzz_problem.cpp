@@ -48,8 +48,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const size_t rest = size - sizeof(problem);
     std::memcpy(&limits, data + sizeof(problem), rest < sizeof(limits) ? rest : sizeof(limits));
   }
-  // So is a size beyond the struct.
-  problem.size = std::min(problem.size, sizeof(problem));
+  // So is a size beyond the struct. Fields beyond the size have their defaults for the library, and
+  // so must they here: tensors follow them.
+  const wh_problem given = problem;
+  wh_problem_init(&problem, sizeof(problem));
+  std::memcpy(&problem, &given, std::min(given.size, sizeof(problem)));
+  problem.size = std::min(given.size, sizeof(problem));
   limits.size = std::min(limits.size, sizeof(limits));
   limits.kernel = nullptr;  // a pointer made of fuzz is the caller's fault
   problem.device = 0;
