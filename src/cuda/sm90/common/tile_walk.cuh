@@ -84,9 +84,11 @@ __device__ __forceinline__ int32_t next_query_tile(const TileOrder& order, int32
 template <Layouts kLayouts>
 __device__ __forceinline__ int32_t filled_tile(const AttentionArgs& args, const TileOrder& order,
                                                int32_t workers, int32_t index, int32_t tile_k) {
-  if (kLayouts == Layouts::kDense || args.query_offsets == nullptr) return index;
-  while (index < order.end && !walked_tile<kLayouts>(args, order, index, tile_k).has_queries()) {
-    index = next_query_tile(order, workers, index);
+  if constexpr (kLayouts == Layouts::kAll) {
+    if (args.query_offsets == nullptr) return index;
+    while (index < order.end && !walked_tile<kLayouts>(args, order, index, tile_k).has_queries()) {
+      index = next_query_tile(order, workers, index);
+    }
   }
   return index;
 }
