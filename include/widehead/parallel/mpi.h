@@ -13,8 +13,9 @@ extern "C" {
 
 /* `comm` stays the caller's and must outlive what is made of it: `*communicator`, of `size` bytes.
  * While a plan is made or runs its messages are the library's alone; its errors are answers
- * (MPI_ERRORS_RETURN) until `*communicator` is destroyed, which MPI_Finalize() must not precede. Messages move beside the work where MPI was started with
- * MPI_THREAD_SERIALIZED or more, and between steps where it was with less. */
+ * (MPI_ERRORS_RETURN) until `*communicator` is destroyed, which MPI_Finalize() must not precede.
+ * Messages move beside the work where MPI was started with MPI_THREAD_SERIALIZED or more, and
+ * between steps where it was with less. */
 WH_API wh_status wh_mpi_communicator_create(MPI_Comm comm, wh_communicator* communicator,
                                             size_t size);
 WH_API void wh_mpi_communicator_destroy(wh_communicator* communicator);

@@ -43,8 +43,8 @@ struct PackedRows {
         has_slots(shape.has_slots) {}
 };
 
-// What a kernel is handed: one of dense tensors alone asks for no offsets, slots and pages before its
-// first load.
+// What a kernel is handed: one of dense tensors alone asks for no offsets, slots and pages before
+// its first load.
 enum class Layouts : int32_t { kDense, kAll };
 
 // What one block works on. `index` counts blocks; fastest are the row tiles of a pair, which read

@@ -16,6 +16,7 @@
 
 #include "core/names.h"
 #include "core/problem.h"
+#include "cuda/common/attention_args.h"
 #include "cuda/common/instance.h"
 #include "cuda/cuda_facts.h"
 
@@ -82,6 +83,12 @@ inline CudaFacts with_all_instances(CudaFacts cuda) {
 inline std::string not_compiled(const Problem& p) {
   return fmt::format("has no code for {} heads of {}/{} in this build (WIDEHEAD_CUDA_INSTANCES=ci)",
                      kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v);
+}
+
+// Of kernels whose arguments are int32.
+inline std::optional<std::string> extent_refusal(const Problem& p) {
+  if (fits_int32(p)) return std::nullopt;
+  return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
 }
 
 // Why none of them runs the problem. `limits` says what they take, and which heads are more.

@@ -242,9 +242,7 @@ std::optional<std::string> refusal(const Query& query) {
   if (query.limits.precision == Precision::kHigh && as_computed(p).dtype_q != Dtype::kF32) {
     return "rounds the weights to the input type; precision high forbids that";
   }
-  if (!fits_int32(p)) {
-    return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
-  }
+  if (auto reason = extent_refusal(p)) return reason;
   const int32_t instance = best_instance(p, cuda_facts(query));
   if (instance < 0) {
     if (best_instance(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);

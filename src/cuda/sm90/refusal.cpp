@@ -4,8 +4,8 @@
 
 #include <numeric>
 
-#include "cuda/common/attention_args.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
 
 namespace wh::cuda {
@@ -40,9 +40,7 @@ std::optional<std::string> sm90_refusal(const Query& query) {
   if (query.limits.precision == Precision::kHigh) {
     return "rounds the weights to the input type; precision high forbids that";
   }
-  if (!fits_int32(p)) {
-    return fmt::format("indexes heads and lengths by int32: at most {} each", kMaxExtent);
-  }
+  if (auto reason = extent_refusal(p)) return reason;
   if (auto reason = tensor_map_refusal("q", p.stride_q, p.dim_qk)) return reason;
   if (auto reason = tensor_map_refusal("k", p.stride_k, p.dim_qk)) return reason;
   if (auto reason = tensor_map_refusal("v", p.stride_v, p.dim_v)) return reason;

@@ -98,25 +98,28 @@ class Builder {
     return has;
   }
 
+  // Of each of `ranges` the hull of what `touch` says the others reach of it.
+  template <typename Touch>
+  static Tokens touched(const Tokens& ranges, const Tokens& others, const Touch& touch) {
+    Tokens parts;
+    for (const TokenRange& range : ranges) {
+      TokenRange part;
+      for (const TokenRange& other : others) part = hull(part, touch(range, other));
+      if (!part.empty()) parts.push_back(part);
+    }
+    return parts;
+  }
+
   // What the queries of rank `to` see of each range of keys of rank `from`: what a window leaves.
   Tokens wanted(int32_t to, int32_t from) const {
-    Tokens ranges;
-    for (const TokenRange& k : tokens_k(from)) {
-      TokenRange seen;
-      for (const TokenRange& q : tokens_q(to)) seen = hull(seen, seen_keys(s_, q, k));
-      if (!seen.empty()) ranges.push_back(seen);
-    }
-    return ranges;
+    return touched(tokens_k(from), tokens_q(to),
+                   [&](const TokenRange& k, const TokenRange& q) { return seen_keys(s_, q, k); });
   }
   // The queries of rank `of` that see keys of rank `to`.
   Tokens asking(int32_t of, int32_t to) const {
-    Tokens ranges;
-    for (const TokenRange& q : tokens_q(of)) {
-      TokenRange seeing;
-      for (const TokenRange& k : tokens_k(to)) seeing = hull(seeing, seeing_queries(s_, q, k));
-      if (!seeing.empty()) ranges.push_back(seeing);
-    }
-    return ranges;
+    return touched(tokens_q(of), tokens_k(to), [&](const TokenRange& q, const TokenRange& k) {
+      return seeing_queries(s_, q, k);
+    });
   }
 
   Place buffer(int64_t bytes) {

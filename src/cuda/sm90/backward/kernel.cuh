@@ -137,6 +137,17 @@ struct GradientBlock {
       for (int32_t tile = item.begin; tile < item.end; ++tile) use(head, tile);
     }
   }
+  // Tile by tile, which a consumer takes by work_on<kHides>().
+  template <typename Consumer>
+  __device__ __forceinline__ void walk_with(Consumer& consumer) const {
+    walk([&](int32_t, int32_t tile) {
+      if (item.is_full(tile)) {
+        consumer.template work_on<false>(tile);
+      } else {
+        consumer.template work_on<true>(tile);
+      }
+    });
+  }
   __device__ __forceinline__ int32_t walk_tiles() const {
     return (kIsKeys ? attention().group : 1) * max(0, item.end - item.begin);
   }
@@ -443,13 +454,7 @@ struct GradientBlock {
 #pragma unroll
       for (float& sum : r_v) sum = 0;
       ptx::mbarrier_wait(block.barrier(kOwnFull), 0);
-      block.walk([&](int32_t, int32_t tile) {
-        if (block.item.is_full(tile)) {
-          work_on<false>(tile);
-        } else {
-          work_on<true>(tile);
-        }
-      });
+      block.walk_with(*this);
       const GradientArgs& g = block.args.gradients;
       const AttentionArgs& a = block.attention();
       if constexpr (kIsKeys) {
@@ -507,13 +512,7 @@ struct GradientBlock {
 #pragma unroll
       for (float& sum : r_v) sum = 0;
       ptx::mbarrier_wait(block.barrier(kOwnFull), 0);
-      block.walk([&](int32_t, int32_t tile) {
-        if (block.item.is_full(tile)) {
-          work_on<false>(tile);
-        } else {
-          work_on<true>(tile);
-        }
-      });
+      block.walk_with(*this);
       const GradientArgs& g = block.args.gradients;
       weights.store(r_v, 1 / kWeightScale, g.dv, g.stride_dv, block.attention().dim_v);
     }
@@ -531,7 +530,7 @@ struct GradientBlock {
         : block(block), weights(block, 0), stages{block, {}}, tiles_left(block.walk_tiles()) {}
 
     template <bool kHides>
-    __device__ __forceinline__ void work_on() {
+    __device__ __forceinline__ void work_on(int32_t) {
       float s[kColumns / 2], d[kColumns / 2];
       uint32_t r_ds[kColumns / 4];
       stages.wait(kVFull);
@@ -565,13 +564,7 @@ struct GradientBlock {
 #pragma unroll
       for (float& sum : r_qk) sum = 0;
       ptx::mbarrier_wait(block.barrier(kOwnFull), 0);
-      block.walk([&](int32_t, int32_t tile) {
-        if (block.item.is_full(tile)) {
-          work_on<false>();
-        } else {
-          work_on<true>();
-        }
-      });
+      block.walk_with(*this);
       const GradientArgs& g = block.args.gradients;
       const AttentionArgs& a = block.attention();
       weights.store(r_qk, a.scale, g.dk, g.stride_dk, a.dim_qk);

@@ -61,6 +61,15 @@ template <Layouts kLayouts>
 using KeptNotes =
     std::conditional_t<kLayouts == Layouts::kDense, ProducerNotes, volatile ProducerNotes&>;
 
+template <Layouts kLayouts, typename Mailbox>
+__device__ __forceinline__ KeptNotes<kLayouts> kept_notes(volatile Mailbox& mailbox) {
+  if constexpr (kLayouts == Layouts::kDense) {
+    return {};
+  } else {
+    return mailbox.notes;
+  }
+}
+
 template <typename Notes>
 __device__ __forceinline__ void note_keys(Notes& notes, const KeyTiles& keys) {
   notes.begin = keys.begin;

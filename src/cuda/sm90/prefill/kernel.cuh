@@ -124,17 +124,9 @@ struct PrefillBlock {
   // --- producer: one thread ---
 
   using Boxes = KeyBoxes<kLayouts>;
-  __device__ __forceinline__ KeptNotes<kLayouts> kept_notes() const {
-    if constexpr (kLayouts == Layouts::kDense) {
-      return {};
-    } else {
-      return mailbox()->notes;
-    }
-  }
-
   __device__ __forceinline__ void produce() const {
     Ring<kStages> ring;
-    KeptNotes<kLayouts> notes = kept_notes();
+    KeptNotes<kLayouts> notes = kept_notes<kLayouts>(*mailbox());
     notes.q_parity = 1;
     for (int32_t index = first_tile(order, blockIdx.x);;
          index = next_query_tile(order, gridDim.x, notes.tile)) {

@@ -138,19 +138,11 @@ struct WideBlock {
   // --- producer: one thread ---
 
   using Boxes = KeyBoxes<kLayouts>;
-  __device__ __forceinline__ KeptNotes<kLayouts> kept_notes() const {
-    if constexpr (kLayouts == Layouts::kDense) {
-      return {};
-    } else {
-      return mailbox()->notes;
-    }
-  }
-
   __device__ __forceinline__ void produce() const {
     LeftRing left;
     RightRing right;
     const int32_t clusters = gridDim.x / kWideCluster;
-    KeptNotes<kLayouts> notes = kept_notes();
+    KeptNotes<kLayouts> notes = kept_notes<kLayouts>(*mailbox());
     int32_t index = first_tile(order, blockIdx.x / kWideCluster);
     for (uint32_t number = 0;; ++number) {
       if (rank == 0) {
