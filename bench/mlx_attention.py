@@ -165,7 +165,8 @@ def device_name():
 def driver():
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        return lines[0].strip() if lines else None  # a line for each GPU
     except (OSError, subprocess.CalledProcessError):
         return None
 
