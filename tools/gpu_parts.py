@@ -307,8 +307,8 @@ class GpuCheck:
 
     def check_cases(self, seconds: float) -> Outcome:
         begin = time.monotonic()
-        corner = self.check(seconds / 4, "--cases", "corner", "--seed", 7)
-        layouts = self.check(seconds / 4, "--cases", "layouts", "--seed", 7)
+        corner = self.check(seconds / 6, "--cases", "corner", "--seed", 7)
+        layouts = self.check(seconds / 2, "--cases", "layouts", "--seed", 7)
         ci = self.check(seconds - (time.monotonic() - begin), "--cases",
                         "ci" if self.is_gpu else "smoke", "--seed", 7)
         counts: dict[str, int] = {}
