@@ -198,9 +198,11 @@ TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
   expect_every_family(kGradientInstances, [](const Instance& instance) {
     return Family{gradient_tile(instance.dims, Side::kKeys).has_roles, 0, 0, 0};
   });
-  expect_every_family(kFewRowsInstances, [](const Instance& instance) {
+  const auto by_rows = [](const Instance& instance) {
     return Family{instance.dims.dim_v, instance.rows, 0, 0};
-  });
+  };
+  expect_every_family(kFewRowsInstances, by_rows);
+  expect_every_family(kCodeRowsInstances, by_rows);
 }
 
 // The last resort of every card: no build may refuse what all of them takes.

@@ -22,25 +22,31 @@
 namespace wh::cuda {
 namespace {
 
-template <Instance kInstance>
-constexpr PortableVariant few_rows_variant() {
-  constexpr FewRowsTile kTile{kInstance.dims.dim_v, kInstance.rows};
-  PortableVariant variant{
-      kInstance, Cores::kCuda,          kInstance.rows,       FewRowsTile::kKeys,
-      1,         FewRowsTile::kThreads, kTile.shared_bytes(), kTile.resident(),
-      nullptr};
-  if constexpr (kInstance.is_compiled) variant.function = few_rows_instance<kTile.dim, kTile.rows>;
-  return variant;
+constexpr PortableVariant few_rows_variant(const Instance& instance, bool reads_codes) {
+  const FewRowsTile tile{instance.dims.dim_v, instance.rows, reads_codes};
+  return {instance,
+          Cores::kCuda,
+          tile.rows,
+          FewRowsTile::kKeys,
+          1,
+          FewRowsTile::kThreads,
+          tile.shared_bytes(),
+          tile.resident(),
+          nullptr,
+          reads_codes};
 }
-constexpr auto kFewRowsVariants = variants_of<kFewRowsInstances>(
-    []<Instance kInstance>() { return few_rows_variant<kInstance>(); });
-// Blocks of the same tiles, over codes.
-constexpr auto kCodeRowsVariants = variants_of<kFewRowsInstances>([]<Instance kInstance>() {
-  PortableVariant variant = few_rows_variant<kInstance>();
-  constexpr FewRowsTile kTile{kInstance.dims.dim_v, kInstance.rows, true};
-  if constexpr (kInstance.is_compiled) variant.function = code_rows_instance<kTile.dim, kTile.rows>;
-  variant.resident = kTile.resident();
-  variant.reads_codes = true;
+constexpr auto kFewRowsVariants = variants_of<kFewRowsInstances>([]<Instance kInstance>() {
+  PortableVariant variant = few_rows_variant(kInstance, false);
+  if constexpr (kInstance.is_compiled) {
+    variant.function = few_rows_instance<kInstance.dims.dim_v, kInstance.rows>;
+  }
+  return variant;
+});
+constexpr auto kCodeRowsVariants = variants_of<kCodeRowsInstances>([]<Instance kInstance>() {
+  PortableVariant variant = few_rows_variant(kInstance, true);
+  if constexpr (kInstance.is_compiled) {
+    variant.function = code_rows_instance<kInstance.dims.dim_v, kInstance.rows>;
+  }
   return variant;
 });
 
