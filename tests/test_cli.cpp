@@ -7,6 +7,7 @@
 #include <string>
 
 #include "input/safetensors.h"
+#include "report/session.h"
 #include "support/command_line.h"
 
 namespace {
@@ -38,6 +39,20 @@ TEST(Cli, RunReadsTheRealInputAndAgreesWithItsAnswer) {
     EXPECT_LT(json["log_sum_exp_relative_rms"], 1e-6);
     EXPECT_LE(json["peak_workspace_bytes"], json["workspace_bytes"]);
   }
+}
+
+// As NCCL logs, whatever its variables say.
+TEST(Cli, StdoutIsKeptForAnswers) {
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  {
+    const wh::cli::KeptStdout kept, again;
+    std::printf("of a library\n");
+    std::fprintf(wh::cli::answers(), "an answer\n");
+  }
+  std::fprintf(wh::cli::answers(), "another\n");
+  EXPECT_EQ(testing::internal::GetCapturedStdout(), "an answer\nanother\n");
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "of a library\n");
 }
 
 std::string example(const char* layer) {

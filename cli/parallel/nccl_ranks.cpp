@@ -9,6 +9,7 @@ int run_nccl_ranks(const Group& group, const RankMain& main) {
   if (group.device != Device::kCuda) {
     return report(invalid("--parallel nccl takes --device cuda: NCCL connects GPUs"));
   }
+  const KeptStdout kept;  // NCCL logs there
   const auto devices = sharded::NcclDevices::make(group.ranks);
   if (!devices.ok()) return report(devices.status());
   return run_rank_threads((*devices)->ranks(), [&](int32_t rank) -> Result<int> {
@@ -17,7 +18,7 @@ int run_nccl_ranks(const Group& group, const RankMain& main) {
     auto communicator = (*devices)->communicator(rank, nullptr);
     if (!communicator.ok()) return communicator.status();
     Result<int> code = main(**communicator, rank);
-    if (!code.ok()) (*devices)->abort(rank);
+    if (!code.ok()) (*devices)->abort();
     return code;
   });
 }

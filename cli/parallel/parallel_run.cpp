@@ -98,7 +98,7 @@ class RankRunner {
     if (!choices.ok()) return choices.status();
     const auto chosen = static_cast<int32_t>(choices->front());
     if (chosen < 0) return runnable_status(*plan);
-    if (is_first() && !flags_.json) fmt::print("{}\n", explain(*plan));
+    if (is_first() && !flags_.json) fmt::print(answers(), "{}\n", explain(*plan));
     std::vector<Strategy> strategies{static_cast<Strategy>(chosen)};
     if (flags_.every_strategy) {
       strategies.clear();
@@ -203,16 +203,18 @@ class RankRunner {
       } else {
         document.update(all.front().json());
       }
-      fmt::print("{}\n", document.dump(2));
+      fmt::print(answers(), "{}\n", document.dump(2));
       return;
     }
     for (const Measured& one : all) {
-      if (flags_.every_strategy) fmt::print("\nstrategy   {}\n", kStrategies.name(one.strategy));
-      fmt::print("time       {} best, {} median of {}\n", format_us(one.best()),
+      if (flags_.every_strategy)
+        fmt::print(answers(), "\nstrategy   {}\n", kStrategies.name(one.strategy));
+      fmt::print(answers(), "time       {} best, {} median of {}\n", format_us(one.best()),
                  format_us(one.median()), one.us.size());
-      fmt::print("rate       {:.0f} GFLOP/s on visible pairs\n",
+      fmt::print(answers(), "rate       {:.0f} GFLOP/s on visible pairs\n",
                  useful_flops(request_) / one.best() * 1e-3);
       fmt::print(
+          answers(),
           "out        {} float64 on every rank: relative RMS error {:.2e}, at most {:.2g} is "
           "right\n",
           one.error <= tolerance ? "agrees with" : "DIFFERS from", one.error, tolerance);

@@ -56,13 +56,13 @@ int tune_link(const Group& group, bool json) {
             {"latency_us", link->latency_us}, {"measured_on", today()}};
         WH_RETURN_IF_ERROR(store(path, document));
         if (json) {
-          fmt::print("{}\n", document.dump(2));
+          fmt::print(answers(), "{}\n", document.dump(2));
         } else {
-          fmt::print(
-              "--link {:.3g}GB/s,{:.3g}us between {} ranks of {}; plans use it from now on: "
-              "{}\n",
-              link->gbytes_per_s, link->latency_us, communicator.ranks(),
-              kTransports.name(group.transport), path.string());
+          fmt::print(answers(),
+                     "--link {:.3g}GB/s,{:.3g}us between {} ranks of {}; plans use it from now on: "
+                     "{}\n",
+                     link->gbytes_per_s, link->latency_us, communicator.ranks(),
+                     kTransports.name(group.transport), path.string());
         }
         return kFine;
       });

@@ -13,6 +13,8 @@ namespace {
 
 volatile std::sig_atomic_t interrupted = 0;
 
+std::FILE* kept_stdout = nullptr;
+
 }  // namespace
 
 int exit_code(const Status& status) {
@@ -30,6 +32,26 @@ int exit_code(const Status& status) {
       break;
   }
   return kDeviceFailed;
+}
+
+std::FILE* answers() { return kept_stdout != nullptr ? kept_stdout : stdout; }
+
+KeptStdout::KeptStdout() {
+  if (kept_stdout != nullptr) return;
+  std::fflush(stdout);
+  const int kept = dup(STDOUT_FILENO);
+  if (kept < 0) return;
+  mine_ = kept_stdout = fdopen(kept, "w");
+  if (mine_ != nullptr) dup2(STDERR_FILENO, STDOUT_FILENO);
+}
+
+KeptStdout::~KeptStdout() {
+  if (mine_ == nullptr) return;
+  std::fflush(stdout);
+  std::fflush(mine_);
+  dup2(fileno(mine_), STDOUT_FILENO);
+  std::fclose(mine_);
+  kept_stdout = nullptr;
 }
 
 std::string today() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdio>
 #include <functional>
 #include <string>
 
@@ -27,6 +28,23 @@ int exit_code(const Status& status);
 
 // Prints "widehead: message" on stderr and answers with the exit code.
 int report(const Status& status);
+
+// Where answers are printed: stdout.
+std::FILE* answers();
+
+// Keeps stdout for answers, of libraries that log there: for as long as this lives, what else is
+// written to it goes to stderr. NCCL_DEBUG_FILE is no help: NCCL reads it for some levels only, and
+// would empty a file that stderr is.
+class KeptStdout {
+ public:
+  KeptStdout();
+  ~KeptStdout();
+  KeptStdout(const KeptStdout&) = delete;
+  KeptStdout& operator=(const KeptStdout&) = delete;
+
+ private:
+  std::FILE* mine_ = nullptr;  // where another keeps it already, none
+};
 
 // "2026-11-29", of UTC.
 std::string today();

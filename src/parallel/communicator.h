@@ -37,6 +37,9 @@ class Communicator {
   // Called now and then while the rank computes, from any thread but never from two at once: for
   // connections that move only when they are asked to.
   virtual void poll() {}
+  // This rank failed and its memory may go: what it has in flight ends, as far as that is in the
+  // connection's power, which is of no more use then.
+  virtual void give_up() {}
 };
 
 // That a transfer of this rank's was not done in time: by whom, and what.

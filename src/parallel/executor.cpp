@@ -187,6 +187,19 @@ class Runner {
   const ParallelRun& run_;
 };
 
+// Whichever way a run ends.
+struct Departure {
+  explicit Departure(Communicator& from) : communicator(from) {}
+  ~Departure() {
+    if (!is_clean) communicator.give_up();
+  }
+  Departure(const Departure&) = delete;
+  Departure& operator=(const Departure&) = delete;
+
+  Communicator& communicator;
+  bool is_clean = false;
+};
+
 }  // namespace
 
 Status agree(const ShardedProblem& s, Strategy strategy, const Status& own,
@@ -230,7 +243,9 @@ Status run_rank(const ShardedProblem& s, const RankPlan& plan, const Tensors& te
                                plan.workspace_bytes));
   }
   const Runner runner(s, plan, tensors, communicator, run);
+  Departure departure(communicator);
   for (const Step& step : plan.schedule.steps) WH_RETURN_IF_ERROR(std::visit(runner, step));
+  departure.is_clean = true;
   return {};
 }
 

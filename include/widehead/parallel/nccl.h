@@ -14,7 +14,13 @@ extern "C" {
 
 /* `comm` and `stream` stay the caller's and must outlive what is made of them: `*communicator`, of
  * `size` bytes. Plans run on that stream, wh_run_options.stream; messages have one of their own
- * beside it. After a time-out the caller should abort `comm`: NCCL's kernels wait for good. */
+ * beside it.
+ *
+ * Collective, as ncclCommInitRank() is: it connects `comm` with every rank, for which NCCL waits as
+ * it does there, or for 30 s where `comm` does not block. What is awaited thereafter has the
+ * time-out of the communicator. One thread that makes those of several ranks would wait for itself:
+ * each has a process or a thread. After a time-out the caller should abort `comm`, before it frees
+ * memory of its device: NCCL's kernels wait for good, and what frees memory waits for them. */
 WH_API wh_status wh_nccl_communicator_create(ncclComm_t comm, cudaStream_t stream,
                                              wh_communicator* communicator, size_t size);
 WH_API void wh_nccl_communicator_destroy(wh_communicator* communicator);

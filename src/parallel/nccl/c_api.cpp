@@ -4,16 +4,27 @@
 
 using wh::sharded::Communicator;
 using wh::sharded::NcclCommunicator;
+using wh::sharded::NcclConnection;
+
+namespace {
+// Of a communicator that does not block; another waits in NCCL for as long as it takes.
+constexpr std::chrono::seconds kConnectTimeout{30};
+}  // namespace
 
 wh_status wh_nccl_communicator_create(ncclComm_t comm, cudaStream_t stream,
                                       wh_communicator* communicator, size_t size) {
-  return wh::sharded::export_new(communicator, size,
-                                 [&]() -> wh::Result<std::unique_ptr<Communicator>> {
-                                   if (comm == nullptr) return wh::invalid("comm is null");
-                                   auto made = NcclCommunicator::make(comm, stream);
-                                   if (!made.ok()) return made.status();
-                                   return std::unique_ptr<Communicator>(std::move(*made));
-                                 });
+  return wh::sharded::export_new(
+      communicator, size, [&]() -> wh::Result<std::unique_ptr<Communicator>> {
+        if (comm == nullptr) return wh::invalid("comm is null");
+        auto connection = NcclConnection::make(comm);
+        if (!connection.ok()) return connection.status();
+        auto made = NcclCommunicator::make(*connection, stream);
+        if (!made.ok()) return made.status();
+        NcclCommunicator* const one[] = {made->get()};
+        WH_RETURN_IF_ERROR(
+            NcclCommunicator::connect(one, Communicator::Clock::now() + kConnectTimeout));
+        return std::unique_ptr<Communicator>(std::move(*made));
+      });
 }
 
 void wh_nccl_communicator_destroy(wh_communicator* communicator) {

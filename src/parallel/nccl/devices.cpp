@@ -13,24 +13,32 @@ namespace {
 
 class DeviceRank final : public Communicator {
  public:
-  DeviceRank(std::unique_ptr<NcclCommunicator> messages, ThreadGroup& words)
-      : messages_(std::move(messages)), words_(words, messages_->rank()) {}
+  DeviceRank(NcclDevices& devices, std::unique_ptr<NcclCommunicator> messages, ThreadGroup& words)
+      : devices_(devices), messages_(std::move(messages)), words_(words, messages_->rank()) {}
 
   int32_t rank() const override { return messages_->rank(); }
   int32_t ranks() const override { return messages_->ranks(); }
   Status start(int32_t exchange, std::span<const Transfer> transfers) override {
-    return by(exchange).start(exchange, transfers);
+    return passed_on(by(exchange).start(exchange, transfers));
   }
   Status finish(int32_t exchange, Clock::time_point deadline) override {
-    return by(exchange).finish(exchange, deadline);
+    return passed_on(by(exchange).finish(exchange, deadline));
   }
-  Status settle(Clock::time_point deadline) override { return messages_->settle(deadline); }
+  Status settle(Clock::time_point deadline) override {
+    return passed_on(messages_->settle(deadline));
+  }
+  void give_up() override { devices_.abort(); }
 
  private:
   Communicator& by(int32_t exchange) {
     return exchange < 0 ? static_cast<Communicator&>(words_) : *messages_;
   }
+  Status passed_on(Status status) {
+    if (!status.ok()) give_up();
+    return status;
+  }
 
+  NcclDevices& devices_;
   std::unique_ptr<NcclCommunicator> messages_;
   ThreadGroup::Member words_;
 };
@@ -51,34 +59,49 @@ Result<std::unique_ptr<NcclDevices>> NcclDevices::make(int32_t wanted) {
   if (ranks > devices) {
     return invalid(fmt::format("ranks is {}; this host has {} CUDA devices", ranks, devices));
   }
-  std::unique_ptr<NcclDevices> made(new NcclDevices(**library, ranks));
+  const Nccl& f = **library;
   std::vector<ncclComm_t> comms(static_cast<size_t>(ranks));
-  const ncclResult_t result = made->nccl_.init_all(comms.data(), ranks, nullptr);
-  if (result != ncclSuccess) {
-    return Status(Code::kDeviceError,
-                  fmt::format("ncclCommInitAll of {} ranks: {} ({})", ranks,
-                              made->nccl_.error_string(result), made->nccl_.last_error(nullptr)));
+  if (const ncclResult_t result = f.init_all(comms.data(), ranks, nullptr); result != ncclSuccess) {
+    return Status(Code::kDeviceError, fmt::format("ncclCommInitAll of {} ranks: {} ({})", ranks,
+                                                  f.error_string(result), f.last_error(nullptr)));
   }
-  made->comms_ = std::move(comms);
+  std::unique_ptr<NcclDevices> made(new NcclDevices(ranks));
+  for (ncclComm_t comm : comms) {
+    auto connection = NcclConnection::make(comm);
+    if (!connection.ok()) return connection.status();
+    made->connections_.push_back(std::move(*connection));
+  }
+  WH_RETURN_IF_ERROR(made->connect());
   return made;
 }
 
+Status NcclDevices::connect() {
+  std::vector<std::unique_ptr<NcclCommunicator>> owned;
+  std::vector<NcclCommunicator*> all;
+  for (const auto& connection : connections_) {
+    auto one = NcclCommunicator::make(connection, nullptr);
+    if (!one.ok()) return one.status();
+    all.push_back(one->get());
+    owned.push_back(std::move(*one));
+  }
+  const auto deadline = Communicator::Clock::now() + std::chrono::seconds(30);
+  const Status status = NcclCommunicator::connect(all, deadline);
+  if (!status.ok()) abort();
+  return status;
+}
+
 Result<std::unique_ptr<Communicator>> NcclDevices::communicator(int32_t rank, cudaStream_t stream) {
-  auto messages = NcclCommunicator::make(comm(rank), stream);
+  auto messages = NcclCommunicator::make(connection(rank), stream);
   if (!messages.ok()) return messages.status();
-  return std::unique_ptr<Communicator>(new DeviceRank(std::move(*messages), words_));
+  return std::unique_ptr<Communicator>(new DeviceRank(*this, std::move(*messages), words_));
 }
 
 NcclDevices::~NcclDevices() {
-  for (ncclComm_t comm : comms_) {
-    if (comm != nullptr) nccl_.destroy(comm);
-  }
+  for (const auto& connection : connections_) connection->destroy();
 }
 
-void NcclDevices::abort(int32_t rank) {
-  ncclComm_t& comm = comms_[static_cast<size_t>(rank)];
-  nccl_.abort(comm);
-  comm = nullptr;
+void NcclDevices::abort() {
+  for (const auto& connection : connections_) connection->abort();
 }
 
 }  // namespace wh::sharded

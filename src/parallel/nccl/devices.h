@@ -7,35 +7,41 @@
 #include <vector>
 
 #include "parallel/communicator.h"
-#include "parallel/nccl/library.h"
+#include "parallel/nccl/connection.h"
 #include "parallel/threads/group.h"
 
 namespace wh::sharded {
 
 class NcclDevices {
  public:
-  // Devices 0 to ranks - 1, or all of them.
+  // Devices 0 to ranks - 1, or all of them, connected with each other.
   static Result<std::unique_ptr<NcclDevices>> make(int32_t ranks);
   ~NcclDevices();
   NcclDevices(const NcclDevices&) = delete;
   NcclDevices& operator=(const NcclDevices&) = delete;
 
-  int32_t ranks() const { return static_cast<int32_t>(comms_.size()); }
-  ncclComm_t comm(int32_t rank) const { return comms_[static_cast<size_t>(rank)]; }
+  int32_t ranks() const { return static_cast<int32_t>(connections_.size()); }
+  const std::shared_ptr<NcclConnection>& connection(int32_t rank) const {
+    return connections_[static_cast<size_t>(rank)];
+  }
   // Of a rank's thread, for what it computes on `stream`. Device memory goes by NCCL; the host's is
   // copied, as the ranks share it: a thread may then free device memory while others wait for it,
-  // which waits for the kernels of every device that sees the memory, those of NCCL too.
+  // which waits for the kernels of every device that sees the memory, those of NCCL too. A call
+  // that fails ends the messages of every rank.
   Result<std::unique_ptr<Communicator>> communicator(int32_t rank, cudaStream_t stream);
-  // Once its rank failed, before its memory goes: what waits for others keeps a device busy for
-  // good.
-  void abort(int32_t rank);
+  // Ends the messages of every rank, from any thread, once one of them failed and before memory of
+  // any goes: what waits for a message keeps a device busy for good, and who frees memory waits for
+  // it.
+  void abort();
 
  private:
-  NcclDevices(const Nccl& nccl, int32_t ranks) : nccl_(nccl), words_(ranks) {}
+  explicit NcclDevices(int32_t ranks) : words_(ranks) {}
+  // All ranks' with each other, in one group: a thread for each would wait for the others for good
+  // where one of them fails.
+  Status connect();
 
-  const Nccl& nccl_;
-  std::vector<ncclComm_t> comms_;  // null: aborted
-  ThreadGroup words_;              // of the host
+  std::vector<std::shared_ptr<NcclConnection>> connections_;
+  ThreadGroup words_;  // of the host
 };
 
 }  // namespace wh::sharded
