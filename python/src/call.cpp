@@ -614,10 +614,14 @@ void* Call::read_gradient(std::optional<Tensor>& gradient, nb::handle object, co
   return gradient->data;
 }
 
-void Call::read_gradients(const Gradients& g) {
+void Call::turn_backward() {
   problem_.pass = WH_BACKWARD;
   // A v that is a slice of k has a gradient of its own here.
   problem_.uses &= ~static_cast<uint32_t>(WH_USES_VALUES_IN_KEYS);
+}
+
+void Call::read_gradients(const Gradients& g) {
+  turn_backward();
   tensors_.d_out =
       read_gradient(d_out_, g.d_out, "d_out", Access::kRead, *out_, problem_.stride_d_out);
   tensors_.dq = read_gradient(dq_, g.dq, "dq", Access::kWrite, q_, problem_.stride_dq);

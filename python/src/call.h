@@ -58,7 +58,8 @@ class Call {
   void allocate(nb::handle empty);
   // Of queries and keys that may be more than q and k have.
   void read_mask(nb::handle object, int64_t len_q, int64_t len_k);
-  // Makes it the backward pass.
+  // Makes it the backward pass, whose gradients are contiguous until they are read.
+  void turn_backward();
   void read_gradients(const Gradients& gradients);
   void run(const wh_limits& limits);
   // The caches, for wh_append(). Throws ValueError where one is read-only.

@@ -128,10 +128,11 @@ void backward(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::ha
 nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
                nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
                nb::handle key_lengths, nb::handle key_starts, nb::handle layouts,
-               bool return_log_sum_exp, nb::handle out, const Limits& limits, int32_t threads,
-               nb::handle stream) {
-  const Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
-                   layouts, return_log_sum_exp, out, nb::none(), stream, Access::kPlan});
+               bool return_log_sum_exp, nb::handle out, bool gradients, const Limits& limits,
+               int32_t threads, nb::handle stream) {
+  Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
+             return_log_sum_exp, out, nb::none(), stream, Access::kPlan});
+  if (gradients) call.turn_backward();
   const wh_limits c_limits = limits.with_threads(threads);
   wh_plan* made = nullptr;
   const wh_status status = wh_plan_create(&call.problem(), &c_limits, &made);
@@ -216,7 +217,7 @@ NB_MODULE(_core, m) {
         H().none(), H().none(), H().none(), H(), H(), H(), H(), H(), H(), H().none(), H(), H());
   m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
         H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
-        H(), H(), H().none());
+        H(), H(), H(), H().none());
   m.def("append", append, H(), H(), H(), H().none(), H(), H().none());
   m.def("merge", merge, H(), H().none(), H().none(), H().none());
   m.def("sharded_sdpa", sharded_sdpa, H(), H(), H(), H().none(), H(), H().none(), H().none(),

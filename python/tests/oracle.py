@@ -1,11 +1,11 @@
-"""Attention in float64 NumPy, written from the contract alone; and data to try it on."""
+"""Attention and its gradients in float64 NumPy, written from the contract alone; and data to try them on."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def oracle(
+def heads(
     q,
     k,
     v,
@@ -19,14 +19,11 @@ def oracle(
     key_lengths=None,
     key_starts=None,
 ):
-    """(out, log_sum_exp) in float64. Loops over the batch and heads; rows see keys by name."""
-    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    """(batch, query head, kv head, weights, log-sum-exp, d capped / d score) of each query head."""
     batch, heads_q, len_q, dim_qk = q.shape
-    heads_kv, len_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
+    heads_kv, len_k = k.shape[1:3]
     scale = 1 / np.sqrt(dim_qk) if scale is None else scale
     left, right = window if window is not None else (None, None)
-    out = np.zeros((batch, heads_q, len_q, dim_v))
-    log_sum_exp = np.full((batch, heads_q, len_q), -np.inf)
     query, key = np.arange(len_q)[:, None], np.arange(len_k)[None, :]
     whole = None if mask is None else np.broadcast_to(mask, (batch, heads_q, len_q, len_k))
     for b in range(batch):
@@ -43,8 +40,10 @@ def oracle(
         for h in range(heads_q):
             group = h // (heads_q // heads_kv)
             scores = scale * (q[b, h] @ k[b, group].T)
+            slope = np.ones_like(scores)
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
+                slope = 1 - (scores / softcap) ** 2
             seen = visible
             if whole is not None and whole.dtype == bool:
                 seen = visible & whole[b, h]
@@ -62,9 +61,38 @@ def oracle(
             if sinks is not None:
                 total = total + np.exp(sinks[h] - pivot)
             some = total > 0
-            out[b, h][some] = (weights[some] @ v[b, group]) / total[some, None]
-            log_sum_exp[b, h][some] = pivot[some] + np.log(total[some])
+            weights[some] /= total[some, None]
+            log_sum_exp = np.full(len_q, -np.inf)
+            log_sum_exp[some] = pivot[some] + np.log(total[some])
+            yield b, h, group, weights, log_sum_exp, slope
+
+
+def oracle(q, k, v, **options):
+    """(out, log_sum_exp) in float64. Loops over the batch and heads; rows see keys by name."""
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    log_sum_exp = np.zeros(q.shape[:3])
+    for b, h, group, weights, log_sum_exp[b, h], _ in heads(q, k, v, **options):
+        out[b, h] = weights @ v[b, group]
     return out, log_sum_exp
+
+
+def oracle_gradients(q, k, v, d_out, **options):
+    """dq, dk, dv and d_sinks (zeros without sinks) in float64, by the contract's formulas."""
+    q, k, v, d_out = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out))
+    scale, sinks = options.get("scale"), options.get("sinks")
+    scale = 1 / np.sqrt(q.shape[3]) if scale is None else scale
+    dq, dk, dv, d_sinks = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(q.shape[1])
+    for b, h, group, weights, log_sum_exp, slope in heads(q, k, v, **options):
+        d_weights = d_out[b, h] @ v[b, group].T
+        delta = (weights * d_weights).sum(axis=1)
+        d_scores = scale * weights * (d_weights - delta[:, None]) * slope
+        dv[b, group] += weights.T @ d_out[b, h]
+        dq[b, h] = d_scores @ k[b, group]
+        dk[b, group] += d_scores.T @ q[b, h]
+        if sinks is not None:
+            d_sinks[h] -= (np.exp(sinks[h] - log_sum_exp) * delta).sum()
+    return dq, dk, dv, d_sinks
 
 
 def relative_rms(actual, expected):

@@ -6,8 +6,10 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
+import mlx.nn as nn  # noqa: E402
 import tiny_mlx_models  # noqa: E402
 import widehead.mlx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step  # noqa: E402
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache  # noqa: E402
 
@@ -87,6 +89,18 @@ def test_logits(model, tokens, calls):
     own, ours = both(lambda: model(tokens))
     assert error(ours, own) <= 1e-5
     assert calls
+
+
+def test_a_step_of_training(model, tokens):
+    """Gradients of every weight, the sinks' among them."""
+
+    def gradients():
+        loss = nn.losses.cross_entropy
+        step = nn.value_and_grad(model, lambda: loss(model(tokens[:, :-1]), tokens[:, 1:]).mean())
+        return mx.concatenate([each.flatten() for _, each in tree_flatten(step()[1])])
+
+    own, ours = both(gradients)
+    assert error(ours, own) <= 1e-4
 
 
 def test_logits_in_chunks_over_a_cache(model, tokens):

@@ -47,6 +47,14 @@ def test_plan_of_shapes_without_memory():
         widehead.sdpa(q, cache, cache, out=np.zeros((1, 32, 2048, 512), ml_dtypes.bfloat16))
 
 
+def test_plan_of_gradients():
+    q, k, v = qkv()
+    plan = widehead.plan(q, k, v, causal=True, gradients=True)
+    assert plan.kernel == "cpu_backward" and plan.to_dict()["problem"]["pass"] == "backward"
+    with pytest.raises(ValueError, match="backward"):
+        widehead.plan(q[0].swapaxes(0, 1), k, v, query_offsets=[0, 20, 33], gradients=True)
+
+
 def test_plan_is_the_one_that_sdpa_takes():
     q, k, v = qkv()
     limits = widehead.Limits(workspace=0)

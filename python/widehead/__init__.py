@@ -157,9 +157,11 @@ def plan(
     len_k: int | None = None,
     return_log_sum_exp: bool = False,
     out: Any = None,
+    gradients: bool = False,
     limits: Limits | None = None,
 ) -> Plan:
-    """What :func:`sdpa` would do with the same arguments. Runs nothing, and reads no memory but
+    """What :func:`sdpa` would do with the same arguments; with ``gradients``, what the backward
+    pass behind it would, whose gradients are contiguous. Runs nothing, and reads no memory but
     offsets and lengths, for a ``len_q`` or ``len_k`` that is not given.
 
     Any array may be a :class:`Spec`, a shape without memory::
@@ -171,7 +173,7 @@ def plan(
     text, plan_json = _core.plan(
         q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
         _layouts(query_offsets, key_offsets, page_table, page_offsets, len_q, len_k),
-        return_log_sum_exp, out, (DEFAULT_LIMITS if limits is None else limits)._core,
+        return_log_sum_exp, out, gradients, (DEFAULT_LIMITS if limits is None else limits)._core,
         library.threads(), library.stream(q),
     )  # fmt: skip
     return Plan(text, plan_json)

@@ -85,6 +85,7 @@ def plan(
     layouts: tuple[Any, ...] | None,
     return_log_sum_exp: bool,
     out: Any,
+    gradients: bool,
     limits: Limits,
     threads: int,
     stream: int | None,

@@ -86,8 +86,9 @@ def sdpa(
     limits: what the call may take; see :class:`widehead.Limits`.
 
     Strided arrays are read where they are; a reversed one is copied on the CPU and refused on a GPU.
-    Works under mx.compile, shapeless too; mx.grad and mx.vmap take MLX's own operations, which store
-    the scores. Raises ValueError with the argument, its value and what would be valid, and
+    Works under mx.compile, shapeless too. On the CPU q, k, v and sinks have gradients that store no
+    scores; those of an additive mask, of a GPU's arrays, second ones, mx.jvp and mx.vmap take MLX's
+    own operations, which do. Raises ValueError with the argument, its value and what would be valid, and
     :class:`widehead.Refused` when the limits allow no kernel.
     """
     if force_fused:
@@ -135,9 +136,11 @@ def plan(
     softcap: float | None = None,
     window: int | None = None,
     key_starts: Any = None,
+    gradients: bool = False,
     limits: Limits | None = None,
 ) -> Plan:
-    """What :func:`sdpa` would do with the same arguments: kernel, bytes, time, and why no other.
+    """What :func:`sdpa` would do with the same arguments: kernel, bytes, time, and why no other;
+    with ``gradients``, what mx.grad would in its backward pass.
 
     Evaluates nothing: only shapes and types are read, those of contiguous arrays, where MLX's default
     device is. Any array may be a :class:`widehead.Spec`.
@@ -164,6 +167,7 @@ def plan(
         mask=None if causal else spec(mask),
         sinks=spec(sinks, mx.float32),
         key_starts=spec(key_starts, mx.int32),
+        gradients=gradients,
         limits=limits,
     )
 

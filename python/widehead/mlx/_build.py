@@ -155,7 +155,8 @@ class Recipe:
             *self._cuda_headers(),
         ]
         gpu = "eval_cuda.cpp" if self.has_cuda else "eval_no_cuda.cpp"
-        sources = [_SOURCES / name for name in ("attention.cpp", "eval_cpu.cpp", gpu, "module.cpp")]
+        names = ("attention.cpp", "gradients.cpp", "eval_cpu.cpp", gpu, "module.cpp")
+        sources = [_SOURCES / name for name in names]
         return [
             *self._compiler,
             *"-std=c++20 -O2 -fPIC -shared -fvisibility=hidden -DNDEBUG".split(),

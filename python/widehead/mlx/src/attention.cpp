@@ -1,7 +1,6 @@
 #include "attention.h"
 
-#include <limits>
-#include <numeric>
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -87,26 +86,34 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
     const mx::array starts = mx::maximum(*extras.key_starts, mx::array(0), stream);
     inputs.push_back(mx::contiguous(mx::astype(starts, mx::int32, stream), false, stream));
   }
-  const Attention::Present present{extras.mask.has_value(), extras.sinks.has_value(),
-                                   extras.key_starts.has_value()};
-  return mx::array({q.shape(0), q.shape(1), q.shape(2), v.shape(3)}, type,
-                   std::make_shared<Attention>(mx::to_stream(stream), options, present),
-                   std::move(inputs));
+  const Present present{extras.mask.has_value(), extras.sinks.has_value(),
+                        extras.key_starts.has_value()};
+  const mx::Stream chosen = mx::to_stream(stream);
+  // Whoever may be differentiated is a tracer. mx.compile and mx.vmap have them too: a log-sum-exp
+  // that nobody reads is 4 bytes a row of q, freed at once.
+  const bool is_traced =
+      std::any_of(inputs.begin(), inputs.end(), [](const mx::array& a) { return a.is_tracer(); });
+  const bool has_log_sum_exp = is_traced && has_gradients(chosen);
+  auto attention = std::make_shared<Attention>(chosen, options, present, has_log_sum_exp);
+  std::vector<mx::Dtype> types{type};
+  if (has_log_sum_exp) types.push_back(mx::float32);
+  return mx::array::make_arrays(attention->output_shapes(inputs), types, attention, inputs)[0];
 }
 
 bool Attention::is_equivalent(const mx::Primitive& other) const {
-  const auto& same = static_cast<const Attention&>(other);
-  return options_ == same.options_ && present_ == same.present_;
+  return Composed::is_equivalent(other) &&
+         has_log_sum_exp_ == static_cast<const Attention&>(other).has_log_sum_exp_;
 }
 
 std::vector<mx::Shape> Attention::output_shapes(const std::vector<mx::array>& inputs) {
-  mx::Shape shape = inputs[0].shape();
-  shape[3] = inputs[2].shape(3);
-  return {shape};
+  const mx::Shape& q = inputs[0].shape();
+  std::vector<mx::Shape> shapes{{q[0], q[1], q[2], inputs[2].shape(3)}};
+  if (has_log_sum_exp_) shapes.push_back({q[0], q[1], q[2]});
+  return shapes;
 }
 
 // The formula in MLX's operations, its masking by the type's lowest number included.
-std::vector<mx::array> Attention::composed(const std::vector<mx::array>& inputs) {
+std::vector<mx::array> Attention::formula(const std::vector<mx::array>& inputs) {
   const mx::Stream s = stream();
   const mx::array &q = inputs[0], &k = inputs[1], &v = inputs[2];
   const int batch = q.shape(0), heads = q.shape(1), len_q = q.shape(2);
@@ -153,45 +160,76 @@ std::vector<mx::array> Attention::composed(const std::vector<mx::array>& inputs)
     const mx::array is_sink = mx::less(columns, mx::array(0), s);
     hide(mx::logical_or(is_sink, mx::greater_equal(columns, starts, s), s));
   }
+  const mx::array log_sum_exp = mx::logsumexp(mx::astype(scores, mx::float32, s), -1, false, s);
   mx::array weights = mx::softmax(scores, std::vector<int>{-1}, true, s);
   weights =
       mx::slice(weights, {0, 0, 0, sink_columns}, {batch, heads, len_q, len_k + sink_columns}, s);
   weights = mx::reshape(weights, {batch, heads_kv, group, len_q, len_k}, s);
-  const mx::array out = mx::matmul(weights, per_kv_head(v), s);
-  return {mx::reshape(out, {batch, heads, len_q, v.shape(3)}, s)};
-}
-
-Attention::Differentiable Attention::of_asked(const std::vector<mx::array>& primals,
-                                              const std::vector<int>& argnums) {
-  std::vector<mx::array> asked;
-  for (const int i : argnums) asked.push_back(primals[i]);
-  const auto function = [this, primals, argnums](const std::vector<mx::array>& values) {
-    std::vector<mx::array> inputs = primals;
-    for (size_t i = 0; i < argnums.size(); ++i) inputs[argnums[i]] = values[i];
-    return composed(inputs);
-  };
-  return {function, asked};
+  const mx::array out =
+      mx::reshape(mx::matmul(weights, per_kv_head(v), s), {batch, heads, len_q, v.shape(3)}, s);
+  if (has_log_sum_exp_) return {out, log_sum_exp};
+  return {out};
 }
 
 std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals,
                                       const std::vector<mx::array>& cotangents,
                                       const std::vector<int>& argnums,
-                                      const std::vector<mx::array>&) {
+                                      const std::vector<mx::array>& outputs) {
+  const auto is_additive_mask = [&](int i) {
+    return i == 3 && present_.mask && primals[3].dtype() != mx::bool_;
+  };
+  if (!has_log_sum_exp_ || std::any_of(argnums.begin(), argnums.end(), is_additive_mask)) {
+    return Composed::vjp(primals, cotangents, argnums, outputs);
+  }
+  const std::vector<mx::array> gradients =
+      gradients_of(stream(), options_, present_, primals, outputs, cotangents[0]);
+  std::vector<mx::array> asked;
+  for (const int i : argnums) {
+    const bool is_sinks = present_.sinks && i == present_.sinks_input();
+    asked.push_back(i < 3      ? gradients[i]
+                    : is_sinks ? gradients[3]
+                               : mx::zeros_like(primals[i], stream()));
+  }
+  return asked;
+}
+
+Composed::Differentiable Composed::of_asked(const std::vector<mx::array>& primals,
+                                            const std::vector<int>& argnums) {
+  std::vector<mx::array> asked;
+  for (const int i : argnums) asked.push_back(primals[i]);
+  const auto function = [this, primals, argnums](const std::vector<mx::array>& values) {
+    std::vector<mx::array> inputs = primals;
+    for (size_t i = 0; i < argnums.size(); ++i) inputs[argnums[i]] = values[i];
+    return formula(inputs);
+  };
+  return {function, asked};
+}
+
+std::vector<mx::array> Composed::vjp(const std::vector<mx::array>& primals,
+                                     const std::vector<mx::array>& cotangents,
+                                     const std::vector<int>& argnums,
+                                     const std::vector<mx::array>&) {
   const auto [function, asked] = of_asked(primals, argnums);
   return mx::vjp(function, asked, cotangents).second;
 }
 
-std::vector<mx::array> Attention::jvp(const std::vector<mx::array>& primals,
-                                      const std::vector<mx::array>& tangents,
-                                      const std::vector<int>& argnums) {
+std::vector<mx::array> Composed::jvp(const std::vector<mx::array>& primals,
+                                     const std::vector<mx::array>& tangents,
+                                     const std::vector<int>& argnums) {
   const auto [function, asked] = of_asked(primals, argnums);
   return mx::jvp(function, asked, tangents).second;
 }
 
-std::pair<std::vector<mx::array>, std::vector<int>> Attention::vmap(
+std::pair<std::vector<mx::array>, std::vector<int>> Composed::vmap(
     const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
-  const auto function = [this](const std::vector<mx::array>& values) { return composed(values); };
-  return {mx::vmap(function, axes, {0})(inputs), {0}};
+  const auto function = [this](const std::vector<mx::array>& values) { return formula(values); };
+  const std::vector<mx::array> outputs = mx::vmap(function, axes)(inputs);
+  return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+bool Composed::is_equivalent(const mx::Primitive& other) const {
+  const auto& same = static_cast<const Composed&>(other);
+  return options_ == same.options_ && present_ == same.present_;
 }
 
 widehead::Dtype dtype_of(const mx::array& a) {
@@ -225,6 +263,7 @@ bool is_reversed(const mx::array& a) {
 }
 
 mx::Strides output_strides(const mx::array& out) {
+  if (out.ndim() != 4) return out.strides();  // of a new array: contiguous
   const int64_t heads = out.shape(1), length = out.shape(2), dim = out.shape(3);
   if (output_flags(out).row_contiguous) return {heads * length * dim, length * dim, dim, 1};
   return {heads * length * dim, dim, heads * dim, 1};
@@ -233,7 +272,7 @@ mx::Strides output_strides(const mx::array& out) {
 mx::array::Flags output_flags(const mx::array& out) {
   mx::array::Flags flags;
   flags.contiguous = true;
-  flags.row_contiguous = out.shape(1) == 1 || out.shape(2) == 1;
+  flags.row_contiguous = out.ndim() != 4 || out.shape(1) == 1 || out.shape(2) == 1;
   flags.col_contiguous = out.size() <= 1;
   return flags;
 }

@@ -35,22 +35,21 @@ struct Extras {
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
                     const Options& options, const Extras& extras, mx::StreamOrDevice stream);
 
-class Attention : public mx::UnaryPrimitive {
+// Which extras follow q, k and v among the inputs, in this order.
+struct Present {
+  bool mask, sinks, key_starts;
+  int sinks_input() const { return mask ? 4 : 3; }
+  bool operator==(const Present&) const = default;
+};
+
+// A primitive of q, k, v and the extras that has a formula in MLX's operations, which stores the
+// scores. Its transformations are those of the formula: Widehead has no forward-mode and no second
+// derivatives, and a mapped axis is no batch of Widehead's.
+class Composed : public mx::Primitive {
  public:
-  // Which extras follow q, k and v among the inputs, in this order.
-  struct Present {
-    bool mask, sinks, key_starts;
-    bool operator==(const Present&) const = default;
-  };
+  Composed(mx::Stream stream, const Options& options, Present present)
+      : mx::Primitive(stream), options_(options), present_(present) {}
 
-  Attention(mx::Stream stream, const Options& options, Present present)
-      : mx::UnaryPrimitive(stream), options_(options), present_(present) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-
-  // Gradients and vectorised maps are those of the same formula in MLX's operations, which stores
-  // the scores: Widehead's backward is not called yet, and a mapped axis is no batch of Widehead's.
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals,
                              const std::vector<mx::array>& cotangents,
                              const std::vector<int>& argnums,
@@ -60,36 +59,94 @@ class Attention : public mx::UnaryPrimitive {
                              const std::vector<int>& argnums) override;
   std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
                                                            const std::vector<int>& axes) override;
-
-  const char* name() const override { return "WideheadAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ protected:
+  virtual std::vector<mx::array> formula(const std::vector<mx::array>& inputs) = 0;
+
+  Options options_;
+  Present present_;
 
  private:
-  std::vector<mx::array> composed(const std::vector<mx::array>& inputs);
-
-  // composed() of the arguments that a transformation asks for, and those: whole numbers have no
+  // The formula of the arguments that a transformation asks for, and those: whole numbers have no
   // gradient.
   struct Differentiable {
     std::function<std::vector<mx::array>(const std::vector<mx::array>&)> function;
     std::vector<mx::array> asked;
   };
   Differentiable of_asked(const std::vector<mx::array>& primals, const std::vector<int>& argnums);
+};
 
-  Options options_;
-  Present present_;
+// Its outputs are out and, where somebody may ask for gradients, the log-sum-exp that they need.
+class Attention : public Composed {
+ public:
+  Attention(mx::Stream stream, const Options& options, Present present, bool has_log_sum_exp)
+      : Composed(stream, options, present), has_log_sum_exp_(has_log_sum_exp) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+
+  // By AttentionGradients where that serves.
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals,
+                             const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums,
+                             const std::vector<mx::array>& outputs) override;
+
+  const char* name() const override { return "WideheadAttention"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  std::vector<mx::array> formula(const std::vector<mx::array>& inputs) override;
+
+  bool has_log_sum_exp_;
+};
+
+// The gradients of q, k, v and, where they are present, the sinks. Its inputs are those of
+// Attention, and then out, the log-sum-exp and the gradient of out.
+class AttentionGradients : public Composed {
+ public:
+  using Composed::Composed;
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+
+  const char* name() const override { return "WideheadAttentionGradients"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  std::vector<mx::array> formula(const std::vector<mx::array>& inputs) override;
+};
+
+// Whether AttentionGradients runs where `stream` is. The formula serves elsewhere.
+bool has_gradients(mx::Stream stream);
+
+// The outputs of AttentionGradients, from the inputs and outputs of Attention. Throws
+// widehead::Error where the limits allow no kernel.
+std::vector<mx::array> gradients_of(mx::Stream stream, const Options& options, Present present,
+                                    const std::vector<mx::array>& inputs,
+                                    const std::vector<mx::array>& outputs, const mx::array& d_out);
+
+// What a run of the backward pass reads and writes.
+struct BackwardTensors {
+  widehead::TensorView q, k, v, out;
+  widehead::Gradients gradients;
+  widehead::Options options;
 };
 
 // The inputs of an evaluation as Widehead takes them. Memory is where `Pointer` says.
 struct Call {
   Options options;
-  Attention::Present present;
+  Present present;
   std::vector<mx::array> inputs;
 
   template <typename Pointer>
   widehead::TensorView view(const mx::array& a, Pointer pointer) const;
   template <typename Pointer>
   widehead::Options widehead_options(Pointer pointer) const;
+  // Of AttentionGradients.
+  template <typename Pointer>
+  BackwardTensors backward_tensors(const std::vector<mx::array>& outputs, Pointer pointer) const;
 };
 
 widehead::Dtype dtype_of(const mx::array& a);
@@ -99,8 +156,8 @@ widehead::Extents strides_of(const mx::array& a);
 widehead::Extents mask_strides_of(const mx::array& mask);
 bool is_reversed(const mx::array& a);  // has a negative stride
 
-// Gives `out` memory in which the heads of a position lie side by side: what models do next, a
-// transposition and a reshape, is then a view.
+// Gives an output memory. Where it has heads, those of a position lie side by side: what models do
+// next, a transposition and a reshape, is then a view.
 void adopt(mx::array& out, const mx::array& memory);
 mx::Strides output_strides(const mx::array& out);
 mx::array::Flags output_flags(const mx::array& out);
@@ -127,6 +184,25 @@ widehead::Options Call::widehead_options(Pointer pointer) const {
   }
   if (present.sinks) made.sinks = static_cast<const float*>(pointer(inputs[next++]));
   if (present.key_starts) made.key_starts = static_cast<const int32_t*>(pointer(inputs[next++]));
+  return made;
+}
+
+template <typename Pointer>
+BackwardTensors Call::backward_tensors(const std::vector<mx::array>& outputs,
+                                       Pointer pointer) const {
+  const auto of = [&](const mx::array& a) { return view(a, pointer); };
+  const auto numbers = [&](const mx::array& a) {
+    return static_cast<float*>(const_cast<void*>(pointer(a)));
+  };
+  const size_t last = inputs.size() - 1;
+  BackwardTensors made{of(inputs[0]),
+                       of(inputs[1]),
+                       of(inputs[2]),
+                       of(inputs[last - 2]),
+                       {of(inputs[last]), of(outputs[0]), of(outputs[1]), of(outputs[2])},
+                       widehead_options(pointer)};
+  made.options.log_sum_exp = numbers(inputs[last - 1]);
+  if (present.sinks) made.gradients.d_sinks = numbers(outputs[3]);
   return made;
 }
 

@@ -41,33 +41,57 @@ class Dense {
   std::vector<char> memory_;
 };
 
-void run(const Call& call, const mx::array& out) {
+void run(const Call& call, const std::vector<mx::array>& outputs) {
   const auto view = [&](const mx::array& a) { return call.view(a, host_memory); };
   const Dense q(call.inputs[0], view(call.inputs[0]));
   const Dense k(call.inputs[1], view(call.inputs[1]));
   const Dense v(call.inputs[2], view(call.inputs[2]));
-  widehead::attention(q.view(), k.view(), v.view(), view(out), call.widehead_options(host_memory),
-                      call.options.limits);
+  widehead::Options options = call.widehead_options(host_memory);
+  if (outputs.size() > 1) options.log_sum_exp = const_cast<float*>(outputs[1].data<float>());
+  widehead::attention(q.view(), k.view(), v.view(), view(outputs[0]), options, call.options.limits);
+}
+
+void run_backward(const Call& call, const std::vector<mx::array>& outputs) {
+  BackwardTensors t = call.backward_tensors(outputs, host_memory);
+  const Dense q(call.inputs[0], t.q), k(call.inputs[1], t.k), v(call.inputs[2], t.v);
+  const Dense d_out(call.inputs.back(), t.gradients.d_out);
+  t.gradients.d_out = d_out.view();
+  widehead::backward(q.view(), k.view(), v.view(), t.out, t.gradients, t.options,
+                     call.options.limits);
+}
+
+std::vector<mx::array> weak_copies(const std::vector<mx::array>& arrays) {
+  std::vector<mx::array> copies;
+  for (const mx::array& each : arrays) copies.push_back(mx::array::unsafe_weak_copy(each));
+  return copies;
+}
+
+// Puts `run` on the stream. MLX keeps inputs and outputs alive until it is done; copies that count
+// would keep it from reusing their memory.
+void dispatch(void (*run)(const Call&, const std::vector<mx::array>&), Call call,
+              std::vector<mx::array>& outputs, mx::Stream stream) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  for (const mx::array& each : call.inputs) encoder.set_input_array(each);
+  call.inputs = weak_copies(call.inputs);
+  for (mx::array& each : outputs) {
+    each.set_data(mx::allocator::malloc(each.nbytes()), each.size(), output_strides(each),
+                  output_flags(each));
+    encoder.set_output_array(each);
+  }
+  // Strides are final only when the task runs.
+  encoder.dispatch(
+      [run, call = std::move(call), outputs = weak_copies(outputs)] { run(call, outputs); });
 }
 
 }  // namespace
 
-void Attention::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), output_strides(out),
-               output_flags(out));
-  if (out.size() == 0) return;
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  // MLX keeps inputs and output alive until the task is done; copies that count would keep it from
-  // reusing their memory.
-  Call call{options_, present_, {}};
-  for (const mx::array& each : inputs) {
-    encoder.set_input_array(each);
-    call.inputs.push_back(mx::array::unsafe_weak_copy(each));
-  }
-  encoder.set_output_array(out);
-  // Strides are final only when the task runs.
-  encoder.dispatch(
-      [call = std::move(call), out = mx::array::unsafe_weak_copy(out)] { run(call, out); });
+void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  dispatch(run, {options_, present_, inputs}, outputs, stream());
+}
+
+void AttentionGradients::eval_cpu(const std::vector<mx::array>& inputs,
+                                  std::vector<mx::array>& outputs) {
+  dispatch(run_backward, {options_, present_, inputs}, outputs, stream());
 }
 
 }  // namespace widehead_mlx

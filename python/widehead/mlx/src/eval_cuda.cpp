@@ -13,6 +13,12 @@ namespace {
 
 const void* device_memory(const mx::array& a) { return mx::gpu_ptr<void>(a); }
 
+widehead::Options on_gpu(widehead::Options options, mx::Stream stream) {
+  options.device = widehead::Device::kCuda;
+  options.device_index = stream.device.index;
+  return options;
+}
+
 // New memory of the device. MLX's allocator of it is hidden in the library, and the public one
 // gives managed memory, whose pages move at the first touch: so one of MLX's operations allocates,
 // and its kernel's writes are the price, a few microseconds for an output of 25 MB. A word or less
@@ -62,38 +68,28 @@ void start_cublas(mx::Stream stream, const widehead::Options& options) {
   started.push_back(options.device_index);
 }
 
-}  // namespace
-
-void Attention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (is_reversed(inputs[i])) {
+void refuse_reversed(const std::vector<mx::array>& inputs) {
+  for (const mx::array& each : inputs) {
+    if (is_reversed(each)) {
       throw std::invalid_argument(
           "an argument of widehead.mlx.sdpa has a negative stride, which no kernel on a GPU takes: "
           "pass mx.contiguous() of it");
     }
   }
-  adopt(out, new_memory(out.nbytes(), stream()));
-  if (out.size() == 0) return;
-  const Call call{options_, present_, inputs};
-  widehead::Options options = call.widehead_options(device_memory);
-  options.device = widehead::Device::kCuda;
-  options.device_index = stream().device.index;
-  const auto view = [&](const mx::array& a) { return call.view(a, device_memory); };
-  const widehead::TensorView q = view(inputs[0]), k = view(inputs[1]), v = view(inputs[2]);
-  const widehead::TensorView result = view(out);
-  const widehead::Plan plan(widehead::problem(q, k, v, result, options), options_.limits);
-  if (plan.kernel() == "cuda_unfused") start_cublas(stream(), options);
-  const mx::array workspace = new_memory(plan.workspace_bytes(), stream());
-  wh_tensors tensors = widehead::tensors(q, k, v, result, options);
+}
+
+void run_in_graph(const widehead::Plan& plan, wh_tensors tensors,
+                  const std::vector<mx::array>& inputs, const std::vector<mx::array>& outputs,
+                  mx::Stream stream) {
+  const mx::array workspace = new_memory(plan.workspace_bytes(), stream);
   tensors.workspace = const_cast<void*>(device_memory(workspace));
   tensors.workspace_bytes = plan.workspace_bytes();
-
-  auto& encoder = mx::cu::get_command_encoder(stream());
+  auto& encoder = mx::cu::get_command_encoder(stream);
   encoder.add_temporary(workspace);
   // What these name orders the launches behind whoever writes it and before whoever reads it.
   for (const mx::array& each : inputs) encoder.set_input_array(each);
   encoder.set_output_array(workspace);
-  encoder.set_output_array(out);
+  for (const mx::array& each : outputs) encoder.set_output_array(each);
   widehead::RunOptions run;
   run.stream = static_cast<cudaStream_t>(encoder.stream());
   auto capture = encoder.capture_context();
@@ -103,6 +99,38 @@ void Attention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
     capture.discard = true;  // and with it the nodes that did get in
     throw;
   }
+}
+
+}  // namespace
+
+void Attention::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  refuse_reversed(inputs);
+  for (mx::array& each : outputs) adopt(each, new_memory(each.nbytes(), stream()));
+  if (outputs[0].size() == 0) return;
+  const Call call{options_, present_, inputs};
+  widehead::Options options = on_gpu(call.widehead_options(device_memory), stream());
+  if (has_log_sum_exp_) {
+    options.log_sum_exp = static_cast<float*>(const_cast<void*>(device_memory(outputs[1])));
+  }
+  const auto view = [&](const mx::array& a) { return call.view(a, device_memory); };
+  const widehead::TensorView q = view(inputs[0]), k = view(inputs[1]), v = view(inputs[2]);
+  const widehead::TensorView out = view(outputs[0]);
+  const widehead::Plan plan(widehead::problem(q, k, v, out, options), options_.limits);
+  if (plan.kernel() == "cuda_unfused") start_cublas(stream(), options);
+  run_in_graph(plan, widehead::tensors(q, k, v, out, options), inputs, outputs, stream());
+}
+
+void AttentionGradients::eval_gpu(const std::vector<mx::array>& inputs,
+                                  std::vector<mx::array>& outputs) {
+  refuse_reversed(inputs);
+  for (mx::array& each : outputs) adopt(each, new_memory(each.nbytes(), stream()));
+  const Call call{options_, present_, inputs};
+  BackwardTensors t = call.backward_tensors(outputs, device_memory);
+  t.options = on_gpu(t.options, stream());
+  const widehead::Plan plan(widehead::problem(t.q, t.k, t.v, t.out, t.gradients, t.options),
+                            options_.limits);
+  run_in_graph(plan, widehead::tensors(t.q, t.k, t.v, t.out, t.gradients, t.options), inputs,
+               outputs, stream());
 }
 
 }  // namespace widehead_mlx
