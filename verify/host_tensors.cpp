@@ -345,12 +345,7 @@ GuardedTensor::GuardedTensor(int64_t bytes, int64_t misaligned_by)
     : size_(bytes), misaligned_by_(misaligned_by) {
   const auto all = static_cast<size_t>(bytes + 2 * kGuardBytes + misaligned_by);
   memory_.reset(static_cast<std::byte*>(::operator new(all, kAlignment)));
-  // On all cores: the first touch of a GB takes longer than many a run.
-  constexpr size_t kPiece = size_t{4} << 20;
-  parallel(default_executor(), static_cast<int32_t>((all + kPiece - 1) / kPiece), [&](int32_t i) {
-    const size_t begin = static_cast<size_t>(i) * kPiece;
-    std::fill_n(memory_.get() + begin, std::min(kPiece, all - begin), kPoison);
-  });
+  fill_bytes(memory_.get(), all, kPoison);
 }
 
 bool GuardedTensor::guards_intact() const {
@@ -490,8 +485,9 @@ Tensors HostTensors::tensors() const {
 }
 
 void HostTensors::poison_outputs() {
-  std::fill_n(out.data(), out.size(), kPoison);
-  std::fill_n(log_sum_exp.data(), log_sum_exp.size(), kPoison);
+  for (GuardedTensor* one : {&out, &log_sum_exp}) {
+    fill_bytes(one->data(), static_cast<size_t>(one->size()), kPoison);
+  }
 }
 
 std::string HostTensors::damage() const {

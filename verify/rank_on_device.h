@@ -1,6 +1,7 @@
 // One rank's tensors where its device wants them.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -50,8 +51,34 @@ class RankOnDevice {
     return take(local_->log_sum_exp.data(), tensors_.log_sum_exp,
                 local_->log_sum_exp.size() * sizeof(float));
   }
+  // The same of some rows of out alone: of GBs few are looked at.
+  Status fetch(const SampledRows& sampled) const {
+    return each_row(sampled, [&](std::byte* here, std::byte* there, size_t bytes) {
+      return device().copy(on_, here, there, bytes);
+    });
+  }
+  // Leaves NaN in them, which nobody may leave.
+  Status poison(const SampledRows& sampled) const {
+    for (const SampledRows::Row& row : sampled.rows) {
+      std::fill_n(local_->out.data() + row.begin_bytes, row.size_bytes, std::byte{0xff});
+    }
+    return each_row(sampled, [&](std::byte* here, std::byte* there, size_t bytes) {
+      return device().copy(on_, there, here, bytes);
+    });
+  }
 
  private:
+  // Between `local` and the device.
+  template <typename Visit>
+  Status each_row(const SampledRows& sampled, const Visit& visit) const {
+    if (device().is_host()) return {};
+    for (const SampledRows::Row& row : sampled.rows) {
+      WH_RETURN_IF_ERROR(visit(local_->out.data() + row.begin_bytes,
+                               static_cast<std::byte*>(tensors_.out) + row.begin_bytes,
+                               row.size_bytes));
+    }
+    return {};
+  }
   RankOnDevice(Device device, int32_t device_index, LocalTensors& local)
       : device_(device), on_{device_index, nullptr}, local_(&local) {}
   const Backend& device() const { return backend(device_); }

@@ -2,11 +2,21 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "core/executor.h"
 
 namespace wh {
+
+// On all cores: the first touch of a GB takes longer on one than many a run.
+inline void fill_bytes(std::byte* begin, size_t size, std::byte with) {
+  constexpr size_t kPiece = size_t{4} << 20;
+  parallel(default_executor(), static_cast<int32_t>((size + kPiece - 1) / kPiece), [&](int32_t i) {
+    const size_t done = static_cast<size_t>(i) * kPiece;
+    std::fill_n(begin + done, std::min(kPiece, size - done), with);
+  });
+}
 
 struct RowIndex {
   int64_t batch_idx, head, idx;

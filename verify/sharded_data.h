@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <string>
@@ -15,16 +17,45 @@
 #include "parallel/plan.h"
 #include "verify/answer.h"
 #include "verify/elements.h"
+#include "verify/errors.h"
 #include "verify/host_tensors.h"
+#include "verify/rows.h"
 
 namespace wh::sharded {
 
+// Elements of a vector that are not written where it grows: whoever fills them does, on all cores.
+template <typename T>
+struct Unwritten : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = Unwritten<U>;
+  };
+  template <typename U>
+  void construct(U* element) noexcept {
+    ::new (static_cast<void*>(element)) U;
+  }
+  template <typename U, typename... Arguments>
+  void construct(U* element, Arguments&&... arguments) {
+    ::new (static_cast<void*>(element)) U(std::forward<Arguments>(arguments)...);
+  }
+};
+using Bytes = std::vector<std::byte, Unwritten<std::byte>>;
+
 // One rank's tensors. Gaps and what nobody may read hold NaN bits, as in the whole's.
 struct LocalTensors {
-  std::vector<std::byte> q, k, v, out;
+  Bytes q, k, v, out;
   std::vector<float> log_sum_exp;
   std::vector<int32_t>
       page_table;  // pages in random order, where there is a key to be seen in them
+};
+
+// Some rows of a rank's out, and what they should be.
+struct SampledRows {
+  struct Row {
+    size_t begin_bytes, size_bytes;  // from the first to the last of its elements
+  };
+  std::vector<Row> rows;
+  Expected expected;
 };
 
 class ShardedData {
@@ -57,9 +88,7 @@ class ShardedData {
     if (!p.values_in_keys) {
       t.v = cut(data_.v, p.dtype_kv, p.stride_v, of_k, p.heads_kv, p.dim_v, keys, s.v, of_key);
     }
-    t.out.resize(static_cast<size_t>(span(query_storage(shape), p.heads_q, p.dim_v, s.out) *
-                                     bytes_of(p.dtype_q)),
-                 std::byte{0xff});
+    t.out = poison_of(span(query_storage(shape), p.heads_q, p.dim_v, s.out) * bytes_of(p.dtype_q));
     if (p.wants_log_sum_exp) {
       t.log_sum_exp.resize(static_cast<size_t>(p.batch * p.heads_q * count(of_q)),
                            std::numeric_limits<float>::quiet_NaN());
@@ -113,18 +142,42 @@ class ShardedData {
     put(rank, t);
     return compare(data_, mine).message;
   }
-  // The relative RMS error of those of the rank's rows that are among `most_rows` of the whole's.
-  // Ranks that share this may ask at once, each for itself.
-  double relative_rms_of(int32_t rank, const LocalTensors& t, int64_t most_rows) {
+  // Those of the rank's rows that are among `most_rows` of the whole's. Ranks that share this may
+  // ask at once.
+  SampledRows sampled(int32_t rank, int64_t most_rows) const {
     const Problem& p = whole();
+    const Strides& to = sharded_.layouts[static_cast<size_t>(rank)].out;
+    SampledRows sampled;
     std::vector<int64_t> rows;
     for (const int64_t row : sampled_rows(p.batch * p.heads_q, p.len_q, most_rows)) {
+      const int64_t token = row % p.len_q, pair = row / p.len_q;
+      int64_t before = 0;  // of the rank's tokens
       for (const TokenRange& range : sharded_.q[static_cast<size_t>(rank)]) {
-        if (range.begin <= row % p.len_q && row % p.len_q < range.end) rows.push_back(row);
+        if (range.begin <= token && token < range.end) {
+          const int64_t i = before + token - range.begin, bytes = bytes_of(p.dtype_q);
+          const int64_t begin = offset_of(to, pair / p.heads_q, pair % p.heads_q, i, 0);
+          sampled.rows.push_back({static_cast<size_t>(begin * bytes),
+                                  static_cast<size_t>(((p.dim_v - 1) * to[3] + 1) * bytes)});
+          rows.push_back(row);
+        }
+        before += range.end - range.begin;
       }
     }
-    put(rank, t);
-    return errors_of(p, data_.tensors(), expected_rows(p, data_.tensors(), rows)).relative_rms();
+    sampled.expected = expected_rows(p, data_.tensors(), rows);
+    return sampled;
+  }
+  double relative_rms_of(int32_t rank, const LocalTensors& t, const SampledRows& sampled) const {
+    const Problem& p = whole();
+    const int64_t stride = sharded_.layouts[static_cast<size_t>(rank)].out[3];
+    Errors errors;
+    size_t i = 0;
+    for (const SampledRows::Row& row : sampled.rows) {
+      for (int64_t d = 0; d < p.dim_v; ++d) {
+        const float have = load_element(t.out.data() + row.begin_bytes, p.dtype_q, d * stride);
+        errors.add(have, sampled.expected.out[i++]);
+      }
+    }
+    return errors.relative_rms();
   }
   void poison() { data_.poison_outputs(); }
   // The whole's, for a device that has everything.
@@ -152,6 +205,23 @@ class ShardedData {
         }
       }
     }
+  }
+  // The same where each row may be visited beside others.
+  template <typename Visit>
+  void each_row_at_once(const Tokens& tokens, int64_t heads, const Visit& visit) const {
+    int64_t before = 0;
+    for (const TokenRange& range : tokens) {
+      const int64_t length = range.end - range.begin;
+      for_each_row(whole().batch, heads, length, [&](RowIndex row) {
+        visit(row.batch_idx, row.head, range.begin + row.idx, before + row.idx);
+      });
+      before += length;
+    }
+  }
+  static Bytes poison_of(int64_t bytes) {
+    Bytes made(static_cast<size_t>(bytes));
+    fill_bytes(made.data(), made.size(), std::byte{0xff});
+    return made;
   }
   static Input dense(Input input) {
     input.problem = with_dense_keys(input.problem);
@@ -188,15 +258,13 @@ class ShardedData {
     return offset_of(s, storage.batch - 1, heads - 1, storage.length - 1, dim - 1) + 1;
   }
   template <typename Locate>
-  std::vector<std::byte> cut(const GuardedTensor& from, Dtype dtype, const Strides& strides,
-                             const Tokens& tokens, int64_t heads, int64_t dim,
-                             const Storage& storage, const Strides& to,
-                             const Locate& locate) const {
+  Bytes cut(const GuardedTensor& from, Dtype dtype, const Strides& strides, const Tokens& tokens,
+            int64_t heads, int64_t dim, const Storage& storage, const Strides& to,
+            const Locate& locate) const {
     const int64_t bytes = bytes_of(dtype);
-    std::vector<std::byte> made(static_cast<size_t>(span(storage, heads, dim, to) * bytes),
-                                std::byte{0xff});
+    Bytes made = poison_of(span(storage, heads, dim, to) * bytes);
     const int64_t at_once = strides[3] == 1 && to[3] == 1 ? dim : 1;
-    each_row(tokens, heads, [&](int64_t b, int64_t h, int64_t token, int64_t i) {
+    each_row_at_once(tokens, heads, [&](int64_t b, int64_t h, int64_t token, int64_t i) {
       const At at = locate(b, i);
       if (at.batch_idx < 0) return;
       for (int64_t d = 0; d < dim; d += at_once) {

@@ -34,7 +34,7 @@ double tolerance_for(const Problem& p) {
 // The data of all ranks, which those of one process share.
 class SharedData {
  public:
-  ShardedData& of(const Input& input, const ShardedProblem& problem) {
+  const ShardedData& of(const Input& input, const ShardedProblem& problem) {
     std::call_once(once_, [&] { data_.emplace(input, problem); });
     return *data_;
   }
@@ -42,6 +42,20 @@ class SharedData {
  private:
   std::once_flag once_;
   std::optional<ShardedData> data_;
+};
+
+// One rank's part of it, for every strategy.
+struct RankData {
+  RankData(const ShardedData& of, int32_t rank, int32_t device_index)
+      : all(of),
+        local(of.local(rank)),
+        sampled(of.sampled(rank, affordable_rows(of.whole()))),
+        there(RankOnDevice::make(of, local, device_index)) {}
+
+  const ShardedData& all;
+  LocalTensors local;
+  SampledRows sampled;
+  Result<RankOnDevice> there;
 };
 
 struct Measured {
@@ -108,12 +122,11 @@ class RankRunner {
         if (is_allowed) strategies.push_back(candidate.strategy);
       }
     }
-    ShardedData& data = shared_.of(request_.input(flags_.seed), *sharded);
-    LocalTensors local = data.local(communicator_.rank());
-    Result<RankOnDevice> there = RankOnDevice::make(data, local, device_index_);
+    const ShardedData& data = shared_.of(request_.input(flags_.seed), *sharded);
+    RankData rank_data(data, communicator_.rank(), device_index_);
     std::vector<Measured> all;
     for (const Strategy strategy : strategies) {
-      Result<Measured> one = measure(*plan, strategy, planner->plan_one, data, local, there);
+      Result<Measured> one = measure(*plan, strategy, planner->plan_one, rank_data);
       if (!one.ok()) return one.status();
       all.push_back(std::move(*one));
     }
@@ -143,21 +156,22 @@ class RankRunner {
   }
 
   Result<Measured> measure(const ParallelPlan& plan, Strategy strategy, const PlanOne& plan_one,
-                           ShardedData& data, LocalTensors& local, Result<RankOnDevice>& there) {
+                           RankData& data) {
     const int32_t rank = communicator_.rank();
+    Result<RankOnDevice>& there = data.there;
     const StrategyCandidate& candidate = plan.candidates[static_cast<size_t>(strategy)];
     const auto mine = make_rank_plan(plan.problem, strategy, rank, flags_.limits, plan_one);
     Status own = mine.status();
     if (own.ok()) own = there.status();
     if (own.ok()) own = there->take_workspace(mine->workspace_bytes);
+    if (own.ok()) own = there->poison(data.sampled);  // what the strategy before it left
     WH_RETURN_IF_ERROR(agree(plan.problem, strategy, own, communicator_, run_));
     const auto bytes = of_all(mine->workspace_bytes);
     if (!bytes.ok()) return bytes.status();
     auto us = time(plan.problem, *mine, there->tensors(), candidate.estimated_us);
     if (!us.ok()) return us.status();
-    WH_RETURN_IF_ERROR(there->fetch());
-    const auto error =
-        largest(data.relative_rms_of(rank, local, affordable_rows(plan.problem.whole)));
+    WH_RETURN_IF_ERROR(there->fetch(data.sampled));
+    const auto error = largest(data.all.relative_rms_of(rank, data.local, data.sampled));
     if (!error.ok()) return error.status();
     return Measured{strategy, candidate.estimated_us, candidate.sent_bytes, std::move(*us), *bytes,
                     *error};
@@ -167,8 +181,13 @@ class RankRunner {
                                    const Tensors& tensors, double estimated_us) {
     // Of short ones several: ranks do not begin in the same microsecond.
     const int runs = estimated_us < 1000 ? 20 : 1;
+    // Devices that nobody else is on need fewer.
+    const bool is_host = backend(problem.whole.device).is_host();
+    const size_t least = is_host ? 4 : 3;
+    const double enough_us = is_host ? 5e6 : 1e6;
     std::vector<double> samples;
-    for (double total_us = 0; samples.size() < 4 || (samples.size() < 10 && total_us < 5e6);) {
+    for (double total_us = 0;
+         samples.size() < least || (samples.size() < 10 && total_us < enough_us);) {
       if (const auto here = of_all(0); !here.ok()) return here.status();
       const auto begin = Clock::now();
       for (int i = 0; i < runs; ++i) {

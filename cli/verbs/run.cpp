@@ -248,7 +248,7 @@ class Runner {
         return is_interrupted() ? Status(Code::kCancelled, "interrupted between two runs")
                                 : execution.run();
       };
-      auto samples = measure({{call}}, guard, {9, 5});
+      auto samples = measure({{call}}, guard, {9, is_host ? 5.0 : 2.0});
       if (!samples.ok()) return samples.status();
       return (*samples)[0];
     }
