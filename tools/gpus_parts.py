@@ -14,6 +14,7 @@ from gpu_parts import ROOT, GpuCheck, Json, Outcome, all_passed, missing, parse
 # At so many ranks a problem should run so many times as fast as on one.
 PREFILL_EFFICIENCY, DECODE_SPEEDUP_AT_4 = 0.9, 2.5
 REGRET = {"median": 1.02, "worst": 1.10}
+SECONDS_OF_A_ROW = 5  # with less left nothing is begun
 
 
 @dataclass
@@ -24,22 +25,27 @@ class Figure:
     words: str
     is_decode: bool = False
     rows: list[Json] = field(default_factory=list)  # of each number of ranks
-    one_us: float = 0
+    one: Json = field(default_factory=dict)  # on one device; empty: not measured
+
+    @property
+    def one_us(self) -> float:
+        return float(self.one.get("best_us", 0))
 
 
+# The most telling first: what the time does not suffice for is left out from the end.
 FIGURES = [
     Figure("prefill-131072-d256", "--heads 64/2 --dim 256 --queries 131072 --causal"),
     Figure("prefill-131072-d128", "--heads 32/8 --dim 128 --queries 131072 --causal"),
-    Figure("window-131072-d256",
-           "--heads 64/2 --dim 256 --queries 131072 --causal --window 4095,0"),
     Figure("chunk-2048-of-524288-d256",
            "--heads 64/2 --dim 256 --queries 2048 --keys 524288 --causal"),
-    Figure("chunk-2048-of-524288-d128",
-           "--heads 32/8 --dim 128 --queries 2048 --keys 524288 --causal"),
-    Figure("prefill-32768-d192", "--heads 32/4 --dim 192/128 --queries 32768 --causal"),
-    Figure("prefill-32768-d512", "--heads 32/4 --dim 512 --queries 32768 --causal"),
     Figure("decode-524288-d256", "--heads 64/2 --dim 256 --queries 1 --keys 524288", is_decode=True),
     Figure("decode-524288-d512", "--heads 32/4 --dim 512 --queries 1 --keys 524288", is_decode=True),
+    Figure("prefill-32768-d512", "--heads 32/4 --dim 512 --queries 32768 --causal"),
+    Figure("chunk-2048-of-524288-d128",
+           "--heads 32/8 --dim 128 --queries 2048 --keys 524288 --causal"),
+    Figure("window-131072-d256",
+           "--heads 64/2 --dim 256 --queries 131072 --causal --window 4095,0"),
+    Figure("prefill-32768-d192", "--heads 32/4 --dim 192/128 --queries 32768 --causal"),
 ]
 # The same code with threads for GPUs, small enough for a test of this script.
 SMALL_FIGURES = [
@@ -104,28 +110,54 @@ class GpusCheck(GpuCheck):
                 _, failure = self.widehead(f"plan {figure.words} --dtype bf16 --ranks 4 --link "
                                            "400GB/s,5us", end - time.monotonic())
                 outcome.failures += [failure] if failure else []
+        left_out = []
         for figure in self.figures:
-            one, failure = self.widehead(f"run {figure.words} --dtype bf16",
-                                         end - time.monotonic())
-            if failure or one is None:
-                outcome.failures.append(failure)
-                continue
-            figure.one_us = one["best_us"]
+            if end - time.monotonic() < SECONDS_OF_A_ROW:
+                left_out.append(f"{figure.name} on one")
+            else:
+                self.measure_alone(figure, end, outcome)
             for ranks in self.ranks:
-                words = (f"run {figure.words} --dtype bf16 --parallel {self.transport} "
-                         f"--ranks {ranks} --every-strategy")
-                row, failure = self.widehead(words, end - time.monotonic())
-                if failure:
-                    outcome.failures.append(failure)
-                if row is not None:
-                    figure.rows.append(row | {"name": figure.name, "one_us": figure.one_us,
-                                              "one_kernel": one["kernel"],
-                                              "one_relative_rms": one["relative_rms"]})
+                if not figure.one_us or end - time.monotonic() < SECONDS_OF_A_ROW:
+                    left_out.append(f"{figure.name} on {ranks}")
+                else:
+                    self.measure_ranks(figure, ranks, end, outcome)
             self.write_figures()
-        outcome.data = self.judge()
+        outcome.data = self.judge() | {"left_out": left_out}
+        if left_out:
+            print(f"         left out: {', '.join(left_out)}", flush=True)
         if self.is_gpu:
             outcome.failures += outcome.data["missed"]
         return outcome
+
+    def measure_alone(self, figure: Figure, end: float, outcome: Outcome) -> None:
+        begin = time.monotonic()
+        one, failure = self.widehead(f"run {figure.words} --dtype bf16", end - begin)
+        if failure or one is None:
+            outcome.failures.append(failure)
+            return
+        figure.one = one
+        self.say(f"{figure.name} on one: {one['best_us'] / 1e3:.4g} ms, "
+                 f"{one['kernel']}", begin)
+
+    def measure_ranks(self, figure: Figure, ranks: int, end: float, outcome: Outcome) -> None:
+        begin = time.monotonic()
+        words = (f"run {figure.words} --dtype bf16 --parallel {self.transport} "
+                 f"--ranks {ranks} --every-strategy")
+        row, failure = self.widehead(words, end - begin)
+        if failure:
+            outcome.failures.append(failure)
+        if row is None:
+            return
+        figure.rows.append(row | {"name": figure.name, "one_us": figure.one_us,
+                                  "one_kernel": figure.one["kernel"],
+                                  "one_relative_rms": figure.one["relative_rms"]})
+        best = chosen(row)
+        self.say(f"{figure.name} on {ranks}: {best['best_us'] / 1e3:.4g} ms, {best['strategy']}, "
+                 f"{figure.one_us / best['best_us']:.2f} times as fast", begin)
+
+    @staticmethod
+    def say(text: str, begin: float) -> None:
+        print(f"         {text} ({time.monotonic() - begin:.0f} s)", flush=True)
 
     def timelines(self, seconds: float) -> Outcome:
         """What the planner expects of the ranks when, over the link as it was measured."""
@@ -177,11 +209,17 @@ class GpusCheck(GpuCheck):
             return missing("no PyTorch")
         outcome, most = Outcome(data=[]), max(self.ranks)
         path = self.scratch / "peers.json"
+        # It ends by itself, and torchrun takes time to load before it: torchrun's processes are no
+        # longer ours when torchrun is killed.
+        its_own = max(1, int(min(seconds, self.left())) - 12)
         done = self.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                         "--nproc-per-node", most, ROOT / "bench" / "gpus_peers.py", path], seconds)
+                         "--nproc-per-node", most, ROOT / "bench" / "gpus_peers.py", path, its_own],
+                        seconds)
         rows = json.loads(path.read_text()) if path.exists() else []
+        for row in rows:
+            print(f"         {json.dumps(row)}", flush=True)
         if done.code != 0 or not rows:
-            outcome.failures.append(done.why())
+            outcome.failures.append(f"{len(rows)} rows were written: {done.why()}")
         outcome.data = rows
         return outcome
 
