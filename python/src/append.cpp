@@ -50,7 +50,7 @@ void append(nb::handle k, nb::handle v, nb::handle new_k, nb::handle new_v, nb::
     layouts = nb::make_tuple(none, key_offsets, none, none, none, keys.shape[0]);
   }
   const Call cache({q, k, v, none, nb::handle(Py_False), none, none, none, none, none, none,
-                    layouts, false, none, none, stream, Access::kWrite});
+                    layouts, false, none, stream, Access::kWrite});
   const wh_problem& problem = cache.problem();
   wh_appended appended;
   wh_appended_init(&appended, sizeof(appended));

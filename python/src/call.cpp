@@ -267,8 +267,7 @@ Call::Call(const Arguments& a)
   if (!a.mask.is_none()) read_mask(a.mask, problem_.len_q, problem_.len_k);
   if (!a.sinks.is_none()) read_sinks(a.sinks);
   if (a.return_log_sum_exp) problem_.uses |= WH_USES_LOG_SUM_EXP;
-  if (!a.out.is_none()) read_out(a.out);
-  if (!a.log_sum_exp.is_none()) read_log_sum_exp(a.log_sum_exp);
+  if (!a.out.is_none()) read_out(a.out, Access::kWrite);
 }
 
 void Call::read_layouts(const Layouts& layouts, const Arguments& a) {
@@ -551,9 +550,9 @@ void Call::expect_count(const char* name, const Integers& numbers, int64_t count
              shape + ", here [" + std::to_string(count) + "]");
 }
 
-void Call::read_out(nb::handle object) {
+void Call::read_out(nb::handle object, Access access) {
   out = nb::borrow(object);
-  out_.emplace(object, "out", stream_, Access::kWrite);
+  out_.emplace(object, "out", stream_, access);
   expect_same_device(*out_);
   const char* names = kNamesOut[problem_.query_layout];
   read_as(*out_, names, problem_.query_layout == WH_QUERIES_PACKED);
@@ -562,14 +561,16 @@ void Call::read_out(nb::handle object) {
     fail_type(std::string("out is ") + out_->dtype_text() + "; it must be of q's type, " +
               q_.dtype_text());
   }
-  if (out_->is_read_only) fail_value("out is read-only; it must be writable");
+  if (access == Access::kWrite && out_->is_read_only) {
+    fail_value("out is read-only; it must be writable");
+  }
   std::copy_n(out_->strides.begin(), 4, problem_.stride_out);
   tensors_.out = out_->data;
 }
 
-void Call::read_log_sum_exp(nb::handle object) {
+void Call::read_log_sum_exp(nb::handle object, Access access) {
   log_sum_exp = nb::borrow(object);
-  log_sum_exp_.emplace(object, "log_sum_exp", stream_, Access::kWrite);
+  log_sum_exp_.emplace(object, "log_sum_exp", stream_, access);
   expect_same_device(*log_sum_exp_);
   const char* names = kNamesLse[problem_.query_layout];
   if (problem_.query_layout == WH_QUERIES_PACKED) {
@@ -593,11 +594,13 @@ void Call::allocate(nb::handle empty) {
   const bool is_packed = p.query_layout == WH_QUERIES_PACKED;
   if (!out_) {
     read_out(is_packed ? make({p.total_q, p.heads_q, p.dim_v}, 3, q_.element)
-                       : make({p.batch, p.heads_q, p.len_q, p.dim_v}, 4, q_.element));
+                       : make({p.batch, p.heads_q, p.len_q, p.dim_v}, 4, q_.element),
+             Access::kWrite);
   }
   if ((p.uses & WH_USES_LOG_SUM_EXP) != 0 && !log_sum_exp_) {
     read_log_sum_exp(is_packed ? make({p.total_q, p.heads_q}, 2, Element::kFloat32)
-                               : make({p.batch, p.heads_q, p.len_q}, 3, Element::kFloat32));
+                               : make({p.batch, p.heads_q, p.len_q}, 3, Element::kFloat32),
+                     Access::kWrite);
   }
 }
 
@@ -622,6 +625,8 @@ void Call::turn_backward() {
 
 void Call::read_gradients(const Gradients& g) {
   turn_backward();
+  read_out(g.out, Access::kRead);
+  read_log_sum_exp(g.log_sum_exp, Access::kRead);
   tensors_.d_out =
       read_gradient(d_out_, g.d_out, "d_out", Access::kRead, *out_, problem_.stride_d_out);
   tensors_.dq = read_gradient(dq_, g.dq, "dq", Access::kWrite, q_, problem_.stride_dq);

@@ -19,7 +19,7 @@ struct Arguments {
   nb::handle mask, sinks, key_lengths, key_starts;
   nb::handle layouts;  // a tuple of what Layouts holds; None: everything is dense
   bool return_log_sum_exp;
-  nb::handle out, log_sum_exp;
+  nb::handle out;
   nb::handle stream;
   Access access;  // of everything but what is written
 };
@@ -30,9 +30,10 @@ struct Layouts {
   nb::handle len_q, len_k;  // the most of one sequence
 };
 
-// What the backward pass takes beside: the gradient of out, and where the others go. None where
-// there is none.
+// What the backward pass takes beside: what the forward pass answered, the gradient of out, and
+// where the others go. None where there is none.
 struct Gradients {
+  nb::handle out, log_sum_exp;
   nb::handle d_out, dq, dk, dv, d_sinks;
 };
 
@@ -92,8 +93,8 @@ class Call {
   const int32_t* host_data(const Integers& integers) const {
     return q_.on_cuda() ? nullptr : integers.data;
   }
-  void read_out(nb::handle object);
-  void read_log_sum_exp(nb::handle object);
+  void read_out(nb::handle object, Access access);
+  void read_log_sum_exp(nb::handle object, Access access);
   void read_options(const Arguments& arguments);
   void read_sinks(nb::handle object);
   // Arrays of `ndim` dimensions; lists of one, on the host.

@@ -105,7 +105,7 @@ nb::object sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::
                 bool return_log_sum_exp, nb::handle out, const Limits& limits, int32_t threads,
                 nb::handle stream, nb::handle empty) {
   Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
-             return_log_sum_exp, out, nb::none(), stream, Access::kRead});
+             return_log_sum_exp, out, stream, Access::kRead});
   call.allocate(empty);
   call.run(limits.with_threads(threads));
   if (return_log_sum_exp) return nb::make_tuple(call.out, call.log_sum_exp);
@@ -119,8 +119,8 @@ void backward(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::ha
               nb::handle d_out, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle d_sinks,
               const Limits& limits, int32_t threads) {
   Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
-             nb::none(), true, out, log_sum_exp, nb::none(), Access::kRead});
-  call.read_gradients({d_out, dq, dk, dv, d_sinks});
+             nb::none(), true, nb::none(), nb::none(), Access::kRead});
+  call.read_gradients({out, log_sum_exp, d_out, dq, dk, dv, d_sinks});
   call.run(limits.with_threads(threads));
 }
 
@@ -131,7 +131,7 @@ nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::h
                bool return_log_sum_exp, nb::handle out, bool gradients, const Limits& limits,
                int32_t threads, nb::handle stream) {
   Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
-             return_log_sum_exp, out, nb::none(), stream, Access::kPlan});
+             return_log_sum_exp, out, stream, Access::kPlan});
   if (gradients) call.turn_backward();
   const wh_limits c_limits = limits.with_threads(threads);
   wh_plan* made = nullptr;
@@ -156,7 +156,7 @@ nb::tuple sharded_sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scal
                        nb::handle allocate, nb::handle empty) {
   return parallel_attention(
       {q, k, v, scale, causal, window, softcap, nb::none(), sinks, nb::none(), nb::none(),
-       nb::none(), return_log_sum_exp, out, nb::none(), nb::none(), Access::kRead},
+       nb::none(), return_log_sum_exp, out, nb::none(), Access::kRead},
       mask, ranks, limits.with_threads(threads), group, allocate, empty);
 }
 

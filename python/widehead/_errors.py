@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from widehead._plan import Candidate, candidates_of
+from widehead._plan import Candidate, Plan, candidates_of
 
 
 class Refused(RuntimeError):
@@ -24,6 +24,12 @@ class Refused(RuntimeError):
 
     def __reduce__(self) -> tuple[type[Refused], tuple[str, str]]:
         return (Refused, (str(self), self._plan_json))
+
+
+def expect_kernel(plan: Plan) -> None:
+    """Raises :class:`Refused` where the plan's limits allow none."""
+    if plan.kernel is None:
+        raise Refused(plan.explain(), json.dumps(plan.to_dict()))
 
 
 def unreadable(name: str, array: Any, cause: BaseException | None = None) -> Exception:

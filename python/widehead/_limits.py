@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from widehead import _core
@@ -94,3 +95,10 @@ def _make_limits(values: dict[str, Any]) -> Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+@lru_cache(maxsize=64)
+def backward_limits(limits: Limits) -> Limits:
+    """What the backward pass may take: a kernel is forced, and a policy chosen, for the forward
+    pass alone."""
+    return replace(limits, kernel=None, policy="automatic")

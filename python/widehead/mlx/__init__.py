@@ -11,7 +11,6 @@ compiled, arrays travel by DLPack: evaluated at every call, and no mx.grad, mx.v
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -25,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 import widehead
-from widehead._errors import Refused
+from widehead._errors import expect_kernel
 from widehead._limits import DEFAULT_LIMITS, Limits
 from widehead._plan import Plan
 from widehead.mlx import _build, _dlpack, _mlx_lm
@@ -176,9 +175,7 @@ def _expect_allowed(
     q: mx.array, k: mx.array, v: mx.array, limits: Limits, **options: Any
 ) -> None:
     """Raises here what would otherwise come out of mx.eval, where MLX makes it a RuntimeError."""
-    made = plan(q, k, v, limits=limits, **options)
-    if made.kernel is None:
-        raise Refused(made.explain(), json.dumps(made.to_dict()))
+    expect_kernel(plan(q, k, v, limits=limits, **options))
 
 
 def _out_of_reach(q: mx.array, v: mx.array, kind: mx.Dtype) -> str | None:

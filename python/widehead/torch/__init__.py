@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from widehead import _core
 from widehead._arrays import Arguments, library_of_type
 from widehead._errors import unreadable, unwritable
-from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead._limits import DEFAULT_LIMITS, Limits, backward_limits
 
 __all__ = ["attention_rows", "override_sdpa", "sdpa"]
 
@@ -56,15 +56,6 @@ _is_grad_enabled = torch.is_grad_enabled
 @lru_cache(maxsize=64)
 def _limits_of(text: str) -> Limits:
     return Limits(**json.loads(text)) if text else DEFAULT_LIMITS
-
-
-def _backward_limits_of(text: str) -> Limits:
-    """What the backward pass may take: a kernel is forced, and a policy chosen, for the forward
-    pass alone."""
-    options = json.loads(text) if text else {}
-    return _limits_of(
-        json.dumps({name: options[name] for name in options if name not in ("kernel", "policy")})
-    )
 
 
 def _window_of(left: int, right: int) -> tuple[int | None, int | None] | None:
@@ -167,7 +158,7 @@ def _backward_operator(
     _core.backward(
         q, k, v, scale, causal or False, _window_of(window_left, window_right), softcap, mask,
         sinks, key_lengths, key_starts, out, log_sum_exp, d_out, dq, dk, dv,
-        None if sinks is None else d_sinks, _backward_limits_of(limits)._core,
+        None if sinks is None else d_sinks, backward_limits(_limits_of(limits))._core,
         torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv, d_sinks
