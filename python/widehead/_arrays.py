@@ -103,8 +103,8 @@ class _Jax(Library):
 
         if isinstance(arguments[0], jax.core.Tracer):
             raise TypeError(
-                "q is being traced by JAX; call widehead.sdpa through jax.pure_callback inside "
-                "jax.jit"
+                "q is being traced by JAX; call widehead.jax.sdpa inside jax.jit, or widehead.sdpa "
+                "through jax.pure_callback"
             )
         return super().sdpa(arguments, limits)
 
