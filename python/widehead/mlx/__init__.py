@@ -85,9 +85,9 @@ def sdpa(
     limits: what the call may take; see :class:`widehead.Limits`.
 
     Strided arrays are read where they are; a reversed one is copied on the CPU and refused on a GPU.
-    Works under mx.compile, shapeless too. On the CPU q, k, v and sinks have gradients that store no
-    scores; those of an additive mask, of a GPU's arrays, second ones, mx.jvp and mx.vmap take MLX's
-    own operations, which do. Raises ValueError with the argument, its value and what would be valid, and
+    Works under mx.compile, shapeless too. q, k, v and sinks have gradients that store no scores;
+    those of an additive mask, of heads beyond 512 on a GPU, second ones, mx.jvp and mx.vmap take
+    MLX's own operations, which do. Raises ValueError with the argument, its value and what would be valid, and
     :class:`widehead.Refused` when the limits allow no kernel.
     """
     if force_fused:

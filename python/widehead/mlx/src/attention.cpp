@@ -91,9 +91,8 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
   const mx::Stream chosen = mx::to_stream(stream);
   // Whoever may be differentiated is a tracer. mx.compile and mx.vmap have them too: a log-sum-exp
   // that nobody reads is 4 bytes a row of q, freed at once.
-  const bool is_traced =
+  const bool has_log_sum_exp =
       std::any_of(inputs.begin(), inputs.end(), [](const mx::array& a) { return a.is_tracer(); });
-  const bool has_log_sum_exp = is_traced && has_gradients(chosen);
   auto attention = std::make_shared<Attention>(chosen, options, present, has_log_sum_exp);
   std::vector<mx::Dtype> types{type};
   if (has_log_sum_exp) types.push_back(mx::float32);
@@ -183,6 +182,7 @@ std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals,
   }
   const std::vector<mx::array> gradients =
       gradients_of(stream(), options_, present_, primals, outputs, cotangents[0]);
+  if (gradients.empty()) return Composed::vjp(primals, cotangents, argnums, outputs);
   std::vector<mx::array> asked;
   for (const int i : argnums) {
     const bool is_sinks = present_.sinks && i == present_.sinks_input();

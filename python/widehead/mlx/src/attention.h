@@ -118,11 +118,11 @@ class AttentionGradients : public Composed {
   std::vector<mx::array> formula(const std::vector<mx::array>& inputs) override;
 };
 
-// Whether AttentionGradients runs where `stream` is. The formula serves elsewhere.
-bool has_gradients(mx::Stream stream);
+inline bool is_gpu(mx::Stream stream) { return stream.device.type == mx::Device::gpu; }
 
-// The outputs of AttentionGradients, from the inputs and outputs of Attention. Throws
-// widehead::Error where the limits allow no kernel.
+// The outputs of AttentionGradients, from the inputs and outputs of Attention. None where the
+// device has no kernel for them (GPUs: heads of more than 512 dimensions), and the formula serves.
+// Throws widehead::Error where the limits allow none of those that there are.
 std::vector<mx::array> gradients_of(mx::Stream stream, const Options& options, Present present,
                                     const std::vector<mx::array>& inputs,
                                     const std::vector<mx::array>& outputs, const mx::array& d_out);
@@ -136,6 +136,7 @@ struct BackwardTensors {
 
 // The inputs of an evaluation as Widehead takes them. Memory is where `Pointer` says.
 struct Call {
+  mx::Stream stream;
   Options options;
   Present present;
   std::vector<mx::array> inputs;
@@ -170,6 +171,10 @@ widehead::TensorView Call::view(const mx::array& a, Pointer pointer) const {
 template <typename Pointer>
 widehead::Options Call::widehead_options(Pointer pointer) const {
   widehead::Options made;
+  if (is_gpu(stream)) {
+    made.device = widehead::Device::kCuda;
+    made.device_index = stream.device.index;
+  }
   made.scale = options.scale;
   made.softcap = options.softcap;
   made.causal = options.causal ? widehead::Causal::kBottomRight : widehead::Causal::kNone;

@@ -69,8 +69,8 @@ std::vector<mx::array> weak_copies(const std::vector<mx::array>& arrays) {
 // Puts `run` on the stream. MLX keeps inputs and outputs alive until it is done; copies that count
 // would keep it from reusing their memory.
 void dispatch(void (*run)(const Call&, const std::vector<mx::array>&), Call call,
-              std::vector<mx::array>& outputs, mx::Stream stream) {
-  auto& encoder = mx::cpu::get_command_encoder(stream);
+              std::vector<mx::array>& outputs) {
+  auto& encoder = mx::cpu::get_command_encoder(call.stream);
   for (const mx::array& each : call.inputs) encoder.set_input_array(each);
   call.inputs = weak_copies(call.inputs);
   for (mx::array& each : outputs) {
@@ -86,12 +86,12 @@ void dispatch(void (*run)(const Call&, const std::vector<mx::array>&), Call call
 }  // namespace
 
 void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  dispatch(run, {options_, present_, inputs}, outputs, stream());
+  dispatch(run, {stream(), options_, present_, inputs}, outputs);
 }
 
 void AttentionGradients::eval_cpu(const std::vector<mx::array>& inputs,
                                   std::vector<mx::array>& outputs) {
-  dispatch(run_backward, {options_, present_, inputs}, outputs, stream());
+  dispatch(run_backward, {stream(), options_, present_, inputs}, outputs);
 }
 
 }  // namespace widehead_mlx

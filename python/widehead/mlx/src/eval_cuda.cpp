@@ -13,12 +13,6 @@ namespace {
 
 const void* device_memory(const mx::array& a) { return mx::gpu_ptr<void>(a); }
 
-widehead::Options on_gpu(widehead::Options options, mx::Stream stream) {
-  options.device = widehead::Device::kCuda;
-  options.device_index = stream.device.index;
-  return options;
-}
-
 // New memory of the device. MLX's allocator of it is hidden in the library, and the public one
 // gives managed memory, whose pages move at the first touch: so one of MLX's operations allocates,
 // and its kernel's writes are the price, a few microseconds for an output of 25 MB. A word or less
@@ -107,8 +101,8 @@ void Attention::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   refuse_reversed(inputs);
   for (mx::array& each : outputs) adopt(each, new_memory(each.nbytes(), stream()));
   if (outputs[0].size() == 0) return;
-  const Call call{options_, present_, inputs};
-  widehead::Options options = on_gpu(call.widehead_options(device_memory), stream());
+  const Call call{stream(), options_, present_, inputs};
+  widehead::Options options = call.widehead_options(device_memory);
   if (has_log_sum_exp_) {
     options.log_sum_exp = static_cast<float*>(const_cast<void*>(device_memory(outputs[1])));
   }
@@ -124,9 +118,8 @@ void AttentionGradients::eval_gpu(const std::vector<mx::array>& inputs,
                                   std::vector<mx::array>& outputs) {
   refuse_reversed(inputs);
   for (mx::array& each : outputs) adopt(each, new_memory(each.nbytes(), stream()));
-  const Call call{options_, present_, inputs};
-  BackwardTensors t = call.backward_tensors(outputs, device_memory);
-  t.options = on_gpu(t.options, stream());
+  const Call call{stream(), options_, present_, inputs};
+  const BackwardTensors t = call.backward_tensors(outputs, device_memory);
   const widehead::Plan plan(widehead::problem(t.q, t.k, t.v, t.out, t.gradients, t.options),
                             options_.limits);
   run_in_graph(plan, widehead::tensors(t.q, t.k, t.v, t.out, t.gradients, t.options), inputs,

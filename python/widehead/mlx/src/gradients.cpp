@@ -1,9 +1,21 @@
 #include "attention.h"
 
 namespace widehead_mlx {
+namespace {
 
-// eval_gpu() has not been run on any GPU yet.
-bool has_gradients(mx::Stream stream) { return stream.device == mx::Device::cpu; }
+// In any memory.
+bool has_kernel(const wh_problem& problem, widehead::Limits limits) {
+  limits.workspace_bytes = WH_NO_BYTE_LIMIT;
+  try {
+    widehead::plan(problem, limits);
+    return true;
+  } catch (const widehead::Error& error) {
+    if (error.status() == WH_REFUSED) return false;
+    throw;
+  }
+}
+
+}  // namespace
 
 std::vector<mx::array> gradients_of(mx::Stream stream, const Options& options, Present present,
                                     const std::vector<mx::array>& inputs,
@@ -22,12 +34,13 @@ std::vector<mx::array> gradients_of(mx::Stream stream, const Options& options, P
   if (present.sinks) types.push_back(mx::float32);
   const std::vector<mx::array> made =
       mx::array::make_arrays(gradients->output_shapes(all), types, gradients, all);
-  if (allowed.limits.workspace_bytes != WH_NO_BYTE_LIMIT) {
-    // A refusal, while it can still be caught. A plan asks what is there, and reads no memory.
-    const auto somewhere = [](const mx::array& a) -> const void* { return &a; };
-    const BackwardTensors t = Call{allowed, present, all}.backward_tensors(made, somewhere);
-    widehead::plan(widehead::problem(t.q, t.k, t.v, t.out, t.gradients, t.options), allowed.limits);
-  }
+  // A plan asks what is there, and reads no memory.
+  const auto somewhere = [](const mx::array& a) -> const void* { return &a; };
+  const BackwardTensors t = Call{stream, allowed, present, all}.backward_tensors(made, somewhere);
+  const wh_problem problem = widehead::problem(t.q, t.k, t.v, t.out, t.gradients, t.options);
+  if (is_gpu(stream) && !has_kernel(problem, allowed.limits)) return {};
+  // A refusal, while it can still be caught.
+  if (allowed.limits.workspace_bytes != WH_NO_BYTE_LIMIT) widehead::plan(problem, allowed.limits);
   return made;
 }
 
