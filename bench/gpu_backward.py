@@ -26,14 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import widehead
 from widehead import _core
 
-KERNELS = ("sm90_backward", "cuda_portable_backward")
+KERNELS = ("sm90_backward", "sm90_backward_wide", "cuda_portable_backward")
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
             "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
 # Both sides round the weights and the results to bf16.
 TOLERANCE = 2e-2
 LENGTH = 8192
 ROWS = [(batch, heads, dims, causal) for batch, heads, dims in
-        ((2, 32, (64, 64)), (2, 16, (128, 128)), (2, 16, (192, 128)), (2, 16, (192, 192)), (2, 16, (256, 256)))
+        ((2, 32, (64, 64)), (2, 16, (128, 128)), (2, 16, (192, 128)), (2, 16, (192, 192)), (2, 16, (256, 256)),
+         (1, 16, (512, 512)))
         for causal in (False, True)]
 Call = Callable[[], tuple[torch.Tensor, ...]]
 

@@ -11,6 +11,7 @@
 #include "cuda/portable/backward/config.h"
 #include "cuda/portable/backward/kernel.h"
 #include "cuda/sm90/backward/config.h"
+#include "cuda/sm90/backward_wide/config.h"
 #include "plan/planner.h"
 #include "support/cards.h"
 #include "support/problems.h"
@@ -156,20 +157,50 @@ TEST(CudaBackward, HopperTilesFitRegistersAndSharedMemory) {
   }
 }
 
-TEST(CudaBackward, HopperTakesNumbersForEveryRowAndAFlag) {
-  Problem p = square_of_300(128, 128, Dtype::kBf16, Device::kCuda);
-  const Config config;
-  const size_t portable = kPortableBackward.workspace_bytes(p, config);
-  EXPECT_GT(kSm90Backward.workspace_bytes(p, config), portable);
-  EXPECT_LE(kSm90Backward.workspace_bytes(p, config), portable + 128);
+TEST(CudaBackward, HoppersWideTilesFitSharedMemory) {
+  for (const Instance& instance : kWideGradientInstances) {
+    for (const Gradient of : {Gradient::kDq, Gradient::kDk, Gradient::kDv}) {
+      const WideGradientMemory memory(instance.dims, of);
+      EXPECT_LE(memory.bytes, most_shared_bytes());
+      // No slot more would fit.
+      EXPECT_GT(memory.bytes + kWideGradientSlotBytes, most_shared_bytes());
+      EXPECT_EQ(memory.ring_offset % 1024, 0);
+      EXPECT_EQ(memory.exchange_offset % 16, 0);
+      EXPECT_EQ(memory.queries_offset % 16, 0);
+      EXPECT_EQ(memory.barrier_offset % 8, 0);
+      // A slot that is multiplied, one that waits for its release, and one on its way. The left
+      // consumer of dv holds half of a tile's columns and the last scores' panel at once.
+      EXPECT_GE(std::min(memory.left_slots, memory.right_slots), 3);
+      if (of == Gradient::kDv) {
+        EXPECT_GE(memory.left_slots, panels_of(instance.dims.dim_v) / 2 + 2);
+      }
+    }
+  }
 }
 
-TEST(CudaBackward, HopperRefusesWithWords) {
+TEST(CudaBackward, HopperTakesNumbersForEveryRowAndAFlag) {
+  const Config config;
+  for (const int64_t dim : {128, 512}) {
+    const Problem p = square_of_300(dim, dim, Dtype::kBf16, Device::kCuda);
+    const Kernel& kernel = dim == 128 ? kSm90Backward : kSm90BackwardWide;
+    const size_t portable = kPortableBackward.workspace_bytes(p, config);
+    EXPECT_GT(kernel.workspace_bytes(p, config), portable);
+    EXPECT_LE(kernel.workspace_bytes(p, config), portable + 128);
+  }
+}
+
+class HoppersBackward : public testing::TestWithParam<const Kernel*> {};
+
+TEST_P(HoppersBackward, RefusesWithWords) {
   const Limits limits;
   const auto reason = [&](const Problem& p, const CudaFacts& cuda) {
-    return kSm90Backward.refusal({p, limits, cuda}).value_or("taken");
+    return GetParam()->refusal({p, limits, cuda}).value_or("taken");
   };
-  Problem p = backward_of(square_of_300(128, 128, Dtype::kBf16, Device::kCuda));
+  const int64_t widest = GetParam() == &kSm90Backward ? 256 : 512;
+  Problem p = backward_of(square_of_300(widest + 8, 128, Dtype::kBf16, Device::kCuda));
+  const std::string words = "up to " + std::to_string(widest) + " wide";
+  EXPECT_NE(reason(p, h100()).find(words), std::string::npos) << reason(p, h100());
+  p = backward_of(square_of_300(128, 128, Dtype::kBf16, Device::kCuda));
   EXPECT_EQ(reason(p, h100()), "taken");
   EXPECT_NE(reason(p, ampere()).find("compute capability 9.0"), std::string::npos);
   p.mask = MaskKind::kBoolean;
@@ -180,6 +211,10 @@ TEST(CudaBackward, HopperRefusesWithWords) {
   p.stride_d_out[2] = 132;
   EXPECT_NE(reason(p, h100()).find("d_out"), std::string::npos) << reason(p, h100());
 }
+
+INSTANTIATE_TEST_SUITE_P(Kernels, HoppersBackward,
+                         testing::Values(&kSm90Backward, &kSm90BackwardWide),
+                         [](const auto& of) { return std::string(of.param->name); });
 
 // Medians of bench/results/nvidia-h200-2026-11-29-backward-sm90.json.
 TEST(CudaBackward, EstimatesAreNearWhatAnH200Took) {
@@ -217,19 +252,18 @@ TEST(CudaBackward, PlansTakeHoppersKernelWhereItRuns) {
   const auto chosen = [&](const Problem& p, const CudaFacts& cuda) {
     return make_plan(backward_of(p), limits, {cuda, kernels_of(Device::kCuda)})->kernel;
   };
-  for (const int64_t dim : {32, 64, 80, 128, 136, 192, 256}) {
+  for (const int64_t dim : {32, 64, 80, 128, 136, 192, 256, 264, 320, 512}) {
+    const std::string hoppers = dim <= 256 ? "sm90_backward" : "sm90_backward_wide";
     for (const int64_t length : {16, 300, 8192}) {
       Problem p = square_of_300(dim, dim, Dtype::kF16, Device::kCuda);
       p.len_q = p.len_k = length;
       set_dense(p);
-      EXPECT_EQ(chosen(p, h200()), "sm90_backward") << describe(p);
+      EXPECT_EQ(chosen(p, h200()), hoppers) << describe(p);
       EXPECT_EQ(chosen(p, ampere()), "cuda_portable_backward") << describe(p);
       p.mask = MaskKind::kBoolean;
       EXPECT_EQ(chosen(p, h200()), "cuda_portable_backward") << describe(p);
     }
   }
-  EXPECT_EQ(chosen(square_of_300(512, 512, Dtype::kBf16, Device::kCuda), h200()),
-            "cuda_portable_backward");
   EXPECT_EQ(chosen(square_of_300(128, 128, Dtype::kF32, Device::kCuda), h200()),
             "cuda_portable_backward");
 }

@@ -54,6 +54,7 @@ TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
     EXPECT_GE(taken["cuda_portable"], 2700);
     EXPECT_GE(taken["cuda_portable_backward"], 1500);
     EXPECT_GE(taken["sm90_backward"], 300);
+    EXPECT_GE(taken["sm90_backward_wide"], 400);
   }
 }
 

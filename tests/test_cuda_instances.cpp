@@ -14,6 +14,7 @@
 #include "cuda/portable/config.h"
 #include "cuda/portable/tiles.h"
 #include "cuda/sm90/backward/config.h"
+#include "cuda/sm90/backward_wide/config.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/decode/tiles.h"
 #include "cuda/sm90/prefill/config.h"
@@ -43,7 +44,8 @@ struct Listed {
 const Listed kListed[] = {{kSm90Prefill, kPrefillInstances},
                           {kSm90PrefillWide, kWideInstances},
                           {kSm90Decode, kDecodeInstances},
-                          {kSm90Backward, kGradientInstances}};
+                          {kSm90Backward, kGradientInstances},
+                          {kSm90BackwardWide, kWideGradientInstances}};
 
 // The one with the least padding, by a look at all of them.
 const Instance* narrowest(const Listed& listed, const Problem& p, bool only_compiled) {
@@ -139,6 +141,20 @@ TEST(CudaInstances, TheBackwardPassHasBothItsKernelsOrNone) {
     ++config.instance;
   }
   config = {};
+  for (const Instance& instance : kWideGradientInstances) {
+    const WideGradientVariant& variant = wide_gradient_variant(config);
+    for (const auto& functions : {variant.dq, variant.dk, variant.dv}) {
+      for (const auto function : functions) EXPECT_EQ(function != nullptr, instance.is_compiled);
+    }
+    if (instance.is_compiled) {
+      EXPECT_NE(
+          portable_backward_variant(
+              problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype), hopper(true)),
+          nullptr);
+    }
+    ++config.instance;
+  }
+  config = {};
   for (const Instance& instance : kBackwardInstances) {
     Problem p = problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype);
     const PortableBackwardVariant* variant =
@@ -195,6 +211,7 @@ TEST(CudaInstances, EveryBuildHasEveryTypeAndTileFamilyOfEveryKernel) {
     };
     return Family{bytes, groups(Side::kQueries), groups(Side::kKeys), 0};
   });
+  expect_every_family(kWideGradientInstances, [](const Instance&) { return Family{0, 0, 0, 0}; });
   expect_every_family(kGradientInstances, [](const Instance& instance) {
     return Family{gradient_tile(instance.dims, Side::kKeys).has_roles, 0, 0, 0};
   });

@@ -143,7 +143,9 @@ TEST_P(GpuGradients, HostMemoryIsAnError) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cuda, GpuGradients,
-                         testing::Values("sm90_backward", "cuda_portable_backward"), kernel_name);
+                         testing::Values("sm90_backward", "sm90_backward_wide",
+                                         "cuda_portable_backward"),
+                         kernel_name);
 
 }  // namespace
 }  // namespace wh

@@ -46,20 +46,26 @@ KNOWN = (
           "block.s_factors()[Block::kNorms + accumulator_row(r)] = softmax.norm(r)",
           "block.s_factors()[Block::kNorms + accumulator_row(",
           "norms: the same with kNormFull and kNormFree"),
-    *(Known("sm90_backward", f"to.{number}[column] = ", f"(queries.{number} + ",
-            "numbers of the queries: a consumer waits for mbarrier kQkFull behind the write, the next "
-            "write for kQkFree behind all reads")
+    *(Known(kernel, f"{number}()[column] = ", f"(queries.{number}() + ",
+            "numbers of the queries: a consumer waits for an mbarrier (kQkFull, kQueriesFull) behind the "
+            "write, the next write for another behind all reads")
+      for kernel in ("sm90_backward", "sm90_backward_wide")
       for number in ("shift", "delta", "first_key", "key_count")),
     Known("sm90_backward", "exchange()[i * 128] = make_float4(", "four = block.exchange()[i * 128]",
           "weights: the one role arrives at kWeightsFull behind the write, where the other waits, which "
           "arrives at kWeightsFree behind the read"),
+    *(Known("sm90_backward_wide", "to[i * 128] = {", other,
+            "weights and gradients of scores: a word is one thread's of either consumer, who write it "
+            "in turns, each behind kWeightsFull, kWeightsFree or kGradientsFull of the other's last use")
+      for other in ("to[i * 128] = {", "four = from[i * 128]")),
 )
 
 # What racecheck names is the function on the line: mostly a member of one of these, or what one
 # kernel alone calls.
 KERNEL_OF = {"Prefill": "sm90_prefill", "Wide": "sm90_prefill_wide", "store_at": "sm90_prefill_wide",
-             "load_word": "sm90_prefill_wide", "Gradient": "sm90_backward"}
-PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(Prefill|Wide|Gradient|store_at|load_word)(?:Block|Consumer|Left|Right)?\b")
+             "load_word": "sm90_prefill_wide", "Gradient": "sm90_backward",
+             "WideGradient": "sm90_backward_wide"}
+PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(Prefill|Wide|Gradient|WideGradient|store_at|load_word)(?:Block|Consumer|Left|Right|Queries|Weights)?\b")
 ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
 PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 

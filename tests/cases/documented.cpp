@@ -61,8 +61,9 @@ bool Documented::takes(const std::string& kernel) const {
   if (is_sm90_prefill && !p.is_dense() && p.mask != MaskKind::kNone) return false;
   if (kernel == "sm90_prefill") return is_sm90(320, 256);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
-  if (kernel == "sm90_backward") {
-    return is_sm90(256, 256) && p.mask == MaskKind::kNone && !p.values_in_keys &&
+  if (kernel == "sm90_backward" || kernel == "sm90_backward_wide") {
+    const int64_t widest = kernel == "sm90_backward" ? 256 : 512;
+    return is_sm90(widest, widest) && p.mask == MaskKind::kNone && !p.values_in_keys &&
            has_gradients_for_tma();
   }
   if (cuda().compute_capability < 80) return false;

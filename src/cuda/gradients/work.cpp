@@ -14,7 +14,7 @@ constexpr double kStartUs = 12;  // of three launches or four
 
 double sms(const Query& query) { return std::max(1, cuda_facts(query).sms); }
 
-// Of one block. A pair costs the blocks of queries three products and those of keys four, here half
+// Of one multiprocessor. A pair costs the blocks of queries three products and those of keys four, here half
 // of seven each.
 double pairs_us(const Query& query, const BackwardWork& work, double pairs) {
   const double sm_tflops = cuda_facts(query).tensor_tflops / sms(query);
@@ -30,12 +30,12 @@ double block_us(const Query& query, const BackwardWork& work) {
       static_cast<double>(std::min(p.len_k, most_visible_keys(p, work.query_rows)));
   const double of_keys =
       static_cast<double>(work.key_rows) * static_cast<double>(p.len_q * p.group());
-  return pairs_us(query, work, std::max(of_queries, of_keys));
+  return pairs_us(query, work, std::max(of_queries, of_keys)) / work.block_sms;
 }
 
 TileWaves waves_of(const Query& query, const BackwardWork& work) {
   return {BackwardBlocks(query.problem, work.query_rows, work.key_rows).all(),
-          std::max(1, cuda_facts(query).sms), kStartUs + block_us(query, work)};
+          std::max(1, cuda_facts(query).sms / work.block_sms), kStartUs + block_us(query, work)};
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ struct BackwardWork {
   HeadDims dims;             // computed, padding included
   int query_rows, key_rows;  // of a block of either side
   double share;              // of the card's dense 16-bit tensor rate
+  int block_sms = 1;         // that share a block's work
 };
 
 double backward_us(const Query& query, const BackwardWork& work);

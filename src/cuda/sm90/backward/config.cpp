@@ -36,25 +36,13 @@ constexpr auto kVariants =
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   const CudaFacts& cuda = cuda_facts(query);
-  if (auto reason = sm90_refusal(query)) return reason;
-  if (auto reason = tensor_map_refusal("d_out", p.stride_d_out, p.dim_v)) return reason;
-  if (auto reason = store_refusal("dq", p.stride_dq)) return reason;
-  if (auto reason = store_refusal("dk", p.stride_dk)) return reason;
-  if (p.values_in_keys) return "keeps dk and dv apart; here v lies in k";
-  if (auto reason = store_refusal("dv", p.stride_dv)) return reason;
-  if (p.mask != MaskKind::kNone) return "reads no array mask";
+  if (auto reason = gradient_refusal(query)) return reason;
   if (auto reason = variant_refusal(kVariants, p, cuda,
                                     "holds heads up to 256 wide in registers, not {}/{}")) {
     return reason;
   }
-  // It takes over where something is not finite.
-  if (portable_backward_variant(p, cuda) == nullptr) return not_compiled(p);
-  const BackwardBlocks blocks =
-      kVariants[static_cast<size_t>(first_variant(kVariants, p, cuda))].blocks(p);
-  if (blocks.all() > std::numeric_limits<int32_t>::max()) {
-    return "has too many query rows or keys for one grid";
-  }
-  return std::nullopt;
+  return takeover_refusal(
+      query, kVariants[static_cast<size_t>(first_variant(kVariants, p, cuda))].blocks(p));
 }
 
 BackwardWork work_of(const Query& query, const GradientVariant& variant) {
@@ -80,12 +68,6 @@ Config configure(const Query& query) {
   return config;
 }
 
-size_t workspace_bytes(const Problem& p, const Config&) {
-  Carver carver(nullptr);
-  GradientWorkspace(carver, p);
-  return carver.bytes();
-}
-
 double estimate_us(const Query& query, const Config& config) {
   return backward_us(query, work_of(query, gradient_variant(config)));
 }
@@ -95,6 +77,34 @@ double step_us(const Query& query, const Config& config) {
 }
 
 }  // namespace
+
+std::optional<std::string> gradient_refusal(const Query& query) {
+  const Problem& p = query.problem;
+  if (auto reason = sm90_refusal(query)) return reason;
+  if (auto reason = tensor_map_refusal("d_out", p.stride_d_out, p.dim_v)) return reason;
+  if (auto reason = store_refusal("dq", p.stride_dq)) return reason;
+  if (auto reason = store_refusal("dk", p.stride_dk)) return reason;
+  if (p.values_in_keys) return "keeps dk and dv apart; here v lies in k";
+  if (auto reason = store_refusal("dv", p.stride_dv)) return reason;
+  if (p.mask != MaskKind::kNone) return "reads no array mask";
+  return std::nullopt;
+}
+
+std::optional<std::string> takeover_refusal(const Query& query, const BackwardBlocks& blocks) {
+  if (portable_backward_variant(query.problem, cuda_facts(query)) == nullptr) {
+    return not_compiled(query.problem);
+  }
+  if (blocks.all() > std::numeric_limits<int32_t>::max()) {
+    return "has too many query rows or keys for one grid";
+  }
+  return std::nullopt;
+}
+
+size_t gradient_workspace_bytes(const Problem& p, const Config&) {
+  Carver carver(nullptr);
+  GradientWorkspace(carver, p);
+  return carver.bytes();
+}
 
 const GradientVariant& gradient_variant(const Config& config) {
   return kVariants[static_cast<size_t>(config.instance)];
@@ -107,7 +117,7 @@ const Kernel kSm90Backward{.name = "sm90_backward",
                            .refusal = refusal,
                            .configure = configure,
                            .variant = wgmma_variant,
-                           .workspace_bytes = workspace_bytes,
+                           .workspace_bytes = gradient_workspace_bytes,
                            .estimate_us = estimate_us,
                            .run = run_sm90_backward,
                            .step_us = step_us};

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <array>
+#include <optional>
+#include <string>
 
 #include "cuda/common/attention_args.h"
 #include "cuda/common/instance.h"
@@ -25,7 +27,12 @@ struct GradientVariant {
 
 const GradientVariant& gradient_variant(const Config& config);
 
-// The workspace: numbers of rows, and a flag.
+// What both kernels for Hopper refuse, whatever they are compiled for; and where a problem has too
+// many blocks, or nothing in this build takes over where something is not finite.
+std::optional<std::string> gradient_refusal(const Query& query);
+std::optional<std::string> takeover_refusal(const Query& query, const BackwardBlocks& blocks);
+
+// The workspace of both: numbers of rows, and a flag.
 struct GradientWorkspace {
   BackwardRows rows;
   int32_t* is_unusual;  // [1]: whether the gradients must be made by cuda_portable_backward
@@ -33,5 +40,6 @@ struct GradientWorkspace {
   GradientWorkspace(Carver& carver, const Problem& problem)
       : rows(carver, problem), is_unusual(carver.take<int32_t>(1)) {}
 };
+size_t gradient_workspace_bytes(const Problem& problem, const Config& config);
 
 }  // namespace wh::cuda

@@ -10,6 +10,7 @@
 #include "cuda/portable/backward/kernel.h"
 #include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/backward/prepare.h"
+#include "cuda/sm90/backward/run.h"
 #include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/refusal.h"
 
@@ -65,30 +66,6 @@ Result<GradientMaps> gradient_maps(Side side, GradientTile tile, const Problem& 
   return maps;
 }
 
-// One side's kernel, and which of its blocks.
-struct SideLaunch {
-  Side side;
-  HeadDims dims;
-  const void* function;
-  int64_t tiles;  // of a head
-  int64_t first, end;
-};
-Status launch_side(const Launch& launch, GradientBlockArgs args, const SideLaunch& side) {
-  if (side.first >= side.end) return {};
-  const GradientTile tile = gradient_tile(side.dims, side.side);
-  Result<GradientMaps> maps = gradient_maps(side.side, tile, launch.problem, launch.tensors);
-  if (!maps.ok()) return maps.status();
-  args.tiles = static_cast<int32_t>(side.tiles);
-  args.first_item = static_cast<int32_t>(side.first);
-  void* parameters[] = {&*maps, &args};
-  return launch_kernel({.function = side.function,
-                        .blocks = static_cast<int>(side.end - side.first),
-                        .threads = kGradientThreads,
-                        .shared_bytes = GradientMemory(side.dims, side.side).bytes,
-                        .parameters = parameters,
-                        .stream = static_cast<cudaStream_t>(launch.stream)});
-}
-
 Status check_gradient_alignment(const Problem& p, const Tensors& t) {
   WH_RETURN_IF_ERROR(check_alignment(p, t));
   if (p.len_q > 0) {
@@ -102,9 +79,25 @@ Status check_gradient_alignment(const Problem& p, const Tensors& t) {
 
 }  // namespace
 
-Status run_sm90_backward(const Launch& launch) {
+Status launch_gradients(const Launch& launch, GradientBlockArgs args, const GradientRange& range,
+                        const GradientLaunch& of) {
+  Result<GradientMaps> maps = gradient_maps(range.side, of.tile, launch.problem, launch.tensors);
+  if (!maps.ok()) return maps.status();
+  args.tiles = static_cast<int32_t>(range.tiles);
+  args.first_item = static_cast<int32_t>(range.first);
+  void* parameters[] = {&*maps, &args};
+  return launch_kernel({.function = of.function,
+                        .blocks = static_cast<int>(range.end - range.first) * of.cluster,
+                        .threads = kGradientThreads,
+                        .shared_bytes = of.shared_bytes,
+                        .cluster = of.cluster,
+                        .parameters = parameters,
+                        .stream = static_cast<cudaStream_t>(launch.stream)});
+}
+
+Status run_gradients(const Launch& launch, const BackwardBlocks& blocks,
+                     const LaunchRange& launch_range) {
   const Problem& p = launch.problem;
-  const GradientVariant& variant = gradient_variant(launch.config);
   const PortableBackwardVariant* careful = portable_backward_variant(p, cuda_facts(p.device_index));
   if (careful == nullptr)
     return invalid("this build has no cuda_portable_backward for the problem");
@@ -119,12 +112,11 @@ Status run_sm90_backward(const Launch& launch) {
   PortableBackwardArgs careful_args = portable_backward_args(p, launch.tensors, workspace.rows);
   careful_args.only_if = workspace.is_unusual;
   const GradientArgs& gradients = careful_args.gradients;
-  const BackwardBlocks blocks = variant.blocks(p), again = careful->blocks(p);
+  const BackwardBlocks again = careful->blocks(p);
   // Without queries or keys nothing else is written.
   if (blocks.all() == 0 && p.has_sinks) {
     return launch_sink_gradients(gradients, workspace.rows.d_sink, stream);
   }
-  const auto scores = static_cast<size_t>(scores_of(p));
   const GradientBlockArgs args{gradients, workspace.rows, 0, 0};
   // Blocks of queries, those of keys, and once more those of cuda_portable_backward, which do
   // nothing but where something is unusual.
@@ -139,14 +131,14 @@ Status run_sm90_backward(const Launch& launch) {
                        std::clamp<int64_t>(end - begin, 0, count)};
     };
     const auto [first_query, end_query] = within(0, blocks.queries);
-    WH_RETURN_IF_ERROR(
-        launch_side(launch, args,
-                    {Side::kQueries, variant.instance.dims, variant.queries[scores](),
-                     blocks.query_tiles, first_query, end_query}));
+    if (first_query < end_query) {
+      WH_RETURN_IF_ERROR(
+          launch_range(args, {Side::kQueries, blocks.query_tiles, first_query, end_query}));
+    }
     const auto [first_key, end_key] = within(blocks.queries, blocks.keys);
-    WH_RETURN_IF_ERROR(launch_side(launch, args,
-                                   {Side::kKeys, variant.instance.dims, variant.keys[scores](),
-                                    blocks.key_tiles, first_key, end_key}));
+    if (first_key < end_key) {
+      WH_RETURN_IF_ERROR(launch_range(args, {Side::kKeys, blocks.key_tiles, first_key, end_key}));
+    }
     const auto [first_again, end_again] = within(blocks.all(), again.all());
     WH_RETURN_IF_ERROR(
         launch_portable_backward(careful_args, *careful, again, first_again, end_again, stream));
@@ -156,6 +148,21 @@ Status run_sm90_backward(const Launch& launch) {
     }
     return launch_restore(gradients, p.dtype_q, workspace.rows.dropped, stream);
   });
+}
+
+Status run_sm90_backward(const Launch& launch) {
+  const Problem& p = launch.problem;
+  const GradientVariant& variant = gradient_variant(launch.config);
+  const HeadDims dims = variant.instance.dims;
+  const auto scores = static_cast<size_t>(scores_of(p));
+  return run_gradients(
+      launch, variant.blocks(p), [&](const GradientBlockArgs& args, const GradientRange& range) {
+        const auto& functions = range.side == Side::kQueries ? variant.queries : variant.keys;
+        return launch_gradients(launch, args, range,
+                                {.tile = gradient_tile(dims, range.side),
+                                 .function = functions[scores](),
+                                 .shared_bytes = GradientMemory(dims, range.side).bytes});
+      });
 }
 
 }  // namespace wh::cuda
