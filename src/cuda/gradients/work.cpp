@@ -14,8 +14,8 @@ constexpr double kStartUs = 12;  // of three launches or four
 
 double sms(const Query& query) { return std::max(1, cuda_facts(query).sms); }
 
-// Of one multiprocessor. A pair costs the blocks of queries three products and those of keys four, here half
-// of seven each.
+// Of one multiprocessor. A pair costs the blocks of queries three products and those of keys four,
+// here half of seven each.
 double pairs_us(const Query& query, const BackwardWork& work, double pairs) {
   const double sm_tflops = cuda_facts(query).tensor_tflops / sms(query);
   return pairs * (2.0 * work.dims.dim_qk + 1.5 * work.dims.dim_v) * 2 /
