@@ -46,11 +46,13 @@ KNOWN = (
           "block.s_factors()[Block::kNorms + accumulator_row(r)] = softmax.norm(r)",
           "block.s_factors()[Block::kNorms + accumulator_row(",
           "norms: the same with kNormFull and kNormFree"),
-    *(Known(kernel, f"{number}()[column] = ", f"(queries.{number}() + ",
+    *(Known(kernel, f"{number}()[column] = ", read,
             "numbers of the queries: a consumer waits for an mbarrier (kQkFull, kQueriesFull) behind the "
             "write, the next write for another behind all reads")
       for kernel in ("sm90_backward", "sm90_backward_wide")
-      for number in ("shift", "delta", "first_key", "key_count")),
+      for number, read in (("shift", "const float2*>(first + "), ("delta", "const float2*>(first + "),
+                           ("first_key", "(queries.first_key() + "),
+                           ("key_count", "(queries.key_count() + "))),
     Known("sm90_backward", "exchange()[i * 128] = make_float4(", "four = block.exchange()[i * 128]",
           "weights: the one role arrives at kWeightsFull behind the write, where the other waits, which "
           "arrives at kWeightsFree behind the read"),
@@ -65,7 +67,7 @@ KNOWN = (
 KERNEL_OF = {"Prefill": "sm90_prefill", "Wide": "sm90_prefill_wide", "store_at": "sm90_prefill_wide",
              "load_word": "sm90_prefill_wide", "Gradient": "sm90_backward",
              "WideGradient": "sm90_backward_wide"}
-PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(Prefill|Wide|Gradient|WideGradient|store_at|load_word)(?:Block|Consumer|Left|Right|Queries|Weights)?\b")
+PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(Prefill|Wide|Gradient|WideGradient|store_at|load_word)(?:Block|Consumer|Left|Right|Queries|Numbers|Weights)?\b")
 ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
 PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 

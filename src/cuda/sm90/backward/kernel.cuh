@@ -113,23 +113,26 @@ struct GradientBlock {
     ptx::mbarrier_init_fence();
   }
 
-  // What streams past, in the order in which all of the block meet it: use(head, tile).
+  // What streams past, in the order in which all of the block meet it: use(head, tile). Out of
+  // shared memory once: a barrier would have it read again.
   template <typename Use>
   __device__ __forceinline__ void walk(Use use) const {
     const int32_t group = attention().group;
     const int32_t first_head = kIsKeys ? item.head * group : item.head / group;
     const int32_t end_head = kIsKeys ? first_head + group : first_head + 1;
+    const int32_t begin = item.begin, end = item.end;
 #pragma unroll 1
     for (int32_t head = first_head; head < end_head; ++head) {
 #pragma unroll 1
-      for (int32_t tile = item.begin; tile < item.end; ++tile) use(head, tile);
+      for (int32_t tile = begin; tile < end; ++tile) use(head, tile);
     }
   }
   // Tile by tile, which a consumer takes by work_on<kHides>().
   template <typename Consumer>
   __device__ __forceinline__ void walk_with(Consumer& consumer) const {
+    const int32_t full_begin = item.full_begin, full_end = item.full_end;
     walk([&](int32_t, int32_t tile) {
-      if (item.is_full(tile)) {
+      if (tile >= full_begin && tile < full_end) {
         consumer.template work_on<false>(tile);
       } else {
         consumer.template work_on<true>(tile);
@@ -259,17 +262,20 @@ struct GradientBlock {
     __device__ __forceinline__ void work_on(int32_t tile) {
       float s[kColumns / 2], d[kColumns / 2];
       uint32_t r_p[kIsKeys ? kColumns / 4 : 1], r_ds[kColumns / 4];
+      float2 shifts[Weights::kNumbers], deltas[Weights::kNumbers];
       const int stage = stages.ring.slot;
       stages.wait(kQkFull);
       if constexpr (!kIsKeys && kHides) block.clear_absent_keys(tile, stage);
       stages.begin_scores(s, weights.first_row);
+      weights.read(shifts, block.queries(stage).shifts());
       stages.wait(kVFull);
       stages.begin_products(d, weights.first_row);
       ptx::wgmma_wait<1>();
       ptx::keep(s);
-      weights.template weigh<kHides>(s, r_p, tile, stage);
+      weights.template weigh<kHides>(s, r_p, shifts, tile, stage);
       if constexpr (kIsKeys) {
         stages.template begin_sums<kDimV>(r_v, r_p, stages.v());
+        weights.read(deltas, block.queries(stage).deltas());
         ptx::wgmma_wait<1>();
         ptx::keep(d);
       } else {
@@ -277,7 +283,7 @@ struct GradientBlock {
         ptx::keep(d);
         stages.release(kVFree);
       }
-      weights.template differentiate<kHides>(d, r_ds, stage, [&](int i) { return s[i]; });
+      weights.template differentiate<kHides>(d, r_ds, deltas, [&](int i) { return s[i]; });
       stages.template begin_sums<kDimQk>(r_qk, r_ds, stages.qk());
       ptx::wgmma_wait<0>();
       ptx::keep(r_qk);
@@ -329,11 +335,13 @@ struct GradientBlock {
     __device__ __forceinline__ void work_on(int32_t tile) {
       float s[kColumns / 2];
       uint32_t r_p[kColumns / 4];
+      float2 shifts[Weights::kNumbers];
       stages.wait(kQkFull);
       stages.begin_scores(s, 0);
+      weights.read(shifts, block.queries(stages.ring.slot).shifts());
       ptx::wgmma_wait<0>();
       ptx::keep(s);
-      weights.template weigh<kHides>(s, r_p, tile, stages.ring.slot);
+      weights.template weigh<kHides>(s, r_p, shifts, tile, stages.ring.slot);
       stages.release(kQkFree);
       stages.wait(kVFull);
       stages.template begin_sums<kDimV>(r_v, r_p, stages.v());
@@ -376,9 +384,11 @@ struct GradientBlock {
     __device__ __forceinline__ void work_on(int32_t) {
       float s[kColumns / 2], d[kColumns / 2];
       uint32_t r_ds[kColumns / 4];
+      float2 deltas[Weights::kNumbers];
       stages.wait(kVFull);
       stages.begin_products(d, 0);
       stages.wait(kQkFull);
+      weights.read(deltas, block.queries(stages.ring.slot).deltas());
       ptx::named_sync(kWeightsFull, kConsumerThreads);
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
@@ -393,8 +403,7 @@ struct GradientBlock {
       ptx::wgmma_wait<0>();
       ptx::keep(d);
       stages.release(kVFree);
-      weights.template differentiate<kHides>(d, r_ds, stages.ring.slot,
-                                             [&](int i) { return s[i]; });
+      weights.template differentiate<kHides>(d, r_ds, deltas, [&](int i) { return s[i]; });
       stages.template begin_sums<kDimQk>(r_qk, r_ds, stages.qk());
       ptx::wgmma_wait<0>();
       ptx::keep(r_qk);

@@ -13,6 +13,16 @@
 
 namespace wh::cuda {
 
+// A number of every column of a tile, in shared memory: [i] are those of the thread's two columns
+// of the i-th eight.
+struct GradientNumbers {
+  const float* first;
+
+  __device__ __forceinline__ float2 operator[](int i) const {
+    return *reinterpret_cast<const float2*>(first + 8 * i + threadIdx.x % 4 * 2);
+  }
+};
+
 // What a block of keys reads of a tile's queries: arrays of kColumns each, in shared memory.
 template <int kColumns>
 struct GradientQueries {
@@ -20,6 +30,8 @@ struct GradientQueries {
 
   __device__ __forceinline__ float* shift() const { return reinterpret_cast<float*>(first); }
   __device__ __forceinline__ float* delta() const { return shift() + kColumns; }
+  __device__ __forceinline__ GradientNumbers shifts() const { return {shift()}; }
+  __device__ __forceinline__ GradientNumbers deltas() const { return {delta()}; }
   __device__ __forceinline__ int32_t* first_key() const {
     return reinterpret_cast<int32_t*>(first) + 2 * kColumns;
   }
@@ -88,21 +100,32 @@ struct GradientWeights {
     return block.item.first + first_row + accumulator_row(r);
   }
 
+  // In a block of keys, shifts or deltas in registers. Read while products run: behind them the
+  // other consumer's keep shared memory busy.
+  static constexpr int kNumbers = kIsKeys ? kColumns / 8 : 1;
+  __device__ __forceinline__ void read(float2 (&numbers)[kNumbers], GradientNumbers from) const {
+    if constexpr (kIsKeys) {
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) numbers[i] = from[i];
+    }
+  }
+
   // s becomes the weights, times what a softcap leaves of a score's slope, and p the weights
-  // alone, rounded to T. A hidden pair has neither, whatever its score is.
-  template <bool kHides, int kCount>
+  // alone, rounded to T. A hidden pair has neither, whatever its score is. `shifts` are the
+  // queries' in a block of keys: what read() has left, or where they lie.
+  template <bool kHides, int kCount, typename Numbers>
   __device__ __forceinline__ void weigh(float (&s)[kColumns / 2], uint32_t (&p)[kCount],
-                                        int32_t tile, int stage) const {
+                                        const Numbers& shifts, int32_t tile, int stage) const {
     const int thread_column = threadIdx.x % 4 * 2;
     const GradientQueries<kColumns> queries = block.queries(stage);
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
       const int column = 8 * i + thread_column;
-      float2 shifts;
+      float2 row_shifts;
       int2 first_keys;
       uint2 key_counts;
       if constexpr (kIsKeys) {
-        shifts = *reinterpret_cast<const float2*>(queries.shift() + column);
+        row_shifts = shifts[i];
         if constexpr (kHides) {
           first_keys = *reinterpret_cast<const int2*>(queries.first_key() + column);
           key_counts = *reinterpret_cast<const uint2*>(queries.key_count() + column);
@@ -114,7 +137,7 @@ struct GradientWeights {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = s[4 * i + 2 * r + e];
-          const float row_shift = kIsKeys ? (e == 0 ? shifts.x : shifts.y) : shift[r];
+          const float row_shift = kIsKeys ? (e == 0 ? row_shifts.x : row_shifts.y) : shift[r];
           float slope = 1;
           transform(score, slope);
           weights[e] = ptx::exp2_approx(fmaf(score, scale_log2, -row_shift));
@@ -147,25 +170,23 @@ struct GradientWeights {
   }
 
   // d_out v^T becomes gradients of scores, rounded to T. `weight_of(i)` is element i of what
-  // weigh() left in s. Hidden pairs have weights of 0, but may meet NaN.
-  template <bool kHides, typename WeightOf>
+  // weigh() left in s. Hidden pairs have weights of 0, but may meet NaN. `deltas` are as the
+  // shifts.
+  template <bool kHides, typename Numbers, typename WeightOf>
   __device__ __forceinline__ void differentiate(const float (&d)[kColumns / 2],
-                                                uint32_t (&ds)[kColumns / 4], int stage,
+                                                uint32_t (&ds)[kColumns / 4], const Numbers& deltas,
                                                 WeightOf weight_of) const {
-    const GradientQueries<kColumns> queries = block.queries(stage);
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
-      float2 deltas;
-      if constexpr (kIsKeys) {
-        deltas = *reinterpret_cast<const float2*>(queries.delta() + 8 * i + threadIdx.x % 4 * 2);
-      }
+      float2 row_deltas;
+      if constexpr (kIsKeys) row_deltas = deltas[i];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float gradients[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int at = 4 * i + 2 * r + e;
-          const float row_delta = kIsKeys ? (e == 0 ? deltas.x : deltas.y) : delta[r];
+          const float row_delta = kIsKeys ? (e == 0 ? row_deltas.x : row_deltas.y) : delta[r];
           const float weight = weight_of(at);
           gradients[e] = weight * (d[at] - row_delta);
           if (kHides && weight == 0) gradients[e] = 0;

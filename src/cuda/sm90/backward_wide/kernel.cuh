@@ -407,11 +407,12 @@ struct WideGradientBlock {
     template <bool kHides>
     __device__ __forceinline__ void weigh(float (&s)[kColumns / 2], int32_t tile) {
       this->wait_queries();
+      const GradientNumbers shifts = block.queries(stages.slot).shifts();
       if constexpr (kIsDv) {
-        weights.template weigh<kHides>(s, factors, tile, stages.slot);
+        weights.template weigh<kHides>(s, factors, shifts, tile, stages.slot);
       } else {
         uint32_t none[1];
-        weights.template weigh<kHides>(s, none, tile, stages.slot);
+        weights.template weigh<kHides>(s, none, shifts, tile, stages.slot);
       }
       this->release_queries();
     }
@@ -519,7 +520,7 @@ struct WideGradientBlock {
       this->wait_queries();
       ptx::named_sync(kWeightsFull, kConsumerThreads);
       block.template take<float4>(s);
-      weights.template differentiate<kHides>(d, gradients, stages.slot,
+      weights.template differentiate<kHides>(d, gradients, block.queries(stages.slot).deltas(),
                                              [&](int i) { return s[i]; });
       this->release_queries();
       block.template give<uint4>(gradients);
