@@ -47,10 +47,12 @@ std::optional<std::string> refusal(const Query& query) {
 
 BackwardWork work_of(const Query& query, const GradientVariant& variant) {
   const HeadDims dims = variant.instance.dims;
-  // Between what an H200 reached at 8192 keys without a mask (0.43, 0.58, 0.57, 0.61 and 0.63 at
-  // 64, 128, 192/128, 192 and 256; 1070 TFLOP/s) and with causal (0.38, 0.52, 0.52, 0.55). What is
-  // left of it beside transformed scores is assumed.
-  double share = dims.dim_qk <= 64 ? 0.4 : dims.dim_qk <= 192 ? 0.56 : 0.6;
+  // Between what an H200 reached at 8192 keys without a mask (0.50, 0.65, 0.59 and 0.67 at 64, 128,
+  // 192/128 and 256; 1070 TFLOP/s) and with causal (0.45, 0.60, 0.56, 0.64); at 192, before
+  // consumers read shifts and deltas early, 0.61 and 0.55. What is left of it beside transformed
+  // scores is assumed.
+  const int dim = dims.dim_qk;
+  double share = dim <= 64 ? 0.47 : dim <= 128 ? 0.62 : dim <= 192 ? 0.57 : 0.65;
   if (scores_of(query.problem) == Scores::kTransformed) share *= 0.65;
   return {dims, gradient_tile(dims, Side::kQueries).rows, gradient_tile(dims, Side::kKeys).rows,
           share};
