@@ -276,6 +276,47 @@ TEST(ParallelPlans, PagesStayWhereTheyAre) {
             "mask is boolean and key_layout paged; each rank's tokens of k must ascend");
 }
 
+// A kernel that fills the device would keep the query from those who wait for it, and every merge
+// of a decode is a launch that the next one waits for.
+TEST(ParallelPlans, ADecodeHasItsQueryOnTheWayBeforeItAttendsAndMergesAllAnswersAtOnce) {
+  const Problem p = causal(16, 2, 128, 1, 262144);
+  Sharding q(4);
+  q[0] = {{0, 1}};
+  const ShardedProblem s = shard(p, q, contiguous(262144, 4));
+  const Schedule schedule = make_schedule(s, Strategy::kQueries, 0);
+  const auto place = [&](const auto& is) {
+    return std::find_if(schedule.steps.begin(), schedule.steps.end(), is) - schedule.steps.begin();
+  };
+  const auto query_is_there = place([](const Step& step) {
+    const auto* finish = std::get_if<Finish>(&step);
+    return finish != nullptr && finish->exchange == 0;
+  });
+  const auto attends = place([](const Step& step) {
+    const auto* attend = std::get_if<Attend>(&step);
+    return attend != nullptr && attend->problem.len_k > 0;
+  });
+  EXPECT_LT(query_is_there, attends);
+  EXPECT_LT(attends, static_cast<std::ptrdiff_t>(schedule.steps.size()));
+  std::vector<size_t> merged;
+  for (const Step& step : schedule.steps) {
+    if (const auto* merge = std::get_if<Merge>(&step)) merged.push_back(merge->parts.size());
+  }
+  EXPECT_EQ(merged, (std::vector<size_t>{2, 4})) << "its own keys, then those of three others";
+}
+
+// Messages that take long pass beside the work.
+TEST(ParallelPlans, ALongMessageOfQueriesIsNotWaitedForFirst) {
+  const Problem p = causal(8, 2, 64, 8192, 8192);
+  const ShardedProblem s = shard(p, zigzag(8192, 2), zigzag(8192, 2));
+  const Schedule schedule = make_schedule(s, Strategy::kQueries, 1);
+  int attended = 0;
+  for (const Step& step : schedule.steps) {
+    if (const auto* attend = std::get_if<Attend>(&step)) attended += attend->problem.len_k > 0;
+    if (std::holds_alternative<Finish>(step)) break;
+  }
+  EXPECT_GT(attended, 0);
+}
+
 // Sequences of lengths of their own, some of which end before the keys of the last ranks begin.
 TEST(ParallelPlans, ABatchOfLengthsIsOneAttentionOnEachRank) {
   for (const KeyLayout layout : {KeyLayout::kDense, KeyLayout::kPaged}) {

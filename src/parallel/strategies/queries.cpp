@@ -4,7 +4,6 @@
 namespace wh::sharded {
 
 Schedule Builder::queries() {
-  begin_sum();
   const bool sends = has_peer([&](int32_t peer) { return !asking(rank_, peer).empty(); });
   const auto packed = sends ? pack_queries() : local_queries();
   std::vector<Message> messages;
@@ -19,16 +18,15 @@ Schedule Builder::queries() {
       exchange(messages, peer, true, block_with(packed, range), range);
     }
   });
+  const bool waits_first = are_short(messages);
   start(0, std::move(messages));
+  begin_sum();
+  if (waits_first) finish(0);
   const auto mine = local_keys();
   for (const KeyBlock& block : mine) attend_to(block);
-  finish(0);
+  if (!waits_first) finish(0);
   std::vector<Message> answers;
-  struct Arriving {
-    Piece piece;
-    Part part;
-  };
-  std::vector<Arriving> arriving;
+  PartsByRows arriving;
   for_each_peer([&](int32_t peer) {
     for (const Block& q : asked[static_cast<size_t>(peer)]) {
       each_piece(q.tokens, tokens_k(rank_), [&](const Piece& piece) {
@@ -42,14 +40,13 @@ Schedule Builder::queries() {
       each_piece(range, tokens_k(peer), [&](const Piece& piece) {
         const Part part = partial_buffers(piece);
         exchange_part(answers, peer, false, piece, part);
-        arriving.push_back({piece, part});
+        add_to(arriving, piece, part);
       });
     }
   });
   start(1, std::move(answers));
   finish(1);
-  for (const Arriving& each : arriving) add_part(each.piece, each.part);
-  end_sum();
+  end_sum(arriving);
   return finished();
 }
 

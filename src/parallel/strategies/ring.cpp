@@ -4,7 +4,6 @@
 namespace wh::sharded {
 
 Schedule Builder::ring() {
-  begin_sum();
   const bool sends = has_peer([&](int32_t peer) { return !wanted(peer, rank_).empty(); });
   const auto packed = sends ? pack_keys() : std::vector<KeyBlock>{};
   // Two of them: one is worked on while the other arrives.
@@ -30,6 +29,7 @@ Schedule Builder::ring() {
     start(distance, std::move(messages));
   };
   if (s_.ranks() > 1) rotate(1);
+  begin_sum();
   for (const KeyBlock& block : local_keys()) attend_to(block);
   for (int32_t distance = 1; distance < s_.ranks(); ++distance) {
     finish(distance);
@@ -40,7 +40,7 @@ Schedule Builder::ring() {
       attend_to(block);
     }
   }
-  end_sum();
+  end_sum({});
   return finished();
 }
 
