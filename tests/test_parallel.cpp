@@ -405,5 +405,29 @@ TEST(ParallelRuns, DisagreementAndAbsenceAreErrorsOnEveryRank) {
   EXPECT_EQ(statuses[0].code(), Code::kDeviceError);
 }
 
+// Its memory may be gone by the time that another rank would read or write it.
+TEST(ParallelRuns, AFailureEndsTheMessagesOfEveryRank) {
+  ThreadGroup group(2);
+  ThreadGroup::Member failing(group, 0), other(group, 1);
+  const ShardedProblem s = shard(causal(4, 2, 64, 64, 64), contiguous(64, 2), contiguous(64, 2));
+  Result<Plan> attention = plan_on_cpu(s.whole, {});
+  ASSERT_TRUE(attention.ok());
+  RankPlan plan;
+  plan.plans.push_back(std::make_shared<const Plan>(std::move(*attention)));
+  Attend of_null_pointers{};
+  of_null_pointers.problem = s.whole;
+  of_null_pointers.plan = 0;
+  plan.schedule.steps = {Start{0, {{1, true, {kQ}, 4}, {1, false, {kOut}, 4}}}, of_null_pointers};
+  int32_t sent = 7, received = 0, of_other = 1;
+  Tensors tensors;
+  tensors.q = &sent;
+  tensors.out = &received;
+  EXPECT_FALSE(run_rank(s, plan, tensors, failing, {}).ok());
+  const Communicator::Transfer answer[] = {{0, true, &of_other, 4}, {0, false, &of_other, 4}};
+  EXPECT_EQ(other.start(0, answer).message(), "rank 0 failed; its own error says why");
+  EXPECT_EQ(received, 0);
+  EXPECT_EQ(of_other, 1);
+}
+
 }  // namespace
 }  // namespace wh::sharded

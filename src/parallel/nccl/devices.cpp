@@ -27,7 +27,10 @@ class DeviceRank final : public Communicator {
   Status settle(Clock::time_point deadline) override {
     return passed_on(messages_->settle(deadline));
   }
-  void give_up() override { devices_.abort(); }
+  void give_up() override {
+    words_.give_up();
+    devices_.abort();
+  }
 
  private:
   Communicator& by(int32_t exchange) {

@@ -27,6 +27,7 @@ class ThreadGroup {
     Status start(int32_t exchange, std::span<const Transfer> transfers) override;
     Status finish(int32_t exchange, Clock::time_point deadline) override;
     Status settle(Clock::time_point) override { return group_.device().synchronize(group_.on_); }
+    void give_up() override;
 
    private:
     friend class ThreadGroup;
