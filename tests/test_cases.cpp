@@ -55,6 +55,7 @@ void check(CaseSet set, size_t most_cases = std::numeric_limits<size_t>::max()) 
 TEST(Cases, Smoke) { check(CaseSet::kSmoke); }
 TEST(Cases, SmokeLayouts) { check(CaseSet::kLayouts, 150); }
 TEST(Cases, Layouts) { check(CaseSet::kLayouts); }
+TEST(Cases, Ragged) { check(CaseSet::kRagged); }
 TEST(Cases, Ci) { check(CaseSet::kCi); }
 TEST(Cases, Corner) { check(CaseSet::kCorner); }
 

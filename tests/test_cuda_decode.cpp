@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 #include <vector>
 
+#include "cases.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/divisor.h"
 #include "cuda/common/packed_rows.h"
@@ -225,6 +227,31 @@ TEST(CudaDecode, SmallPagesAreEstimatedByTheirBoxes) {
   const double dense_us = us(64);
   EXPECT_EQ(us(256), dense_us);
   EXPECT_NEAR(us(16) / dense_us, 1.5, 0.2);  // on an H200 228 us to 153
+}
+
+// What the case table has of such batches is cut into unequal numbers of shares.
+TEST(CudaDecode, RaggedCasesAreCutUnevenly) {
+  Planned planned;
+  planned.cuda = h200();
+  for (const Case& c : make_cases(CaseSet::kRagged, Device::kCuda, 1)) {
+    const Problem& p = c.problem;
+    const Config config = kSm90Decode.configure(planned.query(p));
+    const ShareRule rule = share_rule(p, config);
+    ASSERT_GT(rule.wave_shares, 0) << c.name;
+    std::vector<int32_t> tiles;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const auto i = static_cast<size_t>(b);
+      const int32_t length =
+          p.has_key_lengths ? c.key_lengths[i] : c.key_offsets[i + 1] - c.key_offsets[i];
+      tiles.push_back((length + config.tile_k - 1) / config.tile_k);
+    }
+    const auto [least, most] = std::minmax_element(tiles.begin(), tiles.end());
+    const int32_t share = rule.share_tiles(static_cast<int32_t>(p.batch),
+                                           std::accumulate(tiles.begin(), tiles.end(), 0), *most);
+    ASSERT_GT(share, 0) << c.name;
+    EXPECT_EQ(rule.splits(share, *least), 1) << c.name;
+    EXPECT_GE(rule.splits(share, *most), 4) << c.name;
+  }
 }
 
 TEST(CudaDecode, ShortCachesOneSequenceAndBitsOfTheirOwnAreCutAlike) {

@@ -60,7 +60,7 @@ TEST_P(CudaDocumented, KernelsTakeWhatThePagesSayAndNothingElse) {
 
 INSTANTIATE_TEST_SUITE_P(Sets, CudaDocumented,
                          testing::Values(CaseSet::kSmoke, CaseSet::kCi, CaseSet::kLayouts,
-                                         CaseSet::kCorner, CaseSet::kLarge));
+                                         CaseSet::kRagged, CaseSet::kCorner, CaseSet::kLarge));
 
 }  // namespace
 }  // namespace wh

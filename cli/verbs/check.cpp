@@ -16,7 +16,7 @@
 namespace wh::cli {
 namespace {
 
-constexpr Names<CaseSet, 6> kSets{{"smoke", "ci", "full", "layouts", "corner", "large"}};
+constexpr Names<CaseSet, 7> kSets{{"smoke", "ci", "full", "layouts", "ragged", "corner", "large"}};
 
 struct CheckFlags {
   std::string cases = "smoke", kernels, device = "cpu";
@@ -190,7 +190,7 @@ int run_check(CheckFlags flags) {
 void add_check(CLI::App& app, Action& action) {
   auto flags = std::make_shared<CheckFlags>();
   CLI::App* verb = app.add_subcommand("check", "Compare the kernels with float64 on many cases");
-  verb->add_option("--cases", flags->cases, "smoke, ci, full, layouts, corner or large");
+  verb->add_option("--cases", flags->cases, "smoke, ci, full, layouts, ragged, corner or large");
   verb->add_flag("--backward", flags->is_backward, "the kernels of the backward pass");
   verb->add_option("--kernel", flags->kernels, "only these: A,B");
   verb->add_option("--device", flags->device, "cpu or cuda");

@@ -307,6 +307,7 @@ std::vector<Case> corner_cases(Device device) {
 
 std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed) {
   if (set == CaseSet::kCorner) return corner_cases(device);
+  if (set == CaseSet::kRagged) return make_ragged_cases(device, seed);
   if (set == CaseSet::kLarge) return make_large_cases(device, seed, 1);
   Generator generator(device, seed);
   std::vector<Case> cases;

@@ -15,6 +15,7 @@ enum class CaseSet : uint8_t {
   kCi,       // 3,400: every lists' values, in random combinations
   kFull,     // 30,000 of the same
   kLayouts,  // 3,200 with packed queries, packed keys or keys in pages
+  kRagged,   // 24 of decode, of 3 to 64 sequences with 1 to 65,536 keys each (4,096 on a CPU)
   kCorner,   // few, each for one thing that went wrong somewhere
   kLarge,    // few, of the sizes that people run: many tiles a multiprocessor, up to 262,144 keys
 };
@@ -35,6 +36,8 @@ struct Case : Input {
 };
 
 std::vector<Case> make_cases(CaseSet set, Device device, uint64_t seed);
+
+std::vector<Case> make_ragged_cases(Device device, uint64_t seed);
 
 // CaseSet::kLarge with every length divided by `shrink`: on a GPU as they are, on a CPU smaller.
 std::vector<Case> make_large_cases(Device device, uint64_t seed, int64_t shrink);
