@@ -1,13 +1,13 @@
 """Times pages and packed tensors beside dense ones of the same contents on a GPU, alternating, in one run.
 
-    python3 bench/gpu_serving.py LIBRARY RESULT.json [--only decode,ragged,mixed] [--kernel sm90_decode] [--batch-invariant]
+    python3 bench/gpu_serving.py LIBRARY RESULT.json [--only decode,ragged,mixed] [--beside LIBRARY] [--kernel sm90_decode] [--batch-invariant]
 
 Every layout holds the same tokens, each as [token, head, dim], pages in random order, and what no
 sequence lists is NaN. Its answer is compared with that of the dense tensors, or of the first layout
 where lengths of queries differ; one that is off makes the script fail. Times are medians of replays
 of CUDA graphs over several sets of tensors, which L2 does not hold. Where lengths differ, the rate
 is held against a plain read of as many bytes; a batch of prompts and single tokens against two calls
-for either.
+for either. --beside runs another build of the library too, which had better be as fast.
 """
 
 import argparse
@@ -115,10 +115,11 @@ class Served:
         """[pages, page_size, heads, dim]; `place` has the page of each page of all sequences."""
         pool = torch.full((len(place) + 3, page_size, *tokens.shape[1:]), math.nan,
                           dtype=tokens.dtype, device="cuda")
-        pages = iter(place.tolist())
-        for one in tokens.split(self.batch.keys):
-            for part in one.split(page_size):
-                pool[next(pages), :len(part)] = part
+        counts = [-(-length // page_size) for length in self.batch.keys]
+        rows = torch.cat([
+            (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
+            for pages, length in zip(place.long().split(counts), self.batch.keys, strict=True)])
+        pool.flatten(0, 1)[rows.cuda()] = tokens
         return pool
 
     def run(self, library: Widehead, layout: str, fields: dict[str, Any]) -> Run:
@@ -185,27 +186,30 @@ def plain_read_ms(size: int) -> float:
     return time_alternating({"read": Graph([words.max])}, 1)["read"]
 
 
-def bench(library: Widehead, batch: Batch, limits: dict[str, Any]) -> dict[str, Any]:
+def bench(libraries: dict[str, Widehead], batch: Batch, limits: dict[str, Any]) -> dict[str, Any]:
+    """`libraries` by what follows a layout's name."""
     sets = [Served(batch) for _ in range(max(1, min(8, -(-400_000_000 // batch.kv_bytes))))]
     calls: dict[str, Graph] = {}
     row: dict[str, Any] = dict(name=batch.name, kv_bytes=batch.kv_bytes, layouts={})
     answer = None
     for layout in batch.layouts:
-        try:
-            runs = [one.run(library, layout, limits) for one in sets]
-            out = runs[0]().clone()
-            torch.cuda.synchronize()
-            answer = out if answer is None else answer
-            error = relative_rms(out, answer)
-            row["layouts"][layout] = dict(kernel=runs[0].kernel, error=error,
-                                          workspace_bytes=runs[0].workspace_bytes,
-                                          is_wrong=not error <= 2 * TOLERANCES["bf16"])
-            calls[layout] = Graph(runs)
-        except Exception as error:  # a refusal is a result
-            row["layouts"][layout] = dict(refused=str(error).split("\n")[0][:200])
+        for suffix, library in libraries.items():
+            try:
+                runs = [one.run(library, layout, limits) for one in sets]
+                out = runs[0]().clone()
+                torch.cuda.synchronize()
+                answer = out if answer is None else answer
+                error = relative_rms(out, answer)
+                row["layouts"][layout + suffix] = dict(
+                    kernel=runs[0].kernel, error=error, workspace_bytes=runs[0].workspace_bytes,
+                    is_wrong=not error <= 2 * TOLERANCES["bf16"])
+                calls[layout + suffix] = Graph(runs)
+            except Exception as error:  # a refusal is a result
+                row["layouts"][layout + suffix] = dict(refused=str(error).split("\n")[0][:200])
     prompts = [i for i, length in enumerate(batch.queries) if length > 1]
     tokens = [i for i, length in enumerate(batch.queries) if length == 1]
     if prompts and tokens:
+        library = next(iter(libraries.values()))
         halves = [(Served(batch.part(prompts)), Served(batch.part(tokens))) for _ in sets]
         runs = [half.run(library, batch.layouts[-1], limits) for pair in halves for half in pair]
         halves_out = [runs[0](), runs[1]()]
@@ -228,9 +232,9 @@ def lines(row: dict[str, Any]) -> str:
                            if "read_gbytes_per_s" in row else "")]
     for layout, one in row["layouts"].items():
         if "us" not in one:
-            text.append(f"  {layout:13} refused: {one['refused']}")
+            text.append(f"  {layout:19} refused: {one['refused']}")
             continue
-        text.append(f"  {layout:13} {one['us']:9.1f} us  {one['us'] / first:6.3f}  "
+        text.append(f"  {layout:19} {one['us']:9.1f} us  {one['us'] / first:6.3f}  "
                     f"{one['kv_gbytes_per_s']:6.0f} GB/s  {one['kernel']}  "
                     + (f"error {one['error']:.1e}" if "error" in one else "")
                     + ("  WRONG" if one.get("is_wrong") else ""))
@@ -243,16 +247,19 @@ def main() -> None:
     parser.add_argument("library")
     parser.add_argument("result")
     parser.add_argument("--only", default=",".join(GROUPS))
+    parser.add_argument("--beside", help="another build of the library")
     parser.add_argument("--kernel")
     parser.add_argument("--batch-invariant", action="store_true")
     options = parser.parse_args()
-    library = Widehead(options.library)
+    libraries = {"": Widehead(options.library)}
+    if options.beside:
+        libraries[" beside"] = Widehead(options.beside)
     limits = dict(kernel=options.kernel.encode() if options.kernel else None,
                   batch_invariant=int(options.batch_invariant))
     rows = []
     for group in options.only.split(","):
         for batch in GROUPS[group]:
-            rows.append(bench(library, batch, limits))
+            rows.append(bench(libraries, batch, limits))
             print(lines(rows[-1]), flush=True)
             with open(options.result, "w") as file:
                 json.dump(dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
