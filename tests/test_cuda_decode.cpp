@@ -226,7 +226,8 @@ TEST(CudaDecode, SmallPagesAreEstimatedByTheirBoxes) {
   };
   const double dense_us = us(64);
   EXPECT_EQ(us(256), dense_us);
-  EXPECT_NEAR(us(16) / dense_us, 1.5, 0.2);  // on an H200 228 us to 153
+  EXPECT_LT(us(16), dense_us * 1.2);
+  EXPECT_GT(us(8), dense_us * 1.3);
 }
 
 // What the case table has of such batches is cut into unequal numbers of shares.

@@ -24,9 +24,10 @@ Layouts layouts_of(const Problem& problem);
 // least, a whole turn of the swizzle. Where keys are not paged, all rows.
 int32_t box_keys(const Problem& problem, int32_t rows);
 
-// What a multiprocessor takes to ask for so many boxes, one after another: 0.1 to 0.15 us each, of
-// 16 rows and 64 columns (decode and prefill of an H200, dims 64 to 512), twice what its share of
-// the memory's rate takes. 0 where keys are not paged.
+// What a multiprocessor takes to ask for so many boxes, one after another. 0 where keys are not
+// paged. A lone thread needed 0.1 to 0.15 us each, of 16 rows and 64 columns (decode and prefill of
+// an H200, dims 64 to 512), twice what their share of the memory's rate takes. A warp goes through
+// a third of the instructions for each; half of the time is an assumption.
 double boxes_us(const Problem& problem, double boxes);
 
 // Whether the pointers of a run are aligned as TMA (q, k, v: 16 bytes) and vector stores (out: 8

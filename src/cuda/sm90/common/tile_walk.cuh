@@ -50,8 +50,8 @@ __device__ __forceinline__ WalkedTile<kLayouts> walked_tile(const AttentionArgs&
   return tile;
 }
 
-// What a producer thread keeps of where it is: in registers where tensors are dense. Page tables
-// need those: it then reads in shared memory what it has written there.
+// What a producer keeps of where it is: in registers where tensors are dense. Page tables need
+// those: it then reads in shared memory what its first thread has written there.
 struct ProducerNotes {
   int32_t tile;
   uint32_t q_parity;

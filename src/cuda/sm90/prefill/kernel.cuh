@@ -121,37 +121,47 @@ struct PrefillBlock {
     return walked_tile<kLayouts>(args, order, index, kTileK);
   }
 
-  // --- producer: one thread ---
+  // --- producer: one thread, of pages and packed tensors one warp ---
 
   using Boxes = KeyBoxes<kLayouts>;
+  using Producer = Producers<kLayouts>;
+
   __device__ __forceinline__ void produce() const {
     Ring<kStages> ring;
     KeptNotes<kLayouts> notes = kept_notes<kLayouts>(*mailbox());
-    notes.q_parity = 1;
-    for (int32_t index = first_tile(order, blockIdx.x);;
-         index = next_query_tile(order, gridDim.x, notes.tile)) {
-      index = filled_tile<kLayouts>(args, order, gridDim.x, index, kTileK);
-      notes.tile = index;
+    if (Producer::is_leader()) {
+      notes.q_parity = 1;
+      notes.tile =
+          filled_tile<kLayouts>(args, order, gridDim.x, first_tile(order, blockIdx.x), kTileK);
+    }
+    while (true) {
+      Producer::meet();
+      const int32_t index = notes.tile;
       const bool is_last = index >= order.end;
-      ptx::mbarrier_wait(barrier(kQFree), notes.q_parity);
-      notes.q_parity = notes.q_parity ^ 1;
-      mailbox()->tile = is_last ? -1 : index;
+      if (Producer::is_leader()) {
+        ptx::mbarrier_wait(barrier(kQFree), notes.q_parity);
+        notes.q_parity = notes.q_parity ^ 1;
+        mailbox()->tile = is_last ? -1 : index;
+      }
       if (is_last) {
-        ptx::mbarrier_arrive(barrier(kQFull));
+        if (Producer::is_leader()) ptx::mbarrier_arrive(barrier(kQFull));
         return;
       }
       const Work w = work(index);
-      ptx::mbarrier_expect(barrier(kQFull), kMemory.panels_qk * panel_bytes(order.packed_heads *
-                                                                            order.tile_queries));
       const int32_t head_kv = w.at.first_head / args.group;
+      if (Producer::is_leader()) {
+        ptx::mbarrier_expect(barrier(kQFull), kMemory.panels_qk * panel_bytes(order.packed_heads *
+                                                                              order.tile_queries));
 #pragma unroll
-      for (int i = 0; i < kMemory.panels_qk; ++i) {
-        ptx::tma_load_5d(s_q + i * panel_bytes(kTileQ), &maps.q, barrier(kQFull), i * kPanelColumns,
-                         w.at.first_head - head_kv * args.group,
-                         w.sequence.first_query + w.at.first_query, head_kv, w.sequence.query_batch,
-                         ptx::CacheHint::kEvictFirst);
+        for (int i = 0; i < kMemory.panels_qk; ++i) {
+          ptx::tma_load_5d(s_q + i * panel_bytes(kTileQ), &maps.q, barrier(kQFull),
+                           i * kPanelColumns, w.at.first_head - head_kv * args.group,
+                           w.sequence.first_query + w.at.first_query, head_kv,
+                           w.sequence.query_batch, ptx::CacheHint::kEvictFirst);
+        }
+        note_keys(notes, w.keys);
       }
-      note_keys(notes, w.keys);
+      Producer::meet();
       const Boxes boxes(args, maps.box_keys_log2, w.sequence);
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= notes.begin; --n) {
@@ -162,6 +172,11 @@ struct PrefillBlock {
         load<kMemory.panels_v>(maps.v, boxes, at, s_v(ring.slot), ring.parity,
                                barrier(kVFree + ring.slot), barrier(full + ring.slot));
         ring.next();
+      }
+      Producer::meet();
+      if (Producer::is_leader()) {
+        notes.tile = filled_tile<kLayouts>(args, order, gridDim.x,
+                                           next_query_tile(order, gridDim.x, notes.tile), kTileK);
       }
     }
   }
@@ -174,15 +189,18 @@ struct PrefillBlock {
                                        uint32_t to, uint32_t parity, uint32_t free,
                                        uint32_t full) const {
     ptx::mbarrier_wait(free, parity ^ 1);
-    ptx::mbarrier_expect(full, kPanels * panel_bytes(boxes.count<kTileK>(at.key)));
-    boxes.copy_each<kTileK>(at.key, [&](int32_t row, int32_t token, int32_t batch_idx) {
+    const int32_t rows = boxes.template count<kTileK>(at.key);
+    Producer::meet();
+    if (Producer::is_leader()) ptx::mbarrier_expect(full, kPanels * panel_bytes(rows));
+    boxes.template copy_each<kTileK>(
+        at.key, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
-      for (int i = 0; i < kPanels; ++i) {
-        ptx::tma_load_4d(to + i * panel_bytes(kTileK) + panel_bytes(row), &map, full,
-                         i * kPanelColumns, token, at.head_kv, batch_idx,
-                         ptx::CacheHint::kEvictLast);
-      }
-    });
+          for (int i = 0; i < kPanels; ++i) {
+            ptx::tma_load_4d(to + i * panel_bytes(kTileK) + panel_bytes(row), &map, full,
+                             i * kPanelColumns, token, at.head_kv, batch_idx,
+                             ptx::CacheHint::kEvictLast);
+          }
+        });
   }
 
   // --- cleaners: the other three warps of the producer's warpgroup ---
@@ -397,7 +415,7 @@ __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores, kLayout
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::registers_give<kTile.producer_registers>();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < Block::Producer::kThreads) {
       block.produce();
     } else if (threadIdx.x >= 32) {
       block.clean();

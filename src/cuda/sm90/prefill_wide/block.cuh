@@ -135,17 +135,20 @@ struct WideBlock {
     return ptx::load_word(s_tile());
   }
 
-  // --- producer: one thread ---
+  // --- producer: one thread, of pages and packed tensors one warp ---
 
   using Boxes = KeyBoxes<kLayouts>;
+  using Producer = Producers<kLayouts>;
+
   __device__ __forceinline__ void produce() const {
     LeftRing left;
     RightRing right;
     const int32_t clusters = gridDim.x / kWideCluster;
+    const bool is_leader = Producer::is_leader();
     KeptNotes<kLayouts> notes = kept_notes<kLayouts>(*mailbox());
     int32_t index = first_tile(order, blockIdx.x / kWideCluster);
     for (uint32_t number = 0;; ++number) {
-      if (rank == 0) {
+      if (rank == 0 && is_leader) {
         if (number > 0) index = next_query_tile(order, clusters, notes.tile);
         index = filled_tile<kLayouts>(args, order, clusters, index, kTileK);
         ptx::mbarrier_acquire(barrier(kTileFree), (number + 1) % 2);
@@ -154,23 +157,30 @@ struct WideBlock {
           ptx::mbarrier_release_at(barrier(kTileFull), block);
         }
       }
+      Producer::meet();
       index = read_tile(number);
-      notes.tile = index;
-      if (rank != 0) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
+      Producer::meet();  // all have read the tile
+      if (is_leader) {
+        notes.tile = index;
+        if (rank != 0) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
+      }
       if (index < 0) return;
       const Work w = work(index);
       const int32_t head_kv = w.at.first_head / args.group;
-      ptx::mbarrier_wait(barrier(kQFree), (number + 1) % 2);
-      ptx::mbarrier_expect(barrier(kQFull),
-                           kMemory.panels_qk * panel_bytes(order.packed_heads * block_queries()));
+      if (is_leader) {
+        ptx::mbarrier_wait(barrier(kQFree), (number + 1) % 2);
+        ptx::mbarrier_expect(barrier(kQFull),
+                             kMemory.panels_qk * panel_bytes(order.packed_heads * block_queries()));
 #pragma unroll 1
-      for (int i = 0; i < kMemory.panels_qk; ++i) {
-        ptx::tma_load_5d(s_q + i * panel_bytes(kWideTileQ), &maps.q, barrier(kQFull),
-                         i * kPanelColumns, w.at.first_head - head_kv * args.group,
-                         w.sequence.first_query + w.at.first_query, head_kv, w.sequence.query_batch,
-                         ptx::CacheHint::kEvictFirst);
+        for (int i = 0; i < kMemory.panels_qk; ++i) {
+          ptx::tma_load_5d(s_q + i * panel_bytes(kWideTileQ), &maps.q, barrier(kQFull),
+                           i * kPanelColumns, w.at.first_head - head_kv * args.group,
+                           w.sequence.first_query + w.at.first_query, head_kv,
+                           w.sequence.query_batch, ptx::CacheHint::kEvictFirst);
+        }
+        note_keys(notes, w.keys);
       }
-      note_keys(notes, w.keys);
+      Producer::meet();
       const Boxes boxes(args, maps.box_keys_log2, w.sequence);
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= notes.begin; --n) {
@@ -190,20 +200,26 @@ struct WideBlock {
   // `rank`.
   __device__ __forceinline__ void load_keys(LeftRing& ring, const Boxes& boxes, int32_t key,
                                             int32_t head_kv) const {
+    const int32_t tile_rows = boxes.template count<kTileK>(key);
 #pragma unroll 1
     for (int i = 0; i < kKSlots; ++i) {
       ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
-      ptx::mbarrier_expect(barrier(kSlotFull + ring.slot),
-                           kPanelsOfKSlot * panel_bytes(boxes.count<kTileK>(key)));
+      Producer::meet();
+      if (Producer::is_leader()) {
+        ptx::mbarrier_expect(barrier(kSlotFull + ring.slot),
+                             kPanelsOfKSlot * panel_bytes(tile_rows));
+      }
       const int panel = kPanelsOfKSlot == 1 ? i : 2 * i + rank;
       // The other block's rows, of one panel, end where this one's begin.
       const int32_t first_row = kPanelsOfKSlot == 1 ? rank * (kTileK / 2) : 0;
       constexpr int kRows = kPanelsOfKSlot == 1 ? kTileK / 2 : kTileK;
-      boxes.copy_each<kRows>(key + first_row, [&](int32_t row, int32_t token, int32_t batch_idx) {
-        ptx::tma_multicast_4d(s_slot(ring.slot) + rank * (kKSlotBytes / 2) + panel_bytes(row),
-                              &maps.k, barrier(kSlotFull + ring.slot), panel * kPanelColumns, token,
-                              head_kv, batch_idx, kBothBlocks);
-      });
+      const int32_t rows = clamp_to(tile_rows - first_row, 0, kRows);
+      boxes.template copy_each<kRows>(
+          key + first_row, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
+            ptx::tma_multicast_4d(s_slot(ring.slot) + rank * (kKSlotBytes / 2) + panel_bytes(row),
+                                  &maps.k, barrier(kSlotFull + ring.slot), panel * kPanelColumns,
+                                  token, head_kv, batch_idx, kBothBlocks);
+          });
       ring.next();
     }
   }
@@ -223,9 +239,13 @@ struct WideBlock {
                                                   int32_t first_column, int32_t head_kv,
                                                   bool is_clean) const {
     const uint32_t full = barrier((is_clean ? kSlotFull : kSlotLoaded) + ring.slot);
+    const int32_t rows = boxes.template count<kVRows>(key);
     ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
-    ptx::mbarrier_expect(full, kHalf / kPanelColumns * panel_bytes(boxes.count<kVRows>(key)));
-    boxes.copy_each<kVRows>(key, [&](int32_t row, int32_t token, int32_t batch_idx) {
+    Producer::meet();
+    if (Producer::is_leader()) {
+      ptx::mbarrier_expect(full, kHalf / kPanelColumns * panel_bytes(rows));
+    }
+    boxes.template copy_each<kVRows>(key, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
       for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
         ptx::tma_multicast_4d(s_slot(ring.slot) + panel * panel_bytes(kVRows) + panel_bytes(row),

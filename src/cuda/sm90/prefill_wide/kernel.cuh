@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::registers_give<kTile.producer_registers>();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < Block::Producer::kThreads) {
       block.produce();
     } else if (threadIdx.x >= 32) {
       block.clean();
