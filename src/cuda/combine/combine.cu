@@ -60,6 +60,12 @@ __device__ __forceinline__ float share_of(RowWeight weight, float top) {
   return weight.sum == 0 ? kUnseen : weight.sum * ptx::exp2_approx(weight.largest - top);
 }
 
+// Whether splits may follow the total of keys (sm90/decode/share_rule.h).
+__device__ __forceinline__ bool may_have_fewer(const AttentionArgs& args) {
+  return args.query_offsets != nullptr || args.key_offsets != nullptr ||
+         args.page_table.entries != nullptr;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32)
     combine(const AttentionArgs args, const Partials partials) {
@@ -87,6 +93,18 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (split < splits) weights[i] = partials.weights[int64_t{row} * splits + split];
     top = fmaxf(top, weights[i].largest);
   }
+  // Where lengths differ most rows have fewer splits than the most of any, and nobody writes the
+  // rest: worth the trip to L2 for the weights, since 16 sequences of 2 shares each would be read
+  // as if they had 32.
+  int32_t written = splits;
+  if (may_have_fewer(args)) {
+    int32_t end = 0;
+#pragma unroll
+    for (int i = 0; i < kRounds * kRoundSplits / 32; ++i) {
+      if (weights[i].sum != 0) end = lane + 32 * i + 1;
+    }
+    written = __reduce_max_sync(~0u, end);
+  }
   const float* sums = partials.sums + int64_t{row} * partials.columns + column;
   const int64_t split_stride = partials.rows * partials.columns;
   float4 part[kLoads];
@@ -95,7 +113,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     for (int i = 0; i < kLoads; ++i) {
       const int split = round * kRoundSplits + warp + kWarps * i;
       part[i] = make_float4(0, 0, 0, 0);
-      if (split < splits && column < partials.columns) {
+      if (split < written && column < partials.columns) {
         part[i] = *reinterpret_cast<const float4*>(sums + split * split_stride);
       }
     }
@@ -117,7 +135,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    if (round * kRoundSplits >= splits) break;
+    if (round * kRoundSplits >= written) break;
     if (round > 0) load(round);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

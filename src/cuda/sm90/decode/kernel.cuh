@@ -430,10 +430,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       (!kIsDense &&
        (args.attention.query_offsets != nullptr || args.attention.key_offsets != nullptr));
   if (reads_lengths && args.fresh_keys < 0) ptx::wait_for_dependency();
-  const BlockItem block = block_item<Tile, kLayouts>(args);
+  // Whoever waits for this kernel's end relies on that of the one in front too.
+  const Share share = block_share<Tile, kLayouts>(args);
+  if (!kIsDense && share.batch_idx < 0) {
+    ptx::wait_for_dependency();
+    return;
+  }
+  const BlockItem block = block_item<Tile, kLayouts>(args, share);
   const PackedItem& item = block.item;
   if (!kIsDense && item.rows <= 0) {
-    // Whoever waits for this kernel's end relies on that of the one in front too.
     ptx::wait_for_dependency();
     return;
   }

@@ -64,25 +64,32 @@ __device__ __forceinline__ Share find_share(const AttentionArgs& args, const Sha
   return {-1, 0, 1};
 }
 
+// Where shares follow the total of keys, blocks past the last share have none: equal lengths leave
+// most of them, and they end before they have made an item.
 template <typename Tile, Layouts kLayouts>
-__device__ __forceinline__ BlockItem block_item(const DecodeArgs& args) {
+__device__ __forceinline__ Share block_share(const DecodeArgs& args) {
+  if (kLayouts == Layouts::kDense || args.shares.wave_shares == 0) {
+    return {0, 0, args.partials.splits};
+  }
+  const auto number = args.rows.heads_kv.quotient(static_cast<int32_t>(blockIdx.x));
+  return find_share<Tile::kTileK>(args.attention, args.shares, number);
+}
+
+template <typename Tile, Layouts kLayouts>
+__device__ __forceinline__ BlockItem block_item(const DecodeArgs& args, const Share& share) {
   // One place makes the item, whoever says which: two would keep all of it in registers.
   auto index = static_cast<int32_t>(blockIdx.x);
   const bool is_balanced = kLayouts == Layouts::kAll && args.shares.wave_shares > 0;
-  Share share{0, 0, args.partials.splits};
   if (is_balanced) {
     const Divisor& heads_kv = args.rows.heads_kv;
-    const int32_t number = heads_kv.quotient(index);
-    const int32_t head_kv = heads_kv.remainder(index, number);
-    share = find_share<Tile::kTileK>(args.attention, args.shares, number);
-    const int32_t pair = max(0, share.batch_idx) * static_cast<int32_t>(heads_kv) + head_kv;
+    const int32_t head_kv = heads_kv.remainder(index, heads_kv.quotient(index));
+    const int32_t pair = share.batch_idx * static_cast<int32_t>(heads_kv) + head_kv;
     index = pair * args.partials.splits;
   }
   BlockItem block{{args.attention, args.rows, index, Tile::kTileQ, Tile::kTileK, kLayouts},
                   share.splits};
   if (is_balanced) {
     PackedItem& item = block.item;
-    if (share.batch_idx < 0) item.rows = 0;
     item.split = share.split;
     const int32_t count = max(0, item.tiles.end - item.tiles.begin);
     const int32_t tiles = count / share.splits;
