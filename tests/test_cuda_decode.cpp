@@ -226,8 +226,8 @@ TEST(CudaDecode, SmallPagesAreEstimatedByTheirBoxes) {
   };
   const double dense_us = us(64);
   EXPECT_EQ(us(256), dense_us);
-  EXPECT_LT(us(16), dense_us * 1.2);
-  EXPECT_GT(us(8), dense_us * 1.3);
+  EXPECT_NEAR(us(16) / dense_us, 1, 0.08);  // on an H200 148 us to 151
+  EXPECT_GT(us(8), dense_us * 1.3);         // not measured
 }
 
 // What the case table has of such batches is cut into unequal numbers of shares.

@@ -103,6 +103,59 @@ std::vector<Measured> call_rows(const Recorded& on) {
   return rows;
 }
 
+// bench/gpu_serving.py: one query a sequence over dense, packed and paged keys, and what the kernel
+// took that the planner chose then.
+std::vector<Measured> serving_rows() {
+  const std::regex words(R"(decode d?(\d+)(?:/(\d+))? (\d+)/(\d+), (\d+) x (\d+)(?:, V in K)?|)"
+                         R"((\d+) sequences of \d+ to (\d+) keys, d(\d+) (\d+)/(\d+))");
+  std::vector<Measured> rows;
+  const Json document = read(kH200.results + "-serving-page-boxes.json");
+  for (const Json& row : document["rows"]) {
+    const std::string name = row["name"];
+    std::smatch found;
+    if (!std::regex_match(name, found, words)) continue;
+    const auto number = [&](int of_equal, int of_ragged) {
+      return std::stoll(found[static_cast<size_t>(found[1].matched ? of_equal : of_ragged)]);
+    };
+    const bool has_values_in_keys = found[2].matched;
+    Json fields{{"batch", number(5, 7)},
+                {"heads_q", number(3, 10)},
+                {"heads_kv", number(4, 11)},
+                {"dim_qk", number(1, 9)},
+                {"dim_v", has_values_in_keys ? number(2, 2) : number(1, 9)},
+                {"len_q", 1},
+                {"len_k", number(6, 8)},
+                {"dtype", "bf16"},
+                {"causal", true},
+                {"values_in_keys", has_values_in_keys}};
+    for (const auto& [layout, result] : row["layouts"].items()) {
+      if (layout.ends_with("beside")) continue;  // the build before
+      Measured one = measured(fields, name + ", " + layout);
+      one.us[result["kernel"]] = result["us"];
+      Problem& p = one.problem;
+      p.has_key_lengths = true;
+      const int64_t width = p.dim_qk + (p.values_in_keys ? 0 : p.dim_v);
+      const int64_t keys = row["kv_bytes"].get<int64_t>() / (2 * p.heads_kv * width);
+      if (layout != "dense") {
+        p.query_layout = QueryLayout::kPacked;
+        p.total_q = p.batch;
+      }
+      if (layout == "packed") {
+        p.key_layout = KeyLayout::kPacked;
+        p.total_k = keys;
+      } else if (layout != "dense") {
+        p.key_layout = KeyLayout::kPaged;
+        p.page_size = std::stoll(layout.substr(std::string("pages of ").size()));
+        p.pages = keys / p.page_size + p.batch;
+        p.stride_page_table = p.pages_a_sequence();
+      }
+      set_dense(p);
+      rows.push_back(std::move(one));
+    }
+  }
+  return rows;
+}
+
 struct Choices {
   std::vector<double> regrets, errors;  // sorted
 };
@@ -161,6 +214,30 @@ TEST_P(CudaRouting, TheShippedProfileChoosesTheFastestKernelOfTheRecordedCalls) 
   const Choices made = choices(facts, call_rows(GetParam()), &*profile);
   EXPECT_GE(made.regrets.size(), 60u);
   expect_goals(made, 1.10, 0.40);
+}
+
+TEST(CudaServing, TheShippedProfileEstimatesTheRecordedLayouts) {
+  const CudaFacts& facts = kH200.facts;
+  const ShippedProfile* shipped =
+      closest_profile(shipped_profiles(), {facts.name, "sm_90", "", facts.sms, ""});
+  const Result<Profile> profile = Profile::from_json(shipped->json);
+  ASSERT_TRUE(profile.ok()) << profile.status().message();
+  int rows = 0;
+  for (const Measured& row : serving_rows()) {
+    const auto plan = make_plan(row.problem, {}, {facts, cuda::kernels(), &*profile});
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    const auto& [measured_kernel, us] = *row.us.begin();
+    for (const Candidate& candidate : plan->candidates) {
+      if (candidate.kernel != measured_kernel) continue;
+      ++rows;
+      EXPECT_NEAR(candidate.estimated_us / us, 1, 0.20) << row.name << ", " << measured_kernel;
+    }
+    // sm90_decode reads them in 848 us with as many shares for each sequence, an older build.
+    const bool is_too_late =
+        measured_kernel == "sm90_prefill" && row.name.find("sequences") != std::string::npos;
+    EXPECT_EQ(plan->kernel, is_too_late ? "sm90_decode" : measured_kernel) << row.name;
+  }
+  EXPECT_EQ(rows, 24);
 }
 
 TEST_P(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {

@@ -60,7 +60,7 @@ Status check_alignment(const char* name, const void* pointer, uintptr_t bytes) {
 Layouts layouts_of(const Problem& p) { return p.is_dense() ? Layouts::kDense : Layouts::kAll; }
 
 double boxes_us(const Problem& p, double boxes) {
-  constexpr double kBoxUs = 0.06;
+  constexpr double kBoxUs = 0.065;
   return p.key_layout == KeyLayout::kPaged ? boxes * kBoxUs : 0;
 }
 

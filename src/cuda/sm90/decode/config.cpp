@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "core/names.h"
@@ -86,16 +87,15 @@ class DecodeCost {
     return us;
   }
 
-  // Of sequences with fewer keys than the most, in so many shares of those at most.
-  double ragged_us(int64_t splits, bool is_balanced) const {
+  // Of sequences with fewer keys than the most, in so many shares on average.
+  double ragged_us(double splits, bool is_balanced) const {
     const double all =
         static_cast<double>(items_ * tiles_) * mean_key_share_ / static_cast<double>(slots_);
-    const auto longest = static_cast<double>(divide_up(tiles_, splits));
+    const double longest = std::ceil(static_cast<double>(tiles_) / splits);
     // Shares by total keys leave half a share of a place idle in the end, on average.
     const double tiles =
         is_balanced ? all + all / (2 * ShareRule::kWaves) : std::max(longest, all + longest / 4);
-    const double merged =
-        splits > 1 ? kCombineUs + static_cast<double>(splits) * share_bytes_ / kCombineRate : 0;
+    const double merged = splits > 1 ? kCombineUs + splits * share_bytes_ / kCombineRate : 0;
     return kStartUs + tiles * tile_us(slots_) + merged;
   }
 
@@ -225,7 +225,12 @@ double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const DecodeCost cost(cuda_facts(query), decode_variant(config), p);
   if (mean_key_share(p) == 1) return cost.us(even_splits(p, config));
-  return cost.ragged_us(config.splits, config.workers > 0);
+  if (config.workers == 0) return cost.ragged_us(config.splits, false);
+  // A row's shares alone are merged, and the most that one may have are few rows'.
+  const ShareRule rule = share_rule(p, config);
+  const auto batch = static_cast<int32_t>(p.batch);
+  const double splits = static_cast<double>(rule.most_shares(batch)) / batch;
+  return cost.ragged_us(std::min<double>(splits, config.splits), true);
 }
 
 }  // namespace
