@@ -25,6 +25,8 @@ Json = dict[str, Any]
 LEAST_CHECKED = {"sm90_prefill": 800, "sm90_prefill_wide": 1000, "sm90_decode": 1100,
                  "cuda_portable": 2700, "cuda_unfused": 2700}
 LEAST_CHECKED_IN_ALL = 5000
+# Of the ragged ones: all that each takes.
+LEAST_RAGGED = {"sm90_prefill": 18, "sm90_prefill_wide": 24, "sm90_decode": 24, "cuda_portable": 24}
 LEAST_GRADIENTS = {"sm90_backward": 500, "sm90_backward_wide": 600, "cuda_portable_backward": 2000}
 SUITES = ("chunked", "square", "decode-sweep", "full-sweep", "routing-boundary")
 # Median and worst regret, median and worst error of the estimates.
@@ -308,20 +310,23 @@ class GpuCheck:
     def check_cases(self, seconds: float) -> Outcome:
         begin = time.monotonic()
         corner = self.check(seconds / 6, "--cases", "corner", "--seed", 7)
-        layouts = self.check(seconds / 2, "--cases", "layouts", "--seed", 7)
+        ragged = self.check(seconds / 5, "--cases", "ragged", "--seed", 7)
+        layouts = self.check(seconds / 3, "--cases", "layouts", "--seed", 7)
         ci = self.check(seconds - (time.monotonic() - begin), "--cases",
                         "ci" if self.is_gpu else "smoke", "--seed", 7)
         counts: dict[str, int] = {}
         for document in ci.data:
             for row in document["kernels"]:
                 counts[row["kernel"]] = max(counts.get(row["kernel"], 0), row["checked"])
-        failures = corner.failures + layouts.failures + ci.failures
+        failures = corner.failures + ragged.failures + layouts.failures + ci.failures
         if self.is_gpu:
+            failures += self.too_few({row["kernel"]: row["checked"] for document in ragged.data
+                                      for row in document["kernels"]}, LEAST_RAGGED)
             failures += self.too_few(counts, LEAST_CHECKED)
             if sum(counts.values()) < LEAST_CHECKED_IN_ALL:
                 failures.append(f"{sum(counts.values())} checked in all, fewer than "
                                 f"{LEAST_CHECKED_IN_ALL}")
-        return Outcome(failures, data=corner.data + layouts.data + ci.data)
+        return Outcome(failures, data=corner.data + ragged.data + layouts.data + ci.data)
 
     def too_few(self, checked: dict[str, int], least: dict[str, int]) -> list[str]:
         return [f"{kernel} was checked on {checked.get(kernel, 0)} cases, fewer than {count}"
