@@ -279,7 +279,8 @@ TEST(ParallelPlans, PagesStayWhereTheyAre) {
 // A kernel that fills the device would keep the query from those who wait for it, and every merge
 // of a decode is a launch that the next one waits for.
 TEST(ParallelPlans, ADecodeHasItsQueryOnTheWayBeforeItAttendsAndMergesAllAnswersAtOnce) {
-  const Problem p = causal(16, 2, 128, 1, 262144);
+  Problem p = causal(16, 2, 128, 1, 262144);
+  p.device = Device::kCuda;
   Sharding q(4);
   q[0] = {{0, 1}};
   const ShardedProblem s = shard(p, q, contiguous(262144, 4));
@@ -306,7 +307,8 @@ TEST(ParallelPlans, ADecodeHasItsQueryOnTheWayBeforeItAttendsAndMergesAllAnswers
 
 // Messages that take long pass beside the work.
 TEST(ParallelPlans, ALongMessageOfQueriesIsNotWaitedForFirst) {
-  const Problem p = causal(8, 2, 64, 8192, 8192);
+  Problem p = causal(8, 2, 64, 8192, 8192);
+  p.device = Device::kCuda;
   const ShardedProblem s = shard(p, zigzag(8192, 2), zigzag(8192, 2));
   const Schedule schedule = make_schedule(s, Strategy::kQueries, 1);
   int attended = 0;

@@ -18,7 +18,7 @@ Schedule Builder::queries() {
       exchange(messages, peer, true, block_with(packed, range), range);
     }
   });
-  const bool waits_first = are_short(messages);
+  const bool waits_first = are_waited_for(messages);
   start(0, std::move(messages));
   begin_sum();
   if (waits_first) finish(0);
