@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "cuda/common/packed_rows.h"
@@ -110,7 +111,7 @@ TEST(CudaPortable, FewRowsOfF32RunOnTheCudaCores) {
             "f32 CUDA cores, 128/128");
 }
 
-TEST(CudaPortable, CodesRunOnTheCudaCoresWhateverTheQueriesAre) {
+TEST(CudaPortable, CodesBesideElementsRunOnTheCudaCoresWhateverTheQueriesAre) {
   for (const Planned* planned : {&kAmpere, &kAda, &kHopper}) {
     for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
       for (const Quantised format :
@@ -136,10 +137,55 @@ TEST(CudaPortable, CodesRunOnTheCudaCoresWhateverTheQueriesAre) {
       }
     }
   }
-  Problem wide = problem(1, 5000, 320, 256);
+  Problem wide = problem(1, 5000, 320, 256, Dtype::kF32);
   wide.quantised_k = wide.quantised_v = Quantised::kInt8;
   EXPECT_EQ(kPortable.refusal(kHopper.query(wide)),
-            "reads codes of heads up to 256/256 wide, these are 320/256");
+            "reads codes of heads up to 256/256 wide in f32, these are 320/256");
+}
+
+TEST(CudaPortable, CodesRunOnTensorCoresWhereQueriesHave16Bits) {
+  for (const Planned* planned : {&kAmpere, &kAda, &kHopper}) {
+    for (const Quantised format :
+         {Quantised::kE4m3, Quantised::kInt8, Quantised::kQ8_0, Quantised::kQ4_0}) {
+      for (const auto& [len_q, dim, rows] :
+           {std::tuple{1, 128, 16}, {300, 64, 128}, {300, 160, 64}, {1, 512, 16}, {9, 576, 64}}) {
+        Problem p = problem(len_q, 5000, dim, std::min(dim, 512), Dtype::kBf16);
+        p.quantised_k = format;
+        p.quantised_v = Quantised::kE4m3;
+        const Query query = planned->query(p);
+        ASSERT_FALSE(kPortable.refusal(query).has_value()) << *kPortable.refusal(query);
+        const Config config = kPortable.configure(query);
+        const PortableVariant* variant = portable_variant(p, config, planned->cuda.shared_bytes);
+        ASSERT_NE(variant, nullptr);
+        EXPECT_TRUE(variant->reads_code_tiles());
+        // 64 rows of 576 columns leave no room for two tiles in 99 KB.
+        const bool is_cut = planned == &kAda && dim == 576;
+        EXPECT_EQ(variant->rows, is_cut ? 16 : rows) << dim;
+        EXPECT_EQ(config.tile_k, variant->code_tile().keys());
+        const CodeLayout layout = code_layout(p, variant->code_tile(), planned->cuda.shared_bytes);
+        EXPECT_GE(layout.stages, 2);
+        EXPECT_LE(layout.bytes, planned->cuda.shared_bytes);
+        EXPECT_EQ(layout.pitch_k / 16 % 2, 1);
+        EXPECT_NE(kPortable.variant(query, config).find("bf16 mma.sync"), std::string::npos);
+        const Limits high{.precision = Precision::kHigh};
+        const Query precise{p, high, query.facts, query.correction};
+        EXPECT_EQ(kPortable.refusal(precise).has_value(), dim > 256);
+      }
+    }
+  }
+  // Queries that one bf16 does not hold take two or three, and blocks of fewer rows where there is
+  // no room for them.
+  Problem p = problem(300, 5000, 256, 256, Dtype::kF16);
+  p.quantised_k = p.quantised_v = Quantised::kInt8;
+  EXPECT_EQ(code_layout(p, {256, 64}, kHopper.cuda.shared_bytes).parts, 2);
+  p.scales_k = Scales::kChannel;
+  EXPECT_EQ(code_layout(p, {256, 64}, kHopper.cuda.shared_bytes).parts, 3);
+  EXPECT_EQ(kPortable.configure(kHopper.query(p)).tile_q, 64);
+  EXPECT_EQ(kPortable.configure(kAda.query(p)).tile_q, 16);
+  p = problem(1, 5000, 577, 512, Dtype::kBf16);
+  p.quantised_k = p.quantised_v = Quantised::kInt8;
+  EXPECT_EQ(kPortable.refusal(kHopper.query(p)),
+            "reads codes of heads up to 576/512 wide in 16 bits, these are 577/512");
 }
 
 // Half the bytes of a step that waits for memory.
@@ -152,6 +198,7 @@ TEST(CudaPortable, CodesOfDecodeTakeLessTimeThanElements) {
     return kPortable.estimate_us(kHopper.query(p), kPortable.configure(kHopper.query(p)));
   };
   EXPECT_LT(us(Quantised::kInt8, Dtype::kF32), 0.5 * us(Quantised::kNone, Dtype::kF32));
+  EXPECT_LT(us(Quantised::kInt8, Dtype::kBf16), 0.6 * us(Quantised::kNone, Dtype::kBf16));
 }
 
 TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {

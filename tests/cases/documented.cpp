@@ -37,6 +37,19 @@ bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
          problem.dim_v <= most_dim_v && is_for_tma();
 }
 
+// In f32 to 256/256, on tensor cores, where q has 16 bits and both K and V are codes, to 576/512:
+// there q in several parts leaves too little of 99 KB.
+bool Documented::portable_reads_codes() const {
+  const Problem& p = problem;
+  if (p.dim_qk <= 256 && p.dim_v <= 256) return true;
+  if (p.dtype_q == Dtype::kF32 || precision != Precision::kNative) return false;
+  if (p.quantised_k == Quantised::kNone) return false;
+  if (p.quantised_v == Quantised::kNone && !p.values_in_keys) return false;
+  const bool has_parts = p.dtype_q == Dtype::kF16 || p.scales_k == Scales::kChannel;
+  if (has_parts && cuda().shared_bytes < 166912) return false;
+  return p.dim_qk <= 576 && p.dim_v <= 512;
+}
+
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
@@ -44,7 +57,7 @@ bool Documented::takes(const std::string& kernel) const {
   if (is_dense_alone && !p.is_dense()) return false;
   const bool reads_codes = kernel == "cpu_prefill" || kernel == "cpu_decode" ||
                            kernel == "cpu_reference" ||
-                           (kernel == "cuda_portable" && p.dim_qk <= 256 && p.dim_v <= 256);
+                           (kernel == "cuda_portable" && portable_reads_codes());
   if (is_quantised(p) && !reads_codes) return false;
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
@@ -75,7 +88,7 @@ bool Documented::takes(const std::string& kernel) const {
            (is_f32 || precision == Precision::kNative) &&
            !(is_f32 && is_wide && cuda().shared_bytes < 166912);
   }
-  if (is_quantised(p)) return true;  // in f32, whatever q is
+  if (is_quantised(p)) return true;
   if (!is_one_type()) return false;
   if (kernel == "cuda_portable") return precision == Precision::kNative || p.dtype_q == Dtype::kF32;
   return kernel == "cuda_unfused";

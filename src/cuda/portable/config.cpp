@@ -14,6 +14,7 @@
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
+#include "cuda/portable/code_tiles.h"
 #include "cuda/portable/few_rows.h"
 #include "cuda/portable/kernel.h"
 #include "plan/names.h"
@@ -50,6 +51,26 @@ constexpr auto kCodeRowsVariants = variants_of<kCodeRowsInstances>([]<Instance k
   return variant;
 });
 
+// Over codes too, on the tensor cores where q has 16 bits. What it takes of shared memory is the
+// problem's.
+constexpr auto kCodeTileVariants = variants_of<kCodeTileInstances>([]<Instance kInstance>() {
+  constexpr CodeTile kTile{kInstance.dims.dim_v, kInstance.rows};
+  PortableVariant variant{kInstance,
+                          Cores::kTensor,
+                          kTile.rows,
+                          kTile.keys(),
+                          16 * kTile.row_tiles(),
+                          kTile.threads(),
+                          0,
+                          kTile.resident(),
+                          nullptr,
+                          true};
+  if constexpr (kInstance.is_compiled) {
+    variant.function = code_tiles_instance<kTile.dim_v, kTile.rows>;
+  }
+  return variant;
+});
+
 template <Instance kInstance>
 constexpr PortableVariant tensor_variant() {
   constexpr HeadDims kDims = kInstance.dims;
@@ -72,11 +93,13 @@ constexpr auto kTensorVariants = variants_of<kPortableInstances>(
 
 // Few rows first, where there are few.
 constexpr auto kVariants = [] {
-  constexpr size_t kElements = kFewRowsVariants.size() + kTensorVariants.size();
-  std::array<PortableVariant, kElements + kCodeRowsVariants.size()> all{};
-  std::ranges::copy(kFewRowsVariants, all.begin());
-  std::ranges::copy(kTensorVariants, all.begin() + kFewRowsVariants.size());
-  std::ranges::copy(kCodeRowsVariants, all.begin() + kElements);
+  std::array<PortableVariant, kFewRowsVariants.size() + kTensorVariants.size() +
+                                  kCodeRowsVariants.size() + kCodeTileVariants.size()>
+      all{};
+  auto end = std::ranges::copy(kFewRowsVariants, all.begin()).out;
+  end = std::ranges::copy(kTensorVariants, end).out;
+  end = std::ranges::copy(kCodeRowsVariants, end).out;
+  std::ranges::copy(kCodeTileVariants, end);
   return all;
 }();
 
@@ -97,26 +120,53 @@ Problem one_sequence(Problem p) {
   return p;
 }
 
-// Over codes the largest takes more rows as more blocks.
+// Over codes the most rows of a block take more of them as more blocks.
 constexpr int kMostFewRows = 8;
 
+int64_t pair_rows(const Problem& p) { return p.len_q * p.group(); }
+
 bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
-  if (variant.shared_bytes > shared_bytes || variant.reads_codes != is_quantised(p)) return false;
-  return variant.cores == Cores::kTensor || p.len_q * p.group() <= variant.rows ||
+  if (variant.reads_codes != is_quantised(p)) return false;
+  if (variant.reads_code_tiles()) {
+    const CodeLayout layout = code_layout(p, variant.code_tile(), shared_bytes);
+    // Some heads wider than 256 fit cards of little memory with queries in parts, others do not.
+    const bool is_small = shared_bytes < static_cast<int64_t>(SharedMemory::kLarge);
+    if (is_small && variant.instance.dims.dim_v > 256 && layout.parts > 1) return false;
+    return layout.stages >= 2;
+  }
+  if (variant.shared_bytes > shared_bytes) return false;
+  return variant.cores == Cores::kTensor || pair_rows(p) <= variant.rows ||
          (variant.reads_codes && variant.rows == kMostFewRows);
 }
 
-// Widened codes are f32, and so are the products, whatever q is.
-Problem as_computed(Problem p) {
-  if (is_quantised(p)) p.dtype_q = Dtype::kF32;
+// In what a cache of codes is computed: on tensor cores in bf16, which holds every code, or in f32,
+// whatever q is, where elements of other types are beside the codes.
+Problem as_computed(Problem p, Precision precision) {
+  if (!is_quantised(p)) return p;
+  const bool is_all_codes =
+      p.quantised_k != Quantised::kNone && (p.values_in_keys || p.quantised_v != Quantised::kNone);
+  const bool is_f32 = p.dtype_q == Dtype::kF32 || precision == Precision::kHigh || !is_all_codes;
+  p.dtype_q = is_f32 ? Dtype::kF32 : Dtype::kBf16;
   return p;
 }
 
 // The first one that holds the problem and fits the card; -1: there is none.
-int32_t best_instance(const Problem& p, const CudaFacts& cuda) {
-  return first_variant(kVariants, as_computed(p), cuda, [&](const PortableVariant& variant) {
-    return fits(variant, p, cuda.shared_bytes);
+int32_t best_instance(const Problem& p, Precision precision, const CudaFacts& cuda) {
+  const Problem computed = as_computed(p, precision);
+  const auto first = [&](auto accepts) {
+    return first_variant(kVariants, computed, cuda, [&](const PortableVariant& variant) {
+      return fits(variant, p, cuda.shared_bytes) && accepts(variant);
+    });
+  };
+  // Tiles of codes for few rows are for more only where those of more find no room.
+  const int32_t best = first([&](const PortableVariant& variant) {
+    return !variant.reads_code_tiles() || variant.code_tile().key_warps() == 1 ||
+           pair_rows(p) <= variant.rows;
   });
+  return best >= 0 ? best : first([](const PortableVariant&) { return true; });
+}
+int32_t best_instance(const Query& query) {
+  return best_instance(query.problem, query.limits.precision, cuda_facts(query));
 }
 
 const PortableVariant& variant_at(int32_t instance) {
@@ -130,11 +180,13 @@ class PortableCost {
   PortableCost(const Query& query, const PortableVariant& variant)
       : sms_(std::max(1, cuda_facts(query).sms)) {
     const Problem& p = query.problem;
-    const int64_t pair_rows = p.len_q * p.group();
-    const int64_t row_tiles = divide_up(pair_rows, variant.rows);
+    const int64_t row_tiles = divide_up(pair_rows(p), variant.rows);
     items_ = items_of(p, variant);
-    resident_ = std::clamp<int64_t>(cuda_facts(query).shared_bytes / variant.shared_bytes, 1,
-                                    variant.resident);
+    const int64_t shared_bytes = cuda_facts(query).shared_bytes;
+    const int64_t block_bytes = variant.reads_code_tiles()
+                                    ? code_layout(p, variant.code_tile(), shared_bytes).bytes
+                                    : variant.shared_bytes;
+    resident_ = std::clamp<int64_t>(shared_bytes / block_bytes, 1, variant.resident);
     most_tiles_ = divide_up(most_visible_keys(p), variant.keys);
     // A block alone; a window does not start at a tile's edge.
     const int64_t block_queries = divide_up(variant.rows, std::max<int64_t>(1, p.group())) + 1;
@@ -145,7 +197,7 @@ class PortableCost {
     has_even_lengths_ = mean_key_share(p) == 1;
     // Warps without rows skip the products.
     const int64_t rows =
-        divide_up(std::min<int64_t>(pair_rows, variant.rows), variant.product_rows) *
+        divide_up(std::min<int64_t>(pair_rows(p), variant.rows), variant.product_rows) *
         variant.product_rows;
     const double flops = 2.0 * static_cast<double>(rows * variant.keys) *
                          (variant.instance.dims.dim_qk + variant.instance.dims.dim_v);
@@ -155,7 +207,9 @@ class PortableCost {
     tile_bytes_ =
         variant.keys * (variant.reads_codes ? kv_bytes_a_key(p)
                                             : static_cast<double>(p.dim_qk + p.dim_v) * element);
-    const Latency& latency = variant.cores == Cores::kTensor ? kTensorLatency : kCudaLatency;
+    const Latency& latency = variant.reads_code_tiles()        ? kCodeLatency
+                             : variant.cores == Cores::kTensor ? kTensorLatency
+                                                               : kCudaLatency;
     lone_tile_us_ = latency.tile_us + latency.us_per_byte * tile_bytes_;
     bytes_per_us_ = cuda_facts(query).read_gbytes_per_s * 1e3 * latency.reached;
     if (row_tiles > 1) bytes_per_us_ *= kFromL2;
@@ -231,6 +285,7 @@ class PortableCost {
   };
   static constexpr Latency kTensorLatency{2, 0.085 / 1024, 0.45};
   static constexpr Latency kCudaLatency{0.72, 0.015 / 1024, 0.95};
+  static constexpr Latency kCodeLatency{0.6, 0.03 / 1024, 0.8};
 
   static constexpr double kStartUs = 6;
   static constexpr double kFromL2 = 2;  // where row tiles share what they read
@@ -245,26 +300,31 @@ class PortableCost {
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (p.dtype_q != p.dtype_kv && !is_quantised(p)) return "needs q, k and v in one type";
-  if (query.limits.precision == Precision::kHigh && as_computed(p).dtype_q != Dtype::kF32) {
+  if (query.limits.precision == Precision::kHigh &&
+      as_computed(p, query.limits.precision).dtype_q != Dtype::kF32) {
     return "rounds the weights to the input type; precision high forbids that";
   }
   if (auto reason = extent_refusal(p)) return reason;
-  const int32_t instance = best_instance(p, cuda_facts(query));
+  const Precision precision = query.limits.precision;
+  const int32_t instance = best_instance(query);
   if (instance < 0) {
-    if (best_instance(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
-    if (is_quantised(p)) {
-      return fmt::format("reads codes of heads up to 256/256 wide, these are {}/{}", p.dim_qk,
+    if (best_instance(p, precision, with_all_instances(cuda_facts(query))) >= 0) {
+      return not_compiled(p);
+    }
+    const bool is_f32 = as_computed(p, precision).dtype_q == Dtype::kF32;
+    if (is_quantised(p) && (is_f32 || p.dim_qk > 576 || p.dim_v > 512)) {
+      return fmt::format("reads codes of heads up to {} wide in {}, these are {}/{}",
+                         is_f32 ? "256/256" : "576/512", is_f32 ? "f32" : "16 bits", p.dim_qk,
                          p.dim_v);
     }
     return fmt::format("has no tile of {} heads {}/{} wide that fits {} bytes of shared memory",
                        kDtypes.name(p.dtype_q), p.dim_qk, p.dim_v, cuda_facts(query).shared_bytes);
   }
   const PortableVariant& variant = variant_at(instance);
-  const int64_t pair_rows = p.len_q * p.group();
   // Blocks of this kernel, and of the one that merges.
   const int64_t most_blocks =
       std::max(items_of(p, variant) * kMostSplits, all_query_rows(p) * divide_up(p.dim_v, 128));
-  if (std::max(most_blocks, pair_rows) > std::numeric_limits<int32_t>::max()) {
+  if (std::max(most_blocks, pair_rows(p)) > std::numeric_limits<int32_t>::max()) {
     return "has too many query rows for one grid";
   }
   return std::nullopt;
@@ -278,7 +338,7 @@ Arithmetic arithmetic(const PortableVariant& variant) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = best_instance(p, cuda_facts(query));
+  config.instance = best_instance(query);
   const PortableVariant& variant = variant_at(config.instance);
   config.arithmetic = arithmetic(variant);
   config.tile_q = variant.rows;
@@ -302,7 +362,10 @@ std::string variant_text(const Query&, const Config& config) {
   const HeadDims dims = variant.instance.dims;
   return fmt::format("{} {}, {}/{}{}", kArithmetics.name(config.arithmetic),
                      variant.cores == Cores::kCuda ? "CUDA cores" : "mma.sync", dims.dim_qk,
-                     dims.dim_v, variant.reads_codes ? ", codes widened as they are read" : "");
+                     dims.dim_v,
+                     variant.reads_code_tiles() ? ", codes widened in registers"
+                     : variant.reads_codes      ? ", codes widened as they are read"
+                                                : "");
 }
 
 size_t workspace_bytes(const Problem& p, const Config& config) {
@@ -329,8 +392,9 @@ double step_us(const Query& query, const Config& config) {
 const PortableVariant* portable_variant(const Problem& p, const Config& config,
                                         int64_t shared_bytes) {
   const PortableVariant& variant = variant_at(config.instance);
-  return holds(variant.instance, as_computed(p)) && fits(variant, p, shared_bytes) ? &variant
-                                                                                   : nullptr;
+  const bool holds_it = holds(variant.instance, as_computed(p, Precision::kNative)) ||
+                        holds(variant.instance, as_computed(p, Precision::kHigh));
+  return holds_it && fits(variant, p, shared_bytes) ? &variant : nullptr;
 }
 
 const Kernel kPortable{

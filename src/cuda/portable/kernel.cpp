@@ -6,6 +6,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/steps.h"
 #include "cuda/cuda_facts.h"
+#include "cuda/portable/code_args.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/whole_rows.h"
 
@@ -46,6 +47,29 @@ PortableArgs portable_args(const Problem& p, const Tensors& t, const PackedShape
   return args;
 }
 
+CodeCopy code_copy(const KvTensor& tensor, int threads) {
+  CodeCopy copy{};
+  copy.data = static_cast<const unsigned char*>(tensor.data);
+  const bool is_block = is_block_format(tensor.format);
+  for (size_t i = 0; i < 3; ++i) copy.stride[i] = tensor.bytes(tensor.stride[i]);
+  copy.stride[3] = is_block ? 1 : tensor.stride[3];
+  const auto row_bytes = static_cast<int>(tensor.bytes(tensor.dim));
+  const auto takes = [&](int bytes) {
+    const auto is_whole = [&](int64_t of) { return of % bytes == 0; };
+    return copy.stride[3] == 1 && is_whole(row_bytes) &&
+           reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) == 0 &&
+           std::all_of(copy.stride, copy.stride + 3, is_whole);
+  };
+  copy.piece_bytes = takes(16) ? 16 : takes(8) ? 8 : takes(4) ? 4 : 1;
+  const int pieces = row_bytes / copy.piece_bytes;
+  copy.pieces = Divisor(pieces);
+  copy.row_step = threads / pieces;
+  copy.piece_step = threads % pieces;
+  if (tensor.scales == Scales::kTokenHead) copy.scales = tensor.scales_data;
+  std::copy_n(tensor.stride_scales.begin(), 3, copy.stride_scales);
+  return copy;
+}
+
 }  // namespace
 
 Status run_portable(const Launch& launch) {
@@ -55,15 +79,24 @@ Status run_portable(const Launch& launch) {
   if (variant == nullptr) return invalid("the plan's tile fits no variant of cuda_portable");
   const PackedShape shape(p, launch.config);
   if (shape.items == 0) return {};
-  PortableArgs args = portable_args(p, launch.tensors, shape, *variant);
+  CodeTileArgs all{};
+  PortableArgs& args = all.portable;
+  args = portable_args(p, launch.tensors, shape, *variant);
+  int shared_bytes = variant->shared_bytes;
+  if (variant->reads_code_tiles()) {
+    all.layout = code_layout(p, variant->code_tile(), cuda_facts(p.device_index).shared_bytes);
+    all.copy[0] = code_copy(args.stored_k, variant->threads);
+    all.copy[1] = code_copy(args.stored_v, variant->threads);
+    shared_bytes = all.layout.bytes;
+  }
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return run_in_steps(launch, shape.blocks, [&](int64_t first, int64_t end) -> Status {
     args.last_item = static_cast<int32_t>(shape.blocks - 1 - first);
-    void* parameters[] = {&args};
+    void* parameters[] = {&all};  // of which others than tiles of codes take the first
     Status status = launch_kernel({.function = variant->function(args.pages_cut_tiles),
                                    .blocks = static_cast<int>(end - first),
                                    .threads = variant->threads,
-                                   .shared_bytes = variant->shared_bytes,
+                                   .shared_bytes = shared_bytes,
                                    .parameters = parameters,
                                    .stream = stream});
     if (!status.ok() || shape.splits == 1 || end < shape.blocks) return status;
