@@ -24,7 +24,7 @@ namespace wh::cuda {
 namespace {
 
 constexpr PortableVariant few_rows_variant(const Instance& instance, bool reads_codes) {
-  const FewRowsTile tile{instance.dims.dim_v, instance.rows, reads_codes};
+  const FewRowsTile tile{instance.dims.dim_v, instance.rows};
   return {instance,
           Cores::kCuda,
           tile.rows,

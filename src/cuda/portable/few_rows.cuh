@@ -77,7 +77,8 @@ class FewRowsBlock {
     constexpr int kAhead = FewRowsTile::kStages - 1;
     const int32_t steps =
         item_.tile_begin < item_.tile_end ? (end_ - begin_ + kBlockKeys - 1) / kBlockKeys : 0;
-#pragma unroll
+    constexpr int kUnrolled = kIsF32 ? kAhead : 1;
+#pragma unroll kUnrolled
     for (int step = 0; step < kAhead; ++step) {
       if (step < steps) load(step);
       ptx::cp_async_commit();
@@ -101,6 +102,7 @@ class FewRowsBlock {
   static constexpr int kTeams = kTile.teams();
   static constexpr int kStepKeys = kTile.step_keys();
   static constexpr int kBlockKeys = kTeams * kStepKeys;
+  static constexpr int kStepPieces = 2 * kStepKeys * kPieces;  // of a lane, K's in front of V's
   static constexpr int kScores = kRows * kStepKeys;  // of a team's step; lanes beyond repeat them
   static_assert(kScores <= kLanes && FewRowsTile::kKeys % kBlockKeys == 0);
 
@@ -142,12 +144,17 @@ class FewRowsBlock {
   }
 
   __device__ __forceinline__ void load(int step) {
+    if constexpr (kIsF32) {
+      load_f32(step);
+    } else {
+      load_stored(step);
+    }
+  }
+  __device__ __forceinline__ void load_f32(int step) {
     KeyRows::Place at[kStepKeys] = {};
-    if constexpr (Rows::kFindsPlaces) {  // all before the first copy, which no load passes
+    if constexpr (Rows::kHasPages) {  // all before the first copy, which no load passes
 #pragma unroll
-      for (int key = 0; key < kStepKeys; ++key) {
-        at[key] = item_.key_rows(a_).place(existing_key(first_key(step) + key));
-      }
+      for (int key = 0; key < kStepKeys; ++key) at[key] = place(first_key(step) + key);
     }
 #pragma unroll
     for (int key = 0; key < kStepKeys; ++key) {
@@ -160,11 +167,39 @@ class FewRowsBlock {
       }
     }
   }
+  // By code that is there once: a lane finds the place of one key, and copies pieces of all.
+  __device__ __forceinline__ void load_stored(int step) {
+    const KeyRows::Place own = place(first_key(step) + lane_ % kStepKeys);
+#pragma unroll 1
+    for (int i = 0; i < kStepPieces; ++i) {
+      const int key = i % kStepKeys, column_piece = i / kStepKeys % kPieces;
+      const bool is_v = i >= kStepPieces / 2;
+      const int32_t key_idx = first_key(step) + key;
+      const KeyRows::Place at{__shfl_sync(~0u, own.batch_idx, key, kLanes),
+                              __shfl_sync(~0u, own.token_idx, key, kLanes)};
+      const Piece piece{existing_key(key_idx), at, column(column_piece), key_idx < end_};
+      rows(is_v).copy(slot(step, is_v, key, column_piece), piece);
+    }
+  }
+  __device__ __forceinline__ void widen(int step) const {
+#pragma unroll 1
+    for (int i = 0; i < 2 * kPieces; ++i) {
+      const int piece = i % kPieces;
+      const bool is_v = i >= kPieces;
+      rows(is_v).template widen<kStepKeys>(column(piece),
+                                           [&](int key) { return slot(step, is_v, key, piece); });
+    }
+  }
+  __device__ __forceinline__ Rows rows(bool is_v) const { return is_v ? v_ : k_; }
   __device__ __forceinline__ int32_t existing_key(int32_t key_idx) const {
     return key_idx < end_ ? key_idx : begin_;
   }
+  __device__ __forceinline__ KeyRows::Place place(int32_t key_idx) const {
+    return item_.key_rows(a_).place(existing_key(key_idx));
+  }
 
   __device__ __forceinline__ void work_on(int step) {
+    if constexpr (!kIsF32) widen(step);
     const int32_t key = first_key(step) + lane_ % kStepKeys;
     float sums[kScores];
     dot_products(step, sums);
@@ -179,7 +214,7 @@ class FewRowsBlock {
     for (int key = 0; key < kStepKeys; ++key) {
       float4 k[kPieces];
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) k[i] = k_.take(slot(step, false, key, i), column(i));
+      for (int i = 0; i < kPieces; ++i) k[i] = *slot(step, false, key, i);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float sum = 0;
@@ -274,7 +309,7 @@ class FewRowsBlock {
     for (int key = 0; key < kStepKeys; ++key) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        v[key][i] = v_.take(slot(step, true, key, i), column(i));
+        v[key][i] = *slot(step, true, key, i);
         zero = fmaf(v[key][i].x, 0.0f, zero);
         zero = fmaf(v[key][i].y, 0.0f, zero);
         zero = fmaf(v[key][i].z, 0.0f, zero);
@@ -400,8 +435,7 @@ class FewRowsBlock {
 };
 
 template <int kDim, int kRows, typename Rows>
-__global__ void __launch_bounds__(
-    FewRowsTile::kThreads, FewRowsTile{kDim, kRows, std::is_same_v<Rows, StoredRows>}.resident())
+__global__ void __launch_bounds__(FewRowsTile::kThreads, FewRowsTile{kDim, kRows}.resident())
     few_rows(const __grid_constant__ PortableArgs args) {
   extern __shared__ __align__(16) float4 s_few_rows[];
   // Behind the ring, not static: 48 KB without asking are for both together.

@@ -11,7 +11,6 @@ struct FewRowsTile {
   static constexpr int kKeys = 32;        // what splits are counted in: whole steps of all teams
 
   int dim, rows;
-  bool reads_codes = false;
 
   constexpr int lanes() const { return dim < 128 ? dim / 4 : 32; }  // of a team, four columns each
   constexpr int pieces() const { return dim / 4 / lanes(); }  // of four columns, a lane and row
@@ -20,11 +19,8 @@ struct FewRowsTile {
   constexpr int step_keys() const { return lanes() / rows < 4 ? lanes() / rows : 4; }
   constexpr int stage_bytes() const { return 2 * step_keys() * pieces() * kThreads * 16; }
   constexpr int merge_bytes() const { return teams() * rows * (dim + 3) * 4; }
-  // Blocks that an SM holds by its registers: Q, the sums, and what K, V, addresses and the
-  // widening of codes take.
-  constexpr int resident() const {
-    return 512 / (64 + (reads_codes ? 64 : 0) + 8 * rows * pieces());
-  }
+  // Blocks that an SM holds by its registers: Q, the sums, and what K, V and addresses take.
+  constexpr int resident() const { return 512 / (64 + 8 * rows * pieces()); }
   // The ring of K and V, and at the end what the teams merge.
   constexpr int ring_bytes() const {
     const int stages = kStages * stage_bytes();
