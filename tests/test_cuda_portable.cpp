@@ -188,17 +188,48 @@ TEST(CudaPortable, CodesRunOnTensorCoresWhereQueriesHave16Bits) {
             "reads codes of heads up to 576/512 wide in 16 bits, these are 577/512");
 }
 
-// Half the bytes of a step that waits for memory.
-TEST(CudaPortable, CodesOfDecodeTakeLessTimeThanElements) {
-  const auto us = [](Quantised format, Dtype dtype) {
-    Problem p = problem(1, 262144, 128, 128, dtype);
-    p.heads_q = p.heads_kv = 32;
-    p.quantised_k = p.quantised_v = format;
-    set_dense(p);
-    return kPortable.estimate_us(kHopper.query(p), kPortable.configure(kHopper.query(p)));
+// One query over codes of token-head scales, or blocks.
+Problem decode_over(Quantised format, Dtype dtype, int64_t heads_q, int64_t heads_kv, int64_t dim,
+                    int64_t len_k) {
+  Problem p = problem(1, len_k, dim, dim, dtype);
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.quantised_k = p.quantised_v = format;
+  if (!is_block_format(format)) p.scales_k = p.scales_v = Scales::kTokenHead;
+  set_dense(p);
+  return p;
+}
+
+TEST(CudaPortable, EstimatesOfDecodeOverCodesAreNearWhatAnH200Took) {
+  const Planned planned{{}, h200()};
+  const auto us = [&](const Problem& p, int32_t splits) {
+    Config config = kPortable.configure(planned.query(p));
+    config.splits = splits;  // as it ran
+    return kPortable.estimate_us(planned.query(p), config);
   };
-  EXPECT_LT(us(Quantised::kInt8, Dtype::kF32), 0.5 * us(Quantised::kNone, Dtype::kF32));
-  EXPECT_LT(us(Quantised::kInt8, Dtype::kBf16), 0.6 * us(Quantised::kNone, Dtype::kBf16));
+  const Problem short_bf16 = decode_over(Quantised::kE4m3, Dtype::kBf16, 32, 8, 128, 2048);
+  EXPECT_NEAR(us(short_bf16, 32) / 12.2, 1, 0.15);
+  const Problem wide = decode_over(Quantised::kE4m3, Dtype::kBf16, 16, 1, 512, 65536);
+  EXPECT_NEAR(us(wide, 158) / 184, 1, 0.15);
+  const Problem f32 = decode_over(Quantised::kE4m3, Dtype::kF32, 32, 8, 128, 65536);
+  EXPECT_NEAR(us(f32, 50) / 564, 1, 0.25);
+  const Problem f32_blocks = decode_over(Quantised::kQ8_0, Dtype::kF32, 32, 8, 128, 65536);
+  EXPECT_NEAR(us(f32_blocks, 50) / 433, 1, 0.25);
+}
+
+// A few blocks more than there is room for would take as long as all others.
+TEST(CudaPortable, SharesOfCodesFillTheCardOnce) {
+  const Planned planned{{}, h200()};
+  const auto blocks = [&](const Problem& p) {
+    return kPortable.configure(planned.query(p)).splits * p.heads_kv;
+  };
+  // An SM has shared memory for one block of 512 columns, and for two of 128.
+  const int64_t wide = blocks(decode_over(Quantised::kE4m3, Dtype::kBf16, 16, 1, 512, 65536));
+  EXPECT_LE(wide, 132);
+  EXPECT_GT(wide, 0.9 * 132);
+  const int64_t narrow = blocks(decode_over(Quantised::kE4m3, Dtype::kBf16, 32, 8, 128, 65536));
+  EXPECT_LE(narrow, 2 * 132);
+  EXPECT_GT(narrow, 0.9 * 2 * 132);
 }
 
 TEST(CudaPortable, SoftcapAndArrayMasksCostTime) {
