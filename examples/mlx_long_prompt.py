@@ -138,10 +138,16 @@ def choose(implementation: str) -> None:
 def cache_of(options, model, prompt):
     """(the cache that the measurement begins with, the tokens that are not in it)."""
     import mlx.core as mx
-    from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+    from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
     if not options.last_chunk:
-        return make_prompt_cache(model), prompt
+        cache = make_prompt_cache(model)
+        if options.kv_bits:  # mlx-lm quantises no windows
+            cache = [
+                each.to_quantized(bits=options.kv_bits) if isinstance(each, KVCache) else each
+                for each in cache
+            ]
+        return cache, prompt
     cached = (len(prompt) - 1) // options.chunk * options.chunk
     name = f"{options.random_weights or 'gemma-3-270m'}-{options.dtype}-{cached}.safetensors"
     file = options.output.with_name(name)
@@ -300,6 +306,9 @@ def run_all(options) -> None:
             arguments += ["--output", str(options.output), "--new-tokens", str(options.new_tokens)]
             arguments += ["--loss"] * options.loss + ["--last-chunk"] * options.last_chunk
             row = {"implementation": implementation, "length": length}
+            if options.kv_bits:
+                arguments += ["--kv-bits", str(options.kv_bits)]
+                row["kv_bits"] = options.kv_bits
             row |= run_in_child(options, arguments)
             document["rows"].append(row)
             options.output.write_text(json.dumps(document, indent=1) + "\n")
@@ -317,6 +326,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--chunk", type=int, default=CHUNK)
     parser.add_argument("--new-tokens", type=int, help="to decode, the prefill's own included")
+    parser.add_argument("--kv-bits", type=int, choices=(2, 4, 8), help="of caches without a window")
     parser.add_argument("--loss", action="store_true", help="the loss alone, nothing timed")
     parser.add_argument("--last-chunk", action="store_true", help="what is in front comes from a file")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a measurement may take")
@@ -327,6 +337,8 @@ def parse() -> argparse.Namespace:
     child.add_argument("--implementation", choices=IMPLEMENTATIONS)
     child.add_argument("--length", type=int)
     options = parser.parse_args()
+    if options.kv_bits and options.last_chunk:
+        parser.error("--kv-bits quantises a cache from its first token on: not with --last-chunk")
     options.lengths = options.lengths or LENGTHS[options.device]
     options.new_tokens = options.new_tokens or NEW_TOKENS[options.device]
     options.dtype = options.dtype or ("bfloat16" if options.random_weights else "float32")

@@ -27,7 +27,7 @@ import widehead
 from widehead._errors import expect_kernel
 from widehead._limits import DEFAULT_LIMITS, Limits
 from widehead._plan import Plan
-from widehead.mlx import _build, _dlpack, _mlx_lm
+from widehead.mlx import _build, _dlpack, _mlx_lm, _quantised
 from widehead.mlx._masks import Masks
 
 __all__ = ["install", "override_sdpa", "plan", "sdpa", "uninstall", "why_no_primitive"]
@@ -191,9 +191,9 @@ def _out_of_reach(q: mx.array, v: mx.array, kind: mx.Dtype) -> str | None:
 
 
 @lru_cache(maxsize=1024)  # once each
-def _log_own(q_shape: tuple[int, ...], len_k: int, reason: str) -> None:
+def _log(q_shape: tuple[int, ...], len_k: int, what: str) -> None:
     if os.environ.get("WIDEHEAD_LOG") == "plan":
-        print(f"widehead: {list(q_shape)} x {len_k}: MLX's own; {reason}", file=sys.stderr)
+        print(f"widehead: {list(q_shape)} x {len_k}: {what}", file=sys.stderr)
 
 
 def _in_place_of(original: Callable[..., mx.array], limits: Limits | None) -> Any:
@@ -214,7 +214,7 @@ def _in_place_of(original: Callable[..., mx.array], limits: Limits | None) -> An
                 q, k, v, scale=scale, mask=mask, sinks=sinks, force_fused=force_fused,
                 stream=stream, limits=limits,
             )  # fmt: skip
-        _log_own(tuple(q.shape), k.shape[-2], reason)
+        _log(tuple(q.shape), k.shape[-2], f"MLX's own; {reason}")
         return original(
             q, k, v, scale=scale, mask=mask, sinks=sinks, force_fused=force_fused, stream=stream
         )
@@ -222,14 +222,41 @@ def _in_place_of(original: Callable[..., mx.array], limits: Limits | None) -> An
     return scaled_dot_product_attention
 
 
+def _in_place_of_quantised(original: Callable[..., mx.array], limits: Limits | None) -> Any:
+    """Of ``mlx_lm.models.base.quantized_scaled_dot_product_attention``."""
+
+    def quantized_scaled_dot_product_attention(
+        queries: mx.array,
+        q_keys: _quantised.Packed,
+        q_values: _quantised.Packed,
+        scale: float,
+        mask: str | mx.array | None,
+        group_size: int = 64,
+        bits: int = 8,
+    ) -> mx.array:
+        shape, len_k = tuple(queries.shape), q_keys[0].shape[-2]
+        reason = _quantised.why_not(queries, q_keys, q_values, mask, bits)
+        if reason is None:
+            k, v = (_quantised.widened(each, group_size, bits) for each in (q_keys, q_values))
+            reason = _out_of_reach(queries, v, mx.result_type(queries, k, v))
+        if reason is None:
+            _log(shape, len_k, f"keys and values of {bits} bits are widened for this call")
+            return sdpa(queries, k, v, scale=scale, mask=mask, limits=limits)
+        _log(shape, len_k, f"mlx-lm's own; {reason}")
+        return original(queries, q_keys, q_values, scale, mask, group_size, bits)
+
+    return quantized_scaled_dot_product_attention
+
+
 @contextmanager
 def override_sdpa(limits: Limits | None = None) -> Iterator[None]:
     """Puts :func:`sdpa` in the place of ``mx.fast.scaled_dot_product_attention``, for every thread.
 
-    Where mlx-lm is installed, its windows and left padding reach the kernels as structure and Gemma
-    2's own attention is replaced too. What is out of reach (dimensions above 1024, float64) goes to
+    Where mlx-lm is installed, its windows and left padding reach the kernels as structure, and Gemma
+    2's own attention and that over quantised caches are replaced too. What is out of reach (dimensions above 1024, float64) goes to
     MLX's own function; WIDEHEAD_LOG=plan in the environment shows that, and every plan, on stderr.
-    Attention over quantised caches stays mlx-lm's. All of it is put back at the end.
+    Attention over quantised caches stays mlx-lm's on GPUs, and where keys and values that are widened
+    for the call would take more memory than it. All of it is put back at the end.
 
     A function of ``mx.compile`` keeps what its first call found.
     """
@@ -251,6 +278,9 @@ def override_sdpa(limits: Limits | None = None) -> Iterator[None]:
             def with_softcap(*args: Any, **kwargs: Any) -> mx.array:
                 return sdpa(*args, **kwargs, limits=limits)
 
+            name = "quantized_scaled_dot_product_attention"
+            own = getattr(mlx_lm["base"], name)
+            put(mlx_lm["base"], name, _in_place_of_quantised(own, limits))
             attention = _mlx_lm.gemma2_attention(with_softcap)
             put(mlx_lm["gemma2"].Attention, "__call__", attention)
         yield
