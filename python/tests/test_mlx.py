@@ -202,6 +202,23 @@ def run_python(script, *arguments, **environment):
     return done
 
 
+def test_what_is_compiled_for_any_shape_checks_later_ones():
+    """Else a mask, sinks or starts of other sizes would be read beyond their ends."""
+
+    @lambda function: mx.compile(function, shapeless=True)
+    def attend(q, mask, sinks, starts):
+        return widehead.mlx.sdpa(q, q, q, scale=1.0, mask=mask, sinks=sinks, key_starts=starts)
+
+    def of(shape, length, heads, batch):
+        mask = mx.ones((length, length), mx.bool_)
+        return attend(mx.ones((*shape, 16)), mask, mx.ones((heads,)), mx.zeros((batch,), mx.int32))
+
+    mx.eval(of((2, 2, 4), 4, 2, 2), of((3, 4, 9), 9, 4, 3))
+    for others, words in (((4, 2, 2), "mask is"), ((9, 4, 2), "sinks is"), ((9, 2, 3), "key_starts is")):
+        with pytest.raises(ValueError, match=words):
+            of((2, 2, 9), *others)
+
+
 @pytest.mark.parametrize("shapeless", [False, True])
 def test_compiled(shapeless):
     """Calls that differ in an option alone stay two calls; another length needs no new trace."""

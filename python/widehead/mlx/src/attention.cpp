@@ -36,7 +36,7 @@ void check_shapes(const mx::array& q, const mx::array& k, const mx::array& v) {
   }
 }
 
-void check_mask(const mx::array& mask, const mx::array& q, const mx::array& k, mx::Dtype type) {
+void check_mask_shape(const mx::array& mask, const mx::array& q, const mx::array& k) {
   const mx::Shape full{q.shape(0), q.shape(1), q.shape(2), k.shape(2)};
   bool fits = mask.ndim() >= 1 && mask.ndim() <= 4;
   for (int i = 1; fits && i <= static_cast<int>(mask.ndim()); ++i) {
@@ -46,16 +46,27 @@ void check_mask(const mx::array& mask, const mx::array& q, const mx::array& k, m
     fail("mask is ", mask.shape(), "; it must broadcast to [batch, heads_q, len_q, len_k], here ",
          full);
   }
-  if (mask.dtype() != mx::bool_ && mx::promote_types(mask.dtype(), type) != type) {
-    fail("mask is ", mask.dtype(), "; it must be bool or promote to ", type);
-  }
+}
+
+// Of the inputs of Attention. What is compiled for any shape sees others later.
+void check_input_shapes(const std::vector<mx::array>& inputs, Present present) {
+  const mx::array &q = inputs[0], &k = inputs[1];
+  check_shapes(q, k, inputs[2]);
+  const auto check_numbers = [](const char* name, const mx::array& a, const char* want, int count) {
+    if (a.ndim() != 1 || a.shape(0) != count) {
+      fail(name, " is ", a.shape(), "; it must be [", want, "], here [", count, "]");
+    }
+  };
+  size_t next = 3;
+  if (present.mask) check_mask_shape(inputs[next++], q, k);
+  if (present.sinks) check_numbers("sinks", inputs[next++], "heads_q", q.shape(1));
+  if (present.key_starts) check_numbers("key_starts", inputs[next++], "batch", q.shape(0));
 }
 
 }  // namespace
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
                     const Options& options, const Extras& extras, mx::StreamOrDevice stream) {
-  check_shapes(q, k, v);
   const mx::Dtype type = mx::result_type({q, k, v});
   if (type != mx::float32 && type != mx::float16 && type != mx::bfloat16) {
     fail("q, k and v promote to ", type, "; it must be float32, float16 or bfloat16");
@@ -63,14 +74,13 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
   std::vector<mx::array> inputs;
   for (const mx::array& each : {q, k, v}) inputs.push_back(mx::astype(each, type, stream));
   if (extras.mask) {
-    check_mask(*extras.mask, q, k, type);
     const bool is_boolean = extras.mask->dtype() == mx::bool_;
+    if (!is_boolean && mx::promote_types(extras.mask->dtype(), type) != type) {
+      fail("mask is ", extras.mask->dtype(), "; it must be bool or promote to ", type);
+    }
     inputs.push_back(is_boolean ? *extras.mask : mx::astype(*extras.mask, type, stream));
   }
   if (extras.sinks) {
-    if (extras.sinks->ndim() != 1 || extras.sinks->shape(0) != q.shape(1)) {
-      fail("sinks is ", extras.sinks->shape(), "; it must be [heads_q], here [", q.shape(1), "]");
-    }
     if (mx::promote_types(extras.sinks->dtype(), type) != type) {
       fail("sinks is ", extras.sinks->dtype(), "; it must promote to ", type);
     }
@@ -78,10 +88,6 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
     inputs.push_back(mx::contiguous(sinks, false, stream));
   }
   if (extras.key_starts) {
-    if (extras.key_starts->ndim() != 1 || extras.key_starts->shape(0) != q.shape(0)) {
-      fail("key_starts is ", extras.key_starts->shape(), "; it must be [batch], here [", q.shape(0),
-           "]");
-    }
     // A cache of many sequences counts below 0 what it has dropped.
     const mx::array starts = mx::maximum(*extras.key_starts, mx::array(0), stream);
     inputs.push_back(mx::contiguous(mx::astype(starts, mx::int32, stream), false, stream));
@@ -105,6 +111,7 @@ bool Attention::is_equivalent(const mx::Primitive& other) const {
 }
 
 std::vector<mx::Shape> Attention::output_shapes(const std::vector<mx::array>& inputs) {
+  check_input_shapes(inputs, present_);
   const mx::Shape& q = inputs[0].shape();
   std::vector<mx::Shape> shapes{{q[0], q[1], q[2], inputs[2].shape(3)}};
   if (has_log_sum_exp_) shapes.push_back({q[0], q[1], q[2]});
