@@ -66,7 +66,16 @@ def test_outputs_and_gradients_are_those_of_jax(case):
 def test_windows_on_both_sides():
     tensors = arrays(lengths=(50, 50))
     for window in (7, (3, 9)):
-        assert_close(ours(*tensors, local_window_size=window), own(*tensors, local_window_size=window), 1e-5)
+        expected = own(*tensors, local_window_size=window)
+        for given in (window, np.int64(7) if window == 7 else list(window)):
+            assert_close(ours(*tensors, local_window_size=given), expected, 1e-5)
+
+
+def test_numbers_may_be_arrays():
+    tensors = arrays()
+    have = ours(*tensors, scale=jnp.float32(0.5), softcap=np.float32(2))
+    assert_close(have, ours(*tensors, scale=0.5, softcap=2.0), 0)
+    assert_close(ours(*tensors, softcap=jnp.float32(2)), ours(*tensors, softcap=2), 0)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -133,6 +142,7 @@ def test_one_compilation_serves_later_calls_and_large_arrays():
         ({"key": (2, 77, 2, 32)}, "key is [2, 77, 2, 32]; it must be [B = 2, S, K, H = 64]"),
         ({"value": (2, 76, 2, 64)}, "value is [2, 76, 2, 64]; it must be [B = 2, S = 77, K = 2, H]"),
         ({"key_value_seq_lengths": (3,)}, "key_value_seq_lengths is [3]; it must be [B = 2]"),
+        ({"query_seq_lengths": (2,)}, "query_seq_lengths is float32; it must be of whole numbers"),
         ({"mask": (2, 4, 33, 77)}, "mask is float32; it must be bool"),
         ({"bias": (32, 77)}, "mask is [32, 77]; it must broadcast to"),
         ({"sinks": (3,)}, "sinks is [3]; it must be [heads_q], here [4]"),
@@ -140,7 +150,8 @@ def test_one_compilation_serves_later_calls_and_large_arrays():
 )
 def test_messages(change, words):
     given = dict(zip(("query", "key", "value"), arrays(), strict=True))
-    given |= {name: jnp.zeros(shape) for name, shape in change.items()}
+    given |= {name: jnp.zeros(shape, jnp.int32 if shape == (3,) and name.endswith("lengths") else None)
+              for name, shape in change.items()}  # fmt: skip
     for function in (ours, jax.jit(ours)):
         with pytest.raises(ValueError) as raised:
             function(**given)

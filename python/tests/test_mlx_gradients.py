@@ -279,6 +279,7 @@ def test_memory_is_known_before_and_limited():
     # A kernel by name and a policy are the forward pass's.
     for limits in (widehead.Limits(kernel="cpu_unfused"), widehead.Limits(policy="fused")):
         assert relative_rms(numpy_of(gradient(limits)), numpy_of(expected)) <= 1e-5
+        assert widehead.mlx.plan(*tensors, **options, gradients=True, limits=limits).kernel == plan.kernel
 
 
 def test_only_what_is_differentiated_runs_backward():

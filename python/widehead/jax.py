@@ -167,6 +167,16 @@ def _expect_shape(name: str, array: Any, shape: tuple[int | None, ...], letters:
         raise ValueError(f"{name} is {list(array.shape)}; it must be [{wanted}]")
 
 
+def _lengths_of(name: str, lengths: Any, batch: int) -> Any:
+    if lengths is None:
+        return None
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"{name} is {lengths.dtype}; it must be of whole numbers")
+    _expect_shape(name, lengths, (batch,), "B")
+    return lengths.astype(jnp.int32)
+
+
 def _mask_of(bias: Any, mask: Any, dtype: Any) -> Any:
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask is {mask.dtype}; it must be bool (true attends); biases are added")
@@ -221,18 +231,15 @@ def sdpa(
     letters = "BSKH"[is_single:]
     _expect_shape("key", k, (*q.shape[: 1 - is_single], None, None, q.shape[-1]), letters)
     _expect_shape("value", v, (*k.shape[:-1], None), letters)
-    lengths = [
-        None if each is None else jnp.asarray(each, jnp.int32)
-        for each in (query_seq_lengths, key_value_seq_lengths)
-    ]
     if is_single:
         q, k, v = (each[None] for each in (q, k, v))
-    for name, each in zip(("query_seq_lengths", "key_value_seq_lengths"), lengths, strict=True):
-        if each is not None:
-            _expect_shape(name, each, (q.shape[0],), "B")
-    window = local_window_size
-    if isinstance(window, int):
-        window = (window, window)
+    lengths = [
+        _lengths_of("query_seq_lengths", query_seq_lengths, q.shape[0]),
+        _lengths_of("key_value_seq_lengths", key_value_seq_lengths, q.shape[0]),
+    ]
+    window: Any = local_window_size
+    if window is not None:
+        window = (window, window) if hasattr(window, "__index__") else tuple(window)
     if window is not None and not is_causal and (q.shape[1] != k.shape[1] or lengths[1] is not None):
         raise ValueError(
             f"local_window_size is {local_window_size} over {q.shape[1]} queries and {k.shape[1]} keys; "
@@ -240,7 +247,7 @@ def sdpa(
         )
     options = _Options(
         None if scale is None else float(scale), "top_left" if is_causal else False, window,
-        softcap, DEFAULT_LIMITS if limits is None else limits,
+        None if softcap is None else float(softcap), DEFAULT_LIMITS if limits is None else limits,
     )  # fmt: skip
     given = (q, k, v, _mask_of(arrays["bias"], arrays["mask"], q.dtype), arrays["sinks"], lengths[1])
     options.expect_kernel(given)

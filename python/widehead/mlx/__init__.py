@@ -25,7 +25,7 @@ import mlx.core as mx
 
 import widehead
 from widehead._errors import expect_kernel
-from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead._limits import DEFAULT_LIMITS, Limits, backward_limits
 from widehead._plan import Plan
 from widehead.mlx import _build, _dlpack, _mlx_lm, _quantised
 from widehead.mlx._masks import Masks
@@ -167,7 +167,7 @@ def plan(
         sinks=spec(sinks, mx.float32),
         key_starts=spec(key_starts, mx.int32),
         gradients=gradients,
-        limits=limits,
+        limits=backward_limits(limits) if gradients and limits is not None else limits,
     )
 
 
