@@ -84,7 +84,8 @@ def sdpa(
     key_starts: [batch]: keys before it are not read (left padding).
     limits: what the call may take; see :class:`widehead.Limits`.
 
-    Strided arrays are read where they are; a reversed one is copied on the CPU and refused on a GPU.
+    Strided arrays are read where they are; of reversed ones q, k and v are copied on the CPU, and all
+    others are refused when they are evaluated, on a GPU q, k and v too: pass mx.contiguous() of them.
     Works under mx.compile, shapeless too. q, k, v and sinks have gradients that store no scores;
     those of an additive mask, of heads beyond 512 on a GPU, second ones, mx.jvp and mx.vmap take
     MLX's own operations, which do. Raises ValueError with the argument, its value and what would be valid, and
