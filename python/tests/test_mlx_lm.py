@@ -339,11 +339,12 @@ def test_quantised_caches_take_no_more_memory(calls, heads, dim, dtype, len_q, b
         mx.eval(quantised_attention(*problem, "causal", bits, 64))
         return mx.get_peak_memory() - before
 
-    own, ours = both(peak)
+    # Where MLX's thread is late, mlx-lm's copy of the keys is gone before that of the values is made.
+    own, ours = both(lambda: max(peak() for _ in range(8)))
     assert ours <= own
     # mlx-lm's own, unless it copies the cache for every head or has scores of many queries.
     stays = (heads == (2, 2) and len_q == 1) or (len_q, bits, dtype) == (1, 4, mx.float32) and dim == 256
-    assert len(calls) == (0 if stays else 1)
+    assert len(calls) == (0 if stays else 8)
 
 
 def test_the_log_says_who_serves_quantised_caches(monkeypatch, capfd):
