@@ -499,7 +499,7 @@ const BadUsage kBadUsages[] = {
     {"check --backward --kernel cpu_prefill", 2, "did you mean \"cpu_backward\"?"},
     {"run nothing.safetensors", 2, "cannot open nothing.safetensors"},
     {"run /proc/self/status", 2, "safetensors"},
-    {"check --cases many", 2, "valid: smoke, ci, full, layouts, corner"},
+    {"check --cases many", 2, "valid: smoke, ci, full, layouts, ragged, corner"},
     {"check --kernel cpu_decod", 2, "did you mean \"cpu_decode\"?"},
     {"list models2", 2, "did you mean models?"},
 };
