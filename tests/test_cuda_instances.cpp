@@ -124,6 +124,13 @@ TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
   }
 }
 
+// What takes over where something is not finite is in the same builds.
+void expect_takeover(const Instance& instance) {
+  if (!instance.is_compiled) return;
+  const Problem p = problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype);
+  EXPECT_NE(portable_backward_variant(p, hopper(true)), nullptr);
+}
+
 TEST(CudaInstances, TheBackwardPassHasBothItsKernelsOrNone) {
   Config config;
   for (const Instance& instance : kGradientInstances) {
@@ -131,13 +138,7 @@ TEST(CudaInstances, TheBackwardPassHasBothItsKernelsOrNone) {
          {gradient_variant(config).queries, gradient_variant(config).keys}) {
       for (const auto function : functions) EXPECT_EQ(function != nullptr, instance.is_compiled);
     }
-    // What takes over where something is not finite is in the same builds.
-    if (instance.is_compiled) {
-      EXPECT_NE(
-          portable_backward_variant(
-              problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype), hopper(true)),
-          nullptr);
-    }
+    expect_takeover(instance);
     ++config.instance;
   }
   config = {};
@@ -146,12 +147,7 @@ TEST(CudaInstances, TheBackwardPassHasBothItsKernelsOrNone) {
     for (const auto& functions : {variant.dq, variant.dk, variant.dv}) {
       for (const auto function : functions) EXPECT_EQ(function != nullptr, instance.is_compiled);
     }
-    if (instance.is_compiled) {
-      EXPECT_NE(
-          portable_backward_variant(
-              problem(instance.dims.dim_qk, instance.dims.dim_v, instance.dtype), hopper(true)),
-          nullptr);
-    }
+    expect_takeover(instance);
     ++config.instance;
   }
   config = {};

@@ -40,9 +40,9 @@ Errors errors_of(const Problem& problem, const Tensors& tensors, const Expected&
 
 struct Difference {
   double relative_rms = 0;  // 0 where too few elements were compared to judge by it
-  double tolerance = 0;  // of relative_rms
-  double worst = 0;      // the largest elementwise error over its bound; 1 is the limit
-  std::string message;   // empty: within tolerance everywhere
+  double tolerance = 0;     // of relative_rms
+  double worst = 0;         // the largest elementwise error over its bound; 1 is the limit
+  std::string message;      // empty: within tolerance everywhere
 };
 
 // Compares `data`'s outputs with what was expected.

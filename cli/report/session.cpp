@@ -42,7 +42,11 @@ KeptStdout::KeptStdout() {
   const int kept = dup(STDOUT_FILENO);
   if (kept < 0) return;
   mine_ = kept_stdout = fdopen(kept, "w");
-  if (mine_ != nullptr) dup2(STDERR_FILENO, STDOUT_FILENO);
+  if (mine_ == nullptr) {
+    close(kept);
+    return;
+  }
+  dup2(STDERR_FILENO, STDOUT_FILENO);
 }
 
 KeptStdout::~KeptStdout() {
