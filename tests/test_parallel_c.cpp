@@ -204,5 +204,32 @@ TEST(ParallelC, TheOthersHearOfAnErrorOfOne) {
   EXPECT_EQ(messages[2].rfind("dim_qk is 0", 0), 0u) << messages[2];
 }
 
+// Before it has begun too: the others wait for its messages.
+TEST(ParallelC, TheOthersHearOfARunThatFailsByItsArguments) {
+  Input input;
+  input.problem.len_q = input.problem.len_k = 64;
+  input.problem.dim_qk = input.problem.dim_v = 16;
+  set_dense(input.problem);
+  ShardedData data(input, shard(input.problem, contiguous(64, 3), contiguous(64, 3)));
+  std::vector<std::string> messages(3);
+  std::vector<LocalTensors> locals;
+  for (int32_t r = 0; r < 3; ++r) locals.push_back(data.local(r));
+  const auto begin = Communicator::Clock::now();
+  as_ranks(3, [&](int32_t r, const wh_communicator& communicator) {
+    RankCall call(data.problem(), r);
+    call.shards.strategy = "gather";
+    ASSERT_EQ(call.plan(&communicator), WH_OK) << wh_last_error();
+    const wh_status status = r == 2 ? wh_parallel_plan_run(call.made.get(), nullptr, nullptr)
+                                    : run(call, data, locals[static_cast<size_t>(r)]);
+    EXPECT_NE(status, WH_OK);
+    messages[static_cast<size_t>(r)] = wh_last_error();
+  });
+  EXPECT_LT(Communicator::Clock::now() - begin, std::chrono::seconds(20));
+  for (const size_t rank : {0, 1}) {
+    EXPECT_NE(messages[rank].find(gave_up(2).message()), std::string::npos) << messages[rank];
+  }
+  EXPECT_EQ(messages[2], "tensors is null");
+}
+
 }  // namespace
 }  // namespace wh::sharded

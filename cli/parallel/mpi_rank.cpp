@@ -1,7 +1,9 @@
 #include <fmt/format.h>
 #include <mpi.h>
 
+#include <chrono>
 #include <new>
+#include <thread>
 
 #include "parallel/mpi/communicator.h"
 #include "parallel/ranks.h"
@@ -51,7 +53,9 @@ int run_mpi_rank(const Group& group, const RankMain& main) {
   const int answer =
       report({status.code(), fmt::format("rank {}: {}", session.rank, status.message())});
   // Ranks that wait for this one would wait for good: what failed here may not have failed there.
+  // Where it has, they say why before they are ended.
   if (status.code() != Code::kInvalidArgument && status.code() != Code::kRefused) {
+    std::this_thread::sleep_for(std::chrono::seconds(1));
     MPI_Abort(MPI_COMM_WORLD, answer);
   }
   return answer;

@@ -44,6 +44,10 @@ typedef struct wh_communicator {
   void (*poll)(void* context);
   /* What went wrong in the last call that failed; NULL: its name has to do. */
   const char* (*error)(void* context);
+  /* This rank failed and its memory may go: what it has in flight ends, and the others hear of it,
+   * as far as that is in the connection's power, which is of no more use then. NULL: the others
+   * wait until their time-out. */
+  void (*give_up)(void* context);
 } wh_communicator;
 
 /* Tokens that lie side by side in a rank's tensors. */
@@ -95,8 +99,8 @@ WH_API double wh_parallel_plan_estimated_us(const wh_parallel_plan* plan);
 /* Every strategy with its verdict, reason, workspace and estimate. Owned by the plan. */
 WH_API const char* wh_parallel_plan_explain(const wh_parallel_plan* plan);
 /* `tensors` are this rank's, without key lengths and starts. One run of a plan at a time. On CUDA
- * it returns when the work is on the stream. A rank that fails makes the others wait until their
- * time-out, and say for whom. */
+ * it returns when the work is on the stream. A rank that fails, by its arguments too, gives up the
+ * connection: the others hear of it, or wait until their time-out and say for whom. */
 WH_API wh_status wh_parallel_plan_run(wh_parallel_plan* plan, const wh_tensors* tensors,
                                       const wh_run_options* options);
 

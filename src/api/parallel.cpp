@@ -23,7 +23,7 @@ using namespace sharded;
 using Clock = Communicator::Clock;
 
 constexpr SizedStruct<wh_communicator> kCommunicatorStruct{
-    "communicator", 64, {0, nullptr, 0, 0, 30, nullptr, nullptr, nullptr, nullptr}};
+    "communicator", 64, {0, nullptr, 0, 0, 30, nullptr, nullptr, nullptr, nullptr, nullptr}};
 constexpr SizedStruct<wh_shards> kShardsStruct{"shards", 88, {}};
 
 // The caller's functions as the library has them.
@@ -51,6 +51,9 @@ class CallersCommunicator final : public Communicator {
   }
   void poll() override {
     if (c_.poll != nullptr) c_.poll(c_.context);
+  }
+  void give_up() override {
+    if (c_.give_up != nullptr) c_.give_up(c_.context);
   }
   ParallelRun run() const {
     const std::chrono::duration<double> timeout(c_.timeout_s);
@@ -236,6 +239,24 @@ class PlanMaker {
   wh_parallel_plan& plan_;
 };
 
+Status run_as_rank(wh_parallel_plan& plan, const wh_tensors* tensors,
+                   const wh_run_options* options) {
+  Tensors t;
+  RunOptions o;
+  WH_RETURN_IF_ERROR(read_tensors(tensors, t));
+  WH_RETURN_IF_ERROR(read_run_options(options, o));
+  if (o.progress != nullptr) {
+    return invalid("run_options.progress is set; a run over several ranks reports none");
+  }
+  Problem local = local_problem(plan.problem, plan.rank);
+  local.has_key_lengths = local.has_key_starts = false;
+  WH_RETURN_IF_ERROR(validate(local, t));
+  WH_RETURN_IF_ERROR(backend(local.device).check(local, t, o.stream));
+  ParallelRun run = plan.communicator->run();
+  run.options = o;
+  return run_rank(plan.problem, plan.mine, t, *plan.communicator, run);
+}
+
 }  // namespace
 }  // namespace wh
 
@@ -306,19 +327,8 @@ wh_status wh_parallel_plan_run(wh_parallel_plan* plan, const wh_tensors* tensors
     if (!plan->communicator) {
       return wh::invalid("plan has no communicator; it says what would be done and cannot run");
     }
-    wh::Tensors t;
-    wh::RunOptions o;
-    WH_RETURN_IF_ERROR(wh::read_tensors(tensors, t));
-    WH_RETURN_IF_ERROR(wh::read_run_options(options, o));
-    if (o.progress != nullptr) {
-      return wh::invalid("run_options.progress is set; a run over several ranks reports none");
-    }
-    wh::Problem local = local_problem(plan->problem, plan->rank);
-    local.has_key_lengths = local.has_key_starts = false;
-    WH_RETURN_IF_ERROR(wh::validate(local, t));
-    WH_RETURN_IF_ERROR(wh::backend(local.device).check(local, t, o.stream));
-    wh::sharded::ParallelRun run = plan->communicator->run();
-    run.options = o;
-    return run_rank(plan->problem, plan->mine, t, *plan->communicator, run);
+    const Status status = wh::run_as_rank(*plan, tensors, options);
+    if (!status.ok()) plan->communicator->give_up();  // the others are running
+    return status;
   });
 }

@@ -10,6 +10,10 @@ Status late(const Communicator::Transfer& transfer, int32_t rank) {
                                           transfer.bytes, transfer.is_send ? "from" : "to", rank)};
 }
 
+Status gave_up(int32_t rank) {
+  return {Code::kDeviceError, fmt::format("rank {} failed; its own error says why", rank)};
+}
+
 Result<std::vector<uint64_t>> tell_all(Communicator& communicator, std::span<const uint64_t> mine,
                                        Communicator::Clock::time_point deadline) {
   constexpr int32_t kWords = -1;  // no number of a schedule's

@@ -38,9 +38,12 @@ class Communicator {
   // connections that move only when they are asked to.
   virtual void poll() {}
   // This rank failed and its memory may go: what it has in flight ends, as far as that is in the
-  // connection's power, which is of no more use then.
+  // connection's power, which is of no more use then. More than once is no error.
   virtual void give_up() {}
 };
+
+// What ranks answer with that are told so.
+Status gave_up(int32_t rank);
 
 // That a transfer of this rank's was not done in time: by whom, and what.
 Status late(const Communicator::Transfer& transfer, int32_t rank);

@@ -235,6 +235,7 @@ Status agree(const ShardedProblem& s, Strategy strategy, const Status& own,
 
 Status run_rank(const ShardedProblem& s, const RankPlan& plan, const Tensors& tensors,
                 Communicator& communicator, const ParallelRun& run) {
+  Departure departure(communicator);
   if (plan.workspace_bytes > 0 && tensors.workspace == nullptr) {
     return invalid(fmt::format("workspace is null; the plan takes {} bytes", plan.workspace_bytes));
   }
@@ -243,7 +244,6 @@ Status run_rank(const ShardedProblem& s, const RankPlan& plan, const Tensors& te
                                plan.workspace_bytes));
   }
   const Runner runner(s, plan, tensors, communicator, run);
-  Departure departure(communicator);
   for (const Step& step : plan.schedule.steps) WH_RETURN_IF_ERROR(std::visit(runner, step));
   departure.is_clean = true;
   return {};

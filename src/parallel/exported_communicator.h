@@ -47,6 +47,7 @@ class ExportedCommunicator {
     };
     c.poll = [](void* self) { of(self).communicator_.poll(); };
     c.error = [](void* self) { return of(self).error_.c_str(); };
+    c.give_up = [](void* self) { of(self).communicator_.give_up(); };
     return c;
   }
 

@@ -9,6 +9,7 @@ namespace wh::sharded {
 namespace {
 
 constexpr int kTag = 0x7764;               // whatever else the caller sends has another
+constexpr int kGivenUpTag = 0x7765;        // of what a rank sends that failed, without bytes
 constexpr int64_t kMostBytes = 1ll << 30;  // of one message: MPI counts in int
 
 }  // namespace
@@ -56,7 +57,34 @@ Status MpiCommunicator::check(int error, const char* call) const {
                                           std::string_view(text, static_cast<size_t>(length)))};
 }
 
+Status MpiCommunicator::given_up() {
+  int is_there = 0;
+  MPI_Status from{};
+  WH_RETURN_IF_ERROR(failure_);
+  WH_RETURN_IF_ERROR(
+      check(MPI_Iprobe(MPI_ANY_SOURCE, kGivenUpTag, comm_, &is_there, &from), "MPI_Iprobe"));
+  if (is_there == 0) return {};
+  MPI_Recv(nullptr, 0, MPI_BYTE, from.MPI_SOURCE, kGivenUpTag, comm_, MPI_STATUS_IGNORE);
+  failure_ = gave_up(from.MPI_SOURCE);
+  abandon();
+  return failure_;
+}
+
+void MpiCommunicator::give_up() {
+  abandon();
+  if (!failure_.ok()) return;  // the others have heard, or will
+  failure_ = gave_up(rank_);
+  for (int32_t peer = 0; peer < ranks_; ++peer) {
+    if (peer == rank_) continue;
+    MPI_Request request = MPI_REQUEST_NULL;
+    if (MPI_Isend(nullptr, 0, MPI_BYTE, peer, kGivenUpTag, comm_, &request) != MPI_SUCCESS)
+      continue;
+    MPI_Request_free(&request);  // nothing but the other side could wait for it
+  }
+}
+
 Status MpiCommunicator::start(int32_t exchange, std::span<const Transfer> transfers) {
+  WH_RETURN_IF_ERROR(given_up());
   Pending& pending = pending_[exchange];
   for (const Transfer& transfer : transfers) {
     for (int64_t done = 0; done < transfer.bytes; done += kMostBytes) {
@@ -89,6 +117,7 @@ Status MpiCommunicator::finish(int32_t exchange, Clock::time_point deadline) {
     WH_RETURN_IF_ERROR(check(
         MPI_Testall(count, pending.requests.data(), &is_done, MPI_STATUSES_IGNORE), "MPI_Testall"));
     if (is_done != 0) break;
+    WH_RETURN_IF_ERROR(given_up());
     if (Clock::now() < deadline) {
       sched_yield();  // ranks may be more than cores
       continue;

@@ -24,6 +24,8 @@ class MpiCommunicator final : public Communicator {
   Status start(int32_t exchange, std::span<const Transfer> transfers) override;
   Status finish(int32_t exchange, Clock::time_point deadline) override;
   void poll() override;
+  // Its receives end, and the others hear of it in their next start() or finish().
+  void give_up() override;
 
  private:
   struct Pending {
@@ -32,11 +34,14 @@ class MpiCommunicator final : public Communicator {
   };
   Status check(int error, const char* call) const;
   void abandon();
+  // That this rank or another gave up.
+  Status given_up();
 
   MPI_Comm comm_;
   MPI_Errhandler callers_errors_;  // what the caller had, until this ends
   int32_t rank_ = 0, ranks_ = 1;
   bool may_poll_ = false;
+  Status failure_;  // once a rank gave up
   std::map<int32_t, Pending> pending_;
 };
 

@@ -60,10 +60,7 @@ Status ThreadGroup::Member::finish(int32_t exchange, Clock::time_point deadline)
 // Nothing is copied from or to its memory from then on.
 void ThreadGroup::Member::give_up() {
   const std::lock_guard lock(group_.mutex_);
-  if (group_.failure_.ok()) {
-    group_.failure_ = {Code::kDeviceError,
-                       fmt::format("rank {} failed; its own error says why", rank_)};
-  }
+  if (group_.failure_.ok()) group_.failure_ = gave_up(rank_);
   group_.arrived_.notify_all();
 }
 
