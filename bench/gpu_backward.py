@@ -1,18 +1,19 @@
 """Times the kernels of the backward pass on a GPU beside PyTorch's, alternating, in one process.
 
-    python3 bench/gpu_backward.py RESULT.json RESULT.md [--only d128,d256] [--seconds 60]
+    python3 bench/gpu_backward.py RESULT.json RESULT.md [--only d128,d256] [--seconds 60] [--sustained 1]
 
-Needs `import widehead`. The backward pass alone, by CUDA events, the median of several calls; out and
-the log-sum-exp come from Widehead's forward pass, and for PyTorch from its own. TFLOP/s count visible
-pairs and five products, whatever a kernel multiplies. Every kernel's gradients are compared with
-PyTorch's, and its bits with those of its other runs; what is off makes the script fail. What refuses is
-written down with its reason. The results are written after every row; rows left out for time make it
-fail too.
+Needs `import widehead`. The backward pass alone, by CUDA events, the median of several calls, in another
+order each round; out and the log-sum-exp come from Widehead's forward pass, and for a rival from its own.
+FlashAttention-3 runs beside PyTorch's where `flash_attn_interface` is installed, as it comes and
+deterministic. TFLOP/s count visible pairs and five products, whatever a kernel multiplies. Every kernel's
+gradients are compared with PyTorch's, and its bits with those of its other runs; what is off makes the
+script fail, or is no rival. What refuses is written down with its reason. With --sustained the kernels
+that are near the fastest run alone for so many seconds, behind one that is not counted: at the power
+limit. The results are written after every row; rows left out for time make the script fail too.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rivals import event_ms
+from gpu import STILL_A_RIVAL, sustained_ms, time_alternating
+from gpu_rivals import is_installed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import widehead
@@ -29,6 +31,7 @@ from widehead import _core
 KERNELS = ("sm90_backward", "sm90_backward_wide", "cuda_portable_backward")
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
             "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
+FLASH_3 = {"FlashAttention-3": False, "FlashAttention-3, deterministic": True}
 # Both sides round the weights and the results to bf16.
 TOLERANCE = 2e-2
 LENGTH = 8192
@@ -71,10 +74,24 @@ def torch_call(backend: SDPBackend, inputs: list[torch.Tensor], d_out: torch.Ten
     return lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
 
 
+def flash_3_call(deterministic: bool, inputs: list[torch.Tensor], d_out: torch.Tensor, causal: bool) -> Call:
+    """In its layout, [batch, length, heads, dim]."""
+    if not is_installed("flash_attn_interface"):
+        raise NotImplementedError("is not installed")
+    from flash_attn_interface import flash_attn_func
+
+    theirs = [tensor.detach().transpose(1, 2).contiguous().requires_grad_() for tensor in inputs]
+    out = flash_attn_func(*theirs, causal=causal, deterministic=deterministic)
+    out = out[0] if isinstance(out, tuple) else out
+    d_theirs = d_out.transpose(1, 2).contiguous()
+    return lambda: tuple(each.transpose(1, 2) for each in torch.autograd.grad(out, theirs, d_theirs, retain_graph=True))
+
+
 def calls_of(inputs: list[torch.Tensor], d_out: torch.Tensor, causal: bool) -> tuple[dict[str, Call], dict[str, str]]:
     """What runs, PyTorch's first, and why the others do not."""
     calls, refusals = {}, {}
     makers = [*((name, torch_call, backend) for name, backend in BACKENDS.items()),
+              *((name, flash_3_call, is_deterministic) for name, is_deterministic in FLASH_3.items()),
               *((kernel, widehead_call, kernel) for kernel in KERNELS)]
     for name, make, which in makers:
         try:
@@ -91,7 +108,12 @@ def difference(have: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -
     return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(have, want, strict=True))
 
 
-def measure(row: tuple) -> dict[str, Any]:
+def gives_the_same_bits(call: Call) -> bool:
+    first = [tensor.clone() for tensor in call()]
+    return all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, call(), strict=True))
+
+
+def measure(row: tuple, sustained_s: float) -> dict[str, Any]:
     batch, heads, (dim_qk, dim_v), causal = row
     generator = torch.Generator("cuda").manual_seed(7)
 
@@ -101,39 +123,66 @@ def measure(row: tuple) -> dict[str, Any]:
     inputs = [random(dim).requires_grad_() for dim in (dim_qk, dim_qk, dim_v)]
     d_out = random(dim_v)
     calls, refusals = calls_of(inputs, d_out, causal)
-    theirs = next((name for name in calls if name not in KERNELS), None)
+    theirs = next((name for name in calls if name in BACKENDS), None)
     want = None if theirs is None else calls[theirs]()
     wrong = []
     if want is None:
         wrong.append("nothing of PyTorch's to compare with")
     if not any(kernel in calls for kernel in KERNELS):
         wrong.append("every kernel of Widehead's refuses it")
-    differences = {}
-    for name in (kernel for kernel in KERNELS if kernel in calls):
-        first = [tensor.clone() for tensor in calls[name]()]
-        if want is not None:
-            differences[name] = difference(first, want)
-            if not differences[name] <= TOLERANCE:
-                wrong.append(f"{name} is {differences[name]:.1e} off {theirs}")
-        if any(not torch.equal(a, b) for _ in range(3) for a, b in zip(first, calls[name](), strict=True)):
+    differences, same_bits = {}, {}
+    for name in [name for name in calls if name not in BACKENDS]:
+        same_bits[name] = gives_the_same_bits(calls[name])
+        if name in KERNELS and not same_bits[name]:
             wrong.append(f"{name} gives other bits on another run")
-    samples = {name: [] for name in calls}
-    for _ in range(7):
-        for name, call in calls.items():
-            samples[name].append(event_ms(call))
-    medians = {name: statistics.median(all_of[1:]) for name, all_of in samples.items()}
-    return {"name": name_of(row), "ms": medians, "tflops": {name: 1e3 * tera_flops(row) / ms for name, ms in medians.items()},
-            "difference": differences, "refused": refusals, "wrong": wrong}
+        if want is None:
+            continue
+        differences[name] = difference(calls[name](), want)
+        if not differences[name] <= TOLERANCE:
+            off = f"{differences[name]:.1e} off {theirs}"
+            if name in KERNELS:
+                wrong.append(f"{name} is {off}")
+            else:
+                refusals[name] = off
+                del calls[name]
+    milliseconds = time_alternating(calls, 1)
+    held = {}
+    if sustained_s > 0:
+        most_ms = STILL_A_RIVAL * min(milliseconds.values(), default=0)
+        held = {name: sustained_ms(calls[name], ms, sustained_s) for name, ms in milliseconds.items() if ms <= most_ms}
+
+    def rates(times: dict[str, float]) -> dict[str, float]:
+        return {name: 1e3 * tera_flops(row) / ms for name, ms in times.items()}
+
+    return {"name": name_of(row), "ms": milliseconds, "tflops": rates(milliseconds), "sustained_ms": held,
+            "sustained_tflops": rates(held), "difference": differences, "same_bits": same_bits, "refused": refusals,
+            "wrong": wrong}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    columns = [*KERNELS, *BACKENDS]
+def table(rows: list[dict[str, Any]], rates: str) -> str:
+    columns = [*KERNELS, *FLASH_3, *BACKENDS]
     lines = [f"| TFLOP/s | {' | '.join(columns)} | off |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
-        cells = [f"{row['tflops'][name]:.0f}" if name in row["tflops"] else "-" for name in columns]
-        off = ", ".join(f"{one:.1e}" for one in row["difference"].values())
+        cells = [f"{row[rates][name]:.0f}" if name in row[rates] else "-" for name in columns]
+        off = ", ".join(f"{row['difference'][name]:.1e}" for name in columns if name in row["difference"])
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {off} |")
     return "\n".join(lines)
+
+
+def report(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    parts = [f"{document['device']}, PyTorch {document['torch']}, bf16", "In bursts:", table(rows, "tflops")]
+    if any(row["sustained_tflops"] for row in rows):
+        parts += ["Alone, at the power limit; -: too far behind in a burst:", table(rows, "sustained_tflops")]
+    others = sorted({name for row in rows for name, is_same in row["same_bits"].items() if not is_same})
+    parts += [f"Gave other bits on another run: {', '.join(others) or 'none'}."]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row["refused"].items():
+            reasons.setdefault((name, reason), []).append(row["name"])
+    parts += ["\n".join(f"- {name}, {len(where)} of {len(rows)} rows, the first {where[0]}: {reason}"
+                        for (name, reason), where in reasons.items())]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main() -> int:
@@ -142,6 +191,7 @@ def main() -> int:
     flags.add_argument("markdown", type=Path)
     flags.add_argument("--only", default="", help="rows that begin so: d128,d256")
     flags.add_argument("--seconds", type=float, default=60, help="no row begins after so many")
+    flags.add_argument("--sustained", type=float, default=0, help="seconds alone too, of what is near the fastest")
     options = flags.parse_args()
     selected = [row for row in ROWS if name_of(row).startswith(tuple(options.only.split(",")))]
     if not selected:
@@ -151,12 +201,12 @@ def main() -> int:
         if time.perf_counter() - begin > options.seconds:
             left_out.append(name_of(row))
         else:
-            rows.append(measure(row))
-            print(json.dumps({key: rows[-1][key] for key in ("name", "tflops", "refused", "wrong")}), flush=True)
+            rows.append(measure(row, options.sustained))
+            print(json.dumps({key: rows[-1][key] for key in ("name", "tflops", "sustained_tflops", "refused", "wrong")}), flush=True)
         torch.cuda.empty_cache()
         document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "left_out": left_out}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
-        options.markdown.write_text(f"{document['device']}, PyTorch {document['torch']}, bf16\n\n{table(rows)}\n")
+        options.markdown.write_text(report(document))
     for name in left_out:
         print(f"left out for time: {name}")
     wrong = [f"{row['name']}: {one}" for row in rows for one in row["wrong"]]
