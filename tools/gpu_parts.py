@@ -277,8 +277,13 @@ class GpuCheck:
                 ("synccheck", [name for name in self.kernels if name != "sm90_decode"]),
                 ("racecheck", others), ("racecheck", hopper)]
         jobs = [(name, kernels) for name, kernels in jobs if kernels != hopper or self.is_hopper()]
+        return self.sanitize_beside(tool, jobs, seconds)
+
+    def sanitize_beside(self, program: str, jobs: list[tuple[str, list[str]]], seconds: float,
+                        *more: str) -> Outcome:
+        """Each tool on its kernels, all at once: most of the time the host makes float64's answers."""
         with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-            outcomes = list(pool.map(lambda job: self.sanitize(tool, *job, seconds), jobs))
+            outcomes = list(pool.map(lambda job: self.sanitize(program, *job, seconds, *more), jobs))
         return Outcome([failure for one in outcomes for failure in one.failures],
                        data=[one.data for one in outcomes])
 
@@ -357,7 +362,7 @@ class GpuCheck:
 
     def gradients(self, seconds: float) -> Outcome:
         """The kernels of the backward pass: every gradient against float64, the same bits a hundred
-        times, tiles for small cards, what memcheck and racecheck see, and large cases, sampled."""
+        times, tiles for small cards, what sanitizers see, and large cases, sampled."""
         kernels, begin = self.kernels_of("backward"), time.monotonic()
         small = ["--shared-bytes", SMALL_SHARED_BYTES] if self.is_gpu else []
         steps = [("smoke", "--runs", 100 if self.is_gpu else 3), ("corner",),
@@ -379,13 +384,14 @@ class GpuCheck:
         outcome.failures += tests.failures
         outcome.data.append(tests.data)
         tool = self.sanitizer()
-        for name in ("memcheck", "racecheck") if tool else ():
-            one = self.sanitize(tool, name, kernels, seconds - (time.monotonic() - begin),
-                                "--backward")
-            outcome.failures += one.failures
-            outcome.data.append(one.data)
         if not tool:
             outcome.failures.append("compute-sanitizer is not on the PATH")
+            return outcome
+        jobs = [(name, kernels) for name in ("memcheck", "synccheck", "racecheck")]
+        sanitized = self.sanitize_beside(tool, jobs, seconds - (time.monotonic() - begin),
+                                         "--backward")
+        outcome.failures += sanitized.failures
+        outcome.data += sanitized.data
         return outcome
 
     def backward(self, seconds: float) -> Outcome:
