@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from gpu_library import (DTYPES, KERNELS, TOLERANCES, Row, Widehead, problem, random_tensors,
                          relative_rms)
-from gpu_rivals import RIVALS, event_ms, installed_rivals
+from gpu_rivals import MODULES, RIVALS, event_ms, rivals_text, versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -149,7 +149,7 @@ def time_alternating(candidates: dict[str, Call], calls: int,
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120]
+    return str(error).strip().split("\n")[0][:200]
 
 
 def work(row: Row) -> tuple[float, float]:
@@ -276,11 +276,6 @@ def kernels_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def rivals_text(rivals: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {version}" if version else f"{name} not installed"
-                     for name, version in rivals.items())
-
-
 def write(document: Row, json_path: str, markdown_path: str) -> None:
     with open(json_path, "w") as file:
         json.dump(document, file, indent=1)
@@ -319,7 +314,7 @@ def main() -> int:
     torch.manual_seed(0)
     document: Row = dict(device=torch.cuda.get_device_name(),
                          date=datetime.date.today().isoformat(), torch=torch.__version__,
-                         rivals=installed_rivals(), sustained_seconds=arguments.sustained)
+                         rivals=versions(MODULES), sustained_seconds=arguments.sustained)
     failures = []
     for group in arguments.groups.split(","):
         document[group] = []

@@ -1,13 +1,16 @@
 """Times pages and packed tensors beside dense ones of the same contents on a GPU, alternating, in one run.
 
-    python3 bench/gpu_serving.py LIBRARY RESULT.json [--only decode,ragged,mixed] [--beside LIBRARY] [--kernel sm90_decode] [--batch-invariant]
+    python3 bench/gpu_serving.py LIBRARY RESULT.json [--only decode,ragged,mixed] [--beside LIBRARY] [--kernel sm90_decode] [--batch-invariant] [--rivals flashinfer]
 
 Every layout holds the same tokens, each as [token, head, dim], pages in random order, and what no
 sequence lists is NaN. Its answer is compared with that of the dense tensors, or of the first layout
 where lengths of queries differ; one that is off makes the script fail. Times are medians of replays
 of CUDA graphs over several sets of tensors, which L2 does not hold. Where lengths differ, the rate
 is held against a plain read of as many bytes; a batch of prompts and single tokens against two calls
-for either. --beside runs another build of the library too, which had better be as fast.
+for either. --beside runs another build of the library too, which had better be as fast. Decode over
+pages of 16 and 64 runs by the libraries of gpu_rivals.py that are installed too, each through its own
+front end, over pages that are 0 where ours are NaN. One that refuses, or answers something else, is
+written down with its reason.
 """
 
 import argparse
@@ -19,10 +22,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu import Graph, time_alternating
+from gpu import Graph, first_line, time_alternating
 from gpu_library import (KEYS_PACKED, KEYS_PAGED, QUERIES_PACKED, TOLERANCES, USES_KEY_LENGTHS,
                          USES_VALUES_IN_KEYS, I64x4, Limits, Problem, Run, Tensors, Widehead,
                          relative_rms)
+from gpu_rivals import PAGED_MODULES, PAGED_RIVALS, PagedDecode, rivals_text, versions
 
 
 @dataclass
@@ -47,6 +51,10 @@ class Batch:
         width = self.dims[0] + (0 if self.values_in_keys else self.dims[1])
         return 2 * sum(self.keys) * self.heads[1] * width
 
+    @property
+    def has_rivals(self) -> bool:
+        return set(self.queries) == {1} and not self.values_in_keys
+
     def part(self, chosen: list[int]) -> "Batch":
         return Batch(self.name, self.heads, self.dims, [self.queries[i] for i in chosen],
                      [self.keys[i] for i in chosen], self.values_in_keys, self.most_keys)
@@ -67,7 +75,8 @@ DECODE = [
 ]
 RAGGED = [
     Batch(f"64 sequences of 128 to 65536 keys, d{dim} {heads[0]}/{heads[1]}", heads, (dim, dim),
-          [1] * 64, log_uniform(64, 128, 65536), False, 65536, ("packed", "pages of 64"))
+          [1] * 64, log_uniform(64, 128, 65536), False, 65536,
+          ("packed", "pages of 64", "pages of 16"))
     for heads, dim in (((32, 8), 128), ((64, 2), 256))
 ]
 MIXED = [
@@ -76,6 +85,7 @@ MIXED = [
     Batch("chunks of 2048 over 8192 keys, 4 of them, d256 16/4", (16, 4), (256, 256), [2048] * 4,
           [8192] * 4),
 ]
+RIVALS_LAYOUTS = ("pages of 64", "pages of 16")
 GROUPS = {"decode": DECODE, "ragged": RAGGED, "mixed": MIXED}
 
 
@@ -111,16 +121,30 @@ class Served:
             row[:len(one)] = one
         return out
 
-    def pages(self, tokens: torch.Tensor, page_size: int, place: torch.Tensor) -> torch.Tensor:
-        """[pages, page_size, heads, dim]; `place` has the page of each page of all sequences."""
-        pool = torch.full((len(place) + 3, page_size, *tokens.shape[1:]), math.nan,
-                          dtype=tokens.dtype, device="cuda")
-        counts = [-(-length // page_size) for length in self.batch.keys]
+    def pages(self, page_size: int, unlisted: float) -> tuple[torch.Tensor, ...]:
+        """K and V [pages, page_size, heads, dim], and the table on the host: pages in random order,
+        `unlisted` where no token is."""
+        b = self.batch
+        counts = [-(-length // page_size) for length in b.keys]
+        place = torch.randperm(sum(counts) + 3)[:sum(counts)].to(torch.int32)
         rows = torch.cat([
             (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-            for pages, length in zip(place.long().split(counts), self.batch.keys, strict=True)])
-        pool.flatten(0, 1)[rows.cuda()] = tokens
-        return pool
+            for pages, length in zip(place.long().split(counts), b.keys, strict=True)]).cuda()
+
+        def pool(tokens: torch.Tensor) -> torch.Tensor:
+            out = torch.full((len(place) + 3, page_size, *tokens.shape[1:]), unlisted,
+                             dtype=tokens.dtype, device="cuda")
+            out.flatten(0, 1)[rows] = tokens
+            return out
+        k = pool(self.k)
+        table = torch.full((len(counts), -(-b.len_k // page_size)), -1, dtype=torch.int32)
+        for row, one in zip(table, place.split(counts), strict=True):
+            row[:len(one)] = one
+        return k, k[..., :b.dims[1]] if b.values_in_keys else pool(self.v), table
+
+    def for_rivals(self, page_size: int) -> PagedDecode:
+        k, v, table = self.pages(page_size, 0)
+        return PagedDecode(self.q, k, v, table.clamp(min=0), self.batch.keys)
 
     def run(self, library: Widehead, layout: str, fields: dict[str, Any]) -> Run:
         """`fields` are those of wh_limits."""
@@ -153,13 +177,7 @@ class Served:
             t.key_offsets = pointer(offsets(b.keys))
         else:
             p.key_layout, p.page_size = KEYS_PAGED, int(layout.split()[-1])
-            counts = [-(-length // p.page_size) for length in b.keys]
-            place = torch.randperm(sum(counts) + 3)[:sum(counts)].to(torch.int32)
-            k = self.pages(k, p.page_size, place)
-            v = v if b.values_in_keys else self.pages(v, p.page_size, place)
-            table = torch.full((len(counts), -(-b.len_k // p.page_size)), -1, dtype=torch.int32)
-            for row, one in zip(table, place.split(counts), strict=True):
-                row[:len(one)] = one
+            k, v, table = self.pages(p.page_size, math.nan)
             p.pages, t.page_table = len(k), pointer(table.cuda())
         library.check(library.c.wh_problem_set_dense(ctypes.byref(p)))
         if is_dense:
@@ -186,7 +204,28 @@ def plain_read_ms(size: int) -> float:
     return time_alternating({"read": Graph([words.max])}, 1)["read"]
 
 
-def bench(libraries: dict[str, Widehead], batch: Batch, limits: dict[str, Any]) -> dict[str, Any]:
+def rivals_over(sets: list[Served], page_size: int, names: list[str], answer: torch.Tensor
+                ) -> tuple[dict[str, dict[str, Any]], dict[str, Graph]]:
+    """What each of them answers or refuses, and calls of those that are right."""
+    pools = [one.for_rivals(page_size) for one in sets]
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Graph] = {}
+    for name in names:
+        try:
+            runs = [PAGED_RIVALS[name](pool) for pool in pools]
+            error = relative_rms(runs[0](), answer)
+            torch.cuda.synchronize()
+            if not error <= 2 * TOLERANCES["bf16"]:
+                raise ValueError(f"another answer, by a relative RMS of {error:.3g}")
+            calls[name] = Graph(runs)
+            results[name] = dict(error=error)
+        except Exception as error:  # a refusal is a result
+            results[name] = dict(refused=first_line(error))
+    return results, calls
+
+
+def bench(libraries: dict[str, Widehead], batch: Batch, limits: dict[str, Any],
+          rivals: list[str]) -> dict[str, Any]:
     """`libraries` by what follows a layout's name."""
     sets = [Served(batch) for _ in range(max(1, min(8, -(-400_000_000 // batch.kv_bytes))))]
     calls: dict[str, Graph] = {}
@@ -205,7 +244,12 @@ def bench(libraries: dict[str, Widehead], batch: Batch, limits: dict[str, Any]) 
                     is_wrong=not error <= 2 * TOLERANCES["bf16"])
                 calls[layout + suffix] = Graph(runs)
             except Exception as error:  # a refusal is a result
-                row["layouts"][layout + suffix] = dict(refused=str(error).split("\n")[0][:200])
+                row["layouts"][layout + suffix] = dict(refused=first_line(error))
+    for layout in RIVALS_LAYOUTS if batch.has_rivals and answer is not None else ():
+        results, runs = rivals_over(sets, int(layout.split()[-1]), rivals, answer)
+        row["layouts"] |= {f"{layout}, {name}": dict(result, beside=layout)
+                           for name, result in results.items()}
+        calls |= {f"{layout}, {name}": run for name, run in runs.items()}
     prompts = [i for i, length in enumerate(batch.queries) if length > 1]
     tokens = [i for i, length in enumerate(batch.queries) if length == 1]
     if prompts and tokens:
@@ -227,15 +271,19 @@ def bench(libraries: dict[str, Widehead], batch: Batch, limits: dict[str, Any]) 
 
 
 def lines(row: dict[str, Any]) -> str:
-    first = next((one["us"] for one in row["layouts"].values() if "us" in one), 0)
+    """The ratio is to the first layout, a rival's to ours over pages of as many tokens."""
+    layouts = row["layouts"]
+    first = next((name for name, one in layouts.items() if "us" in one), "")
     text = [row["name"] + (f", a plain read {row['read_gbytes_per_s']:.0f} GB/s"
                            if "read_gbytes_per_s" in row else "")]
-    for layout, one in row["layouts"].items():
+    for layout, one in layouts.items():
         if "us" not in one:
-            text.append(f"  {layout:19} refused: {one['refused']}")
+            text.append(f"  {layout:27} refused: {one['refused']}")
             continue
-        text.append(f"  {layout:19} {one['us']:9.1f} us  {one['us'] / first:6.3f}  "
-                    f"{one['kv_gbytes_per_s']:6.0f} GB/s  {one['kernel']}  "
+        beside = layouts[one.get("beside", first)]
+        ratio = f"{one['us'] / beside['us']:6.3f}" if "us" in beside else "      "
+        text.append(f"  {layout:27} {one['us']:9.1f} us  {ratio}  "
+                    f"{one['kv_gbytes_per_s']:6.0f} GB/s  {one.get('kernel', '')}  "
                     + (f"error {one['error']:.1e}" if "error" in one else "")
                     + ("  WRONG" if one.get("is_wrong") else ""))
     return "\n".join(text)
@@ -250,20 +298,25 @@ def main() -> None:
     parser.add_argument("--beside", help="another build of the library")
     parser.add_argument("--kernel")
     parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--rivals", default=",".join(PAGED_MODULES), help="those that may run")
     options = parser.parse_args()
     libraries = {"": Widehead(options.library)}
     if options.beside:
         libraries[" beside"] = Widehead(options.beside)
     limits = dict(kernel=options.kernel.encode() if options.kernel else None,
                   batch_invariant=int(options.batch_invariant))
+    rivals = {name: version for name, version in versions(PAGED_MODULES).items()
+              if name in options.rivals.split(",")}
+    print(rivals_text(rivals), flush=True)
+    there = [name for name, version in rivals.items() if version]
     rows = []
     for group in options.only.split(","):
         for batch in GROUPS[group]:
-            rows.append(bench(libraries, batch, limits))
+            rows.append(bench(libraries, batch, limits, there))
             print(lines(rows[-1]), flush=True)
             with open(options.result, "w") as file:
                 json.dump(dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
-                               rows=rows), file, indent=1)
+                               rivals=rivals, rows=rows), file, indent=1)
             torch.cuda.empty_cache()
     if any(one.get("is_wrong") for row in rows for one in row["layouts"].values()):
         sys.exit("gpu_serving: another answer than that of the first layout")
@@ -272,4 +325,5 @@ def main() -> None:
         sys.exit(f"gpu_serving: every layout of {', '.join(refused)} is refused")
 
 
-main()
+if __name__ == "__main__":
+    main()
