@@ -35,6 +35,7 @@ ROUTING_GOALS = {"median_regret": 1.01, "worst_regret": 1.10, "median_error": 0.
 SMALL_SHARED_BYTES = 101376  # of a block on compute capability 8.6, 8.9 and 12.0
 INSTANCES = ("a part of the instances, as where tools/test sees no GPU; configure with "
              "-DWIDEHEAD_CUDA_INSTANCES=all")
+PYTHON_TESTS = ("test_cuda.py", "test_torch_serving.py")
 QUIET_SECONDS = 25  # a case that takes longer hangs
 
 
@@ -244,11 +245,13 @@ class GpuCheck:
                                        "smoke": smoke.data})
 
     def python(self, seconds: float) -> Outcome:
-        tests = ROOT / "python" / "tests" / "test_cuda.py"
-        found = self.run([sys.executable, "-c", "import widehead, torch, pytest"], 60)
-        if not tests.exists() or found.code != 0:
-            return missing(f"no {tests.name}" if not tests.exists() else found.why())
-        done = self.run([sys.executable, "-m", "pytest", "--disable-warnings", tests], seconds)
+        tests = [ROOT / "python" / "tests" / name for name in PYTHON_TESTS]
+        absent = [one.name for one in tests if not one.exists()]
+        found = self.run([sys.executable, "-c", "import widehead, torch, pytest, ml_dtypes"], 60)
+        if absent or found.code != 0:
+            return missing(f"no {', '.join(absent)}" if absent else found.why())
+        done = self.run([sys.executable, "-m", "pytest", "--disable-warnings", "-k", "not cpu", *tests],
+                        seconds)
         last = done.out.strip().splitlines()[-1:]
         failures = [] if done.code == 0 else [done.why() + " " + done.out[-1500:]]
         if "passed" not in " ".join(last):

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 import engine_steps  # noqa: E402
 import widehead.torch  # noqa: E402
 from oracle import BOUNDS, oracle, qkv, relative_rms  # noqa: E402
+from test_serving import LEN_K, LEN_Q, LENGTHS, OFFSETS, Batch, check  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or all(each.device != "cuda" for each in widehead.kernels()),
@@ -254,3 +255,65 @@ def test_steps_of_an_engine(dtype):
             k, v = pool[..., : step["head_size"]], pool[..., step["head_size"] :]
             out = widehead.sdpa(q, k, v, **numbers, **engine_steps.options_of(step))
             assert relative_rms(*numpy_of(out), wanted) <= BOUNDS[dtype]
+
+
+def serving_call(dims=(64, 64)):
+    """A batch over pages of 16 with what widehead.sdpa takes: NaN is where no sequence has a key."""
+    batch = Batch(dims=dims)
+    k, v, table = batch.pools(16, "HND")
+    arrays = {"q": batch.q, "k": k, "v": v, "query_offsets": OFFSETS, "page_table": table, "key_lengths": LENGTHS}
+    tensors = {name: torch.from_numpy(each).cuda() for name, each in arrays.items()}
+    return batch, tensors | {"len_q": max(LEN_Q), "causal": True, "return_log_sum_exp": True}
+
+
+def checked(actual, expected):
+    check([each.cpu().numpy() for each in actual], expected)
+
+
+def test_a_call_over_pages_does_not_wait_for_the_device():
+    batch, call = serving_call()
+    widehead.sdpa(**call)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    sleep_ends = torch.cuda.Event()
+    sleep_ends.record()
+    actual = widehead.sdpa(**call)
+    assert not sleep_ends.query()
+    torch.cuda.synchronize()
+    checked(actual, batch.expected(causal=True))
+
+
+@pytest.mark.parametrize("dims", [(48, 40), (64, 64), (256, 256)])
+def test_a_graph_follows_offsets_lengths_and_tables(dims):
+    """Captured over the batch; replayed over others that have their sequences in another order."""
+    batch, call = serving_call(dims)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        widehead.sdpa(**call)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, log_sum_exp = widehead.sdpa(**call)
+    table = call["page_table"].clone()
+    for order in ([4, 2, 0, 3, 1], [1, 0, 2, 3, 4]):
+        lengths = [LEN_Q[each] for each in order]
+        call["query_offsets"].copy_(torch.tensor([0, *np.cumsum(lengths)]))
+        call["key_lengths"].copy_(torch.tensor([LEN_K[each] for each in order]))
+        call["page_table"].copy_(table[order])
+        call["q"].copy_(torch.from_numpy(np.concatenate([batch.sequences[each][0].transpose(1, 0, 2)
+                                                         for each in order])))  # fmt: skip
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        other = Batch(dims=dims)
+        other.sequences = [batch.sequences[each] for each in order]
+        checked((out, log_sum_exp), other.expected(causal=True))
+
+
+def test_pages_in_compiled_functions():
+    """Where offsets and tables are known by their shapes alone."""
+    batch, call = serving_call()
+    torch._dynamo.reset()
+    compiled = torch.compile(widehead.sdpa, fullgraph=True, backend="aot_eager")
+    checked(compiled(**call), batch.expected(causal=True))

@@ -30,12 +30,12 @@ OPTIONS = {
 class Batch:
     """Sequences in float64 and in the layouts of an engine."""
 
-    def __init__(self, dtype=np.float32, seed=0):
+    def __init__(self, dtype=np.float32, seed=0, dims=(DIM_QK, DIM_V)):
         self.rng = np.random.default_rng(seed)
-        self.dtype = dtype
+        self.dtype, self.dims = dtype, dims
         self.sequences = [
-            (self.draw(HEADS_Q, len_q, DIM_QK), self.draw(HEADS_KV, len_k, DIM_QK),
-             self.draw(HEADS_KV, len_k, DIM_V))
+            (self.draw(HEADS_Q, len_q, dims[0]), self.draw(HEADS_KV, len_k, dims[0]),
+             self.draw(HEADS_KV, len_k, dims[1]))
             for len_q, len_k in zip(LEN_Q, LEN_K)
         ]  # fmt: skip
         self.q = np.concatenate([q.transpose(1, 0, 2) for q, _, _ in self.sequences])
@@ -53,7 +53,7 @@ class Batch:
         pages = sum(counts) + 3
         table = np.full((len(counts), max(counts) + 2), 2**31 - 1, np.int32)
         free = list(self.rng.permutation(pages))
-        pools = [np.full((pages, page_size, HEADS_KV, dim), np.nan, self.dtype) for dim in (DIM_QK, DIM_V)]
+        pools = [np.full((pages, page_size, HEADS_KV, dim), np.nan, self.dtype) for dim in self.dims]
         for b, count in enumerate(counts):
             for i in range(count):
                 table[b, i] = page = free.pop()
