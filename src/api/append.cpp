@@ -10,7 +10,11 @@ namespace wh {
 Status append(const Problem& cache, const wh_appended& a, const RunOptions& options) {
   WH_RETURN_IF_ERROR(Choice("dtype", "dtype", kDtypes).check(a.dtype));
   const auto dtype = static_cast<Dtype>(a.dtype);
-  const Tensors tensors{.k = a.k, .v = a.v, .scales_k = a.scales_k, .scales_v = a.scales_v};
+  // What the problem does not use is not read.
+  const Tensors tensors{.k = a.k,
+                        .v = a.v,
+                        .scales_k = cache.scales_k == Scales::kNone ? nullptr : a.scales_k,
+                        .scales_v = cache.scales_v == Scales::kNone ? nullptr : a.scales_v};
   const auto& k = a.stride_new_k;
   const auto& v = a.stride_new_v;
   const KvAppend work{

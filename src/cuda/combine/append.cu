@@ -1,9 +1,12 @@
 // Writes new keys and values into caches by slots: wh_append() on a device.
 //
 // Schedule: a block for each token and cache. Its threads take 16 bytes each of the rows of all
-// heads where rows are copied and aligned, an element each otherwise.
+// heads where rows are copied and aligned, an element each otherwise. Codes: a warp for each head,
+// which finds the row's largest element first where tokens have scales of their own; a thread for
+// each block of 32 elements in formats of blocks.
 //
-// Roofline: a row through memory twice, read and written.
+// Roofline: a row through memory twice, read and written. Codes are rounded by core/quantised.h, as
+// on the host, to the same bytes.
 #include <algorithm>
 #include <type_traits>
 
@@ -21,16 +24,11 @@ constexpr int kVectorBytes = 16;
 
 struct AppendArgs {
   struct Cache {
-    const void* rows;
-    void* to;
-    int64_t stride_rows[3], stride_to[4];
-    Dtype dtype, dtype_to;
-    int64_t pieces;  // of a row: vectors, or elements
+    AppendedRows rows;
+    int64_t pieces;  // of a row that has no codes: vectors, or elements
     bool has_vectors;
   };
-  int64_t tokens, length, slot_count, heads;
-  int32_t caches;
-  const int64_t* slots;
+  KvAppend append;
   Cache of[2];
 };
 
@@ -43,33 +41,111 @@ __device__ __forceinline__ To rounded(From value) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) append_rows(const __grid_constant__ AppendArgs args) {
-  for (int64_t work = blockIdx.x; work < args.tokens * args.caches; work += gridDim.x) {
-    const AppendArgs::Cache& cache = args.of[work % args.caches];
-    const int64_t token = work / args.caches;
-    const int64_t slot = args.slots[token];
-    // Nobody has looked at it: what lies beyond the cache is not written.
-    if (slot < 0 || slot >= args.slot_count) continue;
-    const int64_t first = token * cache.stride_rows[0];
-    const int64_t first_to =
-        slot / args.length * cache.stride_to[0] + slot % args.length * cache.stride_to[2];
-    for (int64_t i = threadIdx.x; i < args.heads * cache.pieces; i += kThreads) {
-      const int64_t head = i / cache.pieces, piece = i % cache.pieces;
-      const int64_t from = first + head * cache.stride_rows[1];
-      const int64_t to = first_to + head * cache.stride_to[1];
-      with_type(cache.dtype, [&]<typename From>(From) {
-        const From* const row = static_cast<const From*>(cache.rows) + from;
-        with_type(cache.dtype_to, [&]<typename To>(To) {
-          To* const row_to = static_cast<To*>(cache.to) + to;
-          if (cache.has_vectors) {
-            reinterpret_cast<uint4*>(row_to)[piece] = reinterpret_cast<const uint4*>(row)[piece];
-          } else {
-            row_to[piece * cache.stride_to[3]] =
-                rounded<From, To>(row[piece * cache.stride_rows[2]]);
-          }
-        });
-      });
+// Elements of a token's row of one head as f32.
+template <typename From>
+struct NewRow {
+  const From* first;
+  int64_t stride;
+
+  __device__ __forceinline__ float operator()(int64_t d) const {
+    return static_cast<float>(first[d * stride]);
+  }
+};
+template <typename From>
+__device__ __forceinline__ NewRow<From> new_row(const AppendedRows& rows, int64_t token,
+                                                int64_t head) {
+  return {static_cast<const From*>(rows.rows) + rows.offset(token, head), rows.stride[2]};
+}
+
+// Of a thread's elements, of all lanes: the largest magnitude, NaN where there is one. As integers,
+// which have the same order, and NaN behind infinity.
+template <typename Row>
+__device__ __forceinline__ float warp_largest(const Row& row, int64_t dim) {
+  uint32_t largest = 0;
+  for (int64_t d = threadIdx.x % 32; d < dim; d += 32) {
+    largest = max(largest, __float_as_uint(magnitude_of(row(d))));
+  }
+  return __uint_as_float(__reduce_max_sync(~0u, largest));
+}
+
+template <typename Code, typename From>
+__device__ __forceinline__ void append_codes(const KvAppend& append, const AppendedRows& rows,
+                                             int64_t token, int64_t slot) {
+  const KvTensor& stored = rows.stored;
+  for (int64_t head = threadIdx.x / 32; head < append.heads_kv; head += kThreads / 32) {
+    const NewRow<From> row = new_row<From>(rows, token, head);
+    const KvPlace at = append.place(slot, head);
+    float own = 1;
+    if (stored.scales == Scales::kTokenHead) {
+      own = scale_of_largest(warp_largest(row, stored.dim), stored.format);
+      if (threadIdx.x % 32 == 0) rows.scales[stored.scale_offset(at)] = own;
     }
+    Code* const to = static_cast<Code*>(rows.cache) + stored.offset(at);
+    for (int64_t d = threadIdx.x % 32; d < stored.dim; d += 32) {
+      const float scale = stored.scales == Scales::kTokenHead ? own : stored.scale(at, d);
+      to[d * stored.stride[3]] = from_float<Code>(unscaled(row(d), scale));
+    }
+  }
+}
+
+template <typename Block, typename From>
+__device__ __forceinline__ void append_blocks(const KvAppend& append, const AppendedRows& rows,
+                                              int64_t token, int64_t slot) {
+  const KvTensor& stored = rows.stored;
+  const int64_t blocks = stored.dim / kBlockElements;
+  for (int64_t i = threadIdx.x; i < append.heads_kv * blocks; i += kThreads) {
+    const int64_t head = i / blocks, first = i % blocks * kBlockElements;
+    NewRow<From> row = new_row<From>(rows, token, head);
+    row.first += first * row.stride;
+    const int64_t to = stored.offset(append.place(slot, head)) + first;
+    round_block(row, static_cast<Block*>(rows.cache)[to / kBlockElements]);
+  }
+}
+
+template <typename From>
+__device__ __forceinline__ void append_elements(const KvAppend& append,
+                                                const AppendArgs::Cache& cache, int64_t token,
+                                                int64_t slot) {
+  const AppendedRows& rows = cache.rows;
+  const KvTensor& stored = rows.stored;
+  for (int64_t i = threadIdx.x; i < append.heads_kv * cache.pieces; i += kThreads) {
+    const int64_t head = i / cache.pieces, piece = i % cache.pieces;
+    const From* const row = static_cast<const From*>(rows.rows) + rows.offset(token, head);
+    with_type(stored.dtype, [&]<typename To>(To) {
+      To* const to = static_cast<To*>(rows.cache) + stored.offset(append.place(slot, head));
+      if (cache.has_vectors) {
+        reinterpret_cast<uint4*>(to)[piece] = reinterpret_cast<const uint4*>(row)[piece];
+      } else {
+        to[piece * stored.stride[3]] = rounded<From, To>(row[piece * rows.stride[2]]);
+      }
+    });
+  }
+}
+
+// Told that four blocks are enough, ptxas keeps what divisions need in registers.
+__global__ void __launch_bounds__(kThreads, 4)
+    append_rows(const __grid_constant__ AppendArgs args) {
+  const KvAppend& append = args.append;
+  for (int64_t work = blockIdx.x; work < append.tokens * append.caches; work += gridDim.x) {
+    const AppendArgs::Cache& cache = args.of[work % append.caches];
+    const int64_t token = work / append.caches;
+    const int64_t slot = append.slots[token];
+    // Nobody has looked at it: what lies beyond the cache is not written.
+    if (slot < 0 || slot >= append.slot_count()) continue;
+    with_type(cache.rows.dtype, [&]<typename From>(From) {
+      switch (cache.rows.stored.format) {
+        case Quantised::kNone:
+          return append_elements<From>(append, cache, token, slot);
+        case Quantised::kE4m3:
+          return append_codes<E4m3, From>(append, cache.rows, token, slot);
+        case Quantised::kInt8:
+          return append_codes<Int8, From>(append, cache.rows, token, slot);
+        case Quantised::kQ8_0:
+          return append_blocks<Q8_0, From>(append, cache.rows, token, slot);
+        case Quantised::kQ4_0:
+          return append_blocks<Q4_0, From>(append, cache.rows, token, slot);
+      }
+    });
   }
 }
 
@@ -86,18 +162,10 @@ bool has_vectors(const AppendedRows& rows) {
 }
 
 AppendArgs::Cache cache_of(const AppendedRows& rows) {
-  AppendArgs::Cache cache{};
-  cache.rows = rows.rows;
-  cache.to = rows.cache;
-  std::copy(rows.stride.begin(), rows.stride.end(), cache.stride_rows);
-  std::copy(rows.stored.stride.begin(), rows.stored.stride.end(), cache.stride_to);
-  cache.dtype = rows.dtype;
-  cache.dtype_to = rows.stored.dtype;
-  cache.has_vectors = has_vectors(rows);
+  const bool is_by_vectors = has_vectors(rows);
   const int64_t elements =
-      cache.has_vectors ? kVectorBytes / static_cast<int64_t>(dtype_bytes(rows.dtype)) : 1;
-  cache.pieces = rows.stored.dim / elements;
-  return cache;
+      is_by_vectors ? kVectorBytes / static_cast<int64_t>(dtype_bytes(rows.dtype)) : 1;
+  return {rows, rows.stored.dim / elements, is_by_vectors};
 }
 
 }  // namespace
@@ -110,29 +178,20 @@ Status append(const KvAppend& append, DeviceStream on) {
   WH_RETURN_IF_ERROR(scope.status());
   WH_RETURN_IF_ERROR(check_stream(on.device_index, on.stream));
   const AppendedRows &k = append.of[0], &v = append.of[append.caches - 1];
-  if (k.stored.format != Quantised::kNone || v.stored.format != Quantised::kNone) {
-    return {Code::kRefused,
-            "CUDA devices append to caches of f32, f16 and bf16; this one is quantised"};
-  }
   const NamedPointer pointers[] = {{"slots", append.slots},
                                    {"new_k", k.rows},
                                    {"k", k.cache},
+                                   {"scales_k", k.stored.scales_data},
                                    {"new_v", v.rows},
-                                   {"v", v.cache}};
+                                   {"v", v.cache},
+                                   {"scales_v", v.stored.scales_data}};
   WH_RETURN_IF_ERROR(check_pointers(pointers, on.device_index));
-  AppendArgs args{};
-  args.tokens = append.tokens;
-  args.length = append.storage.length;
-  args.slot_count = append.slot_count();
-  args.heads = append.heads_kv;
-  args.caches = append.caches;
-  args.slots = append.slots;
-  for (int32_t i = 0; i < append.caches; ++i) args.of[i] = cache_of(append.of[i]);
+  AppendArgs args{append, {cache_of(k), cache_of(v)}};
   constexpr int64_t kMostBlocks = 1 << 20;  // the rest is a loop
   void* parameters[] = {&args};
   return launch_kernel(
       {.function = reinterpret_cast<const void*>(&append_rows),
-       .blocks = static_cast<int>(std::min(kMostBlocks, args.tokens * args.caches)),
+       .blocks = static_cast<int>(std::min(kMostBlocks, append.tokens * append.caches)),
        .threads = kThreads,
        .shared_bytes = 0,
        .parameters = parameters,
