@@ -12,7 +12,7 @@ import racecheck  # noqa: E402
 
 def line_of(kernel: str, statement: str) -> tuple[str, int]:
     folder = ROOT / "src/cuda" / kernel.replace("sm90_", "sm90/")
-    shared = [path for name in ("ptx", "sm90/backward") for path in sorted((ROOT / "src/cuda" / name).glob("*.cuh"))]
+    shared = [path for name in ("ptx", "sm90/common", "sm90/backward") for path in sorted((ROOT / "src/cuda" / name).glob("*.cuh"))]
     for path in (*sorted(folder.glob("*.cuh")), *shared):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if statement in line:

@@ -53,6 +53,9 @@ KNOWN = (
       for number, read in (("shift", "const float2*>(first + "), ("delta", "const float2*>(first + "),
                            ("first_key", "(queries.first_key() + "),
                            ("key_count", "(queries.key_count() + "))),
+    *(Known("sm90_backward", f"{number}()[column] = ", "::template ss<",
+            "the same: where the compiler moves such a read between products, it has a product's line")
+      for number in ("shift", "delta")),
     Known("sm90_backward", "exchange()[i * 128] = make_float4(", "four = block.exchange()[i * 128]",
           "weights: the one role arrives at kWeightsFull behind the write, where the other waits, which "
           "arrives at kWeightsFree behind the read"),
@@ -105,9 +108,12 @@ def source_line(root: Path) -> Statement:
 
     def line(kernel: str, name: str, number: int) -> str:
         paths = files.get(Path(name).name, [])
-        if len(paths) > 1:  # kernel.cuh and block.cuh: of the kernel's own folder
-            folder = "/" + kernel.replace("sm90_", "sm90/").replace("cuda_", "") + "/"
-            paths = [path for path in paths if folder in str(path)]
+        if len(paths) > 1:  # kernel.cuh and block.cuh: of the kernel's own folder, or what all have
+            own = f"/{kernel.replace('sm90_', 'sm90/').replace('cuda_', '')}/"
+            for folder in (own, "/sm90/common/"):
+                if nearest := [path for path in paths if folder in str(path)]:
+                    paths = nearest
+                    break
         if len(paths) != 1:
             return ""
         lines = paths[0].read_text().splitlines()
