@@ -34,7 +34,7 @@ def loss_of(model, tokens):
     from torch.utils.checkpoint import checkpoint
 
     def part(hidden, targets):
-        scores = model.lm_head(hidden)
+        scores = model.lm_head(hidden).float()
         return torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
 
     hidden = model.model(tokens, use_cache=False).last_hidden_state[0, :-1]

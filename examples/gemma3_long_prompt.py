@@ -103,13 +103,13 @@ def real_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def shape_config(name: str, layers: int | None = None):
-    """The configuration of a model of SHAPES, whole or cut to its first layers."""
+def shape_config(name: str, layers: int | None = None, **others):
+    """The configuration of a model of SHAPES, whole or cut to its first layers, with other values."""
     import transformers
 
     config_name, values = SHAPES[name]
     count = values["num_hidden_layers"] if layers is None else layers
-    values = {**values, "num_hidden_layers": count, "max_position_embeddings": 1 << 18}
+    values = {**values, "num_hidden_layers": count, "max_position_embeddings": 1 << 18, **others}
     return getattr(transformers, config_name)(**values)
 
 

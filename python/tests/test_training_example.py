@@ -1,0 +1,56 @@
+"""examples/long_training_step.py at tiny sizes: what it measures is one model, whoever computes attention."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import long_training_step as example  # noqa: E402
+
+
+def options(**others):
+    defaults = {"device": "cpu", "layers": 4, "kind": None, "tokens": 96, "steps": 2, "vocabulary": 64, "shrink": 32,
+                "checkpoint": False, "timeout": 600.0, "model": "gemma-4-31b"}
+    return argparse.Namespace(**defaults | others)
+
+
+@pytest.mark.parametrize(
+    ("model", "others"),
+    [("gemma-4-31b", {}), ("gemma-4-31b", {"checkpoint": True}), ("qwen3.5-27b", {}),
+     ("qwen3.5-27b", {"kind": "full_attention"})],
+)
+def test_losses_and_gradients_of_both_attentions_agree(model, others):
+    rows = {name: example.measure(options(one=name, model=model, **others)) for name in ("sdpa", "widehead")}
+    assert example.disagreements(rows) == []
+    first, last = rows["widehead"]["steps"]
+    assert last["loss"] < first["loss"]  # the same tokens once more
+    kinds = set(rows["widehead"]["layer_types"])
+    assert ("full_attention" in kinds) and len(kinds) == (1 if "kind" in others else 2)
+    assert f"{first['loss']:.4f}" in example.table({"tokens": 96, "rows": rows})
+
+
+def test_a_chart_has_what_ran(tmp_path):
+    pytest.importorskip("matplotlib")
+    step = {f"{phase}_s": 1.0 for phase in example.PHASES} | {"step_s": 3.0}
+    rows = {"sdpa": {"failure": "out of memory"}, "widehead": {"steps": [step], "peak_bytes": 10**9}}
+    example.draw({"tokens": 96, "rows": rows}, tmp_path / "step.svg")
+    text = (tmp_path / "step.svg").read_text()
+    assert "widehead" in text and "sdpa" not in text
+
+
+def test_another_loss_and_another_gradient_are_seen():
+    step = {"loss": 2.0, "gradient_norm": 1.0}
+    rows = {"sdpa": {"steps": [step]}, "widehead": {"steps": [step | {"loss": 2.1, "gradient_norm": float("nan")}]}}
+    assert [one.split(":")[0] for one in example.disagreements(rows)] == ["loss of step 1", "gradient_norm of step 1"]
+
+
+def test_what_does_not_end_in_time_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["long_training_step.py", "--device", "cpu", "--shrink", "32"])
+    row = example.run_in_child("widehead", options(timeout=0.05))
+    assert row == {"failure": "not done in 0 s, 0 of 2 steps"}
+    assert "not done in 0 s" in example.table({"tokens": 96, "rows": {"widehead": row}})
