@@ -189,6 +189,34 @@ TEST(ParallelC, AFailureIsNoSuccess) {
   EXPECT_STREQ(wh_last_error(), "status of wh_fail() is WH_OK; it must be that of an error");
 }
 
+// What may still be under way when nobody came keeps its memory until the caller has ended it.
+TEST(ParallelC, WhatCouldNotConnectStaysUntilItIsDestroyed) {
+  static int living;
+  living = 0;
+  class Lonely final : public Communicator {
+   public:
+    Lonely() { ++living; }
+    ~Lonely() override { --living; }
+    int32_t rank() const override { return 0; }
+    int32_t ranks() const override { return 2; }
+    Status start(int32_t, std::span<const Transfer>) override { return {}; }
+    Status finish(int32_t, Clock::time_point) override { return {}; }
+  };
+  wh_communicator c;
+  const wh_status status = export_new(
+      &c, sizeof(c), []() -> Result<std::unique_ptr<Lonely>> { return std::make_unique<Lonely>(); },
+      [](Lonely&) { return Status(Code::kDeviceError, "nobody came"); });
+  EXPECT_EQ(status, WH_DEVICE_ERROR);
+  EXPECT_STREQ(wh_last_error(), "nobody came");
+  EXPECT_EQ(living, 1);
+  RankCall call(random_case(2, 7).problem(), 0);
+  EXPECT_EQ(call.plan(&c), WH_INVALID_ARGUMENT);
+  EXPECT_STREQ(wh_last_error(), "communicator.start is null");
+  destroy_exported(&c);
+  EXPECT_EQ(living, 0);
+  destroy_exported(&c);
+}
+
 // What one rank alone gets wrong, every rank hears of.
 TEST(ParallelC, TheOthersHearOfAnErrorOfOne) {
   const ShardedData data = random_case(3, 5);

@@ -33,6 +33,31 @@ TEST(Nccl, HasEveryFunctionThatIsCalled) {
   EXPECT_EQ(words.rfind("invalid argument", 0), 0u) << words;
 }
 
+// Three ranks of which the second answers with an error: none is left over.
+TEST(Nccl, AFailureOfOneRankLeavesNone) {
+  static std::vector<ncclComm_t> aborted;
+  aborted.clear();
+  static int one, two, three;
+  const auto as_comm = [](int& address) { return reinterpret_cast<ncclComm_t>(&address); };
+  const ncclComm_t comms[] = {as_comm(one), as_comm(two), as_comm(three)};
+  Nccl f{};
+  f.user_rank = [](ncclComm_t, int*) { return ncclSuccess; };
+  f.count = [](ncclComm_t comm, int*) {
+    return comm == reinterpret_cast<ncclComm_t>(&two) ? ncclSystemError : ncclSuccess;
+  };
+  f.device = [](ncclComm_t, int*) { return ncclSuccess; };
+  f.error_string = [](ncclResult_t) { return "unhandled system error"; };
+  f.last_error = [](ncclComm_t) { return "no such device"; };
+  f.abort = [](ncclComm_t comm) {
+    aborted.push_back(comm);
+    return ncclSuccess;
+  };
+  const auto all = NcclConnection::make_all(f, comms);
+  EXPECT_EQ(all.status().message(),
+            "ncclCommCount on rank 0: unhandled system error (no such device)");
+  EXPECT_EQ(aborted, std::vector<ncclComm_t>(std::begin(comms), std::end(comms)));
+}
+
 Result<Plan> plan_on_gpu(const Problem& problem, const Limits& limits) {
   return make_plan(problem, limits, this_machine(Device::kCuda, problem.device_index));
 }

@@ -78,19 +78,28 @@ class OwningExport final : public ExportedCommunicator {
   std::unique_ptr<Communicator> owned_;
 };
 
-// Into the caller's struct, of `size` bytes, what make() answers with. For functions of the library
-// widehead_parallel, whose messages are left in the other one's wh_last_error().
-template <typename Make>
-wh_status export_new(wh_communicator* to, size_t size, const Make& make) noexcept {
+// Into the caller's struct, of `size` bytes, what make() answers with, once connect() has connected
+// it with the other ranks. Where that fails the struct has no functions, but what was made stays
+// until destroy_exported(): what is still under way may use its memory, and only the caller can end
+// that. For functions of the library widehead_parallel, whose messages are left in the other one's
+// wh_last_error().
+template <typename Make, typename Connect>
+wh_status export_new(wh_communicator* to, size_t size, const Make& make,
+                     const Connect& connect) noexcept {
   if (const wh_status status = wh_communicator_init(to, size); status != WH_OK) return status;
   try {
-    Result<std::unique_ptr<Communicator>> made = make();
+    auto made = make();
     if (!made.ok()) return wh_fail(code_of(made.status()), made.status().message().c_str());
+    auto& communicator = **made;
     auto exported = std::make_unique<OwningExport>(std::move(*made));
     wh_communicator c = exported->c_struct();
+    to->context = c.context;
+    exported.release();  // the context's, until destroy_exported()
+    if (const Status status = connect(communicator); !status.ok()) {
+      return wh_fail(code_of(status), status.message().c_str());
+    }
     c.size = to->size;
     std::memcpy(to, &c, std::min(size, sizeof(c)));
-    exported.release();  // the context's, until destroy_exported()
     return WH_OK;
   } catch (const std::bad_alloc&) {
     return wh_fail(WH_OUT_OF_MEMORY, "out of memory");

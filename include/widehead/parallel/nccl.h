@@ -19,10 +19,11 @@ extern "C" {
  * Collective, as ncclCommInitRank() is: it connects `comm` with every rank, for which NCCL waits as
  * it does there, or for 30 s where `comm` does not block. What is awaited thereafter has the
  * time-out of the communicator. One thread that makes those of several ranks would wait for itself:
- * each has a process or a thread. After a time-out the caller should abort `comm`, before it
- * destroys
- * `*communicator` or frees other memory of its device: NCCL's kernels wait for good, and what frees
- * memory waits for them. An aborted `comm` is not asked for anything by that destruction. */
+ * each has a process or a thread. After a time-out, of this function too, the caller should abort
+ * `comm`, before it destroys `*communicator` or frees other memory of its device: NCCL's kernels
+ * wait for good, and what frees memory waits for them. An aborted `comm` is not asked for anything
+ * by that destruction. Where this function fails it leaves a `*communicator` that no plan takes; it
+ * is destroyed as ever, and only that frees what was made of it. */
 WH_API wh_status wh_nccl_communicator_create(ncclComm_t comm, cudaStream_t stream,
                                              wh_communicator* communicator, size_t size);
 WH_API void wh_nccl_communicator_destroy(wh_communicator* communicator);

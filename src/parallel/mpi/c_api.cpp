@@ -2,12 +2,12 @@
 #include "parallel/mpi/communicator.h"
 #include "widehead/parallel/mpi.h"
 
-using wh::sharded::Communicator;
 using wh::sharded::MpiCommunicator;
 
 wh_status wh_mpi_communicator_create(MPI_Comm comm, wh_communicator* communicator, size_t size) {
   return wh::sharded::export_new(
-      communicator, size, [&]() -> wh::Result<std::unique_ptr<Communicator>> {
+      communicator, size,
+      [&]() -> wh::Result<std::unique_ptr<MpiCommunicator>> {
         if (comm == MPI_COMM_NULL) return wh::invalid("comm is MPI_COMM_NULL");
         // Whatever else is called at another time ends the program.
         int has_begun = 0, has_ended = 0;
@@ -17,8 +17,9 @@ wh_status wh_mpi_communicator_create(MPI_Comm comm, wh_communicator* communicato
         if (MPI_Finalized(&has_ended) != MPI_SUCCESS || has_ended != 0) {
           return wh::invalid("MPI has been ended");
         }
-        return std::unique_ptr<Communicator>(std::make_unique<MpiCommunicator>(comm));
-      });
+        return std::make_unique<MpiCommunicator>(comm);
+      },
+      [](MpiCommunicator&) { return wh::Status(); });
 }
 
 void wh_mpi_communicator_destroy(wh_communicator* communicator) {

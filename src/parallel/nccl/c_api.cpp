@@ -14,16 +14,18 @@ constexpr std::chrono::seconds kConnectTimeout{30};
 wh_status wh_nccl_communicator_create(ncclComm_t comm, cudaStream_t stream,
                                       wh_communicator* communicator, size_t size) {
   return wh::sharded::export_new(
-      communicator, size, [&]() -> wh::Result<std::unique_ptr<Communicator>> {
+      communicator, size,
+      [&]() -> wh::Result<std::unique_ptr<NcclCommunicator>> {
         if (comm == nullptr) return wh::invalid("comm is null");
-        auto connection = NcclConnection::make(comm);
+        const auto library = wh::sharded::nccl();
+        if (!library.ok()) return library.status();
+        auto connection = NcclConnection::make(**library, comm);
         if (!connection.ok()) return connection.status();
-        auto made = NcclCommunicator::make(*connection, stream);
-        if (!made.ok()) return made.status();
-        NcclCommunicator* const one[] = {made->get()};
-        WH_RETURN_IF_ERROR(
-            NcclCommunicator::connect(one, Communicator::Clock::now() + kConnectTimeout));
-        return std::unique_ptr<Communicator>(std::move(*made));
+        return NcclCommunicator::make(*connection, stream);
+      },
+      [](NcclCommunicator& made) {
+        NcclCommunicator* const one[] = {&made};
+        return NcclCommunicator::connect(one, Communicator::Clock::now() + kConnectTimeout);
       });
 }
 

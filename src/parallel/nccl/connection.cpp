@@ -4,15 +4,26 @@
 
 namespace wh::sharded {
 
-Result<std::shared_ptr<NcclConnection>> NcclConnection::make(ncclComm_t comm) {
-  const Result<const Nccl*> library = sharded::nccl();
-  if (!library.ok()) return library.status();
-  const Nccl& f = **library;
-  std::shared_ptr<NcclConnection> made(new NcclConnection(f, comm));
-  WH_RETURN_IF_ERROR(made->status_of(f.user_rank(comm, &made->rank_), "ncclCommUserRank"));
-  WH_RETURN_IF_ERROR(made->status_of(f.count(comm, &made->ranks_), "ncclCommCount"));
-  WH_RETURN_IF_ERROR(made->status_of(f.device(comm, &made->device_), "ncclCommCuDevice"));
+Result<std::shared_ptr<NcclConnection>> NcclConnection::make(const Nccl& nccl, ncclComm_t comm) {
+  std::shared_ptr<NcclConnection> made(new NcclConnection(nccl, comm));
+  WH_RETURN_IF_ERROR(made->status_of(nccl.user_rank(comm, &made->rank_), "ncclCommUserRank"));
+  WH_RETURN_IF_ERROR(made->status_of(nccl.count(comm, &made->ranks_), "ncclCommCount"));
+  WH_RETURN_IF_ERROR(made->status_of(nccl.device(comm, &made->device_), "ncclCommCuDevice"));
   return made;
+}
+
+Result<std::vector<std::shared_ptr<NcclConnection>>> NcclConnection::make_all(
+    const Nccl& nccl, std::span<const ncclComm_t> comms) {
+  std::vector<std::shared_ptr<NcclConnection>> all;
+  for (ncclComm_t comm : comms) {
+    auto one = make(nccl, comm);
+    if (!one.ok()) {
+      for (ncclComm_t each : comms) nccl.abort(each);
+      return one.status();
+    }
+    all.push_back(std::move(*one));
+  }
+  return all;
 }
 
 Status NcclConnection::status_of(ncclResult_t result, const char* name) const {

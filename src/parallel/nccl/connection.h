@@ -4,6 +4,8 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <span>
+#include <vector>
 
 #include "core/status.h"
 #include "parallel/nccl/library.h"
@@ -15,7 +17,10 @@ namespace wh::sharded {
 class NcclConnection {
  public:
   // Stays the caller's, unless abort() or destroy() is called.
-  static Result<std::shared_ptr<NcclConnection>> make(ncclComm_t comm);
+  static Result<std::shared_ptr<NcclConnection>> make(const Nccl& nccl, ncclComm_t comm);
+  // Of one process's ranks; after a failure none of them is left.
+  static Result<std::vector<std::shared_ptr<NcclConnection>>> make_all(
+      const Nccl& nccl, std::span<const ncclComm_t> comms);
 
   const Nccl& nccl() const { return nccl_; }
   int32_t rank() const { return rank_; }

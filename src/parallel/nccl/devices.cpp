@@ -68,12 +68,10 @@ Result<std::unique_ptr<NcclDevices>> NcclDevices::make(int32_t wanted) {
     return Status(Code::kDeviceError, fmt::format("ncclCommInitAll of {} ranks: {} ({})", ranks,
                                                   f.error_string(result), f.last_error(nullptr)));
   }
+  auto connections = NcclConnection::make_all(f, comms);
+  if (!connections.ok()) return connections.status();
   std::unique_ptr<NcclDevices> made(new NcclDevices(ranks));
-  for (ncclComm_t comm : comms) {
-    auto connection = NcclConnection::make(comm);
-    if (!connection.ok()) return connection.status();
-    made->connections_.push_back(std::move(*connection));
-  }
+  made->connections_ = std::move(*connections);
   WH_RETURN_IF_ERROR(made->connect());
   return made;
 }
