@@ -97,6 +97,37 @@ TEST(Cli, TheShapeOfAFileIsItsOwn) {
   }
 }
 
+TEST(Cli, NumbersSayWhatTheyMayBe) {
+  struct Wrong {
+    std::string command, words;
+  };
+  const Wrong all[] = {
+      {"run " + kSmall + "--seed -1",
+       "--seed is \"-1\"; it must be an integer from 0 to 18446744073709551615"},
+      {"run " + kSmall + "--seed 99999999999999999999", "--seed is \"99999999999999999999\""},
+      {"check --seed -1", "--seed is \"-1\"; it must be an integer from 0 to"},
+      {"check --runs 0", "--runs is \"0\"; it must be an integer from 1 to"},
+      {"check --shrink -3", "--shrink is \"-3\"; it must be an integer from 1 to"},
+      {"check --shared-bytes -1", "--shared-bytes is \"-1\"; it must be an integer from 0 to"},
+      {"check --seconds nan", "--seconds is \"nan\"; it must be a number from 0 to 1000000000"},
+      {"bench " + kSmall + "--samples 1.5",
+       "--samples is \"1.5\"; it must be an integer from 1 to"},
+      {"bench " + kSmall + "--seconds -1", "--seconds is \"-1\"; it must be a number from 0 to"},
+      {"bench " + kSmall + "--skip-over nan", "--skip-over is \"nan\"; it must be a number from 0"},
+      {"tune --seconds nan", "--seconds is \"nan\"; it must be a number from 0 to"},
+      {"plan " + kSmall + "--threads 99999999999",
+       "--threads is \"99999999999\"; it must be an integer from 0 to 4096"},
+      {"plan " + kSmall + "--step-ms nan", "--step-ms is \"nan\"; it must be a number from 0 to"},
+      {"plan " + kSmall + "--fresh-keys -2",
+       "--fresh-keys is \"-2\"; it must be an integer from -1 to"},
+      {"plan " + kSmall + "--ranks 0", "--ranks is \"0\"; it must be an integer from 1 to 4096"}};
+  for (const Wrong& wrong : all) {
+    const Outcome outcome = widehead(wrong.command);
+    EXPECT_EQ(outcome.code, 2) << wrong.command;
+    EXPECT_NE(outcome.err.find(wrong.words), std::string::npos) << outcome.err;
+  }
+}
+
 TEST(Cli, RandomRunsBenchAndCheckPrintDocuments) {
   const auto run = widehead("run " + kSmall + "--seed 3 --json");
   ASSERT_EQ(run.code, 0) << run.err;

@@ -6,6 +6,7 @@
 #include <charconv>
 
 #include "core/byte_size.h"
+#include "input/number_flag.h"
 #include "plan/names.h"
 #include "report/session.h"
 
@@ -19,13 +20,16 @@ void add_limits_flags(CLI::App& app, LimitsFlags& flags) {
   text("--workspace", flags.workspace, "the most a plan may take: 512MiB");
   text("--policy", flags.policy, "automatic, fused or fused-above=16384");
   text("--kernel", flags.kernel, "force this kernel");
-  limit(app.add_option("--threads", flags.threads, "CPU threads (every core)"));
+  limit(add_number_flag(app, "--threads", flags.threads, Range<int32_t>{0, kMaxThreads},
+                        "CPU threads (every core)"));
   text("--precision", flags.precision, "native or high");
-  limit(app.add_option("--step-ms", flags.step_ms, "the longest piece that cannot be cancelled"));
+  limit(add_number_flag(app, "--step-ms", flags.step_ms, Range<double>{0, 1e12},
+                        "the longest piece that cannot be cancelled"));
   limit(app.add_flag("--batch-invariant", flags.batch_invariant,
                      "a row's bits do not depend on the batch"));
-  limit(app.add_option("--fresh-keys", flags.fresh_keys,
-                       "promise: older than the kernel in front are all keys but the last N"));
+  limit(add_number_flag(app, "--fresh-keys", flags.fresh_keys,
+                        Range<int64_t>{kAnyKeys, std::numeric_limits<int64_t>::max()},
+                        "promise: older than the kernel in front are all keys but the last N"));
 }
 
 Result<Limits> read_limits(const LimitsFlags& flags) {

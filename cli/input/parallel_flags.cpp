@@ -7,6 +7,7 @@
 
 #include "api/machine.h"
 #include "cuda/known_cards.h"
+#include "input/number_flag.h"
 #include "input/planning.h"
 #include "report/session.h"
 
@@ -51,7 +52,7 @@ void add_parallel_flags(CLI::App& app, ParallelFlags& flags) {
 }
 
 void add_ranks_flag(CLI::App& app, ParallelFlags& flags, const char* help) {
-  app.add_option("--ranks", flags.ranks, help)->check(CLI::Range(1, 4096))->group("PARALLEL");
+  add_number_flag(app, "--ranks", flags.ranks, Range<int32_t>{1, 4096}, help)->group("PARALLEL");
 }
 
 Status refuse_parallel_flags(const ParallelFlags& flags) {

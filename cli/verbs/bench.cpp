@@ -15,6 +15,7 @@
 #include "core/nearest_name.h"
 #include "cpu/cpu_facts.h"
 #include "input/limits_flags.h"
+#include "input/number_flag.h"
 #include "measure/imbalance.h"
 #include "measure/probe.h"
 #include "measure/request_data.h"
@@ -365,9 +366,6 @@ class Bench {
 };
 
 int run_bench(const BenchFlags& flags) {
-  if (flags.samples < 1) {
-    return report(invalid(fmt::format("--samples is {}; it must be at least 1", flags.samples)));
-  }
   auto limits = read_limits(flags.limits);
   if (!limits.ok()) return report(limits.status());
   auto requests =
@@ -399,10 +397,12 @@ void add_bench(CLI::App& app, Action& action) {
   add_limits_flags(*verb, flags->limits);
   verb->add_option("--against", flags->against,
                    "kernels to run beside the planner's choice: A,B, fused, unfused");
-  verb->add_option("--samples", flags->samples,
-                   "undisturbed ones of each kernel on each problem (9)");
-  verb->add_option("--seconds", flags->seconds, "stop sampling a problem after this long (20)");
-  verb->add_option("--skip-over", flags->skip_over, "skip runs estimated longer, seconds (120)");
+  add_number_flag(*verb, "--samples", flags->samples, kCounts,
+                  "undisturbed ones of each kernel on each problem (9)");
+  add_number_flag(*verb, "--seconds", flags->seconds, kSeconds,
+                  "stop sampling a problem after this long (20)");
+  add_number_flag(*verb, "--skip-over", flags->skip_over, kSeconds,
+                  "skip runs estimated longer, seconds (120)");
   verb->add_option("--csv", flags->csv, "write the rows as CSV");
   verb->add_option("--svg", flags->svg, "draw a chart");
   verb->add_flag("--json", flags->json, "print one JSON document");

@@ -10,6 +10,7 @@
 #include "api/machine.h"
 #include "core/names.h"
 #include "core/nearest_name.h"
+#include "input/number_flag.h"
 #include "report/session.h"
 #include "run_case.h"
 
@@ -166,16 +167,9 @@ int run_check(CheckFlags flags) {
     return report(
         invalid(fmt::format("--device is \"{}\"; valid: {}", flags.device, kDevices.list())));
   }
-  if (flags.shrink < 1 || (flags.shrink > 1 && *set != CaseSet::kLarge)) {
-    return report(invalid(fmt::format(
-        "--shrink is {}; it must be at least 1, and is for --cases large alone", flags.shrink)));
-  }
-  if (flags.options.runs < 1) {
-    return report(invalid(fmt::format("--runs is {}; it must be at least 1", flags.options.runs)));
-  }
-  if (flags.options.shared_bytes < 0) {
+  if (flags.shrink > 1 && *set != CaseSet::kLarge) {
     return report(invalid(
-        fmt::format("--shared-bytes is {}; it must be positive", flags.options.shared_bytes)));
+        fmt::format("--shrink is {}; it is for --cases large alone, and else 1", flags.shrink)));
   }
   const DeviceFacts& facts = backend(*device).facts(0);
   if (!facts.unavailable.empty()) return report({Code::kRefused, facts.unavailable});
@@ -194,12 +188,14 @@ void add_check(CLI::App& app, Action& action) {
   verb->add_flag("--backward", flags->is_backward, "the kernels of the backward pass");
   verb->add_option("--kernel", flags->kernels, "only these: A,B");
   verb->add_option("--device", flags->device, "cpu or cuda");
-  verb->add_option("--seed", flags->seed, "of the cases");
-  verb->add_option("--shrink", flags->shrink, "divide the lengths of large cases by this");
-  verb->add_option("--runs", flags->options.runs, "of each kernel; all must give the same bits");
-  verb->add_option("--shared-bytes", flags->options.shared_bytes,
-                   "plan as if a block of the card had so much shared memory");
-  verb->add_option("--seconds", flags->seconds, "stop after the case in hand then");
+  add_number_flag(*verb, "--seed", flags->seed, kSeeds, "of the cases");
+  add_number_flag(*verb, "--shrink", flags->shrink, kCounts,
+                  "divide the lengths of large cases by this");
+  add_number_flag(*verb, "--runs", flags->options.runs, kCounts,
+                  "of each kernel; all must give the same bits");
+  add_number_flag(*verb, "--shared-bytes", flags->options.shared_bytes, kBytes,
+                  "plan as if a block of the card had so much shared memory");
+  add_number_flag(*verb, "--seconds", flags->seconds, kSeconds, "stop after the case in hand then");
   verb->add_flag("--leave-workspace", flags->leaves_workspace,
                  "do not paint it, so that a sanitizer sees what is read before it is written");
   verb->add_flag("--verbose", flags->is_verbose, "say on stderr what runs, before it does");

@@ -12,6 +12,7 @@
 #include "api/machine.h"
 #include "cpu/cpu_facts.h"
 #include "input/limits_flags.h"
+#include "input/number_flag.h"
 #include "input/parallel_flags.h"
 #include "input/planning.h"
 #include "input/problem_flags.h"
@@ -355,8 +356,8 @@ void add_run(CLI::App& app, Action& action) {
                    "a .safetensors file with q, k, v: their shapes, its options");
   add_problem_flags(*verb, flags->problem);
   add_limits_flags(*verb, flags->limits);
-  verb->add_option("--seed", flags->seed,
-                   "of the random data (1); some rows of its answer are compared with float64");
+  add_number_flag(*verb, "--seed", flags->seed, kSeeds,
+                  "of the random data (1); some rows of its answer are compared with float64");
   verb->add_option("--out", flags->out, "write out (f32) to this .safetensors file");
   add_transport_flag(*verb, flags->parallel);
   add_ranks_flag(*verb, flags->ranks,

@@ -15,6 +15,7 @@
 #include "api/machine.h"
 #include "api/profile_store.h"
 #include "cpu/cpu_facts.h"
+#include "input/number_flag.h"
 #include "input/parallel_flags.h"
 #include "input/problem_flags.h"
 #include "measure/measure.h"
@@ -260,7 +261,7 @@ void add_tune(CLI::App& app, Action& action) {
   auto flags = std::make_shared<TuneFlags>();
   CLI::App* verb = app.add_subcommand("tune", "Measure this device, so that plans estimate better");
   verb->add_option("--device", flags->device, "cpu or cuda:N (cpu)");
-  verb->add_option("--seconds", flags->seconds, "stop after this long (50)");
+  add_number_flag(*verb, "--seconds", flags->seconds, kSeconds, "stop after this long (50)");
   verb->add_flag("--show", flags->show, "print the stored profile instead");
   verb->add_flag("--json", flags->json, "print the new profile, or the link, as JSON");
   add_transport_flag(*verb, flags->parallel);
