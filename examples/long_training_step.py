@@ -27,6 +27,7 @@ from gemma3_long_prompt import IMPLEMENTATIONS, SHAPES, PeakMemory, shape_config
 LEARNING_RATE = 1e-4
 WARM_UP_TOKENS = 2048  # more than the windows of 1024
 TOLERANCE = 1e-2  # relative, of losses and norms: both sides round to bfloat16 all the way
+STEP = "step: "  # begins a line of what is measured so far
 PHASES = ("forward", "backward", "optimizer")
 COLORS = ("#8c8c8c", "#2166ac", "#d1762f")
 
@@ -78,10 +79,8 @@ def measure(options) -> dict:
         loss_of(model, tokens[:, :WARM_UP_TOKENS]).backward()  # loads every kernel
         model.zero_grad()
         memory.reset()
-        rows = steps(model, tokens, options)
         return {
-            "steps": rows,
-            "peak_bytes": memory.peak_bytes(),
+            "steps": steps(model, tokens, memory, options),
             "parameters": sum(each.numel() for each in model.parameters()),
             "layer_types": model.config.layer_types,
         }
@@ -89,7 +88,7 @@ def measure(options) -> dict:
         memory.end()
 
 
-def steps(model, tokens, options) -> list[dict]:
+def steps(model, tokens, memory, options) -> list[dict]:
     import torch
 
     def timed(work):
@@ -113,8 +112,9 @@ def steps(model, tokens, options) -> list[dict]:
         del gradients
         _, optimizer_s = timed(update)
         seconds = {"forward_s": forward_s, "backward_s": backward_s, "optimizer_s": optimizer_s}
-        rows.append({"loss": loss.item(), "gradient_norm": norm, "step_s": sum(seconds.values()), **seconds})
-        print(f"{options.one}: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
+        row = {"loss": loss.item(), "gradient_norm": norm, "step_s": sum(seconds.values()), **seconds}
+        rows.append(row | {"peak_bytes": memory.peak_bytes()})
+        print(STEP + json.dumps(rows[-1]), file=sys.stderr, flush=True)
         del loss
     return rows
 
@@ -124,8 +124,10 @@ def run_in_child(implementation: str, options) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
     except subprocess.TimeoutExpired as late:
-        said = (late.stderr or b"").decode(errors="replace").count(f"{implementation}: ")
-        return {"failure": f"not done in {options.timeout:.0f} s, {said} of {options.steps} steps"}
+        lines = (late.stderr or b"").decode(errors="replace").splitlines()
+        rows = [json.loads(line.removeprefix(STEP)) for line in lines if line.startswith(STEP)]
+        why = f"{len(rows)} of {options.steps} steps in {options.timeout:.0f} s"
+        return {"steps": rows, "cut_short": why} if rows else {"failure": why}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
@@ -137,11 +139,15 @@ def best_step(row: dict) -> dict:
     return min(row["steps"], key=lambda step: step["step_s"])
 
 
+def peak_bytes(row: dict) -> int:
+    return max(step["peak_bytes"] for step in row["steps"])
+
+
 def disagreements(rows: dict[str, dict]) -> list[str]:
     """What differs from the first implementation's by more than rounding."""
     found, names = [], list(rows)
     for name in names[1:]:
-        for number, (step, first) in enumerate(zip(rows[name]["steps"], rows[names[0]]["steps"], strict=True)):
+        for number, (step, first) in enumerate(zip(rows[name]["steps"], rows[names[0]]["steps"], strict=False)):
             for key in ("loss", "gradient_norm"):
                 if not abs(step[key] - first[key]) <= TOLERANCE * abs(first[key]):
                     found.append(f"{key} of step {number + 1}: {name} {step[key]:.5g}, {names[0]} {first[key]:.5g}")
@@ -155,11 +161,12 @@ def table(document: dict) -> str:
         if "failure" in row:
             lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
             continue
-        best = best_step(row)
+        best, all_of = best_step(row), row["steps"]
+        cut_short = f" ({row['cut_short']})" if "cut_short" in row else ""
         parts = ", ".join(f"{best[f'{phase}_s']:.2f}" for phase in PHASES)
         lines.append(
-            f"| {name} | {row['steps'][0]['loss']:.4f} | {row['steps'][-1]['loss']:.4f} | {row['steps'][0]['gradient_norm']:.4f} | "
-            f"{best['step_s']:.2f} | {parts} | {document['tokens'] / best['step_s']:.0f} | {row['peak_bytes'] / 1e9:.2f} |"
+            f"| {name}{cut_short} | {all_of[0]['loss']:.4f} | {all_of[-1]['loss']:.4f} | {all_of[0]['gradient_norm']:.4f} | "
+            f"{best['step_s']:.2f} | {parts} | {document['tokens'] / best['step_s']:.0f} | {peak_bytes(row) / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
@@ -178,7 +185,7 @@ def draw(document: dict, path: Path) -> None:
         seconds = [best_step(row)[f"{phase}_s"] for row in rows.values()]
         left.barh(list(rows), seconds, left=begin, label=phase, color=color)
         begin = [a + b for a, b in zip(begin, seconds, strict=True)]
-    right.barh(list(rows), [row["peak_bytes"] / 1e9 for row in rows.values()], color=COLORS[1])
+    right.barh(list(rows), [peak_bytes(row) / 1e9 for row in rows.values()], color=COLORS[1])
     left.set(xlabel=f"seconds a step of {document['tokens']} tokens")
     right.set(xlabel="peak memory, GB")
     left.invert_yaxis()

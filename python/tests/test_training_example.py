@@ -1,6 +1,8 @@
 """examples/long_training_step.py at tiny sizes: what it measures is one model, whoever computes attention."""
 
 import argparse
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,8 +38,8 @@ def test_losses_and_gradients_of_both_attentions_agree(model, others):
 
 def test_a_chart_has_what_ran(tmp_path):
     pytest.importorskip("matplotlib")
-    step = {f"{phase}_s": 1.0 for phase in example.PHASES} | {"step_s": 3.0}
-    rows = {"sdpa": {"failure": "out of memory"}, "widehead": {"steps": [step], "peak_bytes": 10**9}}
+    step = {f"{phase}_s": 1.0 for phase in example.PHASES} | {"step_s": 3.0, "peak_bytes": 10**9}
+    rows = {"sdpa": {"failure": "out of memory"}, "widehead": {"steps": [step]}}
     example.draw({"tokens": 96, "rows": rows}, tmp_path / "step.svg")
     text = (tmp_path / "step.svg").read_text()
     assert "widehead" in text and "sdpa" not in text
@@ -52,5 +54,19 @@ def test_another_loss_and_another_gradient_are_seen():
 def test_what_does_not_end_in_time_is_said(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["long_training_step.py", "--device", "cpu", "--shrink", "32"])
     row = example.run_in_child("widehead", options(timeout=0.05))
-    assert row == {"failure": "not done in 0 s, 0 of 2 steps"}
-    assert "not done in 0 s" in example.table({"tokens": 96, "rows": {"widehead": row}})
+    assert row == {"failure": "0 of 2 steps in 0 s"}
+    assert "0 of 2 steps" in example.table({"tokens": 96, "rows": {"widehead": row}})
+
+
+def test_steps_that_ended_in_time_are_kept(monkeypatch):
+    step = {f"{phase}_s": 1.0 for phase in example.PHASES} | {"step_s": 3.0, "loss": 4.0, "gradient_norm": 1.0, "peak_bytes": 1}
+
+    def ends_late(command, **others):
+        said = f"a warning\n{example.STEP}{json.dumps(step)}\n"
+        raise subprocess.TimeoutExpired(command, others["timeout"], stderr=said.encode())
+
+    monkeypatch.setattr(subprocess, "run", ends_late)
+    row = example.run_in_child("sdpa", options(timeout=50.0))
+    assert row == {"steps": [step], "cut_short": "1 of 2 steps in 50 s"}
+    assert "| sdpa (1 of 2 steps in 50 s) | 4.0000 |" in example.table({"tokens": 96, "rows": {"sdpa": row}})
+    assert example.disagreements({"sdpa": row, "widehead": {"steps": [step, step]}}) == []
