@@ -67,6 +67,15 @@ class Racecheck(unittest.TestCase):
                "=========     and Read access at sm90_prefill()+0x20 [4 hazards]\n"
                "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n")
         self.assertTrue(any("-lineinfo" in one for one in racecheck.unknown_races(log, ROOT)))
+        # One without a line is known by the other, and by nothing else.
+        known = next(one for one in racecheck.KNOWN if one.kernel == "sm90_backward_wide")
+        for statement, is_known in ((known.write, True), ("const Block", False)):
+            name, number = line_of(known.kernel, statement)
+            where = f"void wh::cuda::{known.kernel}<(int)512>(wh::cuda::Maps)"
+            log = (f"========= Error: Race reported between Write access at {where}+0x10 in {name}:{number}\n"
+                   f"=========     and Read access at {where}+0x20 [4 hazards]\n"
+                   "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n")
+            self.assertEqual(not racecheck.unknown_races(log, ROOT), is_known, statement)
         log = "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"
         self.assertEqual(len(racecheck.unknown_races(log, ROOT)), 1)
         log = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
