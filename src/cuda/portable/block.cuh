@@ -12,6 +12,7 @@
 #include "cuda/portable/kernel.h"
 #include "cuda/portable/load.h"
 #include "cuda/portable/products.cuh"
+#include "cuda/portable/seen_rows.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/sync.cuh"
 
@@ -242,13 +243,8 @@ class Block {
     for (int m = 0; m < kRowTiles; ++m) {
       if (args_.scores != Scores::kPlain) transform_scores(s[m], a_);
       if (item_.tiles.is_full(tile)) continue;
-      // Computed anew: kept, they would cost 16 registers that the sums need.
       ScoreRow rows[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
-        const PackedRow at = packed_row(min(thread_row(m, r), item_.rows - 1));
-        rows[r] = score_row(a_, item_.sequence, at.head, at.query);
-      }
+      see_rows(args_, item_, thread_row(m, 0), rows);
       if (args_.scores == Scores::kMasked) {
         mask_scores<T>(s[m], a_, rows, first_key);
       } else {
