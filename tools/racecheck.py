@@ -78,7 +78,7 @@ PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 @dataclass(frozen=True)
 class Access:
     kind: str
-    kernel: str
+    kernel: str     # empty: it is in a function that several call
     place: str      # "file:line"; empty: the instruction has none
     statement: str  # that line
 
@@ -87,7 +87,7 @@ class Access:
         where = match["where"]
         found = re.search(r"\b(sm90_\w+|cuda_\w+|few_rows|combine)\b", where)
         part = PART_OF.search(where)
-        kernel = found[1] if found else KERNEL_OF[part[1]] if part else where
+        kernel = found[1] if found else KERNEL_OF[part[1]] if part else ""
         place = PLACE.search(where)
         return Access(match["kind"], kernel,
                       f"{place['file']}:{place['line']}" if place else "",
@@ -114,7 +114,7 @@ def source_line(root: Path) -> Statement:
         paths = files.get(Path(name).name, [])
         if len(paths) > 1:  # kernel.cuh and block.cuh: of the kernel's own folder, or what all have
             own = f"/{kernel.replace('sm90_', 'sm90/').replace('cuda_', '')}/"
-            for folder in (own, "/sm90/common/"):
+            for folder in ([own] if kernel else []) + ["/sm90/common/"]:
                 if nearest := [path for path in paths if folder in str(path)]:
                     paths = nearest
                     break
@@ -145,7 +145,7 @@ def races(log: str, statement: Statement) -> list[tuple[Access, Access]]:
 
 def known(a: Access, b: Access) -> Known | None:
     for one in KNOWN:
-        if a.kernel != one.kernel or b.kernel != one.kernel:
+        if {a.kernel, b.kernel} - {""} != {one.kernel}:
             continue
         for write, other in ((a, b), (b, a)):
             if (write.kind == "Write" and write.may_be(one.write) and other.may_be(one.other)
@@ -158,7 +158,7 @@ def unknown_races(log: str, root: Path) -> list[str]:
     """What has to fail, in words. Nothing is known of a build without line numbers."""
     pairs = races(log, source_line(root))
     unknown = [(a, b) for a, b in pairs if known(a, b) is None]
-    failures = sorted({f"{a.kernel}: {a} and {b}" for a, b in unknown})
+    failures = sorted({f"{a.kernel or b.kernel}: {a} and {b}" for a, b in unknown})
     counted = re.findall(r"RACECHECK SUMMARY: (\d+) hazard", log)
     if not pairs and any(int(count) for count in counted):
         failures.append(f"{counted[-1]} hazards that could not be read")
