@@ -1,4 +1,5 @@
 // How sm90_decode cuts a problem into blocks, checked without a GPU.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -330,6 +331,81 @@ TEST(CudaDecode, TakesKeysThatHeadsOrBatchesShare) {
   p.stride_k[0] = p.stride_v[0] = 0;
   p.stride_k[1] = p.stride_v[1] = 0;
   EXPECT_EQ(Planned().refusal(p), "");
+}
+
+Problem code_problem(int64_t dim, Quantised format, Scales scales) {
+  Problem p = decode_problem(1, 16, 1, 1, 65536, dim);
+  p.quantised_k = p.quantised_v = format;
+  p.scales_k = p.scales_v = scales;
+  return p;
+}
+
+TEST(Sm90Decode, WidensCodesOfAByte) {
+  const Planned planned;
+  for (const auto& [dim, text] : {std::pair<int64_t, const char*>{96, "128/128"},
+                                  {128, "128/128"},
+                                  {256, "256/256"},
+                                  {512, "512/512"}}) {
+    for (const Quantised format : {Quantised::kE4m3, Quantised::kInt8}) {
+      for (const Scales scales :
+           {Scales::kNone, Scales::kTensor, Scales::kHead, Scales::kTokenHead}) {
+        const Problem p = code_problem(dim, format, scales);
+        ASSERT_EQ(planned.refusal(p), "");
+        const Query query = planned.query(p);
+        const Config config = kSm90Decode.configure(query);
+        const DecodeVariant& variant = decode_variant(config);
+        EXPECT_TRUE(variant.reads_codes);
+        EXPECT_LE(variant.shared_bytes, 227 * 1024 / variant.blocks_per_sm);
+        EXPECT_EQ(kSm90Decode.variant(query, config),
+                  fmt::format("bf16 wgmma, {}, codes widened in shared memory", text));
+      }
+    }
+  }
+}
+
+TEST(Sm90Decode, ExpectsOfCodesWhatAnH200Took) {
+  struct Row {
+    int64_t batch, group, heads_kv, keys, dim;
+    double us;
+  };
+  const CudaFacts facts = h200();
+  for (const Row row : {Row{1, 4, 8, 65536, 128, 64.4}, Row{32, 4, 8, 8192, 128, 233},
+                        Row{1, 32, 2, 65536, 256, 33.6}, Row{32, 32, 2, 8192, 256, 129},
+                        Row{1, 16, 1, 65536, 512, 52.9}, Row{32, 16, 1, 8192, 512, 190}}) {
+    Problem p =
+        decode_problem(row.batch, row.group * row.heads_kv, row.heads_kv, 1, row.keys, row.dim);
+    p.quantised_k = p.quantised_v = Quantised::kE4m3;
+    p.scales_k = p.scales_v = Scales::kTokenHead;
+    const Query query{p, {}, facts};
+    EXPECT_NEAR(kSm90Decode.estimate_us(query, kSm90Decode.configure(query)) / row.us, 1, 0.12)
+        << row.dim << ", batch " << row.batch;
+  }
+}
+
+TEST(Sm90Decode, SaysWhichCodesItDoesNotRead) {
+  const Planned planned;
+  const Problem p = code_problem(256, Quantised::kE4m3, Scales::kTokenHead);
+  const auto refusal = [&](auto change) {
+    Problem changed = p;
+    change(changed);
+    return planned.refusal(changed);
+  };
+  EXPECT_EQ(refusal([](Problem& p) { p.quantised_v = Quantised::kQ8_0; }),
+            "widens e4m3 and int8, of keys and of values; some are q8_0");
+  EXPECT_EQ(refusal([](Problem& p) { p.quantised_k = Quantised::kNone; }),
+            "widens e4m3 and int8, of keys and of values; some are bf16");
+  EXPECT_EQ(refusal([](Problem& p) { p.values_in_keys = true; }),
+            "widens values of their own, not those within keys");
+  EXPECT_EQ(
+      refusal([](Problem& p) { p.scales_k = Scales::kChannel; }),
+      "takes scales of keys per tensor, head or token; those of channels would round q again");
+  EXPECT_EQ(refusal([](Problem& p) { p.scales_v = Scales::kChannel; }), "");
+  EXPECT_EQ(refusal([](Problem& p) { p.dtype_q = p.dtype_kv = Dtype::kF16; }),
+            "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do");
+  EXPECT_EQ(refusal([](Problem& p) { p.stride_v[2] = 264; }),
+            "v has a stride of 264 codes; TMA needs a multiple of 16");
+  EXPECT_EQ(refusal([](Problem& p) { p.dim_qk = 576; }),
+            "takes heads of up to 512/512 over codes, these are 576/256");
 }
 
 }  // namespace

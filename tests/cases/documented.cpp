@@ -32,7 +32,7 @@ bool Documented::has_gradients_for_tma() const {
 
 bool Documented::is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const {
   const bool is_16_bit = problem.dtype_q == Dtype::kF16 || problem.dtype_q == Dtype::kBf16;
-  return cuda().compute_capability == 90 && is_one_type() && is_16_bit &&
+  return cuda().compute_capability == 90 && (is_one_type() || is_quantised(problem)) && is_16_bit &&
          precision == Precision::kNative && problem.dim_qk <= most_dim_qk &&
          problem.dim_v <= most_dim_v && is_for_tma();
 }
@@ -50,6 +50,22 @@ bool Documented::portable_reads_codes() const {
   return p.dim_qk <= 576 && p.dim_v <= 512;
 }
 
+// 8 bits each, in rows, heads and sequences that begin at multiples of 16; K's scales none of
+// channels, and V's in f16 none of tokens.
+bool Documented::decode_reads_codes() const {
+  const Problem p = canonical(problem);
+  const auto is_byte = [](Quantised format) {
+    return format == Quantised::kE4m3 || format == Quantised::kInt8;
+  };
+  const auto is_whole = [](const Strides& stride) {
+    return stride[0] % 16 == 0 && stride[1] % 16 == 0 && stride[2] % 16 == 0;
+  };
+  return is_byte(p.quantised_k) && is_byte(p.quantised_v) && !p.values_in_keys &&
+         p.scales_k != Scales::kChannel &&
+         !(p.dtype_q == Dtype::kF16 && p.scales_v == Scales::kTokenHead) && is_whole(p.stride_k) &&
+         is_whole(p.stride_v) && is_sm90(512, 512);
+}
+
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
@@ -57,7 +73,8 @@ bool Documented::takes(const std::string& kernel) const {
   if (is_dense_alone && !p.is_dense()) return false;
   const bool reads_codes = kernel == "cpu_prefill" || kernel == "cpu_decode" ||
                            kernel == "cpu_reference" ||
-                           (kernel == "cuda_portable" && portable_reads_codes());
+                           (kernel == "cuda_portable" && portable_reads_codes()) ||
+                           (kernel == "sm90_decode" && decode_reads_codes());
   if (is_quantised(p) && !reads_codes) return false;
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;

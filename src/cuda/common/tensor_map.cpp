@@ -48,6 +48,9 @@ Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shap
     return Status(Code::kDeviceError,
                   "the driver has no cuTensorMapEncodeTiled; it must be 12.0 or newer");
   }
+  const CUtensorMapDataType type =
+      shape.is_codes ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : map_type(shape.dtype);
+  const cuuint64_t element_bytes = shape.is_codes ? 1 : dtype_bytes(shape.dtype);
   CUtensorMap map;
   cuuint64_t extent[5];
   cuuint64_t stride_bytes[4];
@@ -58,14 +61,13 @@ Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shap
     box[i] = static_cast<cuuint32_t>(shape.box[i]);
     if (i == 0) continue;
     // The stride of a dimension of one is never used, but must be valid.
-    stride_bytes[i - 1] = shape.extent[i] > 1
-                              ? static_cast<cuuint64_t>(shape.stride[i]) * dtype_bytes(shape.dtype)
-                              : 16;
+    stride_bytes[i - 1] =
+        shape.extent[i] > 1 ? static_cast<cuuint64_t>(shape.stride[i]) * element_bytes : 16;
   }
-  const CUresult result = encode(
-      &map, map_type(shape.dtype), static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data),
-      extent, stride_bytes, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data), extent,
+             stride_bytes, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return Status(Code::kDeviceError, fmt::format("cuTensorMapEncodeTiled answered {} for {}",
                                                   static_cast<int>(result), shape.name));

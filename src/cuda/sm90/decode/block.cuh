@@ -24,16 +24,29 @@ __device__ __forceinline__ void meet_block() {
   ptx::launch_dependents();
 }
 
-// Where things are in shared memory, as 32-bit addresses.
+// Where things are in shared memory, as 32-bit addresses. Consumers read `ring`, TMA fills `loads`,
+// which is the same unless somebody widens between them.
 template <typename Tile>
 struct Shared {
+  static constexpr int kWideBytes = Tile::kSlots * Tile::kSlotBytes;
+  static constexpr int kScalesOffset = Tile::kQueryBytes + Tile::kRingBytes;
+
   uint32_t q, ring, full, empty;
+  uint32_t loads, loads_full, loads_empty;
+
   __device__ __forceinline__ explicit Shared(const void* base)
-      : q(ptx::shared_address(base)),
-        ring(q + Tile::kQueryBytes),
-        full(ring + Tile::kSlots * Tile::kSlotBytes),
-        empty(full + 8 * Tile::kSlots) {}
+      : q(ptx::shared_address(base)), ring(q + Tile::kQueryBytes) {
+    full = ring + Tile::kRingBytes;
+    if constexpr (Tile::kWidens) full += Tile::kSlots * Tile::kScaleBytes;
+    empty = full + 8 * Tile::kSlots;
+    loads = Tile::kWidens ? ring + kWideBytes : ring;
+    loads_full = Tile::kWidens ? empty + 8 * Tile::kSlots : full;
+    loads_empty = Tile::kWidens ? loads_full + 8 * Tile::kLoadSlots : empty;
+  }
   __device__ __forceinline__ uint32_t slot(int i) const { return ring + i * Tile::kSlotBytes; }
+  __device__ __forceinline__ uint32_t load_slot(int i) const {
+    return loads + i * Tile::kLoadBytes;
+  }
 };
 
 // Which pages a share's boxes lie in. Each lane knows that of one of 32 boxes that follow each
@@ -102,12 +115,14 @@ struct TileLoader {
     const int key = item.sequence.first_key + tile(n) * Tile::kTileK;
     const int head = item.head_kv * use.head_step;
     const int batch_idx = item.sequence.key_batch * use.batch_step;
-    const uint32_t full = shared.full + 8 * slot;
+    const uint32_t full = shared.loads_full + 8 * slot;
     constexpr int kPanelBytes = panel_bytes(Tile::kTileK);
-    ptx::mbarrier_expect(full, (is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns * kPanelBytes);
+    ptx::mbarrier_expect(full,
+                         (is_v ? Tile::kDimV : Tile::kDimQk) / Tile::kStoredColumns * kPanelBytes);
     for (int box = 0; box < use.boxes; ++box) {
-      ptx::tma_load_5d(shared.slot(slot) + box * kPanelBytes, map, full, box * kPanelColumns, key,
-                       0, head, batch_idx, ptx::CacheHint::kEvictFirst);
+      ptx::tma_load_5d(shared.load_slot(slot) + box * kPanelBytes, map, full,
+                       box * Tile::kStoredColumns, key, 0, head, batch_idx,
+                       ptx::CacheHint::kEvictFirst);
     }
   }
 
@@ -119,7 +134,7 @@ struct TileLoader {
     const CUtensorMap* map = is_v ? &maps.v : &maps.k;
     const MapUse& use = is_v ? args.use_v : args.use_k;
     const int head = item.head_kv * use.head_step;
-    const uint32_t full = shared.full + 8 * slot;
+    const uint32_t full = shared.loads_full + 8 * slot;
     const int32_t begin = tile(n) * Tile::kTileK;
     const int32_t end = min(begin + Tile::kTileK, item.seen.end);
     const int box_keys = 1 << args.box_keys_log2;
@@ -128,15 +143,16 @@ struct TileLoader {
     const int page = pages.of_tile(begin) * use.batch_step;  // and all have seen the slot empty
     if (is_leader) {
       ptx::mbarrier_expect(
-          full, boxes * ((is_v ? Tile::kDimV : Tile::kDimQk) / kPanelColumns) * box_bytes);
+          full, boxes * ((is_v ? Tile::kDimV : Tile::kDimQk) / Tile::kStoredColumns) * box_bytes);
     }
     const int lane = threadIdx.x % 32;
     if (lane < boxes) {
-      const uint32_t to = shared.slot(slot) + lane * box_bytes;
+      const uint32_t to = shared.load_slot(slot) + lane * box_bytes;
       const int32_t token = (begin + lane * box_keys) % args.attention.page_size;
-      for (int panel = 0; panel < use.boxes; ++panel) {
-        ptx::tma_load_5d(to + panel * panel_bytes(Tile::kTileK), map, full, panel * kPanelColumns,
-                         token, 0, head, page, ptx::CacheHint::kEvictFirst);
+      for (int box = 0; box < use.boxes; ++box) {
+        ptx::tma_load_5d(to + box * panel_bytes(Tile::kTileK), map, full,
+                         box * Tile::kStoredColumns, token, 0, head, page,
+                         ptx::CacheHint::kEvictFirst);
       }
     }
     __syncwarp();

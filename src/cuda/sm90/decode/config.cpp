@@ -25,8 +25,8 @@ template <Instance kInstance>
 constexpr DecodeVariant variant() {
   constexpr HeadDims kDims = kInstance.dims;
   using Tile = DecodeTile<kDims.dim_qk, kDims.dim_v>;
-  DecodeVariant variant{kInstance,          Tile::kTileK,       Tile::kThreads,
-                        Tile::kSharedBytes, Tile::kBlocksPerSm, {}};
+  DecodeVariant variant{kInstance,          Tile::kTileK, Tile::kThreads, Tile::kSharedBytes,
+                        Tile::kBlocksPerSm, {},           false};
   if constexpr (kInstance.is_compiled) {
     variant.functions = {
         decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kDense>,
@@ -34,8 +34,33 @@ constexpr DecodeVariant variant() {
   }
   return variant;
 }
-constexpr auto kVariants =
+constexpr auto kElementVariants =
     variants_of<kDecodeInstances>([]<Instance kInstance>() { return variant<kInstance>(); });
+constexpr auto kCodeVariants = variants_of<kDecodeCodeInstances>([]<Instance kInstance>() {
+  constexpr HeadDims kDims = kInstance.dims;
+  using Tile = DecodeCodeTile<kDims.dim_qk, kDims.dim_v>;
+  DecodeVariant variant{
+      kInstance, Tile::kTileK, Tile::kThreads, Tile::kSharedBytes, Tile::kBlocksPerSm, {}, true};
+  if constexpr (kInstance.is_compiled) {
+    variant.functions = {
+        decode_code_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kDense>,
+        decode_code_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kAll>};
+  }
+  return variant;
+});
+constexpr auto kVariants = [] {
+  std::array<DecodeVariant, kElementVariants.size() + kCodeVariants.size()> all{};
+  std::ranges::copy(kElementVariants, all.begin());
+  std::ranges::copy(kCodeVariants, all.begin() + kElementVariants.size());
+  return all;
+}();
+
+// -1: there is none.
+int32_t instance_of(const Problem& p, const CudaFacts& cuda) {
+  return first_variant(kVariants, p, cuda, [&](const DecodeVariant& variant) {
+    return variant.reads_codes == is_quantised(p);
+  });
+}
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -68,9 +93,11 @@ class DecodeCost {
     // A window does not start at a tile's edge.
     const int64_t keys = most_visible_keys(p);
     tiles_ = divide_up(keys, variant.tile_k) + (keys < p.len_k ? 1 : 0);
+    const int element_bytes = variant.reads_codes ? 1 : 2;
     tile_work_ = static_cast<double>(variant.tile_k * (p.dim_qk + p.dim_v) * 2);
-    tile_bytes_ =
-        static_cast<double>(variant.tile_k * (p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) * 2);
+    tile_bytes_ = static_cast<double>(
+        variant.tile_k * (p.dim_qk + (p.values_in_keys ? 0 : p.dim_v)) * element_bytes);
+    if (variant.reads_codes) block_rate_ = 2 * code_rate(variant.instance.dims);
     share_bytes_ = static_cast<double>(all_query_rows(p) * p.dim_v * 4);
   }
 
@@ -121,7 +148,7 @@ class DecodeCost {
   double tile_us(int64_t blocks) const {
     const auto busy = static_cast<double>(blocks);
     const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(slots_));
-    const double rate = blocks > sms_ ? kBlockRate * kTwoBlocksGain / 2 : kBlockRate;
+    const double rate = blocks > sms_ ? block_rate_ * kTwoBlocksGain / 2 : block_rate_;
     const double blocks_of_sm = std::max(1.0, busy / static_cast<double>(sms_));
     return std::max({tile_work_ / rate, tile_boxes_us_ * blocks_of_sm,
                      tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached});
@@ -133,16 +160,50 @@ class DecodeCost {
   static constexpr double kCombineRate = 1.25e6;  // bytes a microsecond
   static constexpr double kBlockRate = 34e3;      // of work, counted as if V were read too
 
+  // Codes a microsecond that a lone block widens and multiplies, by an H200: widening bounds 128
+  // and 512, where three warps do it.
+  static constexpr double code_rate(HeadDims dims) {
+    return dims.dim_v > 256 ? 10.6e3 : dims.dim_v > 128 ? 17.8e3 : 13.5e3;
+  }
+
   // What two blocks of a multiprocessor do at once, to what one does. An assumption: where it
   // counts, many rows against few keys, the kernels for prefill are the faster ones anyway.
   static constexpr double kTwoBlocksGain = 1.25;
 
   int64_t sms_, slots_;  // slots_: blocks that the card runs at once
   double gbytes_per_s_, mean_key_share_;
+  double block_rate_ = kBlockRate;
   double tile_boxes_us_;  // what a multiprocessor takes to ask for the pages of a tile
   int64_t row_tiles_, items_, tiles_;
   double tile_work_, tile_bytes_, share_bytes_;
 };
+
+// Of what is stored as codes; nullopt: nothing stands in the way.
+std::optional<std::string> code_refusal(const Problem& p) {
+  for (const Quantised format : {p.quantised_k, p.quantised_v}) {
+    if (format != Quantised::kE4m3 && format != Quantised::kInt8) {
+      return fmt::format(
+          "widens e4m3 and int8, of keys and of values; some are {}",
+          format == Quantised::kNone ? kDtypes.name(p.dtype_kv) : kQuantiseds.name(format));
+    }
+  }
+  if (p.values_in_keys) return "widens values of their own, not those within keys";
+  if (p.scales_k == Scales::kChannel) {
+    return "takes scales of keys per tensor, head or token; those of channels would round q again";
+  }
+  if (p.scales_v == Scales::kTokenHead && p.dtype_q == Dtype::kF16) {
+    return "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do";
+  }
+  for (const auto& [name, stride] : {std::pair{"k", p.stride_k}, {"v", p.stride_v}}) {
+    for (size_t i = 0; i < 3; ++i) {
+      if (stride[i] % 16 != 0) {
+        return fmt::format("{} has a stride of {} codes; TMA needs a multiple of 16", name,
+                           stride[i]);
+      }
+    }
+  }
+  return std::nullopt;
+}
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
@@ -153,10 +214,15 @@ std::optional<std::string> refusal(const Query& query) {
       if ((*stride)[i] == 0) (*stride)[i] = 8;
     }
   }
+  if (is_quantised(p)) mapped.dtype_kv = p.dtype_q;  // as they are multiplied
   if (auto reason = sm90_refusal({mapped, query.limits, query.facts})) return reason;
-  if (auto reason = variant_refusal(kVariants, p, cuda_facts(query),
-                                    "takes heads of up to 576/512, these are {}/{}")) {
-    return reason;
+  if (is_quantised(p)) {
+    if (auto reason = code_refusal(p)) return reason;
+  }
+  if (instance_of(p, cuda_facts(query)) < 0) {
+    if (instance_of(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
+    return fmt::format("takes heads of up to {}, these are {}/{}",
+                       is_quantised(p) ? "512/512 over codes" : "576/512", p.dim_qk, p.dim_v);
   }
   // Of this kernel, and of the one that merges.
   const int64_t most_blocks =
@@ -186,7 +252,7 @@ bool is_balanced(const Query& query) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = first_variant(kVariants, p, cuda_facts(query));
+  config.instance = instance_of(p, cuda_facts(query));
   const DecodeVariant& variant = decode_variant(config);
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kDecodeTileQ;
@@ -206,9 +272,11 @@ Config configure(const Query& query) {
 
 // "bf16 wgmma, 256/256"
 std::string variant_text(const Query&, const Config& config) {
-  const Instance& instance = decode_variant(config).instance;
-  return fmt::format("{} wgmma, {}/{}", kDtypes.name(instance.dtype), instance.dims.dim_qk,
-                     instance.dims.dim_v);
+  const DecodeVariant& variant = decode_variant(config);
+  const Instance& instance = variant.instance;
+  return fmt::format("{} wgmma, {}/{}{}", kDtypes.name(instance.dtype), instance.dims.dim_qk,
+                     instance.dims.dim_v,
+                     variant.reads_codes ? ", codes widened in shared memory" : "");
 }
 
 // Shares of the keys of every sequence, where all are as long as the longest can be.
@@ -259,6 +327,7 @@ const Kernel kSm90Decode{
     .variant = variant_text,
     .workspace_bytes = workspace_bytes,
     .estimate_us = estimate_us,
-    .run = run_decode};
+    .run = run_decode,
+    .reads_quantised = true};
 
 }  // namespace wh::cuda

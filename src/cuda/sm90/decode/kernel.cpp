@@ -22,12 +22,13 @@ struct MappedTensor {
   int64_t variant_dim;  // columns that a tile has room for
   int32_t tile_k;
   int32_t box = box_keys(problem, tile_k);
+  int64_t panel_columns = is_quantised(problem) ? 2 * kPanelColumns : kPanelColumns;
 
   // A box may hold all panels where they are whole and as long as the tile.
-  bool is_one_box() const { return dim % kPanelColumns == 0 && box == tile_k; }
+  bool is_one_box() const { return dim % panel_columns == 0 && box == tile_k; }
   MapUse use() const {
     return {stride[1] != 0, stride[0] != 0,
-            is_one_box() ? 1 : static_cast<int32_t>(variant_dim / kPanelColumns)};
+            is_one_box() ? 1 : static_cast<int32_t>(variant_dim / panel_columns)};
   }
   Result<CUtensorMap> map(const void* data) const {
     const Problem& p = problem;
@@ -37,14 +38,16 @@ struct MappedTensor {
     TensorMapShape shape{};
     shape.name = name;
     shape.dtype = p.dtype_kv;
+    shape.is_codes = is_quantised(p);
     shape.rank = 5;
-    shape.stride = {1, stride[2], kPanelColumns, stride[1], stride[0]};
+    shape.stride = {1, stride[2], panel_columns, stride[1], stride[0]};
+    const auto columns = static_cast<int32_t>(panel_columns);
     if (is_one_box()) {
-      shape.extent = {kPanelColumns, stored.length, dim / kPanelColumns, heads, batch};
-      shape.box = {kPanelColumns, tile_k, static_cast<int32_t>(variant_dim / kPanelColumns), 1, 1};
+      shape.extent = {panel_columns, stored.length, dim / panel_columns, heads, batch};
+      shape.box = {columns, tile_k, static_cast<int32_t>(variant_dim) / columns, 1, 1};
     } else {
       shape.extent = {dim, stored.length, 1, heads, batch};
-      shape.box = {kPanelColumns, box, 1, 1, 1};
+      shape.box = {columns, box, 1, 1, 1};
     }
     return make_tensor_map(data, shape);
   }
@@ -52,8 +55,9 @@ struct MappedTensor {
 
 // Absorbed latent attention hands in the same memory twice. The planner counts that where the
 // problem says so; the kernel sees it anyway.
-Values values_of(const Problem& p, const Tensors& t) {
-  const bool is_prefix = t.v == t.k && p.dim_v <= p.dim_qk && p.stride_v == p.stride_k;
+Values place_of_values(const Problem& p, const Tensors& t) {
+  const bool is_prefix =
+      !is_quantised(p) && t.v == t.k && p.dim_v <= p.dim_qk && p.stride_v == p.stride_k;
   return is_prefix ? Values::kInKeys : Values::kOwn;
 }
 
@@ -66,10 +70,12 @@ DecodeArgs decode_args(const Problem& p, const Tensors& t, const Config& config)
   std::copy_n(p.stride_q.begin(), 3, args.stride_q);
   std::copy_n(p.stride_k.begin(), 3, args.stride_k);
   args.scores = scores_of(p);
-  args.values = values_of(p, t);
+  args.values = place_of_values(p, t);
   args.fresh_keys = static_cast<int32_t>(std::min(config.fresh_keys, p.len_k));
   args.rows = PackedRows(p, shape);
   args.shares = share_rule(p, config);
+  args.stored_k = keys_of(p, t);
+  args.stored_v = wh::values_of(p, t);
   args.partials = Partials::at(t.workspace, p, static_cast<int32_t>(shape.splits));
   return args;
 }

@@ -37,6 +37,7 @@
 #include "cuda/sm90/decode/block.cuh"
 #include "cuda/sm90/decode/shares.cuh"
 #include "cuda/sm90/decode/tiles.h"
+#include "cuda/sm90/decode/widen.cuh"
 
 namespace wh::cuda {
 namespace decode {
@@ -48,6 +49,17 @@ __device__ __forceinline__ float2 load_pair(const void* from) {
   } else {
     return __bfloat1622float2(*static_cast<const __nv_bfloat162*>(from));
   }
+}
+
+// Two columns of K or V as they are stored, where speed does not matter.
+template <typename T>
+__device__ __forceinline__ float2 stored_pair(const KvTensor&, const T* at) {
+  return load_pair<T>(at);
+}
+__device__ __forceinline__ float2 stored_pair(const KvTensor& stored, const uint8_t* at) {
+  const uint8_t x = at[0], y = at[1];
+  if (stored.format == Quantised::kE4m3) return {to_float(E4m3{x}), to_float(E4m3{y})};
+  return {static_cast<float>(static_cast<int8_t>(x)), static_cast<float>(static_cast<int8_t>(y))};
 }
 
 // The sums of V again, one key at a time and in full precision, of this thread's two rows. Slow,
@@ -62,14 +74,15 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
 #pragma unroll
   for (int i = 0; i < Tile::kColumns / 2; ++i) o[i] = 0;
   const KeyRows rows = item.key_rows(a);
-  const T* k_head = static_cast<const T*>(args.k) + item.head_kv * args.stride_k[1];
-  const T* v_head = static_cast<const T*>(a.v) + item.head_kv * a.stride_v[1];
+  using Stored = std::conditional_t<Tile::kWidens, uint8_t, T>;
+  const auto* k_head = static_cast<const Stored*>(args.k) + item.head_kv * args.stride_k[1];
+  const auto* v_head = static_cast<const Stored*>(a.v) + item.head_kv * a.stride_v[1];
   const int32_t begin = max(item.seen.begin, item.tile_begin * Tile::kTileK);
   const int32_t end = min(item.seen.end, item.tile_end * Tile::kTileK);
 #pragma unroll 1
   for (int32_t key = begin; key < end; ++key) {
-    const T* k = k_head + rows.offset(args.stride_k[0], args.stride_k[2], key);
-    const T* v = v_head + rows.offset(a.stride_v[0], a.stride_v[2], key);
+    const Stored* k = k_head + rows.offset(args.stride_k[0], args.stride_k[2], key);
+    const Stored* v = v_head + rows.offset(a.stride_v[0], a.stride_v[2], key);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float dot[1] = {0};
@@ -77,22 +90,30 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
       for (int d = column; d < a.dim_qk; d += 8) {
         const float2 x =
             load_pair<T>(s_q + chunk_offset(first_row + 8 * r, d / 8, Tile::kTileQ) + d % 8 * 2);
-        const float2 y = load_pair<T>(k + d);
+        const float2 y = stored_pair(args.stored_k, k + d);
         dot[0] = fmaf(x.x, y.x, fmaf(x.y, y.y, dot[0]));
       }
       dot[0] += __shfl_xor_sync(~0u, dot[0], 1);
       dot[0] += __shfl_xor_sync(~0u, dot[0], 2);
+      if constexpr (Tile::kWidens) {
+        dot[0] *= args.stored_k.scale(place_of_key(rows, item, key), 0);
+      }
       if (static_cast<uint32_t>(key - softmax.rows[r].first_key) >= softmax.rows[r].key_count)
         continue;
       const float bias = mask_bias<T>(a, softmax.rows[r], key);
       if (bias == -INFINITY) continue;
       if (args.scores != Scores::kPlain) transform_scores(dot, a);
-      const float p = softmax.online.weight(dot[0] + bias, r, softmax.scale_log2);
+      float p = softmax.online.weight(dot[0] + bias, r, softmax.scale_log2);
+      if constexpr (Tile::kWidens) {
+        if (has_token_scales(args.stored_v)) {
+          p *= args.stored_v.scale(place_of_key(rows, item, key), 0);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < Tile::kColumns / 8; ++i) {
         const int d = first_column + 8 * i + column;
         if (d >= a.dim_v) continue;
-        const float2 y = load_pair<T>(v + d);
+        const float2 y = stored_pair(args.stored_v, v + d);
         o[4 * i + 2 * r] = fmaf(p, y.x, o[4 * i + 2 * r]);
         o[4 * i + 2 * r + 1] = fmaf(p, y.y, o[4 * i + 2 * r + 1]);
       }
@@ -121,7 +142,7 @@ class Consumer {
         shared_(shared),
         smem_(smem),
         first_row_(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
-        first_column_(threadIdx.x / 128 * kColumns),
+        first_column_(Tile::kWarpgroups == 1 ? 0 : threadIdx.x / 128 * kColumns),
         softmax_(args.attention, args.scores) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {  // rows past the last one follow it, and are not stored
@@ -141,6 +162,7 @@ class Consumer {
     if (item_.is_mixed && any_not_finite(o_)) {
       redo_sums<Tile, T>(o_, args_, item_, softmax_, smem_, first_row_, first_column_);
     }
+    if constexpr (Tile::kWidens) scale_values();
     if (args_.partials.splits > 1) {
       store_share();
     } else {
@@ -216,6 +238,10 @@ class Consumer {
       ptx::wgmma_wait<0>();
       ptx::keep(s);
     }
+    if constexpr (Tile::kWidens) {
+      multiply_by_scales(s, ring.slot);
+      __syncwarp();  // one lane gives the slot back for all
+    }
     if (args_.values == Values::kOwn) {
       release(ring.slot);
       ring.next();
@@ -223,9 +249,13 @@ class Consumer {
     recall_bounds(kept);
     softmax_.raise(s, tile_key, !item_.tiles.is_full(tile));
     softmax_.weigh(s);
+    if constexpr (Tile::kWidens) {
+      ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
+      if (has_token_scales(args_.stored_v)) multiply_by_scales(s, ring.slot);
+    }
     softmax_.pack(s, p);
     softmax_.correct(o_);
-    if (args_.values == Values::kOwn) {
+    if (!Tile::kWidens && args_.values == Values::kOwn) {
       ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
     }
     // Past the end of K and V, TMA has left zeros.
@@ -252,11 +282,42 @@ class Consumer {
     ring.next();
   }
 
+  // Scores, or weights, by the scales of the keys of the tile in a slot.
+  __device__ __forceinline__ void multiply_by_scales(float (&s)[kTileK / 2], int slot) const {
+    const auto* scales = reinterpret_cast<const float2*>(smem_ + Shared<Tile>::kScalesOffset +
+                                                         slot * Tile::kScaleBytes) +
+                         threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kTileK / 8; ++i) {
+      const float2 pair = scales[4 * i];
+      s[4 * i] *= pair.x;
+      s[4 * i + 1] *= pair.y;
+      s[4 * i + 2] *= pair.x;
+      s[4 * i + 3] *= pair.y;
+    }
+  }
+  // The sums of codes by the scales of V that all keys share.
+  __device__ __forceinline__ void scale_values() {
+    const KvTensor& v = args_.stored_v;
+    if (v.scales == Scales::kNone || has_token_scales(v)) return;
+    const KvPlace at{0, item_.head_kv, 0, item_.sequence.batch_idx};
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = first_column_ + 8 * i + threadIdx.x % 4 * 2 + e;
+        const float scale = column < args_.attention.dim_v ? v.scale(at, column) : 1;
+        o_[4 * i + e] *= scale;
+        o_[4 * i + 2 + e] *= scale;
+      }
+    }
+  }
+
   // This share of the rows, normalised, for combine.cu. Through shared memory: a row of the
   // accumulators is 32 bytes at a time in a warp's store, and whole in a bulk copy.
   __device__ __forceinline__ void store_share() {
     constexpr int kPitch = kColumns * 4 + 32;  // banks: 4 rows of 32 bytes a half warp
-    static_assert(Tile::kTileQ * kPitch * Tile::kWarpgroups <= Tile::kSlots * Tile::kSlotBytes);
+    static_assert(Tile::kTileQ * kPitch * Tile::kWarpgroups <= Tile::kRingBytes);
     const int lane = threadIdx.x % 32;
     RowWeight weights[2];
     // Other warps may still multiply what lies in the ring.
@@ -350,7 +411,7 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles, Load load
   const DecodeArgs& args = tiles.args;
   const int count = tiles.count();
   // The ring is empty: its first tiles are on their way before the block is told of the barriers.
-  const int first_count = min(count, Tile::kSlots);
+  const int first_count = min(count, Tile::kLoadSlots);
   int n = 0;
   if (args.fresh_keys >= 0) {
     const int old_tiles = max(0, tiles.item.sequence.present.end - args.fresh_keys) / Tile::kTileK;
@@ -366,9 +427,9 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles, Load load
     __syncwarp();
   }
   meet_block<Tile>();
-  Ring<Tile::kSlots> ring;
+  Ring<Tile::kLoadSlots> ring;
   for (; n < count; ++n) {
-    ptx::mbarrier_wait(tiles.shared.empty + 8 * ring.slot, ring.parity);
+    ptx::mbarrier_wait(tiles.shared.loads_empty + 8 * ring.slot, ring.parity);
     load(n, ring.slot);
     ring.next();
   }
@@ -387,6 +448,9 @@ __device__ __forceinline__ void produce(const TileLoader<Tile>& tiles) {
 template <typename Tile, typename T, Layouts kLayouts>
 __device__ __forceinline__ void consume(const DecodeArgs& args, const BlockItem& block,
                                         const Shared<Tile>& shared, unsigned char* smem) {
+  // Where a lone warpgroup of consumers stands beside two of others, its registers do not suffice
+  // for what comes first either.
+  if constexpr (Tile::kWidens) ptx::registers_take<Tile::kConsumerRegisters>();
   Consumer<Tile, T, kLayouts> consumer(args, block.item, shared, smem);
   {
     QueryLoader<Tile, T> queries(args, block.item);
@@ -398,7 +462,9 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const BlockItem&
   }
   meet_block<Tile>();
   if constexpr (kLayouts == Layouts::kAll) weigh_missing<Tile::kConsumers>(args, block);
-  if constexpr (Tile::kWarpgroups == 2) ptx::registers_take<DecodeRegisters<kLayouts>::kConsumer>();
+  if constexpr (!Tile::kWidens && Tile::kWarpgroups == 2) {
+    ptx::registers_take<DecodeRegisters<kLayouts>::kConsumer>();
+  }
   consumer.run();
 }
 
@@ -412,8 +478,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const Shared<Tile> shared(smem);
   if (threadIdx.x == Tile::kConsumers) {
     for (int i = 0; i < Tile::kSlots; ++i) {
-      ptx::mbarrier_init(shared.full + 8 * i, 1);
+      ptx::mbarrier_init(shared.full + 8 * i, widening_warps<Tile>());
       ptx::mbarrier_init(shared.empty + 8 * i, Tile::kConsumers / 32);
+    }
+    if constexpr (Tile::kWidens) {
+      for (int i = 0; i < Tile::kLoadSlots; ++i) {
+        ptx::mbarrier_init(shared.loads_full + 8 * i, 1);
+        ptx::mbarrier_init(shared.loads_empty + 8 * i, widening_warps<Tile>());
+      }
     }
     ptx::mbarrier_init_fence();
     if (args.attention.len_k > 0) {
@@ -446,9 +518,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     consume<Tile, T, kLayouts>(args, block, shared, smem);
     return;
   }
-  if constexpr (Tile::kWarpgroups == 2) ptx::registers_give<Registers::kProducer>();
+  if constexpr (Tile::kWidens) {
+    ptx::registers_give<Tile::kSupplyRegisters>();
+  } else if constexpr (Tile::kWarpgroups == 2) {
+    ptx::registers_give<Registers::kProducer>();
+  }
   if (threadIdx.x < Tile::kConsumers + 32) {
     produce<Tile, kLayouts>({maps, args, item, shared, threadIdx.x == Tile::kConsumers});
+  } else if constexpr (Tile::kWidens) {
+    meet_block<Tile>();
+    Widener<Tile, T>(args, item, shared, smem).run();
   } else {
     meet_block<Tile>();
   }
@@ -458,6 +537,11 @@ template <int kDimQk, int kDimV, Dtype kDtype, Layouts kLayouts>
 const void* decode_instance() {
   return reinterpret_cast<const void*>(
       &sm90_decode<DecodeTile<kDimQk, kDimV>, Element<kDtype>, kLayouts>);
+}
+template <int kDimQk, int kDimV, Dtype kDtype, Layouts kLayouts>
+const void* decode_code_instance() {
+  return reinterpret_cast<const void*>(
+      &sm90_decode<DecodeCodeTile<kDimQk, kDimV>, Element<kDtype>, kLayouts>);
 }
 
 }  // namespace wh::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "core/kv_tensor.h"
 #include "core/status.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
@@ -40,6 +41,7 @@ struct DecodeArgs {
   Partials partials;
   int32_t box_keys_log2;  // keys of a box of a map, where they are in pages
   ShareRule shares;
+  KvTensor stored_k, stored_v;  // as codes, where they are quantised
 };
 
 struct DecodeMaps {
@@ -50,6 +52,9 @@ struct DecodeMaps {
 // The kernel compiled for these dimensions; instance.cu.in defines them.
 template <int kDimQk, int kDimV, Dtype kDtype, Layouts kLayouts>
 const void* decode_instance();
+// Over codes; code_instance.cu.in defines them.
+template <int kDimQk, int kDimV, Dtype kDtype, Layouts kLayouts>
+const void* decode_code_instance();
 
 Status run_decode(const Launch& launch);
 

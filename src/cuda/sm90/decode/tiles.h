@@ -33,13 +33,64 @@ struct DecodeTile {
   static constexpr int kQueryBytes = kTileQ * kDimQk * 2;
   static constexpr int kSlotBytes = kTileK * (kDimQk > kDimV ? kDimQk : kDimV) * 2;
   static constexpr int kBarrierBytes = 16;  // of a slot
+  // The slots that TMA fills, and the columns of their panels. Those of codes are others.
+  static constexpr bool kWidens = false;
+  static constexpr int kStoredColumns = kPanelColumns;
   static constexpr int kFittingSlots =
       (most_shared_bytes(kBlocksPerSm) - kQueryBytes) / (kSlotBytes + kBarrierBytes);
   static constexpr int kSlots = kFittingSlots < 12 ? kFittingSlots : 12;
-  static constexpr int kSharedBytes = kQueryBytes + kSlots * (kSlotBytes + kBarrierBytes);
+  static constexpr int kLoadSlots = kSlots, kLoadBytes = kSlotBytes;
+  static constexpr int kRingBytes = kSlots * kSlotBytes;
+  static constexpr int kSharedBytes = kQueryBytes + kRingBytes + kSlots * kBarrierBytes;
 
   static_assert(kDimQk % 64 == 0 && kDimV % 64 == 0 && kDimV <= kDimQk && kColumns <= 256);
   static_assert(kSlots >= 4);
+};
+
+// One over codes of a byte each. TMA fills a ring of tiles of codes; warps beside the producer
+// widen them into a short ring of tiles of 16 bits, which consumers read as they read any other,
+// and leave the scale of each key beside it.
+//
+// Bound: shared memory, 128 bytes a clock. A code of K is written by TMA, read, written as two
+// bytes and read as two by wgmma, which reads as many of Q where a tile has 64 keys: 8 bytes, and 6
+// of V. At 512 both warpgroups read K, and Q twice for 32 keys: 16 and 6. That is 18 codes a clock
+// up to 256 and 11 at 512, where an H200's memory hands an SM some 19. Widening is 2.3 instructions
+// for each lane's code, which leaves a lone warp some 4 codes a clock.
+template <int kDimQk_, int kDimV_>
+struct DecodeCodeTile : DecodeTile<kDimQk_, kDimV_> {
+  using Base = DecodeTile<kDimQk_, kDimV_>;
+  static constexpr bool kWidens = true;
+  static constexpr int kStoredColumns = 2 * kPanelColumns;
+  // Where there is one block of one warpgroup, a second warpgroup of them.
+  static constexpr int kWideners =
+      Base::kBlocksPerSm == 1 && Base::kWarpgroups == 1 ? 7 * 32 : 3 * 32;
+  static constexpr int kThreads = Base::kConsumers + 32 + kWideners;
+
+  // Widened: some are read, some are ready, one is written.
+  static constexpr int kSlots = Base::kWarpgroups == 1 ? 4 : 3;
+  static constexpr int kScaleBytes = Base::kTileK * 4;
+  static constexpr int kLoadBytes = Base::kSlotBytes / 2;
+  static constexpr int kFittingSlots =
+      (most_shared_bytes(Base::kBlocksPerSm) - Base::kQueryBytes -
+       kSlots * (Base::kSlotBytes + kScaleBytes + Base::kBarrierBytes)) /
+      (kLoadBytes + Base::kBarrierBytes);
+  static constexpr int kLoadSlots = kFittingSlots < 12 ? kFittingSlots : 12;
+  static constexpr int kRingBytes = kSlots * Base::kSlotBytes + kLoadSlots * kLoadBytes;
+  static constexpr int kSharedBytes = Base::kQueryBytes + kRingBytes + kSlots * kScaleBytes +
+                                      (kSlots + kLoadSlots) * Base::kBarrierBytes;
+
+  // Registers of a thread of producer and wideners, and of a consumer, out of what the launch has
+  // for all of them.
+  static constexpr int kSupplyRegisters = Base::kBlocksPerSm == 2  ? 80
+                                          : Base::kWarpgroups == 2 ? 72
+                                                                   : 128;
+  static constexpr int kConsumerRegisters = Base::kBlocksPerSm == 2  ? 176
+                                            : Base::kWarpgroups == 2 ? 216
+                                                                     : 240;
+  static constexpr int kPiecesAtOnce = Base::kWarpgroups == 2 ? 3 : 6;  // CodePieces
+
+  static_assert(kDimQk_ % kStoredColumns == 0 && kDimV_ % kStoredColumns == 0);
+  static_assert(kLoadSlots >= 3 && Base::kTileK <= kWideners);
 };
 
 // Of a thread, where there are two warpgroups of consumers and one of producers. Page tables take
