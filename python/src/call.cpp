@@ -49,7 +49,14 @@ template <typename Type>
 Type number(const char* name, nb::handle object) {
   Type value{};
   if (!nb::try_cast(object, value)) {
-    fail_type(std::string(name) + " is " + text_of(object) + "; it must be a number");
+    fail_type(std::string(name) + " is " + text_of(object) + "; it must be " +
+              (std::is_integral_v<Type> ? "a whole number" : "a number"));
+  }
+  if constexpr (std::is_same_v<Type, float>) {  // a softcap that became 0 would be none
+    double exact{};
+    if (value == 0 && nb::try_cast(object, exact) && exact != 0) {
+      fail_value(std::string(name) + " is " + text_of(object) + "; it is 0 in float32");
+    }
   }
   return value;
 }
@@ -147,6 +154,11 @@ nb::handle stored_of(nb::handle object) {
   if (!is_quantised(object)) return object;
   const nb::object codes = nb::getattr(object, "codes");
   return codes;
+}
+
+bool yes(const char* name, nb::handle object) {
+  if (object.ptr() == Py_True || object.ptr() == Py_False) return object.ptr() == Py_True;
+  fail_type(std::string(name) + " is " + text_of(object) + "; it must be True or False");
 }
 
 void fail_value(const std::string& message) { throw nb::value_error(message.c_str()); }

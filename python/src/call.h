@@ -121,6 +121,8 @@ class Call {
   wh_tensors tensors_;
 };
 
+// True or False, of the argument with this name.
+bool yes(const char* name, nb::handle object);
 [[noreturn]] void fail_value(const std::string& message);
 [[noreturn]] void fail_type(const std::string& message);
 // What lies in memory: the codes of a widehead.Quantised, or the array itself.

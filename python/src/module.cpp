@@ -28,7 +28,20 @@ Element element_named(const std::string& name) {
       ("dtype is \"" + name + "\"; valid: float32, float16, bfloat16, bool, int32, int64").c_str());
 }
 
-Spec make_spec(std::vector<int64_t> shape, const std::string& dtype, const std::string& device) {
+template <typename Value>
+Value read_as(const char* name, nb::handle object, const char* valid) {
+  Value value;
+  if (!nb::try_cast(object, value)) {
+    fail_type(std::string(name) + " is " + nb::cast<std::string>(nb::repr(object)) +
+              "; it must be " + valid);
+  }
+  return value;
+}
+
+Spec make_spec(nb::handle from_shape, nb::handle from_dtype, nb::handle from_device) {
+  auto shape = read_as<std::vector<int64_t>>("shape", from_shape, "a tuple of whole numbers");
+  const auto dtype = read_as<std::string>("dtype", from_dtype, "a string, as in \"float32\"");
+  const auto device = read_as<std::string>("device", from_device, "a string, as in \"cpu\"");
   const size_t colon = device.find(':');
   const std::string type = device.substr(0, colon);
   int32_t index = 0;
@@ -98,17 +111,19 @@ Limits make_limits(std::optional<uint64_t> workspace_bytes, const std::string& p
   return made;
 }
 
+constexpr const char* kReturnsLse = "return_log_sum_exp";
+
 // `empty(q, shape, dtype)` makes arrays of q's library where that offers no allocator to C.
 nb::object sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
                 nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
                 nb::handle key_lengths, nb::handle key_starts, nb::handle layouts,
-                bool return_log_sum_exp, nb::handle out, const Limits& limits, int32_t threads,
-                nb::handle stream, nb::handle empty) {
+                nb::handle return_log_sum_exp, nb::handle out, const Limits& limits,
+                int32_t threads, nb::handle stream, nb::handle empty) {
   Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
-             return_log_sum_exp, out, stream, Access::kRead});
+             yes(kReturnsLse, return_log_sum_exp), out, stream, Access::kRead});
   call.allocate(empty);
   call.run(limits.with_threads(threads));
-  if (return_log_sum_exp) return nb::make_tuple(call.out, call.log_sum_exp);
+  if (return_log_sum_exp.ptr() == Py_True) return nb::make_tuple(call.out, call.log_sum_exp);
   return std::move(call.out);
 }
 
@@ -128,11 +143,11 @@ void backward(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::ha
 nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
                nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
                nb::handle key_lengths, nb::handle key_starts, nb::handle layouts,
-               bool return_log_sum_exp, nb::handle out, bool gradients, const Limits& limits,
-               int32_t threads, nb::handle stream) {
+               nb::handle return_log_sum_exp, nb::handle out, nb::handle gradients,
+               const Limits& limits, int32_t threads, nb::handle stream) {
   Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
-             return_log_sum_exp, out, stream, Access::kPlan});
-  if (gradients) call.turn_backward();
+             yes(kReturnsLse, return_log_sum_exp), out, stream, Access::kPlan});
+  if (yes("gradients", gradients)) call.turn_backward();
   const wh_limits c_limits = limits.with_threads(threads);
   wh_plan* made = nullptr;
   const wh_status status = wh_plan_create(&call.problem(), &c_limits, &made);
@@ -151,12 +166,12 @@ nb::tuple plan(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::h
 // One call of a rank's; `scale` to `log_sum_exp` as sdpa() has them.
 nb::tuple sharded_sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale,
                        nb::handle causal, nb::handle window, nb::handle softcap, nb::handle mask,
-                       nb::handle sinks, bool return_log_sum_exp, nb::handle out,
+                       nb::handle sinks, nb::handle return_log_sum_exp, nb::handle out,
                        const Ranks& ranks, const Limits& limits, int32_t threads, nb::handle group,
                        nb::handle allocate, nb::handle empty) {
   return parallel_attention(
       {q, k, v, scale, causal, window, softcap, nb::none(), sinks, nb::none(), nb::none(),
-       nb::none(), return_log_sum_exp, out, nb::none(), Access::kRead},
+       nb::none(), yes(kReturnsLse, return_log_sum_exp), out, nb::none(), Access::kRead},
       mask, ranks, limits.with_threads(threads), group, allocate, empty);
 }
 
@@ -179,9 +194,8 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
   nb::class_<Spec>(m, "Spec").def(
       "__init__",
-      [](Spec* self, std::vector<int64_t> shape, const std::string& dtype,
-         const std::string& device) {
-        new (self) Spec(make_spec(std::move(shape), dtype, device));
+      [](Spec* self, nb::handle shape, nb::handle dtype, nb::handle device) {
+        new (self) Spec(make_spec(shape, dtype, device));
       },
       nb::arg("shape"), nb::arg("dtype") = "float32", nb::arg("device") = "cpu");
   nb::class_<Limits>(m, "Limits")

@@ -207,3 +207,57 @@ def test_tables():
     with pytest.raises(ValueError, match="device is 'tpu'"):
         widehead.device("tpu")
     assert widehead.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("limits", [{}, {"threads": 2}, "threads=2", 0])
+def test_limits_of_another_type_name_the_argument(limits):
+    q = np.zeros((1, 1, 2, 8), np.float32)
+    for call in (widehead.sdpa, widehead.plan):
+        with pytest.raises(TypeError) as raised:
+            call(q, q, q, limits=limits)
+        assert str(raised.value).startswith(f"limits is {limits!r}; it must be a widehead.Limits")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"threads": "2"}, "threads is '2'; it must be a whole number from 0 to 4096"),
+        ({"threads": 1.5}, "threads is 1.5; it must be a whole number from 0 to 4096"),
+        ({"threads": True}, "threads is True; it must be a whole number from 0 to 4096"),
+        ({"threads": 10**12}, "threads is 1000000000000; it must be a whole number from 0 to 4096"),
+        ({"threads": -1}, "threads is -1; it must be a whole number from 0 to 4096"),
+        ({"fused_above": None}, "fused_above is None; it must be a whole number from 0 to"),
+        ({"fresh_keys": 2**70}, "fresh_keys is 1180591620717411303424; it must be a whole number"),
+        ({"workspace": True}, "workspace is True; it must be bytes as an int"),
+        ({"workspace": 10**30}, "it must be bytes from 0 to 18446744073709551615, or None"),
+        ({"policy": 3}, "policy is 3; it must be a string"),
+        ({"kernel": 3}, "kernel is 3; it must be a string or None"),
+        ({"precision": None}, "precision is None; it must be a string"),
+        ({"batch_invariant": "no"}, "batch_invariant is 'no'; it must be True or False"),
+        ({"longest_step_ms": "1"}, "longest_step_ms is '1'; it must be a number of milliseconds"),
+        ({"longest_step_ms": float("nan")}, "longest_step_ms is nan; it must be a number of"),
+    ],
+)
+def test_limits_name_the_value_and_what_is_valid(values, words):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        widehead.Limits(**values)
+    assert words in str(raised.value)
+
+
+def test_limits_take_numbers_of_numpy_and_any_size():
+    assert widehead.Limits(threads=np.int64(2)) == widehead.Limits(threads=2)
+    assert widehead.Limits(workspace="99999999999TiB").core_values()["workspace_bytes"] == 2**64 - 1
+
+
+def test_what_is_no_bool_or_shape_says_so():
+    q = np.zeros((1, 1, 2, 8), np.float32)
+    with pytest.raises(TypeError, match="return_log_sum_exp is 'yes'; it must be True or False"):
+        widehead.sdpa(q, q, q, return_log_sum_exp="yes")
+    with pytest.raises(TypeError, match="gradients is 1; it must be True or False"):
+        widehead.plan(q, q, q, gradients=1)
+    with pytest.raises(TypeError, match=r"shape is \(1, 2.5\); it must be a tuple of whole numbers"):
+        widehead.Spec((1, 2.5))
+    with pytest.raises(TypeError, match="dtype is 3; it must be a string"):
+        widehead.Spec((1, 2), 3)
+    with pytest.raises(TypeError, match="key_lengths is 3.5; it must be a whole number"):
+        widehead.sdpa(q, q, q, key_lengths=[3.5])

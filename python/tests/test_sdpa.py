@@ -209,6 +209,8 @@ WRONG = {
     "scale": (lambda q, k, v: ((q, k, v), {"scale": "1"}), TypeError, "scale is '1'"),
     "scale nan": (lambda q, k, v: ((q, k, v), {"scale": np.nan}), ValueError, "scale is nan"),
     "softcap": (lambda q, k, v: ((q, k, v), {"softcap": -1.0}), ValueError, "softcap is -1"),
+    "softcap of 0": (lambda q, k, v: ((q, k, v), {"softcap": 1e-60}), ValueError,
+                     "softcap is 1e-60; it is 0 in float32"),
     "mask shape": (lambda q, k, v: ((q, k, v), {"mask": MASK[..., 1:]}), ValueError, "mask is .*33, 77"),
     "mask type": (lambda q, k, v: ((q, k, v), {"mask": MASK.astype("i4")}), TypeError, "mask is int32"),
     "sinks type": (lambda q, k, v: ((q, k, v), {"sinks": np.zeros(4)}), TypeError, "sinks is float64"),

@@ -17,7 +17,7 @@ from widehead import _core
 from widehead._append import append
 from widehead._arrays import expect_writable, library_of
 from widehead._errors import Refused
-from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead._limits import Limits, limits_of
 from widehead._merge import merge
 from widehead._models import Layer, Model, models
 from widehead._plan import Candidate, Plan
@@ -132,7 +132,7 @@ def sdpa(
         (q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
          _layouts(query_offsets, key_offsets, page_table, page_offsets, len_q, len_k),
          return_log_sum_exp, out),
-        DEFAULT_LIMITS if limits is None else limits,
+        limits_of(limits),
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def plan(
     text, plan_json = _core.plan(
         q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
         _layouts(query_offsets, key_offsets, page_table, page_offsets, len_q, len_k),
-        return_log_sum_exp, out, gradients, (DEFAULT_LIMITS if limits is None else limits)._core,
+        return_log_sum_exp, out, gradients, limits_of(limits)._core,
         library.threads(), library.stream(q),
     )  # fmt: skip
     return Plan(text, plan_json)

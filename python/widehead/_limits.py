@@ -14,15 +14,55 @@ _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 
 _UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+_WHOLES = {"fused_above": 2**63 - 1, "threads": 4096, "fresh_keys": 2**63 - 1}  # from 0 on
+_TEXTS = ("policy", "kernel", "precision")
+_OPTIONAL = ("kernel", "fresh_keys")
+_MOST_BYTES = 2**64 - 1
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _expect(limits: Limits) -> None:
+    """Raises where a value is of another type or, of a number, out of range."""
+
+    def expect(error: type[Exception], fits: bool, name: str, words: str) -> None:
+        if not fits:
+            or_none = " or None" if name in _OPTIONAL else ""
+            raise error(f"{name} is {getattr(limits, name)!r}; it must be {words}{or_none}")
+
+    for name, most in _WHOLES.items():
+        value = getattr(limits, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        words = f"a whole number from 0 to {most}"
+        expect(TypeError, _is_whole(value), name, words)
+        expect(ValueError, 0 <= value <= most, name, words)
+    for name in _TEXTS:
+        value = getattr(limits, name)
+        fits = isinstance(value, str) or (value is None and name in _OPTIONAL)
+        expect(TypeError, fits, name, "a string")
+    expect(TypeError, isinstance(limits.batch_invariant, bool), "batch_invariant", "True or False")
+    step, words = limits.longest_step_ms, "a number of milliseconds from 0 to 1e12"
+    is_number = hasattr(step, "__float__") and not isinstance(step, bool)
+    expect(TypeError, is_number, "longest_step_ms", words)
+    expect(ValueError, 0 <= step <= 1e12, "longest_step_ms", words)
+
+
 def _bytes_of(workspace: int | str | None) -> int | None:
-    if workspace is not None and not isinstance(workspace, (int, str)):
+    if workspace is None:
+        return None
+    if not isinstance(workspace, str) and not _is_whole(workspace):
         raise TypeError(
             f"workspace is {workspace!r}; it must be bytes as an int, a size as in '512MiB', "
             "or None"
         )
-    if workspace is None or isinstance(workspace, int):
-        if workspace is not None and workspace < 0:
-            raise ValueError(f"workspace is {workspace}; it must be bytes from 0 on, or None")
+    if not isinstance(workspace, str):
+        if not 0 <= workspace <= _MOST_BYTES:
+            raise ValueError(
+                f"workspace is {workspace}; it must be bytes from 0 to {_MOST_BYTES}, or None"
+            )
         return workspace
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", workspace.strip())
     if match is None or match[2] not in _UNITS:
@@ -30,7 +70,7 @@ def _bytes_of(workspace: int | str | None) -> int | None:
             f"workspace is {workspace!r}; it must be bytes, or a size as in '512MiB' "
             f"({', '.join(unit for unit in _UNITS if unit)})"
         )
-    return int(float(match[1]) * _UNITS[match[2]])
+    return min(int(float(match[1]) * _UNITS[match[2]]), _MOST_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +105,10 @@ class Limits:
     text: str = field(init=False, repr=False, compare=False)  # for operators, which take no objects
 
     def __post_init__(self) -> None:
+        _expect(self)
+        for name in (*_WHOLES, "workspace"):  # NumPy's are no JSON
+            if _is_whole(value := getattr(self, name)):
+                object.__setattr__(self, name, int(value))
         core = _core.Limits(**self.core_values())
         object.__setattr__(self, "_core", core)
         object.__setattr__(self, "text", json.dumps(self._values()))
@@ -95,6 +139,17 @@ def _make_limits(values: dict[str, Any]) -> Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def limits_of(given: Limits | None) -> Limits:
+    """What a caller gave as ``limits``."""
+    if given is None:
+        return DEFAULT_LIMITS
+    if not isinstance(given, Limits):
+        raise TypeError(
+            f"limits is {given!r}; it must be a widehead.Limits, as in Limits(threads=2), or None"
+        )
+    return given
 
 
 @lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from widehead import _core
 from widehead._arrays import Arguments, library_of_type
 from widehead._errors import unreadable, unwritable
-from widehead._limits import DEFAULT_LIMITS, Limits, backward_limits
+from widehead._limits import DEFAULT_LIMITS, Limits, backward_limits, limits_of
 
 __all__ = ["attention_rows", "override_sdpa", "sdpa"]
 
@@ -466,7 +466,7 @@ def sdpa(
     out: Tensor = attention(
         (q, k, v, scale, "top_left" if is_causal else False, None, None, mask, None, None, None,
          None, False, None),
-        DEFAULT_LIMITS if limits is None else limits,
+        limits_of(limits),
     )  # fmt: skip
     heads = out.shape[1:2] if max(query.dim(), key.dim(), value.dim()) > 2 else ()
     shape = (*leading, *heads, *out.shape[2:])

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from widehead import _core
-from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead._limits import Limits, limits_of
 
 __all__ = ["Tokens", "contiguous", "gather", "sdpa", "take", "zigzag"]
 
@@ -230,7 +230,7 @@ def sdpa(
     callbacks = _Group(group, q.device)
     answer, log_sum_exp, text = _core.sharded_sdpa(
         q, k, v, scale, causal, window, softcap, mask, sinks, return_log_sum_exp, out, whole,
-        (limits or DEFAULT_LIMITS)._core, torch.get_num_threads(), callbacks, callbacks.workspace,
+        limits_of(limits)._core, torch.get_num_threads(), callbacks, callbacks.workspace,
         None,
     )  # fmt: skip
     if explain is not None:

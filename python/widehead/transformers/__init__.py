@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from widehead._limits import DEFAULT_LIMITS, Limits
+from widehead._limits import Limits, limits_of
 from widehead.transformers._attention import attention_forward
 from widehead.transformers._mask import StructuredMask, attention_mask
 
@@ -27,7 +27,7 @@ def register(name: str = "widehead", *, limits: Limits | None = None) -> None:
     Both are needed: without a mask function transformers hands over no mask at all, neither
     padding nor windows. Registering twice replaces; several names may differ in their limits.
     """
-    forward = partial(attention_forward, limits=DEFAULT_LIMITS if limits is None else limits)
+    forward = partial(attention_forward, limits=limits_of(limits))
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, attention_mask)
 
@@ -44,4 +44,4 @@ def continuous_batching(model: Any, *, limits: Limits | None = None) -> Abstract
     """
     from widehead.transformers import _paged  # which older versions have not
 
-    return _paged.continuous_batching(model, DEFAULT_LIMITS if limits is None else limits)
+    return _paged.continuous_batching(model, limits_of(limits))
