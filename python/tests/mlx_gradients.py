@@ -1,13 +1,9 @@
 """Gradients of widehead.mlx.sdpa against float64, on whatever device MLX works."""
 
 import mlx.core as mx
-import numpy as np
 import widehead.mlx
+from mlx_arrays import numpy_of
 from oracle import oracle_gradients, relative_rms
-
-
-def numpy_of(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def attend(options):

@@ -7,33 +7,18 @@ import threading
 
 import numpy as np
 import pytest
-from oracle import BOUNDS, oracle, qkv, relative_rms
+from oracle import BOUNDS, oracle
 
 mx = pytest.importorskip("mlx.core")
 
 import widehead  # noqa: E402
 import widehead.mlx  # noqa: E402
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+from mlx_arrays import DTYPES, arrays, error, numpy_of  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
 def primitive():
     assert widehead.mlx.why_no_primitive is None
-
-
-def arrays(dtype="float32", **shape):
-    """q, k and v as MLX's, and as the float64 numbers that they hold."""
-    made = [mx.array(each).astype(DTYPES[dtype]) for each in qkv(**shape)]
-    return made, [numpy_of(each) for each in made]
-
-
-def numpy_of(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def error(actual, expected):
-    return relative_rms(numpy_of(actual), expected)
 
 
 RANDOM = np.random.default_rng(7)
@@ -131,6 +116,26 @@ def test_transposed_and_reversed_views():
     out = widehead.mlx.sdpa(rows, k[:, ::-1, ::-1], v[:, ::-1, ::-1], scale=0.1)
     reversed_ = [each[:, ::-1, ::-1] for each in exact[1:]]
     assert error(out, oracle(exact[0], *reversed_, scale=0.1)[0]) <= BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("is_boolean", [True, False])
+def test_reversed_masks(is_boolean):
+    tensors, exact = arrays()
+    numbers = np.random.default_rng(5).standard_normal((4, 33, 77)).astype(np.float32)
+    mask = numbers > 0 if is_boolean else numbers
+    for axes in (np.s_[:, :, ::-1], np.s_[:, ::-1], np.s_[::-1, ::-1, ::-2]):
+        keys = np.s_[:, :, : mask[axes].shape[-1]]
+        q, k, v = tensors[0], tensors[1][keys], tensors[2][keys]
+        out = widehead.mlx.sdpa(q, k, v, scale=0.1, mask=mx.array(mask)[axes])
+        of_exact = (exact[0], exact[1][keys], exact[2][keys])
+        assert error(out, oracle(*of_exact, scale=0.1, mask=mask[axes])[0]) <= BOUNDS["float32"]
+
+    def loss(q, mask):
+        return widehead.mlx.sdpa(q, *tensors[1:], scale=0.1, mask=mask).sum()
+
+    gradient = mx.grad(loss)(tensors[0], mx.array(mask)[:, :, ::-1])
+    expected = mx.grad(loss)(tensors[0], mx.array(np.ascontiguousarray(mask[:, :, ::-1])))
+    assert mx.array_equal(gradient, expected)
 
 
 def test_nothing_to_do():

@@ -2,17 +2,17 @@
 
 import numpy as np
 import pytest
-from oracle import BOUNDS, oracle, qkv, relative_rms
+from oracle import BOUNDS, oracle
 
 mx = pytest.importorskip("mlx.core")
 if not mx.is_available(mx.gpu) or not mx.cuda.is_available():
     pytest.skip("needs MLX's CUDA backend", allow_module_level=True)
 
+import mlx_arrays  # noqa: E402
 import widehead  # noqa: E402
 import widehead.mlx  # noqa: E402
+from mlx_arrays import DTYPES, error, numpy_of  # noqa: E402
 from mlx_gradients import assert_gradients, attend  # noqa: E402
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,16 +22,7 @@ def primitive():
 
 
 def arrays(dtype="bfloat16", **shape):
-    made = [mx.array(each).astype(DTYPES[dtype]) for each in qkv(**shape)]
-    return made, [numpy_of(each) for each in made]
-
-
-def numpy_of(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def error(actual, expected):
-    return relative_rms(numpy_of(actual), expected)
+    return mlx_arrays.arrays(dtype, **shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,7 @@ import mlx.core as mx
 
 import widehead
 from widehead._errors import expect_kernel
-from widehead._limits import DEFAULT_LIMITS, Limits, backward_limits
+from widehead._limits import Limits, backward_limits, limits_of
 from widehead._plan import Plan
 from widehead.mlx import _build, _dlpack, _mlx_lm, _quantised
 from widehead.mlx._masks import Masks
@@ -84,15 +84,15 @@ def sdpa(
     key_starts: [batch]: keys before it are not read (left padding).
     limits: what the call may take; see :class:`widehead.Limits`.
 
-    Strided arrays are read where they are; of reversed ones q, k and v are copied on the CPU, and all
-    others are refused when they are evaluated, on a GPU q, k and v too: pass mx.contiguous() of them.
+    Strided arrays are read where they are. Reversed ones, masks too, are copied on the CPU, and refused
+    on a GPU when they are evaluated, as MLX tells strides no sooner: pass mx.contiguous() of them.
     Works under mx.compile, shapeless too. q, k, v and sinks have gradients that store no scores;
     those of an additive mask, of heads beyond 512 on a GPU, second ones, mx.jvp and mx.vmap take
     MLX's own operations, which do. Raises ValueError with the argument, its value and what would be valid, and
     :class:`widehead.Refused` when the limits allow no kernel.
     """
     if force_fused:
-        limits = replace(limits or DEFAULT_LIMITS, policy="fused")
+        limits = replace(limits_of(limits), policy="fused")
     causal = isinstance(mask, str)
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"mask is {mask!r}; valid: None, \"causal\", an array")
@@ -109,7 +109,7 @@ def sdpa(
             q, k, v, limits, scale=scale, mask="causal" if causal else array, sinks=sinks,
             softcap=softcap, window=window, key_starts=key_starts,
         )  # fmt: skip
-    chosen = DEFAULT_LIMITS if limits is None else limits
+    chosen = limits_of(limits)
     if _primitive is None:
         options = {
             "scale": scale,
