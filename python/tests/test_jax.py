@@ -144,7 +144,9 @@ def test_one_compilation_serves_later_calls_and_large_arrays():
         ({"key_value_seq_lengths": (3,)}, "key_value_seq_lengths is [3]; it must be [B = 2]"),
         ({"query_seq_lengths": (2,)}, "query_seq_lengths is float32; it must be of whole numbers"),
         ({"mask": (2, 4, 33, 77)}, "mask is float32; it must be bool"),
-        ({"bias": (32, 77)}, "mask is [32, 77]; it must broadcast to"),
+        ({"bias": (32, 77)}, "bias is [32, 77]; it must broadcast to [B, N, T, S], here [2, 4, 33, 77]"),
+        ({"bias": (33, 77), "mask": (3, 1, 1, 77)}, "mask is [3, 1, 1, 77]; it must broadcast to"),
+        ({"bias": (1, 1, 1, 33, 77)}, "bias is [1, 1, 1, 33, 77]; it must broadcast to"),
         ({"sinks": (3,)}, "sinks is [3]; it must be [heads_q], here [4]"),
     ],
 )

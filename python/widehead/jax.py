@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 import widehead
 from widehead import _core
 from widehead._errors import expect_kernel
-from widehead._limits import DEFAULT_LIMITS, Limits, backward_limits
+from widehead._limits import Limits, backward_limits, limits_of
 
 __all__ = ["sdpa"]
 
@@ -167,6 +167,22 @@ def _expect_shape(name: str, array: Any, shape: tuple[int | None, ...], letters:
         raise ValueError(f"{name} is {list(array.shape)}; it must be [{wanted}]")
 
 
+def _expect_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    have = array.shape[::-1]
+    if len(have) > 4 or any(a not in (1, b) for a, b in zip(have, shape[::-1], strict=False)):
+        raise ValueError(
+            f"{name} is {list(array.shape)}; it must broadcast to [B, N, T, S], here {list(shape)}"
+        )
+
+
+def _expect_dtypes(q: Any, k: Any, v: Any) -> None:
+    for name, array in (("query", q), ("key", k), ("value", v)):
+        if str(array.dtype) not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"{name} is {array.dtype}; it must be float32, float16 or bfloat16")
+    if k.dtype != v.dtype:
+        raise ValueError(f"value is {v.dtype}; it must be of key's type, {k.dtype}")
+
+
 def _lengths_of(name: str, lengths: Any, batch: int) -> Any:
     if lengths is None:
         return None
@@ -231,8 +247,12 @@ def sdpa(
     letters = "BSKH"[is_single:]
     _expect_shape("key", k, (*q.shape[: 1 - is_single], None, None, q.shape[-1]), letters)
     _expect_shape("value", v, (*k.shape[:-1], None), letters)
+    _expect_dtypes(q, k, v)
     if is_single:
         q, k, v = (each[None] for each in (q, k, v))
+    for name in ("bias", "mask"):
+        if arrays[name] is not None:
+            _expect_broadcast(name, arrays[name], (*q.shape[:3:2], q.shape[1], k.shape[1]))
     lengths = [
         _lengths_of("query_seq_lengths", query_seq_lengths, q.shape[0]),
         _lengths_of("key_value_seq_lengths", key_value_seq_lengths, q.shape[0]),
@@ -247,7 +267,7 @@ def sdpa(
         )
     options = _Options(
         None if scale is None else float(scale), "top_left" if is_causal else False, window,
-        None if softcap is None else float(softcap), DEFAULT_LIMITS if limits is None else limits,
+        None if softcap is None else float(softcap), limits_of(limits),
     )  # fmt: skip
     given = (q, k, v, _mask_of(arrays["bias"], arrays["mask"], q.dtype), arrays["sinks"], lengths[1])
     options.expect_kernel(given)
