@@ -7,6 +7,7 @@
 #include "core/quantised.h"
 #include "support/attention.h"
 #include "support/gpu_attention.h"
+#include "support/stored_formats.h"
 
 namespace wh {
 namespace {
@@ -15,19 +16,14 @@ constexpr int64_t kHeadsKv = 2, kGroup = 3, kKeys = 130;
 const std::vector<int32_t> kLengths{kKeys, 77};  // of two sequences
 const std::vector<int32_t> kOffsets{0, kKeys, kKeys + 77};
 
-struct Stored {
-  Quantised format;
-  Scales scales;
-};
-constexpr Stored kStored[] = {
-    {Quantised::kE4m3, Scales::kNone},    {Quantised::kE4m3, Scales::kTensor},
-    {Quantised::kE4m3, Scales::kHead},    {Quantised::kE4m3, Scales::kTokenHead},
-    {Quantised::kE4m3, Scales::kChannel}, {Quantised::kInt8, Scales::kTensor},
-    {Quantised::kInt8, Scales::kHead},    {Quantised::kInt8, Scales::kTokenHead},
-    {Quantised::kInt8, Scales::kChannel}, {Quantised::kQ8_0, Scales::kNone},
-    {Quantised::kQ4_0, Scales::kNone},    {Quantised::kNone, Scales::kNone}};
-constexpr size_t kAligned = 64;                      // workspace
-constexpr size_t kFormats = std::size(kStored) - 1;  // in front of elements
+// Every format, and elements behind them.
+const std::vector<StoredFormat> kStored = [] {
+  std::vector<StoredFormat> all(std::begin(kStoredFormats), std::end(kStoredFormats));
+  all.push_back({Quantised::kNone, Scales::kNone});
+  return all;
+}();
+constexpr size_t kAligned = 64;  // workspace
+constexpr size_t kFormats = std::size(kStoredFormats);
 
 struct Layout {
   int32_t kind;
@@ -39,8 +35,8 @@ constexpr Layout kLayouts[] = {{WH_KEYS_DENSE},
                                {WH_KEYS_PAGED, 16},
                                {WH_KEYS_PAGED, 64}};
 
-wh_problem problem_over(const Stored& k, const Stored& v, const Layout& layout, int32_t dtype,
-                        int64_t len_q, int64_t dim) {
+wh_problem problem_over(const StoredFormat& k, const StoredFormat& v, const Layout& layout,
+                        int32_t dtype, int64_t len_q, int64_t dim) {
   wh_problem p = problem_of(2, kHeadsKv * kGroup, kHeadsKv, len_q, kKeys, dim);
   p.dtype_q = p.dtype_kv = dtype;
   p.causal = WH_CAUSAL_BOTTOM_RIGHT;
@@ -60,7 +56,7 @@ wh_problem problem_over(const Stored& k, const Stored& v, const Layout& layout, 
 // K or V, all bytes 0xff but what is there.
 class Cache {
  public:
-  Cache(const wh_problem& p, const Stored& stored, const int64_t* stride,
+  Cache(const wh_problem& p, const StoredFormat& stored, const int64_t* stride,
         const int64_t* stride_scales, const std::vector<int32_t>& table, std::mt19937& random)
       : stored_(stored), dim_(p.dim_qk), dtype_(static_cast<Dtype>(p.dtype_kv)) {
     const int64_t rows = p.key_layout == WH_KEYS_PAGED    ? p.pages * p.page_size
@@ -136,7 +132,7 @@ class Cache {
     }
   }
 
-  Stored stored_;
+  StoredFormat stored_;
   int64_t dim_;
   Dtype dtype_;
   std::vector<int64_t> firsts_;
@@ -193,8 +189,8 @@ class GpuCodes : public testing::Test {
     return floats_of(p.device == WH_CUDA ? placed[8]->fetch() : host[8], p.dtype_q);
   }
 
-  static void expect_right(const Stored& k, const Stored& v, const Layout& layout, int32_t dtype,
-                           int64_t len_q, int64_t dim) {
+  static void expect_right(const StoredFormat& k, const StoredFormat& v, const Layout& layout,
+                           int32_t dtype, int64_t len_q, int64_t dim) {
     const wh_problem p = problem_over(k, v, layout, dtype, len_q, dim);
     std::vector<int32_t> table(static_cast<size_t>(std::max<int64_t>(2, p.pages - 1)));
     std::iota(table.begin(), table.end(), 1);
@@ -241,7 +237,7 @@ TEST_F(GpuCodes, HaveTheAnswerOverWhatTheyStandFor) {
                        std::to_string(dtype) + ", " + std::to_string(len_q) + " queries, dim " +
                        std::to_string(dim));
           expect_right(kStored[i], kStored[i], layout, dtype, len_q, dim);
-          const Stored& other = kStored[(i + 5) % std::size(kStored)];
+          const StoredFormat& other = kStored[(i + 5) % kStored.size()];
           expect_right(kStored[i], other, layout, dtype, len_q, dim);
         }
       }

@@ -178,6 +178,17 @@ int64_t partial_bytes(const Plan& plan) {
          4;
 }
 
+Problem eight_heads(int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim) {
+  Problem p = chunk(len_k);
+  p.heads_q = 8;
+  p.heads_kv = heads_kv;
+  p.len_q = len_q;
+  p.dim_qk = p.dim_v = dim;
+  p.stride_q = p.stride_out = dense_strides(8, len_q, dim);
+  p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
+  return p;
+}
+
 TEST(Planner, KeysAreSplitForFewRowsOnlyAndIntoFewBytes) {
   Limits limits;
   limits.kernel = "cpu_prefill";
@@ -186,13 +197,7 @@ TEST(Planner, KeysAreSplitForFewRowsOnlyAndIntoFewBytes) {
     for (const int64_t len_q : {1, 30, 128, 512, 2048, 16384}) {
       for (const int64_t len_k : {100, 4096, 16384, 262144}) {
         for (const int64_t dim : {64, 256, 1024}) {
-          Problem p = chunk(len_k);
-          p.heads_q = 8;
-          p.heads_kv = heads_kv;
-          p.len_q = len_q;
-          p.dim_qk = p.dim_v = dim;
-          p.stride_q = p.stride_out = dense_strides(8, len_q, dim);
-          p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
+          Problem p = eight_heads(heads_kv, len_q, len_k, dim);
           limits.threads = 1;
           const auto made = plan(p, limits);
           ASSERT_TRUE(made.ok() && made->runnable());
@@ -236,17 +241,6 @@ CpuFacts laptop() {
   cpu.cores = 4;
   cpu.read_gbytes_per_s = 30;
   return cpu;
-}
-
-Problem eight_heads(int64_t heads_kv, int64_t len_q, int64_t len_k, int64_t dim) {
-  Problem p = chunk(len_k);
-  p.heads_q = 8;
-  p.heads_kv = heads_kv;
-  p.len_q = len_q;
-  p.dim_qk = p.dim_v = dim;
-  p.stride_q = p.stride_out = dense_strides(8, len_q, dim);
-  p.stride_k = p.stride_v = dense_strides(heads_kv, len_k, dim);
-  return p;
 }
 
 // Four queries of four heads each, a step that verifies speculated tokens: on AVX2 cpu_decode takes

@@ -14,6 +14,7 @@
 #include "api/machine.h"
 #include "core/kv_tensor.h"
 #include "plan/planner.h"
+#include "support/stored_formats.h"
 #include "verify/execution.h"
 
 namespace wh {
@@ -22,18 +23,6 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kHeadsKv = 2, kKeys = 130;
 constexpr int32_t kLengths[] = {kKeys, 77};  // of two sequences
-
-struct Stored {
-  Quantised format;
-  Scales scales;
-};
-constexpr Stored kStored[] = {
-    {Quantised::kE4m3, Scales::kNone},      {Quantised::kE4m3, Scales::kTensor},
-    {Quantised::kE4m3, Scales::kHead},      {Quantised::kE4m3, Scales::kTokenHead},
-    {Quantised::kE4m3, Scales::kChannel},   {Quantised::kInt8, Scales::kNone},
-    {Quantised::kInt8, Scales::kTensor},    {Quantised::kInt8, Scales::kHead},
-    {Quantised::kInt8, Scales::kTokenHead}, {Quantised::kInt8, Scales::kChannel},
-    {Quantised::kQ8_0, Scales::kNone},      {Quantised::kQ4_0, Scales::kNone}};
 
 // Two sequences' keys, in a row each, one after the other, or in pages in an order of their own.
 struct Layout {
@@ -53,7 +42,7 @@ struct Asked {
   bool is_wild;
 };
 
-Problem problem_of(const Asked& asked, const Stored& k, const Stored& v) {
+Problem problem_of(const Asked& asked, const StoredFormat& k, const StoredFormat& v) {
   Problem p;
   p.batch = std::size(kLengths);
   p.heads_q = 3 * kHeadsKv;
@@ -96,7 +85,7 @@ struct Cache {
   std::vector<float> scales;
   std::vector<float> widened;
 
-  Cache(std::mt19937& random, const Problem& p, const Stored& stored, bool is_wild) {
+  Cache(std::mt19937& random, const Problem& p, const StoredFormat& stored, bool is_wild) {
     constexpr float kSizes[] = {0, 1e-42f, 1e-6f, 0.01f, 1, -0.5f, 448, 1e30f, 3e38f, kNan};
     const Storage storage = key_storage(p);
     const int64_t elements = storage.batch * kHeadsKv * storage.length * p.dim_qk;
@@ -161,7 +150,7 @@ std::vector<float> queries_of(const Problem& p, std::mt19937& random) {
   return q;
 }
 
-void expect_bits_of_widened(const Asked& asked, const Stored& k, const Stored& v) {
+void expect_bits_of_widened(const Asked& asked, const StoredFormat& k, const StoredFormat& v) {
   std::mt19937 random(static_cast<uint32_t>(asked.dim * 7 + asked.len_q));
   Problem p = problem_of(asked, k, v);
   const Places places(p);
@@ -222,7 +211,7 @@ class QuantisedAttention : public testing::TestWithParam<const char*> {};
 TEST_P(QuantisedAttention, HasTheBitsOfTheWidenedCache) {
   for (const int64_t len_q : {1, 2, 7, 40}) {
     for (const int64_t dim : {32, 64, 100, 160}) {
-      for (const Stored& stored : kStored) {
+      for (const StoredFormat& stored : kStoredFormats) {
         if (dim % kBlockElements != 0 && is_block_format(stored.format)) continue;
         for (const bool is_wild : {false, true}) {
           expect_bits_of_widened({GetParam(), len_q, dim, {KeyLayout::kDense}, is_wild}, stored,
@@ -237,7 +226,7 @@ TEST_P(QuantisedAttention, HasTheBitsOfTheWidenedCacheInEveryLayout) {
   for (const Layout& layout : kLayouts) {
     for (const int64_t len_q : {1, 3, 40}) {
       for (const int64_t dim : {64, 100}) {
-        for (const Stored& stored : kStored) {
+        for (const StoredFormat& stored : kStoredFormats) {
           if (dim % kBlockElements != 0 && is_block_format(stored.format)) continue;
           expect_bits_of_widened({GetParam(), len_q, dim, layout, len_q == 3}, stored, stored);
         }
@@ -247,8 +236,8 @@ TEST_P(QuantisedAttention, HasTheBitsOfTheWidenedCacheInEveryLayout) {
 }
 
 TEST_P(QuantisedAttention, TakesKeysAndValuesOfDifferentFormats) {
-  for (const Stored& k : kStored) {
-    for (const Stored& v : kStored) {
+  for (const StoredFormat& k : kStoredFormats) {
+    for (const StoredFormat& v : kStoredFormats) {
       if (k.scales == Scales::kHead || v.scales == Scales::kTensor) continue;  // half will do
       expect_bits_of_widened({GetParam(), 3, 64, {KeyLayout::kPaged, 16}, false}, k, v);
     }
@@ -260,7 +249,7 @@ TEST_P(QuantisedAttention, TakesKeysAndValuesOfDifferentFormats) {
 TEST_P(QuantisedAttention, ReadsNothingOfAbsentKeys) {
   for (const Layout& layout : kLayouts) {
     for (const int64_t len_q : {1, 40}) {
-      for (const Stored& stored : kStored) {
+      for (const StoredFormat& stored : kStoredFormats) {
         Problem p = problem_of({GetParam(), len_q, 64, layout, false}, stored, stored);
         p.batch = 1;
         if (p.key_layout == KeyLayout::kPaged) p.pages = p.pages_a_sequence();
