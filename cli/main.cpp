@@ -54,9 +54,11 @@ int main_guarded(int argc, char** argv) {
     std::string message = error.what();
     if (argc > 1 && dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
       message += suggestion(app, unknown);
-    } else if (argc > 1 && dynamic_cast<const CLI::RequiredError*>(&error) != nullptr &&
+    } else if (dynamic_cast<const CLI::RequiredError*>(&error) != nullptr &&
                app.get_subcommands().empty()) {
-      message = std::string("\"") + argv[1] + "\" is no verb" + suggestion(app, {argv[1]});
+      message = argc > 1
+                    ? std::string("\"") + argv[1] + "\" is no verb" + suggestion(app, {argv[1]})
+                    : "a verb is missing; valid: plan, run, check, bench, tune, list";
     }
     std::fprintf(stderr, "widehead: %s\n`widehead --help` and `widehead VERB --help` say more.\n",
                  message.c_str());

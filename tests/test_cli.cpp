@@ -120,11 +120,32 @@ TEST(Cli, NumbersSayWhatTheyMayBe) {
       {"plan " + kSmall + "--step-ms nan", "--step-ms is \"nan\"; it must be a number from 0 to"},
       {"plan " + kSmall + "--fresh-keys -2",
        "--fresh-keys is \"-2\"; it must be an integer from -1 to"},
-      {"plan " + kSmall + "--ranks 0", "--ranks is \"0\"; it must be an integer from 1 to 4096"}};
+      {"plan " + kSmall + "--ranks 0", "--ranks is \"0\"; it must be an integer from 1 to 4096"},
+      {"plan " + kSmall + "--softcap 1e-50",
+       "--softcap is \"1e-50\"; it must be a number that an f32"},
+      {"plan " + kSmall + "--scale 1e400", "scale is inf; it must be finite"},
+      {"plan " + kSmall + "--scale 1e300", "--scale is \"1e300\"; it must be a number that an f32"},
+      {"plan --model gemma-3-270m --context x",
+       "--context is \"x\"; it must be an integer from 0 to 2147483647"},
+      {"plan --model gemma-3-270m --context -5",
+       "--context is \"-5\"; it must be an integer from"}};
   for (const Wrong& wrong : all) {
     const Outcome outcome = widehead(wrong.command);
     EXPECT_EQ(outcome.code, 2) << wrong.command;
     EXPECT_NE(outcome.err.find(wrong.words), std::string::npos) << outcome.err;
+  }
+}
+
+TEST(Cli, WhatIsMissingOrHasNoEffectSaysWhatIsValid) {
+  const std::pair<std::string, std::string> all[] = {
+      {"", "a verb is missing; valid: plan, run, check, bench, tune, list"},
+      {"list", "what to list is missing; valid: kernels, models, suites, devices"},
+      {"run " + kSmall + "--parallel nope", "it is \"nope\"; valid: mpi, nccl, threads"},
+      {"plan " + kSmall + "--card h100", "--card has no effect on one device"}};
+  for (const auto& [command, words] : all) {
+    const Outcome outcome = widehead(command);
+    EXPECT_EQ(outcome.code, 2) << command;
+    EXPECT_NE(outcome.err.find(words), std::string::npos) << outcome.err;
   }
 }
 

@@ -57,8 +57,10 @@ void add_ranks_flag(CLI::App& app, ParallelFlags& flags, const char* help) {
 
 Status refuse_parallel_flags(const ParallelFlags& flags) {
   if (flags.ranks != 0) return invalid("--ranks has no effect on one device; add --parallel");
-  for (const auto& [name, text] :
-       {std::pair{"link", &flags.link}, {"tokens", &flags.tokens}, {"strategy", &flags.strategy}}) {
+  for (const auto& [name, text] : {std::pair{"link", &flags.link},
+                                   {"tokens", &flags.tokens},
+                                   {"strategy", &flags.strategy},
+                                   {"card", &flags.card}}) {
     if (!text->empty()) return invalid(fmt::format("--{} has no effect on one device", name));
   }
   return {};

@@ -109,9 +109,15 @@ class ValueReader {
   }
   float number(const char* name, const std::string& text) {
     char* end = nullptr;
-    const float value = std::strtof(text.c_str(), &end);
-    if (*end != '\0') fail(fmt::format("--{} is \"{}\"; it must be a number", name, text));
-    return value;
+    const double value = std::strtod(text.c_str(), &end);
+    const auto rounded = static_cast<float>(value);
+    if (*end != '\0') {
+      fail(fmt::format("--{} is \"{}\"; it must be a number", name, text));
+    } else if (std::isfinite(value) && (!std::isfinite(rounded) || (value != 0 && rounded == 0))) {
+      // A softcap that became 0 would be none.
+      fail(fmt::format("--{} is \"{}\"; it must be a number that an f32 holds", name, text));
+    }
+    return rounded;
   }
   bool yes(const char* name, const std::string& text) {
     if (text != "true" && text != "false") {
@@ -512,6 +518,9 @@ Result<std::vector<Request>> read_model(const ProblemFlags& flags) {
   if (!flags.lengths.empty()) {
     return invalid("--lengths has no effect with --model; --context says how many keys there are");
   }
+  ValueReader read;  // where it is still by its name
+  read.integer("context", flags.context, 0, std::numeric_limits<int32_t>::max());
+  WH_RETURN_IF_ERROR(read.status());
   std::vector<Request> requests;
   for (const Json& layer : (*model)["layers"]) {
     ProblemFlags row;

@@ -17,8 +17,11 @@ void add_transport_flag(CLI::App& app, std::string& transport) {
   app.add_option("--parallel", transport,
                  "ranks are processes of mpirun's (mpi), a CUDA device each (nccl), or threads on "
                  "one device (threads)")
-      ->check(CLI::IsMember(
-          std::vector<std::string>(std::begin(kTransports.names), std::end(kTransports.names))))
+      ->check([](const std::string& text) {
+        return kTransports.value(text)
+                   ? ""
+                   : fmt::format("it is \"{}\"; valid: {}", text, kTransports.list());
+      })
       ->group("PARALLEL");
 }
 

@@ -127,6 +127,9 @@ int run_list(const ListFlags& flags) {
     }
     return kFine;
   }
+  if (flags.what.empty()) {
+    return report(invalid("what to list is missing; valid: kernels, models, suites, devices"));
+  }
   return report(
       invalid(fmt::format("there is no list of \"{}\"; did you mean {}? valid: kernels, "
                           "models, suites, devices",
@@ -138,7 +141,7 @@ int run_list(const ListFlags& flags) {
 void add_list(CLI::App& app, Action& action) {
   auto flags = std::make_shared<ListFlags>();
   CLI::App* verb = app.add_subcommand("list", "List kernels, models, suites or devices");
-  verb->add_option("what", flags->what, "kernels, models, suites or devices")->required();
+  verb->add_option("what", flags->what, "kernels, models, suites or devices");
   verb->add_flag("--json", flags->json, "print one JSON document");
   verb->callback([flags, &action] { action = [flags] { return run_list(*flags); }; });
 }
