@@ -47,12 +47,15 @@ std::optional<std::string> refusal(const Query& query) {
 
 BackwardWork work_of(const Query& query, const GradientVariant& variant) {
   const HeadDims dims = variant.instance.dims;
-  // Between what an H200 reached at 8192 keys without a mask (0.50, 0.65, 0.59 and 0.67 at 64, 128,
-  // 192/128 and 256; 1070 TFLOP/s) and with causal (0.45, 0.60, 0.56, 0.64); at 192, before
-  // consumers read shifts and deltas early, 0.61 and 0.55. What is left of it beside transformed
-  // scores is assumed.
+  // Between what an H200 reached at 8192 keys without a mask (0.50, 0.65, 0.59, 0.64 and 0.67 at
+  // 64, 128, 192/128, 192 and 256; 1070 TFLOP/s) and with causal (0.45, 0.60, 0.56, 0.58, 0.64).
+  // What is left of it beside transformed scores is assumed.
   const int dim = dims.dim_qk;
-  double share = dim <= 64 ? 0.47 : dim <= 128 ? 0.62 : dim <= 192 ? 0.57 : 0.65;
+  double share = dim <= 64           ? 0.47
+                 : dim <= 128        ? 0.62
+                 : dim > 192         ? 0.65
+                 : dims.dim_v <= 128 ? 0.57
+                                     : 0.61;
   if (scores_of(query.problem) == Scores::kTransformed) share *= 0.65;
   return {dims, gradient_tile(dims, Side::kQueries).rows, gradient_tile(dims, Side::kKeys).rows,
           share};
