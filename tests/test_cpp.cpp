@@ -27,6 +27,26 @@ TEST(Cpp, ShapesThatDisagreeAreErrors) {
   }
 }
 
+TEST(Cpp, TypesThatDisagreeAreErrors) {
+  std::vector<float> data(256);
+  using widehead::Dtype;
+  const auto words = [&](Dtype v, Dtype out) -> std::string {
+    const auto view = [&](Dtype dtype) {
+      return widehead::TensorView(data.data(), dtype, {1, 1, 4, 8});
+    };
+    try {
+      widehead::problem(view(Dtype::kBf16), view(Dtype::kBf16), view(v), view(out));
+      return "no error";
+    } catch (const widehead::Error& error) {
+      return error.what();
+    }
+  };
+  EXPECT_EQ(words(Dtype::kF16, Dtype::kBf16), "v is f16; it must have the type of k, bf16");
+  EXPECT_EQ(words(Dtype::kBf16, Dtype::kF16),
+            "out is f16; it must have the type of q, bf16, or be f32");
+  EXPECT_EQ(words(Dtype::kBf16, Dtype::kF32), "no error");
+}
+
 // One head, dim 1 and q = 1: a key's score is the key, so weights are 1, 3 and 9 of 13.
 struct Line {
   std::vector<float> q{1, 1}, k{0, std::log(3.0f), std::log(9.0f)}, v{13, 26, 39};

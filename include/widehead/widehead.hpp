@@ -91,6 +91,18 @@ inline std::string to_string(const Extents& e) {
          ", " + std::to_string(e[3]) + "]";
 }
 
+inline std::string to_string(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return "f32";
+    case Dtype::kF16:
+      return "f16";
+    case Dtype::kBf16:
+      return "bf16";
+  }
+  return "of the unknown type " + std::to_string(static_cast<int32_t>(dtype));
+}
+
 // Strides of a contiguous tensor, in elements.
 constexpr Extents dense_strides(const Extents& shape) {
   return {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
@@ -278,13 +290,16 @@ inline wh_problem problem(const TensorView& q, const TensorView& k, const Tensor
   expect("v", v.shape, with_columns(key_shape(problem), problem.dim_v));
   expect("out", out.shape, with_columns(query_shape(problem), problem.dim_v));
   if (out.dtype != q.dtype && out.dtype != Dtype::kF32) {
-    throw Error(WH_INVALID_ARGUMENT, "out must have the type of q, or be f32");
+    throw Error(WH_INVALID_ARGUMENT, "out is " + to_string(out.dtype) +
+                                         "; it must have the type of q, " + to_string(q.dtype) +
+                                         ", or be f32");
   }
   if (q.is_quantised() || out.is_quantised()) {
     throw Error(WH_INVALID_ARGUMENT, "q and out must not be quantised");
   }
   if (v.dtype != k.dtype && !k.is_quantised() && !v.is_quantised()) {
-    throw Error(WH_INVALID_ARGUMENT, "v must have the type of k");
+    throw Error(WH_INVALID_ARGUMENT, "v is " + to_string(v.dtype) +
+                                         "; it must have the type of k, " + to_string(k.dtype));
   }
   problem.device = static_cast<int32_t>(options.device);
   problem.device_index = options.device_index;
