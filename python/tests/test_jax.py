@@ -160,6 +160,30 @@ def test_messages(change, words):
         assert words in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"scale": "x"}, "scale is 'x'; it must be a number"),
+        ({"scale": float("nan")}, "scale is nan; it must be finite"),
+        ({"softcap": "x"}, "softcap is 'x'; it must be a number"),
+        ({"softcap": -1}, "softcap is -1; it must be positive"),
+        ({"softcap": 1e-60}, "softcap is 1e-60; it must be positive in float32"),
+        ({"is_causal": "yes"}, "is_causal is 'yes'; it must be True or False"),
+        ({"local_window_size": "x"}, "local_window_size is 'x'; it must be a number of keys"),
+        ({"local_window_size": -1}, "local_window_size is -1; it must be a number of keys from 0"),
+        ({"local_window_size": (1,)}, "local_window_size is (1,); it must be a number of keys"),
+        ({"query": None}, "query is None; it must be an array"),
+        ({"query": jnp.zeros((2, 33, 4, 64), jnp.int32)}, "query is int32; it must be float32"),
+        ({"value": jnp.zeros((2, 77, 2, 64), jnp.float16)}, "value is float16; it must be of key's"),
+    ],
+)
+def test_options_of_another_type_are_named(options, words):
+    given = dict(zip(("query", "key", "value"), arrays(), strict=True)) | options
+    with pytest.raises((TypeError, ValueError)) as raised:
+        ours(**given)
+    assert words in str(raised.value)
+
+
 def test_what_is_refused_says_so(monkeypatch):
     tensors = arrays()
     with monkeypatch.context() as patch:

@@ -138,6 +138,34 @@ def test_reversed_masks(is_boolean):
     assert mx.array_equal(gradient, expected)
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"q": np.zeros((2, 4, 33, 64), np.float32)}, "q is a ndarray; it must be an mlx.core.array"),
+        ({"mask": [[True]]}, "mask is a list; it must be an mlx.core.array or None"),
+        ({"key_starts": [1, 2]}, "key_starts is a list; it must be an mlx.core.array or None"),
+        ({"key_starts": mx.array([1.5, 2])}, "key_starts is mlx.core.float32; it must be of whole"),
+        ({"scale": None}, "scale is None; it must be a number"),
+        ({"scale": float("nan")}, "scale is nan; it must be finite"),
+        ({"softcap": -1.0}, "softcap is -1.0; it must be positive"),
+        ({"softcap": 1e-60}, "softcap is 1e-60; it must be positive in float32"),
+        ({"window": 1.5}, "window is 1.5; it must be a number of keys from 0 to 2147483647, or None"),
+        ({"window": 2**40}, "window is 1099511627776; it must be a number of keys"),
+        ({"window": "x"}, "window is 'x'; it must be a number of keys"),
+    ],
+)
+def test_arguments_of_another_type_are_named_at_once(options, words):
+    given = dict(zip("qkv", arrays()[0], strict=True)) | {"scale": 0.1} | options
+    with pytest.raises((TypeError, ValueError)) as raised:
+        widehead.mlx.sdpa(**given)
+    assert words in str(raised.value)
+
+
+def test_limits_of_another_type_are_no_limits():
+    with pytest.raises(TypeError, match="limits is {}"):
+        widehead.mlx.install(limits={})
+
+
 def test_nothing_to_do():
     q, k, v = (mx.zeros((1, 2, length, 16)) for length in (0, 5, 5))
     assert widehead.mlx.sdpa(q, k, v, scale=1.0).shape == (1, 2, 0, 16)
@@ -293,7 +321,8 @@ def test_chained_calls_are_one_graph():
 def test_messages(change, words):
     tensors, exact = arrays()
     given = dict(zip("qkv", tensors, strict=True)) | {
-        name: mx.zeros(shape) for name, shape in change.items()
+        name: mx.zeros(shape, mx.int32 if name == "key_starts" else mx.float32)
+        for name, shape in change.items()
     }
     with pytest.raises(ValueError) as raised:
         widehead.mlx.sdpa(given.pop("q"), given.pop("k"), given.pop("v"), scale=1.0, **given)
@@ -323,8 +352,11 @@ def test_messages_of_values_and_types():
 
 def test_a_failure_while_running_leaves_the_stream_usable():
     tensors, exact = arrays()
+    limits = widehead.mlx._primitive_limits(widehead.Limits())
     with pytest.raises(RuntimeError, match="scale"):  # the C API's own check, on MLX's stream
-        mx.eval(widehead.mlx.sdpa(*tensors, scale=float("nan")))
+        mx.eval(widehead.mlx._primitive.attention(
+            *tensors, float("nan"), False, -1, 0.0, None, None, None, limits, None
+        ))  # fmt: skip
     out = widehead.mlx.sdpa(*tensors, scale=0.1)
     assert error(out, oracle(*exact, scale=0.1)[0]) <= BOUNDS["float32"]
 

@@ -90,6 +90,25 @@ def test_sdpa_says_what_it_does_not_do():
         widehead.torch.sdpa(q, k, v)
 
 
+def test_what_is_no_tensor_bool_or_limits_is_named():
+    q = torch.zeros(1, 2, 4, 16)
+    wrong = [
+        (lambda: widehead.torch.sdpa(None, q, q), "query is a NoneType; it must be a torch.Tensor"),
+        (lambda: widehead.torch.sdpa(q, q.numpy(), q), "key is a ndarray; it must be a torch.Tensor"),
+        (lambda: widehead.torch.sdpa(q, q, q, is_causal="yes"), "is_causal is 'yes'; it must be True or False"),
+        (lambda: widehead.torch.sdpa(q, q, q, limits={}), "limits is {}; it must be a widehead.Limits"),
+        (lambda: widehead.torch.override_sdpa(limits={}).__enter__(), "limits is {}"),
+        (
+            lambda: widehead.sdpa(q.requires_grad_(), q, q, return_log_sum_exp="yes"),
+            "return_log_sum_exp is 'yes'; it must be True or False",
+        ),
+    ]
+    for call, words in wrong:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert words in str(raised.value)
+
+
 def test_override_is_opt_in_and_ends():
     q, k, v = tensors(heads=(4, 4), dim=(64, 64))
     original = F.scaled_dot_product_attention

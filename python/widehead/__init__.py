@@ -16,6 +16,7 @@ from typing import Any, Literal
 from widehead import _core
 from widehead._append import append
 from widehead._arrays import expect_writable, library_of
+from widehead._checks import yes
 from widehead._errors import Refused
 from widehead._limits import Limits, limits_of
 from widehead._merge import merge
@@ -128,6 +129,7 @@ def sdpa(
     """
     if out is not None:
         expect_writable(out)
+    yes("return_log_sum_exp", return_log_sum_exp)
     return library_of(q).sdpa(
         (q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
          _layouts(query_offsets, key_offsets, page_table, page_offsets, len_q, len_k),

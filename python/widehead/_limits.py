@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from widehead import _core
+from widehead._checks import is_whole
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -18,10 +19,6 @@ _WHOLES = {"fused_above": 2**63 - 1, "threads": 4096, "fresh_keys": 2**63 - 1}  
 _TEXTS = ("policy", "kernel", "precision")
 _OPTIONAL = ("kernel", "fresh_keys")
 _MOST_BYTES = 2**64 - 1
-
-
-def _is_whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _expect(limits: Limits) -> None:
@@ -37,7 +34,7 @@ def _expect(limits: Limits) -> None:
         if value is None and name in _OPTIONAL:
             continue
         words = f"a whole number from 0 to {most}"
-        expect(TypeError, _is_whole(value), name, words)
+        expect(TypeError, is_whole(value), name, words)
         expect(ValueError, 0 <= value <= most, name, words)
     for name in _TEXTS:
         value = getattr(limits, name)
@@ -53,7 +50,7 @@ def _expect(limits: Limits) -> None:
 def _bytes_of(workspace: int | str | None) -> int | None:
     if workspace is None:
         return None
-    if not isinstance(workspace, str) and not _is_whole(workspace):
+    if not isinstance(workspace, str) and not is_whole(workspace):
         raise TypeError(
             f"workspace is {workspace!r}; it must be bytes as an int, a size as in '512MiB', "
             "or None"
@@ -107,7 +104,7 @@ class Limits:
     def __post_init__(self) -> None:
         _expect(self)
         for name in (*_WHOLES, "workspace"):  # NumPy's are no JSON
-            if _is_whole(value := getattr(self, name)):
+            if is_whole(value := getattr(self, name)):
                 object.__setattr__(self, name, int(value))
         core = _core.Limits(**self.core_values())
         object.__setattr__(self, "_core", core)

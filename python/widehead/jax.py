@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 import widehead
 from widehead import _core
+from widehead._checks import LONGEST, is_whole, number, softcap_of, yes
 from widehead._errors import expect_kernel
 from widehead._limits import Limits, backward_limits, limits_of
 
@@ -32,7 +33,7 @@ class _Options:
     scale: float | None
     causal: Any
     window: tuple[int, int] | None
-    softcap: float | None
+    softcap: float
     limits: Limits
 
     def expect_kernel(self, arrays: tuple[Any, ...], *, gradients: bool = False) -> None:
@@ -183,6 +184,19 @@ def _expect_dtypes(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"value is {v.dtype}; it must be of key's type, {k.dtype}")
 
 
+def _window_of(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = (size, size) if is_whole(size) else size
+    fits = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not fits or not all(is_whole(side) and 0 <= side <= LONGEST for side in sides):
+        raise ValueError(
+            f"local_window_size is {size!r}; it must be a number of keys from 0 to {LONGEST}, or a "
+            "pair of them"
+        )
+    return int(sides[0]), int(sides[1])
+
+
 def _lengths_of(name: str, lengths: Any, batch: int) -> Any:
     if lengths is None:
         return None
@@ -239,6 +253,9 @@ def sdpa(
     """
     _expect_cpu()
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, "sinks": sinks}
+    for name in ("query", "key", "value"):
+        if arrays[name] is None:
+            raise TypeError(f"{name} is None; it must be an array")
     arrays = {name: None if each is None else jnp.asarray(each) for name, each in arrays.items()}
     q, k, v = arrays["query"], arrays["key"], arrays["value"]
     if q.ndim not in (3, 4):
@@ -257,17 +274,16 @@ def sdpa(
         _lengths_of("query_seq_lengths", query_seq_lengths, q.shape[0]),
         _lengths_of("key_value_seq_lengths", key_value_seq_lengths, q.shape[0]),
     ]
-    window: Any = local_window_size
-    if window is not None:
-        window = (window, window) if hasattr(window, "__index__") else tuple(window)
+    window = _window_of(local_window_size)
     if window is not None and not is_causal and (q.shape[1] != k.shape[1] or lengths[1] is not None):
         raise ValueError(
             f"local_window_size is {local_window_size} over {q.shape[1]} queries and {k.shape[1]} keys; "
             "without is_causal it needs as many of both, and no key_value_seq_lengths"
         )
     options = _Options(
-        None if scale is None else float(scale), "top_left" if is_causal else False, window,
-        None if softcap is None else float(softcap), limits_of(limits),
+        None if scale is None else number("scale", scale),
+        "top_left" if yes("is_causal", is_causal) else False, window, softcap_of(softcap),
+        limits_of(limits),
     )  # fmt: skip
     given = (q, k, v, _mask_of(arrays["bias"], arrays["mask"], q.dtype), arrays["sinks"], lengths[1])
     options.expect_kernel(given)

@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 import widehead
+from widehead._checks import LONGEST, is_whole, number, softcap_of
 from widehead._errors import expect_kernel
 from widehead._limits import Limits, backward_limits, limits_of
 from widehead._plan import Plan
@@ -91,6 +92,12 @@ def sdpa(
     MLX's own operations, which do. Raises ValueError with the argument, its value and what would be valid, and
     :class:`widehead.Refused` when the limits allow no kernel.
     """
+    _expect_arrays(q, k, v, mask, sinks, key_starts)
+    scale, softcap = number("scale", scale), softcap_of(softcap)
+    if window is not None and not (is_whole(window) and 0 <= window <= LONGEST):
+        raise ValueError(
+            f"window is {window!r}; it must be a number of keys from 0 to {LONGEST}, or None"
+        )
     if force_fused:
         limits = replace(limits_of(limits), policy="fused")
     causal = isinstance(mask, str)
@@ -102,8 +109,6 @@ def sdpa(
         if structure is not None and window is None and key_starts is None:
             array, causal = None, True
             window, key_starts = structure.window_left, structure.key_starts
-    if window is not None and window < 0:
-        raise ValueError(f"window is {window}; it must be a number of keys from 0 on, or None")
     if limits is not None:
         _expect_allowed(
             q, k, v, limits, scale=scale, mask="causal" if causal else array, sinks=sinks,
@@ -119,10 +124,24 @@ def sdpa(
         }
         return _dlpack.attention(q, k, v, array, sinks, key_starts, chosen, options)
     result: mx.array = _primitive.attention(
-        q, k, v, scale, causal, -1 if window is None else window, softcap or 0.0, array, sinks,
+        q, k, v, scale, causal, -1 if window is None else window, softcap, array, sinks,
         key_starts, _primitive_limits(chosen), stream,
     )  # fmt: skip
     return result
+
+
+def _expect_arrays(q: Any, k: Any, v: Any, mask: Any, sinks: Any, key_starts: Any) -> None:
+    needed = {"q": q, "k": k, "v": v}
+    optional = {"mask": mask, "sinks": sinks, "key_starts": key_starts}
+    for name, each in (needed | optional).items():
+        if isinstance(each, mx.array) or (each is None and name in optional):
+            continue
+        if isinstance(each, str) and name == "mask":
+            continue
+        or_none = " or None" if name in optional else ""
+        raise TypeError(f"{name} is a {type(each).__name__}; it must be an mlx.core.array{or_none}")
+    if key_starts is not None and not mx.issubdtype(key_starts.dtype, mx.integer):
+        raise ValueError(f"key_starts is {key_starts.dtype}; it must be of whole numbers")
 
 
 def plan(
@@ -261,6 +280,7 @@ def override_sdpa(limits: Limits | None = None) -> Iterator[None]:
 
     A function of ``mx.compile`` keeps what its first call found.
     """
+    limits_of(limits)  # an error here, not in a model's first layer
     with ExitStack() as originals:
 
         def put(owner: Any, name: str, replacement: Any) -> None:

@@ -450,6 +450,11 @@ def sdpa(
     """
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be 0: widehead has no dropout")
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        raise TypeError(f"is_causal is {is_causal!r}; it must be True or False")
+    for name, each in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name} is a {type(each).__name__}; it must be a torch.Tensor")
     is_strided = query.layout is key.layout is value.layout is _STRIDED
     if not is_strided or query.is_nested or key.is_nested or value.is_nested:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -482,6 +487,7 @@ def override_sdpa(limits: Limits | None = None) -> Iterator[None]:
     >>> with widehead.torch.override_sdpa():
     ...     model(tokens)
     """
+    limits_of(limits)  # an error here, not in a model's first layer
     original = F.scaled_dot_product_attention
 
     def replacement(*args: Any, **kwargs: Any) -> Tensor:
