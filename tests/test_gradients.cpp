@@ -8,10 +8,13 @@
 #include <random>
 
 #include "api/machine.h"
+#include "api/run.h"
+#include "core/carver.h"
 #include "plan/explain.h"
 #include "plan/plan_json.h"
 #include "plan/planner.h"
 #include "run_case.h"
+#include "support/problems.h"
 #include "verify/elements.h"
 #include "verify/execution.h"
 #include "verify/gradients.h"
@@ -31,6 +34,14 @@ Result<Execution> prepare(const std::string& kernel, Limits limits, GradientTens
   data.poison_outputs();
   return Execution::prepare(*plan, data.tensors(),
                             {.guard_bytes = GuardedTensor::kGuardBytes, .paints_workspace = true});
+}
+
+// Dense ones, and packed ones.
+std::vector<Case> smoke_cases(uint64_t seed) {
+  std::vector<Case> cases = make_cases(CaseSet::kSmoke, Device::kCpu, seed);
+  const std::vector<Case> layouts = make_cases(CaseSet::kLayouts, Device::kCpu, seed);
+  cases.insert(cases.end(), layouts.begin(), layouts.begin() + 150);
+  return cases;
 }
 
 // Runs it. Empty: all is well so far.
@@ -72,6 +83,8 @@ TEST(Gradients, Ci) {
   cases.resize(2200);
   check(cases);
 }
+// Packed queries and keys: sequences of no queries or no keys, and tokens that are nobody's.
+TEST(Gradients, Layouts) { check(make_cases(CaseSet::kLayouts, Device::kCpu, 20261129)); }
 TEST(Gradients, Corner) { check(make_cases(CaseSet::kCorner, Device::kCpu, 20240229)); }
 
 // The table's sizes are within a tile or two; these are over several of each.
@@ -87,7 +100,7 @@ TEST(Gradients, LargeSampled) { check(make_large_cases(Device::kCpu, 20240229, 6
 // the oracle's run.
 TEST(Gradients, ASampleIsOfTheSameGradients) {
   int64_t compared = 0;
-  for (const Case& c : make_cases(CaseSet::kSmoke, Device::kCpu, 3)) {
+  for (const Case& c : smoke_cases(3)) {
     if (c.has_visible_nan) continue;
     GradientTensors data(c);
     ASSERT_EQ(run(kOracle, c.limits, data), "") << c.name;
@@ -99,8 +112,8 @@ TEST(Gradients, ASampleIsOfTheSameGradients) {
     EXPECT_LE(few.compared_keys(), 5);
     // What is wrong in a row that is compared, is noticed.
     const Problem& p = data.problem();
-    if (p.len_q == 0 || p.len_k == 0) continue;
     const Tensors t = data.tensors();
+    if (gradient_rows(p, t) == 0 || gradient_keys(p, t) == 0) continue;
     const auto spoil = [&](void* to, Dtype dtype) {
       put(static_cast<std::byte*>(to), dtype, 0, 1e3f);
     };
@@ -111,12 +124,12 @@ TEST(Gradients, ASampleIsOfTheSameGradients) {
     EXPECT_NE(few.compare(data).message.find("dk[0, 0, 0, 0]"), std::string::npos) << c.name;
     ++compared;
   }
-  EXPECT_GT(compared, 150);
+  EXPECT_GT(compared, 270);
 }
 
 TEST(Gradients, SameBitsForAnyThreadsAndRun) {
   int64_t compared = 0;
-  for (const Case& c : make_cases(CaseSet::kSmoke, Device::kCpu, 7)) {
+  for (const Case& c : smoke_cases(7)) {
     GradientTensors data(c);
     std::vector<std::byte> first;
     for (const int32_t threads : {1, 2, 3, 7, 16, 3}) {
@@ -128,7 +141,88 @@ TEST(Gradients, SameBitsForAnyThreadsAndRun) {
       ++compared;
     }
   }
-  EXPECT_EQ(compared, 1200);
+  EXPECT_EQ(compared, 2100);
+}
+
+// A plan is for the most that there will be: the sequences of a smaller batch have the same bits as
+// in the larger one, in less workspace than was planned.
+TEST(Gradients, OnePlanRunsSmallerBatches) {
+  int64_t compared = 0;
+  for (const Case& c : make_cases(CaseSet::kLayouts, Device::kCpu, 11)) {
+    GradientTensors data(c);
+    const Problem& p = data.problem();
+    if (p.batch < 3 || p.query_layout != QueryLayout::kPacked || compared == 100) continue;
+    if (p.key_layout != KeyLayout::kPacked) continue;
+    Result<Execution> execution = prepare(kFused, c.limits, data);
+    ASSERT_TRUE(execution.ok()) << execution.status().message();
+    ASSERT_TRUE(execution->run().ok());
+    const auto gradients = [&] {
+      Tensors t = data.tensors();
+      const int64_t rows = t.query_offsets[p.batch - 2], keys = t.key_offsets[p.batch - 2];
+      std::vector<float> values;
+      const auto add = [&](const void* from, Dtype dtype, const Strides& stride, int64_t heads,
+                           int64_t tokens, int64_t dim) {
+        for (int64_t i = 0; i < tokens * heads * dim; ++i) {
+          const int64_t d = i % dim, head = i / dim % heads, token = i / dim / heads;
+          values.push_back(load_element(from, dtype, offset_of(stride, 0, head, token, d)));
+        }
+      };
+      add(t.dq, p.dtype_q, p.stride_dq, p.heads_q, rows, p.dim_qk);
+      add(t.dk, p.dtype_kv, p.stride_dk, p.heads_kv, keys, p.dim_qk);
+      if (!p.values_in_keys) add(t.dv, p.dtype_kv, p.stride_dv, p.heads_kv, keys, p.dim_v);
+      return values;
+    };
+    const std::vector<float> whole = gradients();
+    data.poison_outputs();
+    Tensors t = data.tensors();
+    t.batch = p.batch - 2;
+    t.total_q = std::max<int32_t>(1, t.query_offsets[t.batch]);
+    const Plan& plan = execution->plan();
+    const Kernel& kernel = *find_kernel(kernels_of(Device::kCpu), plan.kernel);
+    const Result<Problem> smaller = problem_of_run(p, t);
+    ASSERT_TRUE(smaller.ok()) << smaller.status().message();
+    EXPECT_LE(kernel.workspace_bytes(*smaller, plan.config), plan.workspace_bytes) << c.name;
+    std::vector<std::byte> workspace(plan.workspace_bytes + kWorkspaceAlignment, std::byte{0xff});
+    const auto address = reinterpret_cast<uintptr_t>(workspace.data());
+    t.workspace = workspace.data() + (kWorkspaceAlignment - address % kWorkspaceAlignment);
+    t.workspace_bytes = plan.workspace_bytes;
+    const Status status = run_plan(plan, t, {});
+    ASSERT_TRUE(status.ok()) << c.name << status.message();
+    const std::vector<float> part = gradients();
+    EXPECT_EQ(std::memcmp(part.data(), whole.data(), whole.size() * sizeof(float)), 0) << c.name;
+    ++compared;
+  }
+  EXPECT_GT(compared, 50);
+}
+
+// What is planned follows the tokens, not the longest sequence times their number.
+TEST(Gradients, WorkspaceOfPackedQueriesFollowsTheirTokens) {
+  Problem p;
+  p.batch = 64;
+  p.heads_q = p.heads_kv = 4;
+  p.len_q = p.len_k = 4096;
+  p.total_q = p.total_k = 8192;
+  p.query_layout = QueryLayout::kPacked;
+  p.key_layout = KeyLayout::kPacked;
+  p.dim_qk = p.dim_v = 64;
+  set_dense(p);
+  p = backward_of(p);
+  const auto bytes_of = [](const Problem& problem) {
+    Limits limits;
+    limits.kernel = kFused;
+    limits.threads = 2;
+    const Result<Plan> plan = make_plan(problem, limits, this_machine(Device::kCpu, 0));
+    EXPECT_TRUE(plan.ok()) << plan.status().message();
+    return plan->workspace_bytes;
+  };
+  Problem dense = p;
+  dense.query_layout = QueryLayout::kDense;
+  dense.key_layout = KeyLayout::kDense;
+  dense.total_q = dense.total_k = 0;
+  dense.batch = 2;  // as many tokens
+  set_dense(dense);
+  dense = backward_of(dense);
+  EXPECT_LT(bytes_of(p), bytes_of(dense) * 1.2);
 }
 
 // Two heads over one, all that attention has but lengths, on tensors of a caller.

@@ -10,6 +10,8 @@
 
 #include "core/element.h"
 #include "core/executor.h"
+#include "core/key_rows.h"
+#include "core/sequence.h"
 #include "cpu/reference/backward.h"
 #include "cpu/reference/reference.h"
 #include "cpu/reference/row.h"
@@ -27,12 +29,49 @@ constexpr std::byte kPoison{0xff};
 
 using Extents = std::array<int64_t, 4>;
 
-Extents extents_q(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_qk}; }
-Extents extents_k(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_qk}; }
-Extents extents_v(const Problem& p) { return {p.batch, p.heads_kv, p.len_k, p.dim_v}; }
-Extents extents_out(const Problem& p) { return {p.batch, p.heads_q, p.len_q, p.dim_v}; }
+// What sequences have of the tensors as they are stored: of packed ones the first tokens.
+class Tokens {
+ public:
+  Tokens(const Problem& p, const Tensors& t)
+      : p_(p), queries_(query_storage(p)), keys_(key_storage(p)) {
+    if (p.query_layout == QueryLayout::kPacked) queries_.length = t.query_offsets[p.batch];
+    if (p.key_layout == KeyLayout::kPacked) keys_.length = t.key_offsets[p.batch];
+  }
+
+  Extents of_q() const { return {queries_.batch, p_.heads_q, queries_.length, p_.dim_qk}; }
+  Extents of_out() const { return {queries_.batch, p_.heads_q, queries_.length, p_.dim_v}; }
+  Extents of_k() const { return {keys_.batch, p_.heads_kv, keys_.length, p_.dim_qk}; }
+  Extents of_v() const { return {keys_.batch, p_.heads_kv, keys_.length, p_.dim_v}; }
+  int64_t rows() const { return queries_.batch * p_.heads_q * queries_.length; }
+  int64_t keys() const { return keys_.batch * p_.heads_kv * keys_.length; }
+
+ private:
+  const Problem& p_;
+  Storage queries_, keys_;
+};
 
 Strides dense(const Extents& extents) { return dense_strides(extents[1], extents[2], extents[3]); }
+
+// No gradients are of pages: they become packed keys, of as many keys a sequence.
+void pack_pages(Input& input) {
+  Problem& p = input.problem;
+  if (p.key_layout != KeyLayout::kPaged) return;
+  p.key_layout = KeyLayout::kPacked;
+  input.key_offsets = {0};
+  for (const int32_t length : input.key_lengths) {
+    input.key_offsets.push_back(input.key_offsets.back() + length);
+  }
+  p.total_k = input.key_offsets.back();
+  p.has_key_lengths = p.has_page_offsets = false;
+  p.page_size = p.pages = p.page_entries = p.stride_page_table = 0;
+  input.key_lengths.clear();
+  input.page_table.clear();
+  input.page_offsets.clear();
+  const bool is_shared = p.stride_k[1] == 0;
+  p.stride_k = token_strides(p.heads_kv, p.total_k, p.dim_qk);
+  p.stride_v = p.values_in_keys ? p.stride_k : token_strides(p.heads_kv, p.total_k, p.dim_v);
+  if (is_shared) p.stride_k[1] = p.stride_v[1] = 0;
+}
 
 Input forward_input(Input input) {
   input.problem.pass = Pass::kForward;
@@ -40,6 +79,7 @@ Input forward_input(Input input) {
   input.problem.f32_out = false;  // the backward pass takes no other type than d_out has
   input.problem.quantised_k = input.problem.quantised_v = Quantised::kNone;  // nor codes
   input.problem.scales_k = input.problem.scales_v = Scales::kNone;
+  pack_pages(input);
   return input;
 }
 
@@ -47,8 +87,11 @@ Problem backward_problem(const Input& input) {
   Problem p = forward_input(input).problem;
   p.pass = Pass::kBackward;
   p.stride_dq = p.stride_q;
-  p.stride_dk = p.stride_k[1] == 0 ? dense(extents_k(p)) : p.stride_k;
-  if (!p.values_in_keys) p.stride_dv = p.stride_v[1] == 0 ? dense(extents_v(p)) : p.stride_v;
+  const auto dense_keys = [&](int64_t dim) {
+    return dense_strides(p.heads_kv, key_storage(p).length, dim);
+  };
+  p.stride_dk = p.stride_k[1] == 0 ? dense_keys(p.dim_qk) : p.stride_k;
+  if (!p.values_in_keys) p.stride_dv = p.stride_v[1] == 0 ? dense_keys(p.dim_v) : p.stride_v;
   if (!input.is_hostile) {
     p.stride_d_out = p.stride_out;
     return p;
@@ -57,7 +100,7 @@ Problem backward_problem(const Input& input) {
     case 0:
       break;  // one number for all, as from a sum
     case 1:
-      p.stride_d_out = {p.len_q * p.heads_q * p.dim_v, p.dim_v, p.heads_q * p.dim_v, 1};
+      p.stride_d_out = token_strides(p.heads_q, query_storage(p).length, p.dim_v);
       break;
     default:
       p.stride_d_out = p.stride_out;
@@ -116,8 +159,8 @@ uint64_t fingerprint_of(const GuardedTensor& d_out, const HostTensors& inputs) {
 GradientTensors::GradientTensors(const Input& input) : GradientTensors(input, Unfilled()) {
   const Problem& p = problem_;
   std::vector<double> scratch(cpu::reference_workspace_bytes(p) / sizeof(double));
-  cpu::reference_rows(inputs_.problem, inputs_.tensors(), 0, p.batch * p.heads_q * p.len_q,
-                      scratch.data());
+  const Tensors t = inputs_.tensors();
+  cpu::reference_rows(inputs_.problem, t, 0, query_rows(p, t), scratch.data());
   note_inputs();
 }
 
@@ -142,9 +185,10 @@ GradientTensors::GradientTensors(const Input& input, Unfilled)
   dv_ = GuardedTensor(bytes.dv);
   d_sinks_ = GuardedTensor(bytes.d_sinks);
   RowRandom random(input.seed, 99, 0);
-  for_each_element(extents_out(p), [&](int64_t b, int64_t h, int64_t i, int64_t d) {
-    put(d_out_.data(), p.dtype_q, offset_of(p.stride_d_out, b, h, i, d), random.normal());
-  });
+  for_each_element(
+      Tokens(p, inputs_.tensors()).of_out(), [&](int64_t b, int64_t h, int64_t i, int64_t d) {
+        put(d_out_.data(), p.dtype_q, offset_of(p.stride_d_out, b, h, i, d), random.normal());
+      });
 }
 
 void GradientTensors::note_inputs() { fingerprint_ = fingerprint_of(d_out_, inputs_); }
@@ -171,15 +215,16 @@ void GradientTensors::poison_outputs() {
 
 std::string GradientTensors::damage() const {
   const Problem& p = problem_;
+  const Tokens tokens(p, inputs_.tensors());
   const struct {
     const char* name;
     const GuardedTensor& tensor;
     Extents extents;
     const Strides& stride;
     Dtype dtype;
-  } outputs[] = {{"dq", dq_, extents_q(p), p.stride_dq, p.dtype_q},
-                 {"dk", dk_, extents_k(p), p.stride_dk, p.dtype_kv},
-                 {"dv", dv_, extents_v(p), p.stride_dv, p.dtype_kv},
+  } outputs[] = {{"dq", dq_, tokens.of_q(), p.stride_dq, p.dtype_q},
+                 {"dk", dk_, tokens.of_k(), p.stride_dk, p.dtype_kv},
+                 {"dv", dv_, tokens.of_v(), p.stride_dv, p.dtype_kv},
                  {"d_sinks", d_sinks_, {1, 1, 1, p.heads_q}, {0, 0, 0, 1}, Dtype::kF32}};
   for (const auto& one : outputs) {
     if (!one.tensor.guards_intact()) return fmt::format("memory around {} was written", one.name);
@@ -224,10 +269,11 @@ ExpectedGradients::ExpectedGradients(const GradientTensors& data) {
   // The same problem with everything widened to f32, so that gradients are rounded to f32 alone.
   Problem p = data.problem_;
   Tensors t = data.tensors();
-  const auto q = widened(t.q, p.dtype_q, extents_q(p), p.stride_q);
-  const auto k = widened(t.k, p.dtype_kv, extents_k(p), p.stride_k);
-  const auto v = widened(t.v, p.dtype_kv, extents_v(p), p.stride_v);
-  const auto d_out = widened(t.d_out, p.dtype_q, extents_out(p), p.stride_d_out);
+  const Tokens tokens(p, t);
+  const auto q = widened(t.q, p.dtype_q, tokens.of_q(), p.stride_q);
+  const auto k = widened(t.k, p.dtype_kv, tokens.of_k(), p.stride_k);
+  const auto v = widened(t.v, p.dtype_kv, tokens.of_v(), p.stride_v);
+  const auto d_out = widened(t.d_out, p.dtype_q, tokens.of_out(), p.stride_d_out);
   std::vector<float> mask;
   if (p.mask == MaskKind::kAdditiveQ) {
     const Extents extents{p.batch, p.heads_q, p.len_q, p.len_k};
@@ -237,16 +283,16 @@ ExpectedGradients::ExpectedGradients(const GradientTensors& data) {
     p.mask = MaskKind::kAdditiveF32;
   }
   p.dtype_q = p.dtype_kv = Dtype::kF32;
-  p.stride_q = p.stride_dq = dense(extents_q(p));
-  p.stride_k = p.stride_dk = dense(extents_k(p));
-  p.stride_v = p.stride_dv = dense(extents_v(p));
-  p.stride_d_out = dense(extents_out(p));
+  p.stride_q = p.stride_dq = dense(tokens.of_q());
+  p.stride_k = p.stride_dk = dense(tokens.of_k());
+  p.stride_v = p.stride_dv = dense(tokens.of_v());
+  p.stride_d_out = dense(tokens.of_out());
   t.q = q.data();
   t.k = k.data();
   t.v = v.data();
   t.d_out = d_out.data();
-  dq_.rows = all_rows(extents_q(p));
-  dk_.rows = dv_.rows = all_rows(extents_k(p));
+  dq_.rows = all_rows(tokens.of_q());
+  dk_.rows = dv_.rows = all_rows(tokens.of_k());
   d_sinks_.rows = all_rows({1, p.heads_q, 1, 1});
   dq_.allocate(p.dim_qk);
   dk_.allocate(p.dim_qk);
@@ -290,45 +336,61 @@ struct PairState {
 // What a sample of gradients is summed from.
 class Pairs {
  public:
-  Pairs(const Problem& p, const Tensors& t) : p_(p), t_(t) {}
+  Pairs(const Problem& p, const Tensors& t) : p_(p), t_(t), tokens_(p, t) {}
 
+  // Rows and keys are numbered within the tokens that sequences have: [batch, heads, tokens].
   cpu::Row row(int64_t row_idx) const {
-    const int64_t pair = row_idx / p_.len_q, head = pair % p_.heads_q;
-    return {sequence_at(p_, t_, pair / p_.heads_q), head, head / p_.group(), row_idx % p_.len_q};
+    const int64_t tokens = tokens_.of_q()[2], pair = row_idx / tokens, head = pair % p_.heads_q;
+    const QueryRow at{pair / p_.heads_q, head, row_idx % tokens};
+    const Sequence sequence = sequence_of_row(p_, t_, at);
+    return {sequence, head, head / p_.group(), at.query_idx - sequence.first_query};
+  }
+  int64_t number_of(const cpu::Row& row) const {
+    return (row.sequence.query_batch * p_.heads_q + row.head_q) * tokens_.of_q()[2] +
+           row.sequence.first_query + row.query_idx;
+  }
+  struct Key {
+    Sequence sequence;
+    int64_t head_kv, key;  // of the sequence
+  };
+  Key key(int64_t key_idx) const {
+    const int64_t tokens = tokens_.of_k()[2], pair = key_idx / tokens, token = key_idx % tokens;
+    int64_t batch_idx = pair / p_.heads_kv;
+    if (p_.key_layout == KeyLayout::kPacked) {
+      // The last one that begins there or before: those in front of it that do have no keys.
+      const int32_t* offsets = t_.key_offsets;
+      batch_idx = std::upper_bound(offsets, offsets + p_.batch + 1, token) - offsets - 1;
+    }
+    const Sequence sequence = sequence_at(p_, t_, batch_idx);
+    return {sequence, pair % p_.heads_kv, token - sequence.first_key};
   }
   KeyRange keys_of(const cpu::Row& row) const {
     return visible_keys(p_, row.sequence, row.query_idx);
   }
   double q(const cpu::Row& row, int64_t d) const {
-    return load_element(
-        t_.q, p_.dtype_q,
-        offset_of(p_.stride_q, row.sequence.batch_idx, row.head_q, row.query_idx, d));
+    return load_element(t_.q, p_.dtype_q, row.offset(p_.stride_q) + d * p_.stride_q[3]);
   }
   double d_out(const cpu::Row& row, int64_t d) const {
-    return load_element(
-        t_.d_out, p_.dtype_q,
-        offset_of(p_.stride_d_out, row.sequence.batch_idx, row.head_q, row.query_idx, d));
+    return load_element(t_.d_out, p_.dtype_q, row.offset(p_.stride_d_out) + d * p_.stride_d_out[3]);
   }
   double k(const cpu::Row& row, int64_t key, int64_t d) const {
-    return load_element(t_.k, p_.dtype_kv,
-                        offset_of(p_.stride_k, row.sequence.batch_idx, row.head_kv, key, d));
+    return load_element(t_.k, p_.dtype_kv, key_offset(row, p_.stride_k, key, d));
   }
 
   RowState state(const cpu::Row& row) const {
     RowState state;
     double squares = 0;
     for (int64_t d = 0; d < p_.dim_v; ++d) {
-      const double out = load_element(
-          t_.out, p_.dtype_q,
-          offset_of(p_.stride_out, row.sequence.batch_idx, row.head_q, row.query_idx, d));
+      const double out =
+          load_element(t_.out, p_.dtype_q, row.offset(p_.stride_out) + d * p_.stride_out[3]);
       const double term = d_out(row, d) * out;
       state.delta += term;
       squares += term * term;
     }
     state.delta_rounding = std::sqrt(squares);
-    const int64_t row_idx =
-        (row.sequence.batch_idx * p_.heads_q + row.head_q) * p_.len_q + row.query_idx;
-    state.shift = t_.log_sum_exp[row_idx];
+    state.shift =
+        t_.log_sum_exp[row_index(p_.query_layout, p_.heads_q, p_.len_q, row.sequence.query_batch,
+                                 row.head_q, row.sequence.first_query + row.query_idx)];
     // Where rounded ones are coarse, kernels do not go by them either.
     constexpr double kCoarse = 64;
     if (std::isfinite(state.shift) && std::fabs(state.shift) > kCoarse) sum_again(row, state);
@@ -341,8 +403,7 @@ class Pairs {
     if (is_visible == 0 || is_empty_row(state)) return {};
     double gradient = 0, squares = 0;
     for (int64_t d = 0; d < p_.dim_v; ++d) {
-      const double v = load_element(
-          t_.v, p_.dtype_kv, offset_of(p_.stride_v, row.sequence.batch_idx, row.head_kv, key, d));
+      const double v = load_element(t_.v, p_.dtype_kv, key_offset(row, p_.stride_v, key, d));
       const double term = d_out(row, d) * v;
       gradient += term;
       squares += term * term;
@@ -360,6 +421,10 @@ class Pairs {
   }
 
  private:
+  int64_t key_offset(const cpu::Row& row, const Strides& stride, int64_t key, int64_t d) const {
+    return key_rows(p_, t_, row.sequence).offset(stride[0], stride[2], key) +
+           row.head_kv * stride[1] + d * stride[3];
+  }
   void sum_again(const cpu::Row& row, RowState& state) const {
     const KeyRange keys = keys_of(row);
     const auto size = static_cast<size_t>(std::max<int64_t>(1, keys.size()));
@@ -375,6 +440,7 @@ class Pairs {
 
   const Problem& p_;
   const Tensors& t_;
+  const Tokens tokens_;
 };
 
 // A sum and the sum of the squares of its terms.
@@ -393,13 +459,14 @@ ExpectedGradients::ExpectedGradients(const GradientTensors& data, int64_t most_r
   const Problem& p = data.problem_;
   const Tensors t = data.tensors();
   const Pairs pairs(p, t);
-  std::vector<RowState> states(static_cast<size_t>(p.batch * p.heads_q * p.len_q));
-  for_each_row(p.batch, p.heads_q, p.len_q, [&](RowIndex at) {
-    const int64_t row = (at.batch_idx * p.heads_q + at.head) * p.len_q + at.idx;
-    states[static_cast<size_t>(row)] = pairs.state(pairs.row(row));
+  const Tokens tokens(p, t);
+  const auto [batch_q, heads_q, tokens_q, dim_qk] = tokens.of_q();
+  std::vector<RowState> states(static_cast<size_t>(tokens.rows()));
+  for_each_row(1, 1, tokens.rows(), [&](RowIndex at) {
+    states[static_cast<size_t>(at.idx)] = pairs.state(pairs.row(at.idx));
   });
-  const auto state = [&](int64_t row) -> const RowState& {
-    return states[static_cast<size_t>(row)];
+  const auto state = [&](const cpu::Row& row) -> const RowState& {
+    return states[static_cast<size_t>(pairs.number_of(row))];
   };
   const auto put_row = [](Rows& to, size_t index, const std::vector<Sum>& sums) {
     for (size_t d = 0; d < sums.size(); ++d) {
@@ -407,15 +474,14 @@ ExpectedGradients::ExpectedGradients(const GradientTensors& data, int64_t most_r
     }
   };
 
-  dq_.rows = sampled_rows(p.batch * p.heads_q, p.len_q, most_rows);
+  dq_.rows = sampled_rows(batch_q * heads_q, tokens_q, most_rows);
   dq_.allocate(p.dim_qk);
   parallel(default_executor(), static_cast<int32_t>(dq_.rows.size()), [&](int32_t i) {
-    const int64_t row_idx = dq_.rows[static_cast<size_t>(i)];
-    const cpu::Row row = pairs.row(row_idx);
+    const cpu::Row row = pairs.row(dq_.rows[static_cast<size_t>(i)]);
     std::vector<Sum> sums(static_cast<size_t>(p.dim_qk));
     const KeyRange keys = pairs.keys_of(row);
     for (int64_t key = keys.begin; key < keys.end; ++key) {
-      const PairState pair = pairs.pair(row, state(row_idx), key);
+      const PairState pair = pairs.pair(row, state(row), key);
       for (int64_t d = 0; d < p.dim_qk; ++d) {
         const double k = pair.weight == 0 ? 0 : pairs.k(row, key, d);  // a masked one may be NaN
         sums[static_cast<size_t>(d)].add(pair.gradient * k, pair.rounding * k);
@@ -424,20 +490,19 @@ ExpectedGradients::ExpectedGradients(const GradientTensors& data, int64_t most_r
     put_row(dq_, static_cast<size_t>(i), sums);
   });
 
-  dk_.rows = dv_.rows = sampled_rows(p.batch * p.heads_kv, p.len_k, most_rows);
+  const auto [batch_k, heads_kv, tokens_k, columns_k] = tokens.of_k();
+  dk_.rows = dv_.rows = sampled_rows(batch_k * heads_kv, tokens_k, most_rows);
   dk_.allocate(p.dim_qk);
   dv_.allocate(p.dim_v);
   parallel(default_executor(), static_cast<int32_t>(dk_.rows.size()), [&](int32_t i) {
-    const int64_t key_idx = dk_.rows[static_cast<size_t>(i)], key = key_idx % p.len_k;
-    const int64_t pair_kv = key_idx / p.len_k;
+    const auto [sequence, head_kv, key] = pairs.key(dk_.rows[static_cast<size_t>(i)]);
     std::vector<Sum> dk(static_cast<size_t>(p.dim_qk)), dv(static_cast<size_t>(p.dim_v));
-    // The rows of the group, whose heads follow each other.
-    const int64_t rows = p.group() * p.len_q;
-    for (int64_t row_idx = pair_kv * rows; row_idx < (pair_kv + 1) * rows; ++row_idx) {
-      const cpu::Row row = pairs.row(row_idx);
+    for (int64_t of_group = 0; of_group < p.group() * sequence.len_q; ++of_group) {
+      const int64_t head = head_kv * p.group() + of_group / sequence.len_q;
+      const cpu::Row row{sequence, head, head_kv, of_group % sequence.len_q};
       const KeyRange keys = pairs.keys_of(row);
       if (key < keys.begin || key >= keys.end) continue;
-      const PairState pair = pairs.pair(row, state(row_idx), key);
+      const PairState pair = pairs.pair(row, state(row), key);
       if (pair.weight == 0) continue;
       for (int64_t d = 0; d < p.dim_qk; ++d) {
         const double q = pairs.q(row, d);
@@ -469,6 +534,9 @@ ExpectedGradients::ExpectedGradients(const GradientTensors& data, int64_t most_r
   put_row(d_sinks_, 0, d_sinks);
 }
 
+int64_t gradient_rows(const Problem& p, const Tensors& t) { return Tokens(p, t).rows(); }
+int64_t gradient_keys(const Problem& p, const Tensors& t) { return Tokens(p, t).keys(); }
+
 int64_t affordable_gradient_rows(const Problem& p) {
   const int64_t pairs = std::max(p.len_k, p.group() * p.len_q);
   return affordable_rows(static_cast<double>(pairs * (2 * p.dim_qk + p.dim_v)));
@@ -476,6 +544,7 @@ int64_t affordable_gradient_rows(const Problem& p) {
 
 GradientDifference ExpectedGradients::compare(const GradientTensors& data) const {
   const Problem& p = data.problem_;
+  const Tokens tokens(p, data.inputs_.tensors());
   GradientDifference difference;
   const auto report = [&](std::string message) {
     if (difference.message.empty()) difference.message = std::move(message);
@@ -528,10 +597,10 @@ GradientDifference ExpectedGradients::compare(const GradientTensors& data) const
                          share * tolerance, tolerance));
     }
   };
-  compare_tensor("dq", data.dq_, p.dtype_q, extents_q(p), p.stride_dq, dq_);
-  compare_tensor("dk", data.dk_, p.dtype_kv, extents_k(p), p.stride_dk, dk_);
+  compare_tensor("dq", data.dq_, p.dtype_q, tokens.of_q(), p.stride_dq, dq_);
+  compare_tensor("dk", data.dk_, p.dtype_kv, tokens.of_k(), p.stride_dk, dk_);
   if (!p.values_in_keys) {
-    compare_tensor("dv", data.dv_, p.dtype_kv, extents_v(p), p.stride_dv, dv_);
+    compare_tensor("dv", data.dv_, p.dtype_kv, tokens.of_v(), p.stride_dv, dv_);
   }
   if (p.has_sinks) {
     compare_tensor("d_sinks", data.d_sinks_, Dtype::kF32, {1, p.heads_q, 1, 1}, {0, 1, 0, 0},

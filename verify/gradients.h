@@ -11,6 +11,7 @@ namespace wh {
 // What the backward pass reads beside the forward pass's tensors, and what it writes. `problem`
 // is of the backward pass; its gradients lie as q, k and v do, or densely where those share
 // memory, and d_out as out does or, of a hostile input, by length first or as one number for all.
+// Pages of the input are packed: they have no gradients.
 class GradientTensors {
  public:
   // Fills out and log-sum-exp by the float64 reference.
@@ -65,7 +66,7 @@ class ExpectedGradients {
   int64_t compared_keys() const { return static_cast<int64_t>(dk_.rows.size()); }
 
  private:
-  // Rows of a gradient, of its batch * heads * length.
+  // Rows of a gradient, numbered as [batch, heads, tokens that sequences have].
   struct Rows {
     std::vector<int64_t> rows;
     std::vector<float> wanted, roundings;  // [rows, dim]
@@ -76,6 +77,10 @@ class ExpectedGradients {
 
   Rows dq_, dk_, dv_, d_sinks_;
 };
+
+// Rows of dq, and of dk and dv, that sequences have.
+int64_t gradient_rows(const Problem& problem, const Tensors& tensors);
+int64_t gradient_keys(const Problem& problem, const Tensors& tensors);
 
 // As many rows and as many keys as the reference takes about 0.3 s for.
 int64_t affordable_gradient_rows(const Problem& problem);

@@ -69,8 +69,8 @@ Accuracy RequestData::accuracy() const {
   accuracy.compared_rows = expected_gradients_->compared_rows();
   accuracy.compared_keys = expected_gradients_->compared_keys();
   accuracy.reference = fmt::format("float64 on {} of {} rows and {} of {} keys",
-                                   accuracy.compared_rows, p.batch * p.heads_q * p.len_q,
-                                   accuracy.compared_keys, p.batch * p.heads_kv * p.len_k);
+                                   accuracy.compared_rows, gradient_rows(p, backward.tensors()),
+                                   accuracy.compared_keys, gradient_keys(p, backward.tensors()));
   return accuracy;
 }
 

@@ -28,7 +28,9 @@ Config configure(const Query& query) {
   config.tile_q = std::min(round_up(rows, 8), std::clamp<int64_t>(in_l2, 32, kMostTileRows));
   // dq is summed key by key, so this may: three items for each thread.
   const int64_t lanes = kBackwardPanelVectors * cpu_facts(query).simd_floats;
-  const int64_t shared = p.len_k * p.batch * p.heads_kv / (3 * config.workers);
+  const auto keys =
+      static_cast<int64_t>(static_cast<double>(p.len_k * p.batch) * mean_key_share(p));
+  const int64_t shared = keys * p.heads_kv / (3 * config.workers);
   config.tile_k = std::max<int64_t>(1, std::min(kMostTileKeys, shared) / lanes) * lanes;
   return config;
 }
@@ -45,7 +47,7 @@ double estimate_us(const Query& query, const Config& config) {
   constexpr double kItem = 3000;
   const Problem& p = query.problem;
   const BackwardShape shape(p, config, cpu_facts(query).simd_floats);
-  const double pairs = visible_pairs(p) * static_cast<double>(p.batch * p.heads_q);
+  const double pairs = visible_pairs(p) * sequences(p) * static_cast<double>(p.heads_q);
   const auto items = static_cast<double>(shape.items());
   const double at_work =
       std::clamp(items, 1.0, static_cast<double>(std::min(config.workers, cpu_facts(query).cores)));
@@ -69,6 +71,7 @@ const Kernel kBackward{
     .role = Role::kFused,
     .summary = "gradients with keys on SIMD lanes, summed in a fixed order",
     .pass = Pass::kBackward,
+    .takes_all_layouts = true,
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
     .configure = configure,
     .variant = [](const Query& query, const Config&) { return cpu_facts(query).isa + " f32"; },

@@ -3,7 +3,7 @@
 //   p = softmax weights    delta = sum_d d_out * out    ds = p * (d_out v^T - delta)
 //   dv = p^T d_out         dq = scale * ds k            dk = scale * ds^T q
 //
-// Schedule: an item is a tile of keys of one (batch, kv head) pair, whose dk and dv stay in its
+// Schedule: an item is a tile of keys of one (sequence, kv head) pair, whose dk and dv stay in its
 // worker's scratch. It meets the rows of every head of the group tile by tile, with keys on SIMD
 // lanes: scores and d_out v^T from transposed keys and values, dk^T and dv^T from rows as they lie
 // in memory, dq from keys as they lie in memory. dq is summed in f32 in the workspace: the items of
@@ -67,9 +67,10 @@ void store_d_sink(const Problem& p, const Tensors& t, const BackwardWorkspace& w
   const int64_t group = p.group();
   double sum = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t first = (b * p.heads_kv + head / group) * workspace.shape.padded_rows();
-    for (int64_t query = 0; query < p.len_q; ++query) {
-      const int64_t i = first + query * group + head % group;
+    const BackwardHead pair = BackwardHead::at(p, t, b * p.heads_kv + head / group);
+    const int64_t first = workspace.shape.first_row(pair);
+    for (int64_t row = head % group; row < pair.rows(); row += group) {
+      const int64_t i = first + row;
       if (workspace.shift[i] == -std::numeric_limits<float>::infinity()) continue;
       sum -=
           std::exp2(sink - double{workspace.shift[i]}) * workspace.factor[i] * workspace.delta[i];

@@ -43,7 +43,7 @@ class KeyTile {
   // Keys and values in lanes, and keys as they lie in memory. What is not present is 0.
   void load(const BackwardHead& head, int64_t k_tile) {
     head_ = head;
-    range_ = {k_tile * shape_.tile_k, std::min((k_tile + 1) * shape_.tile_k, p_.len_k)};
+    range_ = {k_tile * shape_.tile_k, std::min((k_tile + 1) * shape_.tile_k, head.keys)};
     is_finite_ = true;
     for (int64_t panel = 0; panel < panels(); ++panel) {
       for (int64_t lane = 0; lane < width(panel); lane += 4) load_lanes(panel, lane);
@@ -117,7 +117,7 @@ class KeyTile {
   bool load_key(int64_t slot, float* k, float* v) const {
     const int64_t key = range_.begin + slot;
     std::fill_n(k + p_.dim_qk, w_.k_columns - p_.dim_qk, 0.0f);
-    if (key < head_.present.begin || key >= head_.present.end) {
+    if (key < head_.present().begin || key >= head_.present().end) {
       std::fill_n(k, p_.dim_qk, 0.0f);
       std::fill_n(v, p_.dim_v, 0.0f);
       return true;

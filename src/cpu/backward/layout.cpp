@@ -14,17 +14,22 @@ int64_t padded_columns(int64_t dim) { return round_up(dim, 16) + 16; }
 
 BackwardShape::BackwardShape(const Problem& p, const Config& config, int64_t simd_floats)
     : lanes(kBackwardPanelVectors * simd_floats),
-      rows_per_head(p.len_q * p.group()),
       tile_q(config.tile_q),
       tile_k(config.tile_k),
-      q_tiles(divide_up(rows_per_head, tile_q)),
+      q_tiles(divide_up(p.len_q * p.group(), tile_q)),
       k_tiles(divide_up(p.len_k, tile_k)),
-      heads(p.batch * p.heads_kv) {}
+      heads(p.batch * p.heads_kv),
+      len_q_(p.len_q),
+      heads_kv_(p.heads_kv) {
+  const int64_t rows = query_storage(p).batch * query_storage(p).length * p.group();
+  head_rows_ = rows + p.batch * (kBackwardRowStep - 1);
+  head_tiles_ = rows / tile_q + p.batch;
+}
 
 // Ranges move with the query and leave no gaps: the first query begins and the last one ends.
-KeyRange keys_of_rows(const Problem& p, KeyRange present, int64_t begin, int64_t end) {
-  const KeyRange keys{visible_keys(p, present, begin / p.group()).begin,
-                      visible_keys(p, present, (end - 1) / p.group()).end};
+KeyRange keys_of_rows(const Problem& p, const BackwardHead& head, int64_t begin, int64_t end) {
+  const KeyRange keys{visible_keys(p, head.sequence, head.query_of(begin)).begin,
+                      visible_keys(p, head.sequence, head.query_of(end - 1)).end};
   return keys.empty() ? KeyRange{0, 0} : keys;
 }
 
@@ -60,12 +65,12 @@ BackwardWorkspace::BackwardWorkspace(const Problem& p, const Config& config, voi
       problem_(p),
       base_(static_cast<std::byte*>(base)) {
   Carver carver(base);
-  const int64_t rows = shape.heads * shape.padded_rows();
+  const int64_t rows = shape.shared_rows();
   shift = carver.take<float>(rows);
   factor = carver.take<float>(rows);
   delta = carver.take<float>(rows);
   dq = carver.take<float>(rows * dq_columns);
-  turns = carver.take<int32_t>(shape.heads * shape.q_tiles);
+  turns = carver.take<int32_t>(shape.shared_tiles());
   Carver measure(nullptr);
   BackwardScratch(measure, p, shape);
   scratches_ = {carver, measure};
@@ -80,14 +85,15 @@ int64_t BackwardWorkspace::work(const Tensors& t) const {
   const Problem& p = problem_;
   int64_t work = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const KeyRange present = present_keys(p, t, b);
-    for (int64_t begin = 0; begin < shape.rows_per_head; begin += shape.tile_q) {
-      const int64_t rows = std::min(shape.tile_q, shape.rows_per_head - begin);
-      work += backward_work(p, rows, keys_of_rows(p, present, begin, begin + rows).size()) +
+    const BackwardHead head = BackwardHead::at(p, t, b * p.heads_kv);
+    for (int64_t begin = 0; begin < head.rows(); begin += shape.tile_q) {
+      const int64_t rows = std::min(shape.tile_q, head.rows() - begin);
+      work += backward_work(p, rows, keys_of_rows(p, head, begin, begin + rows).size()) +
               rows * p.dim_v;
     }
+    work += head.keys * (p.dim_qk + p.dim_v);
   }
-  return p.heads_kv * (work + p.batch * p.len_k * (p.dim_qk + p.dim_v));
+  return p.heads_kv * work;
 }
 
 }  // namespace wh::cpu

@@ -4,6 +4,7 @@
 
 #include "core/carver.h"
 #include "core/key_range.h"
+#include "cpu/backward/head.h"
 #include "cpu/common/rounding.h"
 #include "plan/kernel.h"
 
@@ -14,24 +15,48 @@ constexpr int64_t kBackwardPanelVectors = 3;  // SIMD vectors of keys in a full 
 // Register tiles of dk and dv cover 4 or 8 dimensions.
 constexpr int64_t padded_dim(int64_t dim) { return round_up(dim, 8); }
 
-// Rows are numbered within a (batch, kv head) pair: row = query_idx * group + head in the group.
+// Rows that register tiles take at once: those of a sequence's last row tile are rounded up to it.
+constexpr int64_t kBackwardRowStep = 8;
+
+// Rows are numbered within a (sequence, kv head) pair: row = query_idx * group + head in the group.
+// What workers share about them follows the tokens of q and has no room for the most of each
+// sequence: those of packed queries begin where their tokens do, and a step of padding a sequence
+// further on.
 struct BackwardShape {
-  int64_t lanes;          // keys of a full panel
-  int64_t rows_per_head;  // len_q * group
-  int64_t tile_q;         // rows of a row tile
-  int64_t tile_k;         // keys of an item
-  int64_t q_tiles;        // row tiles of a head
-  int64_t k_tiles;        // items of a head
-  int64_t heads;          // batch * heads_kv
+  int64_t lanes;    // keys of a full panel
+  int64_t tile_q;   // rows of a row tile
+  int64_t tile_k;   // keys of an item
+  int64_t q_tiles;  // row tiles of a sequence's head, at most
+  int64_t k_tiles;  // items of one, at most
+  int64_t heads;    // batch * heads_kv
 
   BackwardShape(const Problem& problem, const Config& config, int64_t simd_floats);
 
   int64_t items() const { return heads * k_tiles; }
-  int64_t padded_rows() const { return q_tiles * tile_q; }  // of a head
+  int64_t tiles_of(const BackwardHead& head) const { return divide_up(head.rows(), tile_q); }
+  // Of all sequences and kv heads.
+  int64_t shared_rows() const { return heads_kv_ * head_rows_; }
+  int64_t shared_tiles() const { return heads_kv_ * head_tiles_; }
+  // The head's first one among them.
+  int64_t first_row(const BackwardHead& head) const {
+    return head.head_kv * head_rows_ + rows_before(head) +
+           head.sequence.batch_idx * (kBackwardRowStep - 1);
+  }
+  int64_t first_tile(const BackwardHead& head) const {
+    return head.head_kv * head_tiles_ + rows_before(head) / tile_q + head.sequence.batch_idx;
+  }
+
+ private:
+  int64_t rows_before(const BackwardHead& head) const {
+    return (head.sequence.query_batch * len_q_ + head.sequence.first_query) * head.group;
+  }
+
+  int64_t len_q_, heads_kv_;
+  int64_t head_rows_, head_tiles_;  // of a kv head in all sequences
 };
 
 // The keys that some of the rows [begin, end) of a head see.
-KeyRange keys_of_rows(const Problem& problem, KeyRange present, int64_t begin, int64_t end);
+KeyRange keys_of_rows(const Problem& problem, const BackwardHead& head, int64_t begin, int64_t end);
 
 // One worker's scratch: what belongs to the keys of its item, and to the row tile that meets them.
 struct BackwardScratch {
@@ -72,11 +97,11 @@ class BackwardWorkspace {
   BackwardShape shape;
   int32_t workers;  // that there is something left for
   int64_t dq_columns;
-  float* shift;    // [heads, padded_rows]; minus infinity: the row sees nothing
-  float* factor;   // [heads, padded_rows]
-  float* delta;    // [heads, padded_rows]: d_out times out
-  float* dq;       // [heads, padded_rows, dq_columns]: sums over keys
-  int32_t* turns;  // [heads, q_tiles]: the item that adds to the row tile's dq next
+  float* shift;    // [shared_rows]; minus infinity: the row sees nothing
+  float* factor;   // [shared_rows]
+  float* delta;    // [shared_rows]: d_out times out
+  float* dq;       // [shared_rows, dq_columns]: sums over keys
+  int32_t* turns;  // [shared_tiles]: the item that adds to the row tile's dq next
 
  private:
   const Problem& problem_;

@@ -52,6 +52,7 @@ class RowPreparation {
   // False: stop.
   bool run(int64_t head_idx, int64_t q_tile) {
     const BackwardHead head = BackwardHead::at(p_, t_, head_idx);
+    if (q_tile >= shape_.tiles_of(head)) return true;
     const KeyRange seen = rows_.enter(head, q_tile);
     bool is_coarse = false;
     for (int64_t r = 0; r < rows_.count(); ++r) is_coarse |= prepare(r);
@@ -78,8 +79,7 @@ class RowPreparation {
     rows_.widen(r, t_.d_out, p_.stride_d_out, p_.dim_v, d_out);
     rows_.widen(r, t_.out, p_.stride_out, p_.dim_v, out);
     const int64_t head = rows_.head_of(r);
-    const float lse =
-        t_.log_sum_exp[(rows_.head().batch_idx * p_.heads_q + head) * p_.len_q + rows_.query_of(r)];
+    const float lse = t_.log_sum_exp[rows_.index(r)];
     rows_.delta(r) = dot(d_out, out, p_.dim_v);
     rows_.shift(r) = lse * kLog2E;
     rows_.factor(r) = 1;

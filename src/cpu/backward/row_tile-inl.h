@@ -35,8 +35,9 @@ class RowTile {
     head_ = head;
     q_tile_ = q_tile;
     begin_ = q_tile * shape_.tile_q;
-    count_ = std::min(shape_.tile_q, shape_.rows_per_head - begin_);
-    return keys_of_rows(p_, head.present, begin_, begin_ + count_);
+    count_ = std::min(shape_.tile_q, head.rows() - begin_);
+    first_row_ = shape_.first_row(head) + begin_;
+    return keys_of_rows(p_, head, begin_, begin_ + count_);
   }
 
   void load() {
@@ -46,9 +47,15 @@ class RowTile {
 
   // Rows are numbered from 0 within the tile.
   int64_t count() const { return count_; }
+  int64_t padded_count() const { return round_up(count_, kBackwardRowStep); }
   int64_t query_of(int64_t r) const { return head_.query_of(begin_ + r); }
   int64_t head_of(int64_t r) const { return head_.head_of(begin_ + r); }
   const BackwardHead& head() const { return head_; }
+  // Of its log-sum-exp.
+  int64_t index(int64_t r) const {
+    return row_index(p_.query_layout, p_.heads_q, p_.len_q, head_.sequence.query_batch, head_of(r),
+                     head_.token_of(begin_ + r));
+  }
 
   float* q(int64_t r) const { return w_.q + r * w_.q_columns; }
   float* d_out(int64_t r) const { return w_.d_out + r * w_.d_out_columns; }
@@ -59,7 +66,7 @@ class RowTile {
   float& shift(int64_t r) const { return shared_.shift[shared_row(r)]; }
   float& factor(int64_t r) const { return shared_.factor[shared_row(r)]; }
   float& delta(int64_t r) const { return shared_.delta[shared_row(r)]; }
-  int32_t& turn() const { return shared_.turns[head_.idx * shape_.q_tiles + q_tile_]; }
+  int32_t& turn() const { return shared_.turns[shape_.first_tile(head_) + q_tile_]; }
   float* dq(int64_t r) const { return shared_.dq + shared_row(r) * shared_.dq_columns; }
 
   // Apart from an array mask.
@@ -67,7 +74,8 @@ class RowTile {
   int32_t end_key(int64_t r) const { return w_.last[r]; }
   bool sees(int64_t r, int64_t key) const {
     return w_.first[r] <= key && key < w_.last[r] &&
-           mask_bias(p_, t_.mask, head_.batch_idx, head_of(r), query_of(r), key) != kMinusInfinity;
+           mask_bias(p_, t_.mask, head_.sequence.batch_idx, head_of(r), query_of(r), key) !=
+               kMinusInfinity;
   }
 
   // Widens a row of q, out or d_out. Answers whether it is finite.
@@ -83,15 +91,15 @@ class RowTile {
  private:
   static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-  int64_t shared_row(int64_t r) const { return head_.idx * shape_.padded_rows() + begin_ + r; }
+  int64_t shared_row(int64_t r) const { return first_row_ + r; }
 
   // Each row's visible keys; rows past the last one and rows without a weight see nothing. One
   // store an element: see prefill/worker-inl.h.
   void load_ranges() {
-    for (int64_t r = 0; r < shape_.tile_q; ++r) {
+    for (int64_t r = 0; r < padded_count(); ++r) {
       const bool is_empty = r >= count_ || shift(r) == kMinusInfinity;
       const KeyRange visible =
-          is_empty ? KeyRange{0, 0} : visible_keys(p_, head_.present, query_of(r));
+          is_empty ? KeyRange{0, 0} : visible_keys(p_, head_.sequence, query_of(r));
       const int64_t end = std::max<int64_t>(visible.end, 0);
       w_.first[r] = static_cast<int32_t>(std::min(visible.begin, end));
       w_.last[r] = static_cast<int32_t>(end);
@@ -101,7 +109,7 @@ class RowTile {
   void load_rows() {
     const float scale = scale_to_base_2(p_);
     is_finite_ = true;
-    for (int64_t r = 0; r < shape_.tile_q; ++r) {
+    for (int64_t r = 0; r < padded_count(); ++r) {
       if (r >= count_) {
         std::fill_n(q(r), p_.dim_qk, 0.0f);
         std::fill_n(d_out(r), p_.dim_v, 0.0f);
@@ -119,7 +127,7 @@ class RowTile {
   const BackwardShape& shape_;
   const BackwardScratch& w_;
   BackwardHead head_;
-  int64_t q_tile_ = 0, begin_ = 0, count_ = 0;
+  int64_t q_tile_ = 0, begin_ = 0, count_ = 0, first_row_ = 0;
   bool is_finite_ = true;
 };
 

@@ -56,7 +56,7 @@ class SpecialValues {
   // What keys add to dq.
   void add_keys(int64_t panel) const {
     float* k = w_.staged;
-    const KeyRange present = keys_.head().present, keys = keys_.keys_of(panel);
+    const KeyRange present = keys_.head().present(), keys = keys_.keys_of(panel);
     for (int64_t key = std::max(keys.begin, present.begin); key < std::min(keys.end, present.end);
          ++key) {
       if (keys_.widen(key, t_.k, p_.stride_k, p_.dim_qk, k)) continue;

@@ -39,12 +39,12 @@ class Weights {
   void weigh(int64_t panel) {
     const int64_t width = kVectors * vector_lanes();
     score_rows<kVectors>(panel);
-    for (int64_t r = 0; r < shape_.tile_q; r += kTileRows) {
+    for (int64_t r = 0; r < rows_.padded_count(); r += kTileRows) {
       score_tile<kVectors>(keys_.v(panel), rows_.d_out(r), rows_.d_out_stride(), p_.dim_v,
                            gradients(panel) + r * width);
     }
     finish_scores(panel, width, /*has_gradients=*/true);
-    for (int64_t r = 0; r < shape_.tile_q; ++r) weigh_row<kVectors>(panel, r);
+    for (int64_t r = 0; r < rows_.padded_count(); ++r) weigh_row<kVectors>(panel, r);
   }
 
   float* values() const { return w_.weights; }  // [tile_q, width of the panel]
@@ -71,7 +71,7 @@ class Weights {
   template <int kVectors>
   void score_rows(int64_t panel) {
     const int64_t width = kVectors * vector_lanes();
-    for (int64_t r = 0; r < shape_.tile_q; r += kTileRows) {
+    for (int64_t r = 0; r < rows_.padded_count(); r += kTileRows) {
       score_tile<kVectors>(keys_.k(panel), rows_.q(r), rows_.q_stride(), p_.dim_qk,
                            w_.weights + r * width);
     }
@@ -118,8 +118,8 @@ class Weights {
         std::copy_n(to - width, width, to);
         continue;
       }
-      load_mask_row(p_, t_.mask, rows_.head().batch_idx, rows_.head_of(r), rows_.query_of(r),
-                    keys.begin, keys.size(), to);
+      load_mask_row(p_, t_.mask, rows_.head().sequence.batch_idx, rows_.head_of(r),
+                    rows_.query_of(r), keys.begin, keys.size(), to);
       std::fill_n(to + keys.size(), width - keys.size(), 0.0f);
     }
   }

@@ -45,12 +45,14 @@ class BackwardWorker {
 
   // False: the caller wants to stop.
   bool run(int64_t head_idx, int64_t k_tile) {
+    const BackwardHead head = BackwardHead::at(p_, t_, head_idx);
+    if (k_tile * shape_.tile_k >= head.keys) return true;
     k_tile_ = k_tile;
-    keys_.load(BackwardHead::at(p_, t_, head_idx), k_tile);
+    keys_.load(head, k_tile);
     keys_.clear_gradients();
     // Last rows first: with causal every tile of keys meets them, so that the items of a head,
     // which add to dq in turn, follow each other at once.
-    for (int64_t q_tile = shape_.q_tiles - 1; q_tile >= 0; --q_tile) {
+    for (int64_t q_tile = shape_.tiles_of(head) - 1; q_tile >= 0; --q_tile) {
       if (!run_rows(q_tile)) return false;
     }
     if (!steps_.look()) return false;
@@ -74,11 +76,11 @@ class BackwardWorker {
     }
     if (!await_turn()) return false;
     const bool is_first = seen.begin >= tile.begin;
-    if (is_first) std::fill_n(rows_.dq(0), shape_.tile_q * dq_stride_, 0.0f);
+    if (is_first) std::fill_n(rows_.dq(0), rows_.padded_count() * dq_stride_, 0.0f);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t width = keys_.width(panel);
       add_to_queries({weights_.gradients(panel), width}, {keys_.rows(panel), keys_.row_stride()},
-                     width, {rows_.dq(0), dq_stride_}, shape_.tile_q,
+                     width, {rows_.dq(0), dq_stride_}, rows_.padded_count(),
                      round_up(p_.dim_qk, static_cast<int64_t>(hn::Lanes(F32()))));
     }
     if (!keys_.is_finite()) {
@@ -101,11 +103,11 @@ class BackwardWorker {
     if (has_special) special_.clear_rows();
     for (int64_t d = 0; d < p_.dim_v; d += kTileRows) {
       value_tile<kVectors>(weights_.values(), rows_.d_out(0) + d, rows_.d_out_stride(),
-                           shape_.tile_q, w_.ones, keys_.dv(panel) + d * width);
+                           rows_.padded_count(), w_.ones, keys_.dv(panel) + d * width);
     }
     for (int64_t d = 0; d < p_.dim_qk; d += kTileRows) {
       value_tile<kVectors>(weights_.gradients(panel), rows_.q(0) + d, rows_.q_stride(),
-                           shape_.tile_q, w_.ones, keys_.dk(panel) + d * width);
+                           rows_.padded_count(), w_.ones, keys_.dk(panel) + d * width);
     }
     if (!has_special) return;
     rows_.load();

@@ -6,6 +6,8 @@
 
 #include "core/carver.h"
 #include "core/element.h"
+#include "core/key_rows.h"
+#include "core/own_keys.h"
 #include "core/score_rules.h"
 #include "cpu/cpu_facts.h"
 #include "cpu/reference/row.h"
@@ -37,10 +39,6 @@ struct Scratch {
         d_sinks(carver.take<double>(p.group())) {}
 };
 
-int64_t offset_of(const Strides& stride, int64_t batch_idx, int64_t head, int64_t idx) {
-  return batch_idx * stride[0] + head * stride[1] + idx * stride[2];
-}
-
 class Backward {
  public:
   Backward(const Problem& p, const Tensors& t, Sums sums, const Scratch& scratch)
@@ -53,12 +51,12 @@ class Backward {
       const Sequence sequence = sequence_at(p_, t_, b);
       std::fill_n(w_.dk, p_.len_k * p_.dim_qk, 0.0);
       std::fill_n(w_.dv, p_.len_k * p_.dim_v, 0.0);
-      for (int64_t row = 0; row < group * p_.len_q; ++row) {
+      for (int64_t row = 0; row < group * sequence.len_q; ++row) {
         progress.writing_out();
-        add_row({sequence, head_kv * group + row / p_.len_q, head_kv, row % p_.len_q});
+        add_row({sequence, head_kv * group + row / sequence.len_q, head_kv, row % sequence.len_q});
         if (!progress.step_done()) return false;
       }
-      store_keys(b, head_kv);
+      store_keys(sequence, head_kv);
     }
     for (int64_t head = 0; p_.has_sinks && head < group; ++head) {
       t_.d_sinks[head_kv * group + head] = static_cast<float>(total(w_.d_sinks[head]));
@@ -69,6 +67,11 @@ class Backward {
  private:
   double term(double x) const { return is_roundings_ ? x * x : x; }
   double total(double sum) const { return is_roundings_ ? std::sqrt(sum) : sum; }
+
+  int64_t key_offset(const Sequence& sequence, int64_t head_kv, const Strides& stride,
+                     int64_t key) const {
+    return key_rows(p_, t_, sequence).offset(stride[0], stride[2], key) + head_kv * stride[1];
+  }
 
   // Adds the row's part to dk, dv and d_sinks, and stores its dq.
   void add_row(const Row& row) {
@@ -85,7 +88,7 @@ class Backward {
       add_scores(row, keys, delta);
       w_.d_sinks[row.head_q % p_.group()] -= sink_term(sink_weight / denominator * delta);
     }
-    const int64_t dq = offset_of(p_.stride_dq, row.sequence.batch_idx, row.head_q, row.query_idx);
+    const int64_t dq = row.offset(p_.stride_dq);
     for (int64_t d = 0; d < p_.dim_qk; ++d) {
       store_element(t_.dq, p_.dtype_q, dq + d * p_.stride_dq[3],
                     static_cast<float>(total(w_.dq[d])));
@@ -96,13 +99,12 @@ class Backward {
 
   // Weights and their gradients; adds to dv. Returns the sum over keys of weight times gradient.
   double weigh(const Row& row, KeyRange keys, double denominator) {
-    const int64_t d_out =
-        offset_of(p_.stride_d_out, row.sequence.batch_idx, row.head_q, row.query_idx);
+    const int64_t d_out = row.offset(p_.stride_d_out);
     double delta = 0;
     for (int64_t j = 0; j < keys.size(); ++j) {
       if (w_.is_visible[j] == 0) continue;
       const int64_t key = keys.begin + j;
-      const int64_t v = offset_of(p_.stride_v, row.sequence.batch_idx, row.head_kv, key);
+      const int64_t v = key_offset(row.sequence, row.head_kv, p_.stride_v, key);
       const double weight = w_.scores[j] /= denominator;
       double gradient = 0;
       for (int64_t d = 0; d < p_.dim_v; ++d) {
@@ -118,11 +120,11 @@ class Backward {
 
   // Adds to dq and dk.
   void add_scores(const Row& row, KeyRange keys, double delta) {
-    const int64_t q = offset_of(p_.stride_q, row.sequence.batch_idx, row.head_q, row.query_idx);
+    const int64_t q = row.offset(p_.stride_q);
     for (int64_t j = 0; j < keys.size(); ++j) {
       if (w_.is_visible[j] == 0) continue;
       const int64_t key = keys.begin + j;
-      const int64_t k = offset_of(p_.stride_k, row.sequence.batch_idx, row.head_kv, key);
+      const int64_t k = key_offset(row.sequence, row.head_kv, p_.stride_k, key);
       const double of_weight =
           is_roundings_ ? w_.gradients[j] + delta : (w_.gradients[j] - delta) * w_.slopes[j];
       const double gradient = w_.scores[j] * of_weight * p_.scale;
@@ -134,10 +136,11 @@ class Backward {
     }
   }
 
-  void store_keys(int64_t batch_idx, int64_t head_kv) {
-    for (int64_t key = 0; key < p_.len_k; ++key) {
-      const int64_t dk = offset_of(p_.stride_dk, batch_idx, head_kv, key);
-      const int64_t dv = offset_of(p_.stride_dv, batch_idx, head_kv, key);
+  void store_keys(const Sequence& sequence, int64_t head_kv) {
+    const int64_t keys = own_keys(sequences_of(p_, t_), sequence.batch_idx);
+    for (int64_t key = 0; key < keys; ++key) {
+      const int64_t dk = key_offset(sequence, head_kv, p_.stride_dk, key);
+      const int64_t dv = key_offset(sequence, head_kv, p_.stride_dv, key);
       for (int64_t d = 0; d < p_.dim_v; ++d) {
         const double sum = w_.dv[key * p_.dim_v + d];
         if (p_.values_in_keys) {
@@ -169,7 +172,7 @@ WorkerScratches scratches_of(const Problem& p) {
 Status run(const Launch& launch) {
   const Problem& p = launch.problem;
   Progress& progress = launch.progress;
-  progress.start(p.batch * p.heads_q * p.len_q, "the gradients are");
+  progress.start(query_rows(p, launch.tensors), "the gradients are");
   const WorkerScratches scratches = scratches_of(p);
   std::atomic<int64_t> next{0};
   parallel(launch.executor, launch.config.workers, [&](int32_t i) {
@@ -227,6 +230,7 @@ const Kernel kReferenceBackward{
     .role = Role::kReference,
     .summary = "gradients in float64, row by row: the oracle",
     .pass = Pass::kBackward,
+    .takes_all_layouts = true,
     .refusal = [](const Query&) -> std::optional<std::string> { return std::nullopt; },
     .configure = configure,
     .variant = [](const Query&, const Config&) -> std::string { return "float64"; },
