@@ -268,6 +268,19 @@ TEST(Cli, GradientsOfRandomRunsAreComparedWithFloat64) {
       << text.out;
 }
 
+TEST(Cli, GradientsOfPackedSequencesAreComparedWithFloat64) {
+  const Outcome outcome = widehead(
+      "run --heads 4/2 --dim 40/24 --query-lengths 5,0,60,1 --lengths 9,7,60,0 --causal --sinks "
+      "--backward --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto json = nlohmann::json::parse(outcome.out);
+  EXPECT_EQ(json["kernel"], "cpu_backward");
+  EXPECT_GT(json["relative_rms"], 0);
+  EXPECT_LT(json["relative_rms"], 3e-3);
+  EXPECT_EQ(json["compared_rows"], 64);
+  EXPECT_EQ(json["compared_keys"], 64);
+}
+
 TEST(Cli, RatesCountTheKeysThatAreThere) {
   const Outcome outcome = widehead(
       "run --batch 2 --heads 2 --dim 8 --queries 4 --keys 1000 --key-lengths 10,6 "

@@ -278,6 +278,56 @@ struct Layer {
   }
 };
 
+// Two sequences in one call of C++, each as if it were alone.
+TEST(Gradients, OfPackedSequencesAreThoseOfEach) {
+  constexpr int64_t kHeads = 2, kDim = 6;
+  const std::vector<int32_t> query_offsets{0, 4, 9}, key_offsets{0, 7, 10};
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  const auto drawn = [&](int64_t tokens) {
+    std::vector<float> values(static_cast<size_t>(tokens * kHeads * kDim));
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  std::vector<float> q = drawn(9), k = drawn(10), v = drawn(10), d_out = drawn(9), out = drawn(9),
+                     lse(9 * kHeads);
+  std::vector<float> dq = drawn(9), dk = drawn(10), dv = drawn(10);
+  const auto view = [&](std::vector<float>& data, int64_t first, int64_t tokens) {
+    return widehead::packed(data.data() + first * kHeads * kDim, widehead::Dtype::kF32, tokens,
+                            kHeads, kDim);
+  };
+  const auto run = [&](int64_t first_q, int64_t len_q, int64_t first_k, int64_t len_k,
+                       const widehead::Options& options) {
+    const auto of_q = [&](std::vector<float>& data) { return view(data, first_q, len_q); };
+    const auto of_k = [&](std::vector<float>& data) { return view(data, first_k, len_k); };
+    widehead::attention(of_q(q), of_k(k), of_k(v), of_q(out), options);
+    widehead::backward(of_q(q), of_k(k), of_k(v), of_q(out),
+                       {of_q(d_out), of_q(dq), of_k(dk), of_k(dv)}, options);
+  };
+  widehead::Options options{.causal = widehead::Causal::kBottomRight};
+  options.log_sum_exp = lse.data();
+  for (size_t b = 0; b < 2; ++b) {
+    run(query_offsets[b], query_offsets[b + 1] - query_offsets[b], key_offsets[b],
+        key_offsets[b + 1] - key_offsets[b], options);
+  }
+  const std::vector<float> alone[] = {dq, dk, dv};
+  for (std::vector<float>* gradient : {&dq, &dk, &dv}) {
+    std::fill(gradient->begin(), gradient->end(), std::numeric_limits<float>::quiet_NaN());
+  }
+  options.sequences = {{.batch = 2,
+                        .len_q = 5,
+                        .len_k = 7,
+                        .query_offsets = query_offsets.data(),
+                        .key_offsets = key_offsets.data()}};
+  run(0, 9, 0, 10, options);
+  const std::vector<float> packed[] = {dq, dk, dv};
+  for (size_t i = 0; i < 3; ++i) {
+    for (size_t j = 0; j < alone[i].size(); ++j) {
+      EXPECT_NEAR(packed[i][j], alone[i][j], 1e-5) << i << ", " << j;
+    }
+  }
+}
+
 TEST(Gradients, AreTheSlopesOfTheForwardPass) {
   Layer layer;
   layer.forward();

@@ -620,6 +620,10 @@ void* Call::read_gradient(std::optional<Tensor>& gradient, nb::handle object, co
                           Access access, const Tensor& of, int64_t (&strides)[4]) {
   gradient.emplace(object, name, stream_, access);
   expect_same_device(*gradient);
+  const bool is_of_keys = &of == &k_ || &of == &v_;
+  const bool is_packed = is_of_keys ? problem_.key_layout == WH_KEYS_PACKED
+                                    : problem_.query_layout == WH_QUERIES_PACKED;
+  if (is_packed && gradient->ndim == 3) gradient->view_packed();
   if (gradient->ndim != 4 || gradient->element != of.element ||
       !std::equal(of.shape.begin(), of.shape.begin() + 4, gradient->shape.begin())) {
     fail_value(std::string(name) + " is " + gradient->dtype_text() + " " + gradient->shape_text() +

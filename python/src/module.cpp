@@ -130,11 +130,11 @@ nb::object sdpa(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::
 // Writes dq, dk, dv and d_sinks from what sdpa() answered and the gradient of out.
 void backward(nb::handle q, nb::handle k, nb::handle v, nb::handle scale, nb::handle causal,
               nb::handle window, nb::handle softcap, nb::handle mask, nb::handle sinks,
-              nb::handle key_lengths, nb::handle key_starts, nb::handle out, nb::handle log_sum_exp,
-              nb::handle d_out, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle d_sinks,
-              const Limits& limits, int32_t threads) {
-  Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts,
-             nb::none(), true, nb::none(), nb::none(), Access::kRead});
+              nb::handle key_lengths, nb::handle key_starts, nb::handle layouts, nb::handle out,
+              nb::handle log_sum_exp, nb::handle d_out, nb::handle dq, nb::handle dk, nb::handle dv,
+              nb::handle d_sinks, const Limits& limits, int32_t threads) {
+  Call call({q, k, v, scale, causal, window, softcap, mask, sinks, key_lengths, key_starts, layouts,
+             true, nb::none(), nb::none(), Access::kRead});
   call.read_gradients({out, log_sum_exp, d_out, dq, dk, dv, d_sinks});
   call.run(limits.with_threads(threads));
 }
@@ -228,7 +228,8 @@ NB_MODULE(_core, m) {
         H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
         H(), H(), H().none(), H().none());
   m.def("backward", backward, H(), H(), H(), H().none(), H(), H().none(), H().none(), H().none(),
-        H().none(), H().none(), H().none(), H(), H(), H(), H(), H(), H(), H().none(), H(), H());
+        H().none(), H().none(), H().none(), H().none(), H(), H(), H(), H(), H(), H(), H().none(),
+        H(), H());
   m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
         H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
         H(), H(), H(), H().none());

@@ -51,8 +51,12 @@ def test_plan_of_gradients():
     q, k, v = qkv()
     plan = widehead.plan(q, k, v, causal=True, gradients=True)
     assert plan.kernel == "cpu_backward" and plan.to_dict()["problem"]["pass"] == "backward"
-    with pytest.raises(ValueError, match="backward"):
-        widehead.plan(q[0].swapaxes(0, 1), k, v, query_offsets=[0, 20, 33], gradients=True)
+    packed_q = q[0].swapaxes(0, 1)
+    packed = widehead.plan(packed_q, k, v, query_offsets=[0, 20, 33], gradients=True)
+    assert packed.kernel == "cpu_backward" and packed.to_dict()["problem"]["total_q"] == 33
+    pages = {"page_table": np.zeros((2, 1), np.int32), "key_lengths": [1, 2]}
+    with pytest.raises(ValueError, match="caches are not trained"):
+        widehead.plan(packed_q, k, v, query_offsets=[0, 20, 33], **pages, gradients=True)
 
 
 def test_plan_is_the_one_that_sdpa_takes():

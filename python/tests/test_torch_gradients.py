@@ -81,6 +81,117 @@ def test_gradients_are_the_definitions(case, dtype, tolerance):
     assert_same_gradients(inputs(dtype=dtype), CASES[case], tolerance)
 
 
+LEN_Q, LEN_K = (33, 0, 1, 20, 7), (77, 12, 20, 0, 5)  # none of one side or the other, too
+PACKED = {
+    "plain": {},
+    "causal": {"causal": True},
+    "top-left": {"causal": "top_left"},
+    "window": {"causal": True, "window": (20, 0)},
+    "both sides": {"window": (4, 3)},
+    "softcap and sinks": {"causal": True, "softcap": 2.0, "sinks": True},
+    "lengths and starts": {
+        "causal": True, "key_lengths": [70, 12, 20, 0, 4], "key_starts": [0, 3, 5, 0, 1]
+    },
+}
+
+
+def offsets(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def packed_inputs(dtype=torch.float32, tail=3):
+    """Tokens by heads; the last ones are no sequence's, and NaN."""
+    torch.manual_seed(0)
+    shapes = [(sum(LEN_Q), 4, 64), (sum(LEN_K), 2, 64), (sum(LEN_K), 2, 48)]
+    padding = [torch.full((tail, *shape[1:]), torch.nan) for shape in shapes]
+    return [
+        torch.cat([torch.randn(shape), nan]).to(dtype).requires_grad_()
+        for shape, nan in zip(shapes, padding)
+    ]
+
+
+def one_by_one(q, k, v, **options):
+    """Each sequence as a dense batch of one."""
+    lengths, starts = options.pop("key_lengths", None), options.pop("key_starts", None)
+    outs, first_q, first_k = [], 0, 0
+    for b, (len_q, len_k) in enumerate(zip(LEN_Q, LEN_K)):
+        rows = [
+            x[first : first + length].transpose(0, 1)[None]
+            for x, first, length in ((q, first_q, len_q), (k, first_k, len_k), (v, first_k, len_k))
+        ]
+        keys = {"key_lengths": [lengths[b]], "key_starts": [starts[b]]} if lengths else {}
+        outs.append(widehead.sdpa(*rows, **options, **keys)[0].transpose(0, 1))
+        first_q, first_k = first_q + len_q, first_k + len_k
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 4e-6), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)],
+)
+def test_packed_gradients_are_those_of_each_sequence(case, dtype, tolerance):
+    tensors, options = packed_inputs(dtype), dict(PACKED[case])
+    if "sinks" in options:
+        options["sinks"] = torch.randn(4).requires_grad_()
+        tensors.append(options["sinks"])
+    layouts = {"query_offsets": offsets(LEN_Q), "key_offsets": offsets(LEN_K)}
+    d_out = torch.randn(sum(LEN_Q), 4, 48).to(dtype)
+    expected = torch.autograd.grad(one_by_one(*tensors[:3], **options), tensors, d_out)
+    out = widehead.sdpa(*tensors[:3], **layouts, **options)
+    actual = torch.autograd.grad(out[: sum(LEN_Q)], tensors, d_out)
+    for name, have, want in zip("q k v sinks".split(), actual, expected):
+        error = (have.double() - want.double()).norm() / want.double().norm()
+        assert error <= tolerance, f"{name}: {error}"
+
+
+def test_packed_queries_of_dense_keys_and_dense_queries_of_packed_keys():
+    q, k, v = packed_inputs(tail=0)
+    dense_k, dense_v = (torch.randn(5, 2, 30, x.shape[-1]).requires_grad_() for x in (k, v))
+    outs = [
+        widehead.sdpa(rows.transpose(0, 1)[None], dense_k[b : b + 1], dense_v[b : b + 1], causal=True)[0]
+        for b, rows in enumerate(q.split(LEN_Q))
+    ]
+    tensors = (q, dense_k, dense_v)
+    expected = torch.autograd.grad(torch.cat([each.transpose(0, 1) for each in outs]).sin().sum(), tensors)
+    packed = widehead.sdpa(*tensors, query_offsets=offsets(LEN_Q), causal=True)
+    for have, want in zip(torch.autograd.grad(packed.sin().sum(), tensors), expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+    dense_q = torch.randn(5, 4, 9, 64).requires_grad_()
+    outs = [
+        widehead.sdpa(dense_q[b : b + 1], *(x.transpose(0, 1)[None] for x in rows), causal=True)
+        for b, rows in enumerate(zip(k.split(LEN_K), v.split(LEN_K)))
+    ]
+    tensors = (dense_q, k, v)
+    expected = torch.autograd.grad(torch.cat(outs).sin().sum(), tensors)
+    packed = widehead.sdpa(*tensors, key_offsets=offsets(LEN_K), causal=True)
+    for have, want in zip(torch.autograd.grad(packed.sin().sum(), tensors), expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_gradients_of_compiled_code_and_checkpoints():
+    tensors = packed_inputs(tail=0)
+    layouts = {"query_offsets": offsets(LEN_Q), "key_offsets": offsets(LEN_K), "len_q": 33, "len_k": 77}
+
+    def loss(q, k, v):
+        return widehead.sdpa(q, k, v, causal=True, **layouts).sin().sum()
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    again = checkpoint(loss, *tensors, use_reentrant=False)
+    for actual in (torch.autograd.grad(compiled(*tensors), tensors), torch.autograd.grad(again, tensors)):
+        for have, want in zip(actual, expected, strict=True):
+            assert torch.equal(have, want)
+
+
+def test_gradients_of_tokens_that_are_no_sequences_are_zero():
+    tensors = packed_inputs()
+    out = widehead.sdpa(*tensors, query_offsets=offsets(LEN_Q), key_offsets=offsets(LEN_K))
+    for gradient in torch.autograd.grad(out[: sum(LEN_Q)].sum(), tensors):
+        assert gradient.isfinite().all() and gradient[-3:].eq(0).all()
+
+
 def test_sinks_have_gradients():
     sinks = torch.randn(4).requires_grad_()
     assert_same_gradients([*inputs(), sinks], {"causal": True, "sinks": sinks}, 4e-6)

@@ -92,7 +92,7 @@ class _Backward:
         dq, dk, dv = map(_heads_first, gradients[:3])
         _core.backward(
             *map(_heads_first, (q, k, v)), o.scale, o.causal, o.window, o.softcap, mask, sinks,
-            key_lengths, None, _heads_first(out), log_sum_exp, _heads_first(d_out), dq, dk, dv,
+            key_lengths, None, None, _heads_first(out), log_sum_exp, _heads_first(d_out), dq, dk, dv,
             gradients[3], backward_limits(o.limits)._core, 0,
         )  # fmt: skip
         return [each for each in gradients if each is not None]

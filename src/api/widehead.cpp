@@ -125,10 +125,13 @@ wh_status wh_problem_set_dense(wh_problem* problem) {
     }
     set(problem->stride_mask, p.heads_q, p.len_q, p.len_k);
     if (problem->size >= offsetof(wh_problem, pass)) {
-      set(problem->stride_d_out, p.heads_q, p.len_q, p.dim_v);
-      set(problem->stride_dq, p.heads_q, p.len_q, p.dim_qk);
-      set(problem->stride_dk, p.heads_kv, p.len_k, p.dim_qk);
-      set(problem->stride_dv, p.heads_kv, p.len_k, p.dim_v);
+      copy(layout.stride_out, problem->stride_d_out);
+      copy(layout.stride_q, problem->stride_dq);
+      copy(layout.stride_k, problem->stride_dk);
+      wh::Problem apart = layout;  // where v lies in k there is no dv
+      apart.values_in_keys = false;
+      wh::set_dense(apart);
+      copy(apart.stride_v, problem->stride_dv);
     }
     if (problem->size >= offsetof(wh_problem, stride_scales_v) + sizeof(p.stride_scales_v)) {
       copy(layout.stride_scales_k, problem->stride_scales_k);

@@ -1,8 +1,8 @@
 """PyTorch: a custom operator, and ``F.scaled_dot_product_attention``'s signature on top of it.
 
 ``torch.ops.widehead.attention`` works under ``torch.compile(fullgraph=True)`` and in CUDA graphs.
-It is differentiable on the CPU, once, in everything but its mask. What has no gradient raises when
-``backward()`` reaches it.
+It is differentiable, once, in everything but its mask, of packed sequences on the CPU too. What has
+no gradient raises when ``backward()`` reaches it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def _empty_gradients(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_sinks = q.new_empty((0,) if sinks is None else (q.shape[1],), dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_sinks
+    # Tokens past the last sequence's have gradients too, 0, and are not written.
+    made = [torch.empty_like(x) if x.dim() == 4 else torch.zeros_like(x) for x in (q, k, v)]
+    return made[0], made[1], made[2], d_sinks
 
 
 @torch.library.custom_op("widehead::attention", mutates_args=())
@@ -153,11 +155,16 @@ def _backward_operator(
     window_right: int,
     softcap: float | None,
     limits: str,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    len_q: int | None = None,
+    len_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, d_sinks = _empty_gradients(q, k, v, sinks)
     _core.backward(
         q, k, v, scale, causal or False, _window_of(window_left, window_right), softcap, mask,
-        sinks, key_lengths, key_starts, out, log_sum_exp, d_out, dq, dk, dv,
+        sinks, key_lengths, key_starts,
+        (query_offsets, key_offsets, None, None, len_q, len_k), out, log_sum_exp, d_out, dq, dk, dv,
         None if sinks is None else d_sinks, backward_limits(_limits_of(limits))._core,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -181,25 +188,28 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, mask, sinks, key_lengths, key_starts, *options = inputs[: -len(_ALL_DENSE)]
+    query_offsets, key_offsets, page_table, _, *ctx.most = inputs[-len(_ALL_DENSE) :]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, mask, sinks, key_lengths, key_starts)
+    ctx.save_for_backward(
+        q, k, v, *output, mask, sinks, key_lengths, key_starts, query_offsets, key_offsets
+    )
     *options, ctx.has_log_sum_exp, limits = options
     ctx.options = (*options, limits)
-    ctx.is_dense = all(each is None for each in inputs[-len(_ALL_DENSE) :])
+    ctx.is_paged = page_table is not None
 
 
 def _backward(context: Any, d_out: Tensor | None, d_log_sum_exp: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * 20
-    saved = context.saved_tensors  # once: checkpointing computes them anew
+    *saved, query_offsets, key_offsets = context.saved_tensors  # once: checkpointing computes them anew
     q = saved[0]
     if q.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
             f"widehead has no backward on {q.device.type} yet: call it under torch.no_grad() or "
             "torch.inference_mode(), or use F.scaled_dot_product_attention to train"
         )
-    if not context.is_dense:
+    if context.is_paged:
         raise NotImplementedError(
-            "widehead has no backward of packed or paged tensors: pass dense ones to train"
+            "widehead has no backward of paged tensors: pass dense or packed ones to train"
         )
     if context.needs_input_grad[3]:
         raise NotImplementedError(
@@ -215,7 +225,7 @@ def _backward(context: Any, d_out: Tensor | None, d_log_sum_exp: Tensor | None) 
     if not context.has_log_sum_exp:
         raise RuntimeError("backward needs the log-sum-exp: call the operator with wants_log_sum_exp")
     dq, dk, dv, d_sinks = torch.ops.widehead.attention_backward(
-        d_out, *saved, *context.options
+        d_out, *saved, *context.options, query_offsets, key_offsets, *context.most
     )
     return (dq, dk, dv, None, d_sinks if context.needs_input_grad[4] else None, *nothing[5:])
 
