@@ -362,7 +362,12 @@ void Call::read_pages(const Layouts& layouts) {
 }
 
 void Call::read_quantised(nb::handle object, Tensor& codes, int32_t& format) {
-  const std::string name = nb::cast<std::string>(object.attr("format"));
+  const nb::object given = object.attr("format");
+  std::string name;
+  if (!nb::try_cast(given, name)) {
+    fail_type(std::string(codes.name) + " has the format " + text_of(given) +
+              "; it must be \"e4m3\", \"int8\", \"q8_0\" or \"q4_0\"");
+  }
   const auto* found = std::find_if(std::begin(kFormats), std::end(kFormats),
                                    [&](const Format& each) { return name == each.name; });
   if (found == std::end(kFormats)) {

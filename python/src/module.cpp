@@ -233,7 +233,7 @@ NB_MODULE(_core, m) {
   m.def("plan", plan, H().none(), H().none(), H().none(), H().none(), H().none(), H().none(),
         H().none(), H().none(), H().none(), H().none(), H().none(), H().none(), H(), H().none(),
         H(), H(), H(), H().none());
-  m.def("append", append, H(), H(), H(), H().none(), H(), H().none());
+  m.def("append", append, H().none(), H().none(), H().none(), H().none(), H().none(), H().none());
   m.def("merge", merge, H(), H().none(), H().none(), H().none());
   m.def("sharded_sdpa", sharded_sdpa, H(), H(), H(), H().none(), H(), H().none(), H().none(),
         H().none(), H().none(), H(), H().none(), H(), H(), H(), H(), H(), H().none());

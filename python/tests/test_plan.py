@@ -265,3 +265,20 @@ def test_what_is_no_bool_or_shape_says_so():
         widehead.Spec((1, 2), 3)
     with pytest.raises(TypeError, match="key_lengths is 3.5; it must be a whole number"):
         widehead.sdpa(q, q, q, key_lengths=[3.5])
+
+
+def test_wrong_types_of_the_small_functions_are_named():
+    q, codes = np.zeros((1, 1, 2, 8), np.float32), np.zeros((1, 1, 2, 8), np.uint8)
+    new, slots = np.zeros((1, 1, 8), np.float32), np.zeros(1, np.int64)
+    wrong = [
+        (lambda: widehead.sdpa(q, widehead.Quantised(codes, None), q), "k has the format None; it must"),
+        (lambda: widehead.merge(5), "parts is 5; it must be a list of (out, log_sum_exp)"),
+        (lambda: widehead.device(3), "device is 3; it must be a string"),
+        (lambda: widehead.append(None, q, new, new, slots), "k is a NoneType; it must be"),
+        (lambda: widehead.append(q, q.copy(), None, new, slots), "new_k is a NoneType; it must be"),
+        (lambda: widehead.append(q, q.copy(), new, new, None), "slots is a NoneType; it must be"),
+    ]
+    for call, words in wrong:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert words in str(raised.value)

@@ -223,6 +223,8 @@ def device(name: str = "cpu") -> dict[str, Any]:
 
     Raises RuntimeError with the reason when there is none.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"device is {name!r}; it must be a string: cpu, cuda, cuda:0 ...")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
         raise ValueError(f"device is {name!r}; valid: cpu, cuda, cuda:0 ...")

@@ -21,6 +21,8 @@ def merge(parts: Iterable[tuple[Any, Any]], *, sinks: Any = None) -> tuple[Any, 
     ``out = sum_i exp(l_i - l) out_i`` with ``l = log(exp(sink) + sum_i exp(l_i))``, summed in float32
     in the order of the parts. Rows that no part saw are 0, their log-sum-exp the sink or minus infinity.
     """
+    if not isinstance(parts, Iterable):
+        raise TypeError(f"parts is {parts!r}; it must be a list of (out, log_sum_exp)")
     pairs = list(parts)
     if not pairs:
         raise ValueError("parts is empty; it must hold at least one (out, log_sum_exp)")
