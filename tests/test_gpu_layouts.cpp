@@ -98,10 +98,7 @@ class Served {
     return t;
   }
   wh_status run(const wh_tensors& t, cudaStream_t stream = nullptr) const {
-    wh_run_options options;
-    EXPECT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
-    options.stream = stream;
-    return wh_plan_run(plan_.get(), &t, &options);
+    return run_on(stream, plan_.get(), t);
   }
 
   // What the run left: out, once nothing else was found to be written.

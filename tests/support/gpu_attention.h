@@ -106,6 +106,13 @@ inline std::vector<uint16_t> random_bf16(int64_t count, unsigned seed) {
   return values;
 }
 
+inline wh_status run_on(cudaStream_t stream, const wh_plan* plan, const wh_tensors& tensors) {
+  wh_run_options options;
+  EXPECT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
+  options.stream = stream;
+  return wh_plan_run(plan, &tensors, &options);
+}
+
 // One problem with its tensors on the device and everything a run needs.
 struct GpuAttention {
   wh_problem problem;
@@ -155,10 +162,7 @@ struct GpuAttention {
   }
 
   wh_status run(const wh_tensors& t, cudaStream_t stream = nullptr) const {
-    wh_run_options options;
-    EXPECT_EQ(wh_run_options_init(&options, sizeof(options)), WH_OK);
-    options.stream = stream;
-    return wh_plan_run(plan.get(), &t, &options);
+    return run_on(stream, plan.get(), t);
   }
 
   // Bits of a fresh run.
