@@ -1,17 +1,23 @@
 // Which keys tiles of queries work on, and in which order tiles run: the CUDA kernels' arithmetic,
 // checked without a GPU.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <random>
 #include <set>
 #include <tuple>
 
+#include "cases.h"
 #include "core/key_range.h"
 #include "cuda/common/key_range.h"
 #include "cuda/common/tile_order.h"
+#include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
+#include "cuda/portable/config.h"
+#include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/prefill/tiles.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
+#include "support/cards.h"
 
 namespace wh::cuda {
 namespace {
@@ -150,6 +156,18 @@ TEST(CudaTiles, FitSharedMemoryAndRegisters) {
         EXPECT_LE(tile.producer_registers + tile.warpgroups * tile.consumer_registers,
                   tile.warpgroups == 2 ? 3 * 168 : 4 * 128);
       }
+      for (const Instance& instance : kPrefillCodeInstances) {
+        const HeadDims dims = instance.dims;
+        const PrefillTile tile = prefill_code_tile(dims, scores, layouts);
+        EXPECT_LE(PrefillMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
+        EXPECT_EQ(tile.tile_k % 16, 0);
+        EXPECT_GE(tile.load_slots, 2) << dims.dim_qk;
+        // More would run ahead of the consumers by more tiles than there are slots of scales.
+        EXPECT_GE(tile.stages, 3);
+        EXPECT_LE(tile.stages, kCodeScaleSlots);
+        EXPECT_LE(tile.producer_registers + tile.warpgroups * tile.consumer_registers,
+                  tile.warpgroups == 2 ? 3 * 168 : 4 * 128);
+      }
       for (const Instance& instance : kWideInstances) {
         const HeadDims dims = instance.dims;
         const WideTile tile = wide_tile(dims, scores, layouts);
@@ -158,6 +176,86 @@ TEST(CudaTiles, FitSharedMemoryAndRegisters) {
       }
     }
   }
+}
+
+Problem code_problem(int64_t dim, Quantised format, Scales scales) {
+  Problem p;
+  p.device = Device::kCuda;
+  p.dtype_q = p.dtype_kv = Dtype::kBf16;
+  p.heads_q = 16;
+  p.heads_kv = 4;
+  p.len_q = 2048;
+  p.len_k = 32768;
+  p.dim_qk = p.dim_v = dim;
+  p.causal = Causal::kBottomRight;
+  p.quantised_k = p.quantised_v = format;
+  p.scales_k = p.scales_v = scales;
+  set_dense(p);
+  return p;
+}
+
+TEST(Sm90Prefill, WidensCodesOfAByte) {
+  const CudaFacts cuda = h200();
+  const Limits limits;
+  for (const auto& [dim, text] : {std::pair<int64_t, const char*>{64, "64/64"},
+                                  {112, "128/128"},
+                                  {128, "128/128"},
+                                  {192, "256/256"},
+                                  {256, "256/256"}}) {
+    for (const Quantised format : {Quantised::kE4m3, Quantised::kInt8}) {
+      for (const Scales scales :
+           {Scales::kNone, Scales::kTensor, Scales::kHead, Scales::kTokenHead}) {
+        SCOPED_TRACE(
+            fmt::format("{} {} {}", dim, static_cast<int>(format), static_cast<int>(scales)));
+        const Problem p = code_problem(dim, format, scales);
+        const Query query{p, limits, cuda};
+        ASSERT_EQ(kSm90Prefill.refusal(query).value_or(""), "");
+        const Config config = kSm90Prefill.configure(query);
+        EXPECT_TRUE(prefill_variant(config).reads_codes);
+        EXPECT_EQ(kSm90Prefill.variant(query, config),
+                  fmt::format("wgmma bf16, {}, codes widened in shared memory", text));
+        Problem elements = p;
+        elements.quantised_k = elements.quantised_v = Quantised::kNone;
+        elements.scales_k = elements.scales_v = Scales::kNone;
+        const Query other{elements, limits, cuda};
+        const Config of_elements = kSm90Prefill.configure(other);
+        EXPECT_FALSE(prefill_variant(of_elements).reads_codes);
+        EXPECT_LE(kSm90Prefill.workspace_bytes(p, config),
+                  kSm90Prefill.workspace_bytes(elements, of_elements));
+        EXPECT_GT(kSm90Prefill.estimate_us(query, config),
+                  kSm90Prefill.estimate_us(other, of_elements));
+        ASSERT_EQ(kPortable.refusal(query).value_or(""), "");
+        EXPECT_LT(kSm90Prefill.estimate_us(query, config),
+                  kPortable.estimate_us(query, kPortable.configure(query)));
+      }
+    }
+  }
+}
+
+TEST(Sm90Prefill, SaysWhichCodesItDoesNotRead) {
+  const CudaFacts cuda = h200();
+  const Limits limits;
+  const auto refusal = [&](auto change) {
+    Problem p = code_problem(256, Quantised::kE4m3, Scales::kTokenHead);
+    change(p);
+    return kSm90Prefill.refusal({p, limits, cuda}).value_or("");
+  };
+  EXPECT_EQ(refusal([](Problem& p) { p.quantised_v = Quantised::kQ4_0; }),
+            "widens e4m3 and int8, of keys and of values; some are q4_0");
+  EXPECT_EQ(refusal([](Problem& p) { p.quantised_v = Quantised::kNone; }),
+            "widens e4m3 and int8, of keys and of values; some are bf16");
+  EXPECT_EQ(refusal([](Problem& p) { p.values_in_keys = true; }),
+            "widens values of their own, not those within keys");
+  EXPECT_EQ(
+      refusal([](Problem& p) { p.scales_k = Scales::kChannel; }),
+      "takes scales of keys per tensor, head or token; those of channels would round q again");
+  EXPECT_EQ(refusal([](Problem& p) { p.scales_v = Scales::kChannel; }), "");
+  EXPECT_EQ(refusal([](Problem& p) { p.dtype_q = p.dtype_kv = Dtype::kF16; }),
+            "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do");
+  EXPECT_EQ(refusal([](Problem& p) { p.stride_k[2] = 264; }),
+            "k has a stride of 264 codes; TMA needs a multiple of 16");
+  EXPECT_EQ(refusal([](Problem& p) { p.dim_qk = 320; }),
+            "holds heads up to 256 wide in registers, not 320/256");
 }
 
 }  // namespace

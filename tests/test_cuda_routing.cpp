@@ -108,9 +108,14 @@ std::vector<Measured> call_rows(const Recorded& on) {
 std::vector<Measured> serving_rows() {
   const std::regex words(R"(decode d?(\d+)(?:/(\d+))? (\d+)/(\d+), (\d+) x (\d+)(?:, V in K)?|)"
                          R"((\d+) sequences of \d+ to (\d+) keys, d(\d+) (\d+)/(\d+))");
-  std::vector<Measured> rows;
-  const Json document = read(kH200.results + "-serving-page-boxes.json");
-  for (const Json& row : document["rows"]) {
+  // The last run of a kernel counts.
+  std::map<std::string, Measured> all;
+  Json runs = Json::array();
+  for (const char* run : {"page-boxes", "rivals", "both-kernels"}) {
+    const Json document = read(kH200.results + "-serving-" + run + ".json");
+    for (const Json& row : document["rows"]) runs.push_back(row);
+  }
+  for (const Json& row : runs) {
     const std::string name = row["name"];
     std::smatch found;
     if (!std::regex_match(name, found, words)) continue;
@@ -129,9 +134,15 @@ std::vector<Measured> serving_rows() {
                 {"causal", true},
                 {"values_in_keys", has_values_in_keys}};
     for (const auto& [layout, result] : row["layouts"].items()) {
-      if (layout.ends_with("beside")) continue;  // the build before
+      // The build before, and other libraries.
+      if (layout.ends_with("beside") || result.contains("beside")) continue;
+      const std::string kernel = result["kernel"];
+      if (const auto seen = all.find(name + ", " + layout); seen != all.end()) {
+        seen->second.us[kernel] = result["us"];
+        continue;
+      }
       Measured one = measured(fields, name + ", " + layout);
-      one.us[result["kernel"]] = result["us"];
+      one.us[kernel] = result["us"];
       Problem& p = one.problem;
       p.has_key_lengths = true;
       const int64_t width = p.dim_qk + (p.values_in_keys ? 0 : p.dim_v);
@@ -150,9 +161,11 @@ std::vector<Measured> serving_rows() {
         p.stride_page_table = p.pages_a_sequence();
       }
       set_dense(p);
-      rows.push_back(std::move(one));
+      all.emplace(name + ", " + layout, std::move(one));
     }
   }
+  std::vector<Measured> rows;
+  for (auto& [name, one] : all) rows.push_back(std::move(one));
   return rows;
 }
 
@@ -226,18 +239,19 @@ TEST(CudaServing, TheShippedProfileEstimatesTheRecordedLayouts) {
   for (const Measured& row : serving_rows()) {
     const auto plan = make_plan(row.problem, {}, {facts, cuda::kernels(), &*profile});
     ASSERT_TRUE(plan.ok()) << plan.status().message();
-    const auto& [measured_kernel, us] = *row.us.begin();
+    double least_us = std::numeric_limits<double>::infinity();
+    for (const auto& [kernel, us] : row.us) least_us = std::min(least_us, us);
     for (const Candidate& candidate : plan->candidates) {
-      if (candidate.kernel != measured_kernel) continue;
+      if (!row.us.contains(candidate.kernel)) continue;
       ++rows;
-      EXPECT_NEAR(candidate.estimated_us / us, 1, 0.20) << row.name << ", " << measured_kernel;
+      EXPECT_NEAR(candidate.estimated_us / row.us.at(candidate.kernel), 1,
+                  candidate.kernel == plan->kernel ? 0.20 : 0.25)
+          << row.name << ", " << candidate.kernel;
     }
-    // sm90_decode reads them in 848 us with as many shares for each sequence, an older build.
-    const bool is_too_late =
-        measured_kernel == "sm90_prefill" && row.name.find("sequences") != std::string::npos;
-    EXPECT_EQ(plan->kernel, is_too_late ? "sm90_decode" : measured_kernel) << row.name;
+    ASSERT_TRUE(row.us.contains(plan->kernel)) << row.name << ": " << plan->kernel;
+    EXPECT_LE(row.us.at(plan->kernel), 1.05 * least_us) << row.name << ": " << plan->kernel;
   }
-  EXPECT_EQ(rows, 24);
+  EXPECT_EQ(rows, 41);
 }
 
 TEST_P(CudaRouting, BatchInvarianceCoversTheChoiceOfTheKernel) {

@@ -20,15 +20,28 @@ class Known:
 
 
 KNOWN = (
-    Known("sm90_prefill", "mailbox()->tile = is_last", "mailbox()->tile;",
-          "the number of the next tile: readers wait for mbarrier kQFull behind the write, the next "
-          "write for kQFree behind all reads"),
-    Known("sm90_prefill", "mailbox()->dropped[number % 2] = number + 1",
-          "mailbox()->dropped[number % 2] == number + 1",
-          "what cleaning lost: a consumer has waited for mbarrier kVFull of every tile that was "
-          "cleaned; the word of the tile after next is another tile's"),
-    Known("sm90_prefill", "mailbox()->dropped[number % 2] = number + 1",
-          "mailbox()->dropped[number % 2] = number + 1", "cleaners write the same number"),
+    *(Known("sm90_prefill", f"mailbox()->tile = {value}", "mailbox()->tile;",
+            "the number of the next tile: readers wait for mbarrier kQFull behind the write, the next "
+            "write for kQFree behind all reads")
+      for value in ("is_last", "index", "-1")),  # the latter two over codes
+    Known("sm90_prefill", "mailbox()->widened_tile = is_last", "mailbox()->widened_tile;",
+          "the same for those who widen, with kTileTold and kTileHeard"),
+    Known("sm90_prefill", "dropped(number) = number + 1", "dropped(number) == number + 1",
+          "what cleaning lost: a consumer has waited for mbarrier kVFull, over codes kKFull, of every "
+          "tile that was cleaned; the word of the tile after next, over codes of the fourth, is "
+          "another tile's"),
+    Known("sm90_prefill", "dropped(number) = number + 1", "dropped(number) = number + 1",
+          "cleaners write the same number"),
+    *(Known("sm90_prefill", "*to(at, half, ", other,
+            "a widened tile, in a slot in which others had widened one: they wait for kKFree, which "
+            "consumers give behind all reads of the one before")
+      for other in ("*to(at, half, ", "*chunk = ")),
+    Known("sm90_prefill", '"r"(valid_bytes)', "of_keys[4 * i + threadIdx.x % 4]",
+          "scales of tokens: who asked for them waits for them and arrives at kKFull, for which "
+          "consumers have waited; the slot's next ones are asked for behind kKFree of a later tile"),
+    Known("sm90_decode", "[thread_] = scale", "scales[4 * i]",
+          "scales of tokens: written in front of the arrival at `full`, for which consumers have "
+          "waited, and again behind `empty`"),
     Known("sm90_prefill_wide", '"r"(rank), "r"(value)', "ld.shared.b32",
           "the next tile: readers wait for mbarrier kTileFull behind the write, the next write for "
           "kTileFree behind all reads"),
@@ -67,10 +80,11 @@ KNOWN = (
 
 # What racecheck names is the function on the line: mostly a member of one of these, or what one
 # kernel alone calls.
-KERNEL_OF = {"Prefill": "sm90_prefill", "Wide": "sm90_prefill_wide", "store_at": "sm90_prefill_wide",
+KERNEL_OF = {"Prefill": "sm90_prefill", "WidenedTile": "sm90_prefill", "decode": "sm90_decode",
+             "Wide": "sm90_prefill_wide", "store_at": "sm90_prefill_wide",
              "load_word": "sm90_prefill_wide", "Gradient": "sm90_backward",
              "WideGradient": "sm90_backward_wide"}
-PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(Prefill|Wide|Gradient|WideGradient|store_at|load_word)(?:Block|Consumer|Left|Right|Queries|Numbers|Weights)?\b")
+PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(decode|Prefill|WidenedTile|Wide|Gradient|WideGradient|store_at|load_word)(?:Block|Consumer|Left|Right|Queries|Numbers|Weights)?\b")
 ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
 PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 
@@ -87,7 +101,8 @@ class Access:
         where = match["where"]
         found = re.search(r"\b(sm90_\w+|cuda_\w+|few_rows|combine)\b", where)
         part = PART_OF.search(where)
-        kernel = found[1] if found else KERNEL_OF[part[1]] if part else ""
+        # Over codes, sm90_prefill_codes: the same statements.
+        kernel = found[1].removesuffix("_codes") if found else KERNEL_OF[part[1]] if part else ""
         place = PLACE.search(where)
         return Access(match["kind"], kernel,
                       f"{place['file']}:{place['line']}" if place else "",

@@ -52,7 +52,7 @@ bool Documented::portable_reads_codes() const {
 
 // 8 bits each, in rows, heads and sequences that begin at multiples of 16; K's scales none of
 // channels, and V's in f16 none of tokens.
-bool Documented::decode_reads_codes() const {
+bool Documented::sm90_reads_codes() const {
   const Problem p = canonical(problem);
   const auto is_byte = [](Quantised format) {
     return format == Quantised::kE4m3 || format == Quantised::kInt8;
@@ -63,7 +63,7 @@ bool Documented::decode_reads_codes() const {
   return is_byte(p.quantised_k) && is_byte(p.quantised_v) && !p.values_in_keys &&
          p.scales_k != Scales::kChannel &&
          !(p.dtype_q == Dtype::kF16 && p.scales_v == Scales::kTokenHead) && is_whole(p.stride_k) &&
-         is_whole(p.stride_v) && is_sm90(512, 512);
+         is_whole(p.stride_v);
 }
 
 bool Documented::takes(const std::string& kernel) const {
@@ -73,10 +73,10 @@ bool Documented::takes(const std::string& kernel) const {
                               kernel == "cuda_portable_backward" || kernel == "sm90_backward" ||
                               kernel == "sm90_backward_wide";
   if (is_dense_alone && !p.is_dense()) return false;
-  const bool reads_codes = kernel == "cpu_prefill" || kernel == "cpu_decode" ||
-                           kernel == "cpu_reference" ||
-                           (kernel == "cuda_portable" && portable_reads_codes()) ||
-                           (kernel == "sm90_decode" && decode_reads_codes());
+  const bool reads_codes =
+      kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference" ||
+      (kernel == "cuda_portable" && portable_reads_codes()) ||
+      ((kernel == "sm90_decode" || kernel == "sm90_prefill") && sm90_reads_codes());
   if (is_quantised(p) && !reads_codes) return false;
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
@@ -91,7 +91,8 @@ bool Documented::takes(const std::string& kernel) const {
   if (!writes_type_of_q && kernel != "sm90_decode" && kernel != "cuda_portable") return false;
   const bool is_sm90_prefill = kernel == "sm90_prefill" || kernel == "sm90_prefill_wide";
   if (is_sm90_prefill && !p.is_dense() && p.mask != MaskKind::kNone) return false;
-  if (kernel == "sm90_prefill") return is_sm90(320, 256);
+  if (kernel == "sm90_prefill") return is_sm90(is_quantised(p) ? 256 : 320, 256);
+  if (kernel == "sm90_decode" && is_quantised(p)) return is_sm90(512, 512);
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
   if (kernel == "sm90_backward" || kernel == "sm90_backward_wide") {
     const int64_t widest = kernel == "sm90_backward" ? 256 : 512;

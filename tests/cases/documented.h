@@ -26,7 +26,7 @@ struct Documented {
   const CudaFacts& cuda() const { return static_cast<const CudaFacts&>(facts); }
   bool is_one_type() const { return problem.dtype_q == problem.dtype_kv; }
   bool portable_reads_codes() const;
-  bool decode_reads_codes() const;
+  bool sm90_reads_codes() const;
   bool is_sm90(int64_t most_dim_qk, int64_t most_dim_v) const;
 };
 

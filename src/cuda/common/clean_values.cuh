@@ -73,17 +73,15 @@ __device__ __forceinline__ bool clean_values(unsigned char* s_v, Keys present, i
 }
 
 // Adds what clean_values() dropped from keys [keys.begin, keys.end) to output row `out` of a row
-// that sees them with a weight above 0, where `v` is its head's: finite + inf = inf, inf - inf =
-// NaN. `column` is this thread's share.
-template <typename T>
+// that sees them with a weight above 0, where value_at(key, column) is its head's: finite + inf =
+// inf, inf - inf = NaN. `column` is this thread's share.
+template <typename T, typename Value>
 __device__ __forceinline__ void restore_values(const AttentionArgs& args, const ScoreRow& row,
-                                               Keys keys, const T* v, const KeyRows& v_rows, T* out,
-                                               int32_t column) {
+                                               Keys keys, Value value_at, T* out, int32_t column) {
   float sum = static_cast<float>(out[column]);
 #pragma unroll 1
   for (int32_t key = keys.begin; key < keys.end; ++key) {
-    const float value =
-        static_cast<float>(v[v_rows.offset(args.stride_v[0], args.stride_v[2], key) + column]);
+    const float value = value_at(key, column);
     if (fabsf(value) < INFINITY) continue;
     if (static_cast<uint32_t>(key - row.first_key) >= row.key_count) continue;
     if (mask_bias<T>(args, row, key) == -INFINITY) continue;

@@ -23,6 +23,7 @@ struct TileVariant {
   // By Layouts and Scores. Packed queries have no array mask, and the code for one over paged or
   // packed keys would be a sixth of all: null.
   std::array<std::array<const void* (*)(), 3>, 2> functions;
+  bool reads_codes = false;
 
   const void* function(const Problem& p) const {
     return functions[static_cast<size_t>(layouts_of(p))][static_cast<size_t>(scores_of(p))]();
@@ -45,6 +46,26 @@ constexpr auto tile_variants(Functions functions) {
             function.template operator()<Scores::kMasked, Layouts::kDense>()},
            {function.template operator()<Scores::kPlain, Layouts::kAll>(),
             function.template operator()<Scores::kTransformed, Layouts::kAll>(), nullptr}}};
+    }
+    return variant;
+  });
+}
+
+// The same of kernels over codes. Transformed scores of dense tensors are few, and those of all
+// layouts take them.
+template <const auto& kInstances, typename Functions>
+constexpr auto code_tile_variants(Functions functions) {
+  return variants_of<kInstances>([&]<Instance kInstance>() {
+    TileVariant variant{kInstance, {}, true};
+    if constexpr (kInstance.is_compiled) {
+      const auto function = [&]<Scores kScores, Layouts kLayouts>() {
+        return functions.template operator()<kInstance.dims, kInstance.dtype, kScores, kLayouts>();
+      };
+      const auto transformed = function.template operator()<Scores::kTransformed, Layouts::kAll>();
+      variant.functions = {
+          {{function.template operator()<Scores::kPlain, Layouts::kDense>(), transformed,
+            function.template operator()<Scores::kMasked, Layouts::kDense>()},
+           {function.template operator()<Scores::kPlain, Layouts::kAll>(), transformed, nullptr}}};
     }
     return variant;
   });

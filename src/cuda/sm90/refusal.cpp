@@ -3,10 +3,13 @@
 #include <fmt/format.h>
 
 #include <numeric>
+#include <utility>
 
+#include "core/names.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
+#include "cuda/sm90/common/panels.h"
 
 namespace wh::cuda {
 namespace {
@@ -51,6 +54,32 @@ std::optional<std::string> sm90_refusal(const Query& query) {
   return store_refusal("out", p.stride_out);
 }
 
+std::optional<std::string> code_refusal(const Problem& p) {
+  for (const Quantised format : {p.quantised_k, p.quantised_v}) {
+    if (format != Quantised::kE4m3 && format != Quantised::kInt8) {
+      return fmt::format(
+          "widens e4m3 and int8, of keys and of values; some are {}",
+          format == Quantised::kNone ? kDtypes.name(p.dtype_kv) : kQuantiseds.name(format));
+    }
+  }
+  if (p.values_in_keys) return "widens values of their own, not those within keys";
+  if (p.scales_k == Scales::kChannel) {
+    return "takes scales of keys per tensor, head or token; those of channels would round q again";
+  }
+  if (p.scales_v == Scales::kTokenHead && p.dtype_q == Dtype::kF16) {
+    return "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do";
+  }
+  for (const auto& [name, stride] : {std::pair{"k", p.stride_k}, {"v", p.stride_v}}) {
+    for (size_t i = 0; i < 3; ++i) {
+      if (stride[i] % 16 != 0) {
+        return fmt::format("{} has a stride of {} codes; TMA needs a multiple of 16", name,
+                           stride[i]);
+      }
+    }
+  }
+  return std::nullopt;
+}
+
 Status check_alignment(const char* name, const void* pointer, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
   return invalid(fmt::format("{} is at {}; this kernel needs it aligned to {} bytes", name,
@@ -58,6 +87,10 @@ Status check_alignment(const char* name, const void* pointer, uintptr_t bytes) {
 }
 
 Layouts layouts_of(const Problem& p) { return p.is_dense() ? Layouts::kDense : Layouts::kAll; }
+
+int row_boxes(const Problem& p, int columns) {
+  return panels_of(is_quantised(p) ? (columns + 1) / 2 : columns);
+}
 
 double boxes_us(const Problem& p, double boxes) {
   constexpr double kBoxUs = 0.065;

@@ -14,6 +14,9 @@ namespace wh::cuda {
 // Card, types, precision, extents and strides; nullopt: nothing stands in the way.
 std::optional<std::string> sm90_refusal(const Query& query);
 
+// The same of keys and values that are codes, which are widened in shared memory.
+std::optional<std::string> code_refusal(const Problem& problem);
+
 // Of a tensor that is written 8 bytes at a time, and read so.
 std::optional<std::string> store_refusal(const char* name, const Strides& strides);
 
@@ -23,6 +26,9 @@ Layouts layouts_of(const Problem& problem);
 // Keys in pages that TMA takes at once: a power of 2 that divides a page and `rows` of a tile, 8 at
 // least, a whole turn of the swizzle. Where keys are not paged, all rows.
 int32_t box_keys(const Problem& problem, int32_t rows);
+
+// Boxes in which TMA brings so many columns of K or V: of 64, of codes 128.
+int row_boxes(const Problem& problem, int columns);
 
 // What a multiprocessor takes to ask for so many boxes by a warp. 0 where keys are not paged. Of 16
 // rows and 64 columns, on an H200: 0.062 us each in prefill of dim 256, whose keys L2 has, 0.08

@@ -37,12 +37,14 @@ struct KeyTensor {
 Result<CUtensorMap> key_map(const Problem& p, const KeyTensor& tensor, int32_t rows) {
   const Strides& stride = tensor.stride;
   const Storage stored = key_storage(p);
+  const bool is_codes = is_quantised(p);
   return make_tensor_map(tensor.data, {tensor.name,
                                        p.dtype_kv,
                                        4,
                                        {tensor.dim, stored.length, p.heads_kv, stored.batch},
                                        {1, stride[2], stride[1], stride[0]},
-                                       {kPanelColumns, rows, 1, 1}});
+                                       {is_codes ? 2 * kPanelColumns : kPanelColumns, rows, 1, 1},
+                                       is_codes});
 }
 
 }  // namespace
@@ -72,6 +74,7 @@ Status run_tiles(const Launch& launch, const TileLaunch& tiles) {
     maps.k = *k;
     maps.v = *v;
   }
+  StoredTensors stored{keys_of(p, t), values_of(p, t)};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return run_in_steps(launch, tiles.order.tiles, [&](int64_t first, int64_t end) -> Status {
     TileOrder order = tiles.order;
@@ -84,7 +87,8 @@ Status run_tiles(const Launch& launch, const TileLaunch& tiles) {
                                         "cudaMemsetAsync");
       if (!status.ok()) return status;
     }
-    void* parameters[] = {&maps, &args, &order};
+    // Kernels over elements have three of them.
+    void* parameters[] = {&maps, &args, &order, &stored};
     const auto workers = static_cast<int32_t>(std::min<int64_t>(tiles.workers, end - first));
     return launch_kernel({.function = tiles.function,
                           .blocks = workers * tiles.cluster,

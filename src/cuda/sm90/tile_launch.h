@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "core/kv_tensor.h"
 #include "core/status.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/tile_order.h"
@@ -21,6 +22,11 @@ struct PrefillMaps {
   CUtensorMap k;  // [batch or page, heads_kv, key, dim]
   CUtensorMap v;
   int32_t box_keys_log2;  // keys of a box of K and V, where they are in pages
+};
+
+// K and V as they are stored, for kernels that read codes: a parameter more.
+struct StoredTensors {
+  KvTensor k, v;
 };
 
 struct TileLaunch {

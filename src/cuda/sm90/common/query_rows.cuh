@@ -92,9 +92,18 @@ struct QueryRows {
   // lanes hold: empty ones stay 0. Rare: speed does not matter.
   __device__ __forceinline__ void restore(int32_t tile_k, int32_t first_row, const float (&norm)[2],
                                           int32_t first_column, int32_t end_column) const {
-    __syncwarp();  // its rows are stored
     const T* v = static_cast<const T*>(args.v) + tile.at.first_head / args.group * args.stride_v[1];
-    const KeyRows v_rows = tile.key_rows(args);
+    const KeyRows rows = tile.key_rows(args);
+    restore(tile_k, first_row, norm, first_column, end_column, [&](int32_t key, int32_t column) {
+      return static_cast<float>(v[rows.offset(args.stride_v[0], args.stride_v[2], key) + column]);
+    });
+  }
+  // By value_at(key, column) of the head.
+  template <typename Value>
+  __device__ __forceinline__ void restore(int32_t tile_k, int32_t first_row, const float (&norm)[2],
+                                          int32_t first_column, int32_t end_column,
+                                          Value value_at) const {
+    __syncwarp();  // its rows are stored
     const Keys present = tile.sequence.present;
     const KeyTiles& tiles = tile.keys;
     const Keys left{max(present.begin, tiles.begin * tile_k),
@@ -111,8 +120,8 @@ struct QueryRows {
 #pragma unroll 1
       for (int32_t column = first_column + threadIdx.x % 32; column < min(end_column, args.dim_v);
            column += 32) {
-        restore_values<T>(args, row, left, v, v_rows, out(p), column);
-        restore_values<T>(args, row, right, v, v_rows, out(p), column);
+        restore_values<T>(args, row, left, value_at, out(p), column);
+        restore_values<T>(args, row, right, value_at, out(p), column);
       }
     }
   }

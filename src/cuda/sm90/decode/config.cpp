@@ -139,8 +139,8 @@ class DecodeCost {
  private:
   static double tile_boxes_us(const Problem& p, const DecodeVariant& variant) {
     const HeadDims dims = variant.instance.dims;
-    const int panels = panels_of(dims.dim_qk) + (p.values_in_keys ? 0 : panels_of(dims.dim_v));
-    return boxes_us(p, variant.tile_k / box_keys(p, variant.tile_k) * panels);
+    const int boxes = row_boxes(p, dims.dim_qk) + (p.values_in_keys ? 0 : row_boxes(p, dims.dim_v));
+    return boxes_us(p, variant.tile_k / box_keys(p, variant.tile_k) * boxes);
   }
 
   // A tile of keys while so many blocks run at once: fewer draw less of the bandwidth together, and
@@ -149,8 +149,7 @@ class DecodeCost {
     const auto busy = static_cast<double>(blocks);
     const double reached = gbytes_per_s_ * 1e3 * (0.6 + 0.4 * busy / static_cast<double>(slots_));
     const double rate = blocks > sms_ ? block_rate_ * kTwoBlocksGain / 2 : block_rate_;
-    const double blocks_of_sm = std::max(1.0, busy / static_cast<double>(sms_));
-    return std::max({tile_work_ / rate, tile_boxes_us_ * blocks_of_sm,
+    return std::max({tile_work_ / rate, tile_boxes_us_,
                      tile_bytes_ * busy / static_cast<double>(row_tiles_) / reached});
   }
 
@@ -173,37 +172,10 @@ class DecodeCost {
   int64_t sms_, slots_;  // slots_: blocks that the card runs at once
   double gbytes_per_s_, mean_key_share_;
   double block_rate_ = kBlockRate;
-  double tile_boxes_us_;  // what a multiprocessor takes to ask for the pages of a tile
+  double tile_boxes_us_;  // what a block takes to ask for the pages of a tile
   int64_t row_tiles_, items_, tiles_;
   double tile_work_, tile_bytes_, share_bytes_;
 };
-
-// Of what is stored as codes; nullopt: nothing stands in the way.
-std::optional<std::string> code_refusal(const Problem& p) {
-  for (const Quantised format : {p.quantised_k, p.quantised_v}) {
-    if (format != Quantised::kE4m3 && format != Quantised::kInt8) {
-      return fmt::format(
-          "widens e4m3 and int8, of keys and of values; some are {}",
-          format == Quantised::kNone ? kDtypes.name(p.dtype_kv) : kQuantiseds.name(format));
-    }
-  }
-  if (p.values_in_keys) return "widens values of their own, not those within keys";
-  if (p.scales_k == Scales::kChannel) {
-    return "takes scales of keys per tensor, head or token; those of channels would round q again";
-  }
-  if (p.scales_v == Scales::kTokenHead && p.dtype_q == Dtype::kF16) {
-    return "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do";
-  }
-  for (const auto& [name, stride] : {std::pair{"k", p.stride_k}, {"v", p.stride_v}}) {
-    for (size_t i = 0; i < 3; ++i) {
-      if (stride[i] % 16 != 0) {
-        return fmt::format("{} has a stride of {} codes; TMA needs a multiple of 16", name,
-                           stride[i]);
-      }
-    }
-  }
-  return std::nullopt;
-}
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;

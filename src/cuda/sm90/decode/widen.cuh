@@ -2,16 +2,11 @@
 // that consumers read.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
 #include "core/kv_tensor.h"
-#include "cuda/ptx/math.cuh"
-#include "cuda/ptx/pairs.cuh"
 #include "cuda/sm90/common/ring.cuh"
+#include "cuda/sm90/common/widen.cuh"
 #include "cuda/sm90/decode/block.cuh"
 
 namespace wh::cuda::decode {
@@ -26,44 +21,10 @@ constexpr int widening_warps() {
   }
 }
 
-__device__ __forceinline__ bool has_token_scales(const KvTensor& stored) {
-  return stored.scales == Scales::kTokenHead;
-}
 __device__ __forceinline__ KvPlace place_of_key(const KeyRows& rows, const PackedItem& item,
                                                 int32_t key) {
   const auto at = rows.place(key);
   return {at.batch_idx, item.head_kv, at.token_idx, item.sequence.batch_idx};
-}
-
-// Four codes, the first in the lowest byte, as two pairs of T, exactly: both types hold all of
-// them.
-template <Quantised kFormat, typename T>
-__device__ __forceinline__ uint2 widen_four(uint32_t word) {
-  constexpr bool kIsHalf = std::is_same_v<T, __half>;
-  uint32_t to[2];
-  if constexpr (kFormat == Quantised::kE4m3) {
-    const uint2 pairs = ptx::e4m3_to_pairs(word);
-    if constexpr (kIsHalf) return pairs;
-    to[0] = pairs.x, to[1] = pairs.y;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if constexpr (kFormat == Quantised::kE4m3) {
-      const float2 both = __half22float2(reinterpret_cast<const __half2&>(to[i]));
-      to[i] = ptx::pack<T>(both.x, both.y);
-    } else if constexpr (kIsHalf) {
-      // 0x64 in front of eight bits is 1024 more than they are; with the sign turned over they
-      // count from -128.
-      const uint32_t bytes = __byte_perm(word ^ 0x80808080u, 0x64646464u, i == 0 ? 0x4140 : 0x4342);
-      to[i] = ptx::subtract_pairs<T>(bytes, 0x64806480u);
-    } else {
-      // 0x43 in front of seven bits is 128 more than they are. The eighth, the sign, counts -128:
-      // with it 256 are too many, 0x4380.
-      const uint32_t bytes = __byte_perm(word, 0x43434343u, i == 0 ? 0x4140 : 0x4342);
-      to[i] = ptx::subtract_pairs<T>(bytes & 0xff7fff7fu, bytes & 0xff80ff80u);
-    }
-  }
-  return {to[0], to[1]};
 }
 
 // Some of a tile of codes in panels of 128 columns, on their way to one in panels of 64. A warp

@@ -1,5 +1,10 @@
 #include "cuda/sm90/prefill/config.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
@@ -8,15 +13,35 @@
 namespace wh::cuda {
 namespace {
 
-constexpr auto kVariants = tile_variants<kPrefillInstances>(
+constexpr auto kElementVariants = tile_variants<kPrefillInstances>(
     []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
       return prefill_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
     });
+constexpr auto kCodeVariants = code_tile_variants<kPrefillCodeInstances>(
+    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
+      return prefill_code_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
+    });
+constexpr auto kVariants = [] {
+  std::array<TileVariant, kElementVariants.size() + kCodeVariants.size()> all{};
+  std::ranges::copy(kElementVariants, all.begin());
+  std::ranges::copy(kCodeVariants, all.begin() + kElementVariants.size());
+  return all;
+}();
+
+// -1: there is none.
+int32_t instance_of(const Problem& p, const CudaFacts& cuda) {
+  return first_variant(kVariants, p, cuda, [&](const TileVariant& variant) {
+    return variant.reads_codes == is_quantised(p);
+  });
+}
 
 std::optional<std::string> refusal(const Query& query) {
+  const Problem& p = query.problem;
   if (auto reason = tile_refusal(query)) return reason;
-  return variant_refusal(kVariants, query.problem, cuda_facts(query),
-                         "holds heads up to 256 wide, or 320/256, in registers, not {}/{}");
+  if (instance_of(p, cuda_facts(query)) >= 0) return std::nullopt;
+  if (instance_of(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
+  return fmt::format("holds heads up to 256 wide{} in registers, not {}/{}",
+                     is_quantised(p) ? "" : ", or 320/256,", p.dim_qk, p.dim_v);
 }
 
 // Share of the dense tensor rate that the main loop reaches on full tiles, measured on an H100
@@ -30,12 +55,22 @@ constexpr Rate kRates[] = {{{64, 64}, 0.58},   {{80, 80}, 0.53},   {{96, 96}, 0.
                            {{192, 128}, 0.82}, {{192, 192}, 0.86}, {{192, 256}, 0.77},
                            {{256, 256}, 0.85}, {{320, 256}, 0.74}};
 
+// Of what the main loop reaches over elements, by an H200 (tiles.h says what bounds it). Scales of
+// tokens are multiplied into scores and weights.
+double code_share(const Problem& p, HeadDims dims) {
+  const double share = dims.dim_v <= 64 ? 0.7 : dims.dim_v <= 128 ? 0.67 : 0.52;
+  const bool has_tokens = p.scales_k == Scales::kTokenHead || p.scales_v == Scales::kTokenHead;
+  return share * (has_tokens ? 0.87 : 1);
+}
+
 TileWork work_of(const Problem& p, const Config& config) {
-  const HeadDims dims = prefill_variant(config).instance.dims;
+  const TileVariant& variant = prefill_variant(config);
+  const HeadDims dims = variant.instance.dims;
   double share = 0.5;
   for (const Rate& rate : kRates) {
     if (rate.dims == dims) share = rate.share;
   }
+  if (variant.reads_codes) share *= code_share(p, dims);
   const auto tile_q = static_cast<int32_t>(config.tile_q);
   return {.order = tile_order(p, tile_q, 1),
           .dims = dims,
@@ -48,9 +83,8 @@ TileWork work_of(const Problem& p, const Config& config) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = first_variant(kVariants, p, cuda_facts(query));
-  const PrefillTile tile =
-      prefill_tile(prefill_variant(config).instance.dims, scores_of(p), layouts_of(p));
+  config.instance = instance_of(p, cuda_facts(query));
+  const PrefillTile tile = prefill_tile_of(p, prefill_variant(config));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = tile.tile_q();
   config.tile_k = tile.tile_k;
@@ -58,7 +92,23 @@ Config configure(const Query& query) {
   return config;
 }
 
+// "wgmma bf16", of codes "wgmma bf16, 256/256, codes widened in shared memory"
+std::string variant_text(const Query& query, const Config& config) {
+  const TileVariant& variant = prefill_variant(config);
+  if (!variant.reads_codes) return wgmma_variant(query, config);
+  return fmt::format("{}, {}/{}, codes widened in shared memory", wgmma_variant(query, config),
+                     variant.instance.dims.dim_qk, variant.instance.dims.dim_v);
+}
+
 }  // namespace
+
+PrefillTile prefill_tile_of(const Problem& p, const TileVariant& variant) {
+  if (!variant.reads_codes) return prefill_tile(variant.instance.dims, scores_of(p), layouts_of(p));
+  // As code_tile_variants() chooses.
+  const Scores scores = scores_of(p);
+  const Layouts layouts = scores == Scores::kTransformed ? Layouts::kAll : layouts_of(p);
+  return prefill_code_tile(variant.instance.dims, scores, layouts);
+}
 
 const TileVariant& prefill_variant(const Config& config) {
   return kVariants[static_cast<size_t>(config.instance)];
@@ -70,10 +120,11 @@ const Kernel kSm90Prefill{.name = "sm90_prefill",
                           .takes_all_layouts = true,
                           .refusal = refusal,
                           .configure = configure,
-                          .variant = wgmma_variant,
+                          .variant = variant_text,
                           .workspace_bytes = workspace_bytes_by<work_of>,
                           .estimate_us = estimate_us_by<work_of>,
                           .run = run_prefill,
-                          .step_us = step_us_by<work_of>};
+                          .step_us = step_us_by<work_of>,
+                          .reads_quantised = true};
 
 }  // namespace wh::cuda

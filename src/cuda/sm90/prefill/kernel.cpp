@@ -9,7 +9,7 @@ Status run_prefill(const Launch& launch) {
   const Problem& p = launch.problem;
   const TileVariant& variant = prefill_variant(launch.config);
   const HeadDims dims = variant.instance.dims;
-  const PrefillTile tile = prefill_tile(dims, scores_of(p), layouts_of(p));
+  const PrefillTile tile = prefill_tile_of(p, variant);
   const TileOrder order = tile_order(p, tile.tile_q(), 1);
   return run_tiles(launch, {.order = order,
                             .workers = launch.config.workers,

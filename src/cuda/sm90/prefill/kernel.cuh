@@ -13,6 +13,11 @@
 // Causal, windows, key lengths and starts and ragged ends are key ranges computed per tile: tiles
 // outside are not loaded, tiles inside are not masked.
 //
+// Codes: warps beside the producer, three or seven, widen tiles of 8 bits, which TMA brings into
+// slots of their own, into those that consumers read, and clean V. Scales that all keys of a
+// head share are folded into the exponent (K) and into the stored rows (V); those of tokens are
+// multiplied into scores, and into weights before they are rounded.
+//
 // Roofline: tensor cores, 4096 flops a clock and SM. 128 rows read a K and V tile from L2 once: 128
 // flops a byte, 5.1 TB/s at 650 TFLOP/s, just inside what L2 gives (64 rows would not be). Softmax
 // costs 128 / (dim_qk + dim_v) of the tensor time in exponentials alone: all of it at dim 64, a
@@ -23,6 +28,7 @@
 #include "cuda/common/element.cuh"
 #include "cuda/common/key_range.h"
 #include "cuda/common/tile_order.h"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -32,20 +38,23 @@
 #include "cuda/sm90/common/ring.cuh"
 #include "cuda/sm90/common/tile_softmax.cuh"
 #include "cuda/sm90/common/tile_walk.cuh"
+#include "cuda/sm90/common/widen.cuh"
 #include "cuda/sm90/prefill/kernel.h"
 #include "cuda/sm90/prefill/tiles.h"
 
 namespace wh::cuda {
 
-template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts, Stored kStored>
 struct PrefillBlock {
   using T = Element<kDtype>;
   static constexpr HeadDims kDims{kDimQk, kDimV};
-  static constexpr PrefillTile kTile = prefill_tile(kDims, kScores, kLayouts);
+  static constexpr bool kWidens = kStored == Stored::kCodes;
+  static constexpr PrefillTile kTile = prefill_tile(kDims, kScores, kLayouts, kStored);
   static constexpr PrefillMemory kMemory{kDims, kTile};
   static constexpr int kTileQ = kTile.tile_q();
   static constexpr int kTileK = kTile.tile_k;
   static constexpr int kStages = kTile.stages;
+  static constexpr int kLoadSlots = kTile.load_slots;
   static constexpr int kWarpgroups = kTile.warpgroups;
   static constexpr int kCleaners = 96;  // threads
   // Whether the consumers issue their products in turn, so that one is at softmax while another has
@@ -53,40 +62,61 @@ struct PrefillBlock {
   // to 1.5 % (dims 128 to 256).
   static constexpr bool kTakesTurns = kWarpgroups > 2;
   static constexpr bool kIsMasked = kScores == Scores::kMasked;
-  static_assert(kMemory.bytes <= most_shared_bytes());
+  // Of a panel that TMA brings.
+  static constexpr int kStoredColumns = kWidens ? 2 * kPanelColumns : kPanelColumns;
+  static constexpr int kStoredPanelsQk = (kDimQk + kStoredColumns - 1) / kStoredColumns;
+  static constexpr int kStoredPanelsV = (kDimV + kStoredColumns - 1) / kStoredColumns;
+  static_assert(kMemory.bytes <= most_shared_bytes() && (!kWidens || kLoadSlots >= 2));
 
-  // Barriers, 8 bytes each.
+  // Barriers, 8 bytes each. Widened tiles of K and V lie in one ring.
   enum Barrier {
     kQFull,
     kQFree,
     kKFull,
     kKFree = kKFull + kStages,
-    kVFull = kKFree + kStages,  // and clean
+    kVFull = kWidens ? kKFull : kKFree + kStages,  // and clean
     kVFree = kVFull + kStages,
     kVLoaded = kVFree + kStages,  // but not yet cleaned
-    kBarriers = kVLoaded + kStages,
+    kElementBarriers = kVLoaded + kStages,
+    // Of codes.
+    kLoadsFull = kKFree + kStages,
+    kLoadsFree = kLoadsFull + kLoadSlots,
+    kTileTold = kLoadsFree + kLoadSlots,  // to those who widen, ahead of the consumers
+    kTileHeard,
+    kCodeBarriers,
+    kBarriers = kWidens ? kCodeBarriers : kElementBarriers,
   };
 
   // Named barriers; 0 is __syncthreads().
   static constexpr int kCleanersBarrier = 1;
   static constexpr int kTurnBarrier = 2;  // one a consumer
 
+  // What a warp that widens need not keep in registers of where it is.
+  struct WidenerNotes {
+    int32_t batch_idx, key_batch, first_key;
+    int32_t present_begin, present_end;
+    int32_t head_kv;
+  };
+
   // Words that the producer warpgroup hands to the consumers.
   struct Mailbox {
     int32_t tile;  // index in the order; negative: no more
     // By the parity of a tile's number: the number + 1 of the last such tile in which cleaning lost
     // something. Nobody resets it: tiles without keys to wait for would read a flag that is just
-    // being cleared.
-    uint32_t dropped[2];
+    // being cleared. Those who widen may be two tiles ahead of the last consumer.
+    uint32_t dropped[kWidens ? 4 : 2];
+    int32_t widened_tile;  // of codes
+    WidenerNotes widener_notes[kWidens ? kTile.widening_warps() : 1];
     ProducerNotes notes;
   };
-  static_assert(kBarriers * 8 + sizeof(Mailbox) <= 256);
+  static_assert(kBarriers * 8 + sizeof(Mailbox) <= kMemory.bytes - kMemory.barrier_offset);
 
   const PrefillMaps& maps;
   const AttentionArgs& args;
   const TileOrder& order;
   unsigned char* s_memory;
-  uint32_t s_q;  // the same in the shared window, where Q comes first
+  uint32_t s_q;                 // the same in the shared window, where Q comes first
+  const StoredTensors* stored;  // of codes
 
   __device__ __forceinline__ uint32_t barrier(int which) const {
     return s_q + kMemory.barrier_offset + which * 8;
@@ -103,16 +133,29 @@ struct PrefillBlock {
 
   __device__ __forceinline__ void init_barriers() const {
     ptx::mbarrier_init(barrier(kQFull), 1);
-    ptx::mbarrier_init(barrier(kQFree), 4 * kWarpgroups + 1);
+    ptx::mbarrier_init(barrier(kQFree), 4 * kWarpgroups + (kWidens ? 0 : 1));
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(barrier(kKFull + i), 1);
+      ptx::mbarrier_init(barrier(kKFull + i), kWidens ? kTile.widening_warps() : 1);
+      ptx::mbarrier_init(barrier(kKFree + i), 4 * kWarpgroups);
+      if constexpr (kWidens) continue;
       ptx::mbarrier_init(barrier(kVFull + i), 1);
       ptx::mbarrier_init(barrier(kVLoaded + i), 1);
-      ptx::mbarrier_init(barrier(kKFree + i), 4 * kWarpgroups);
       ptx::mbarrier_init(barrier(kVFree + i), 4 * kWarpgroups);
     }
+    if constexpr (kWidens) {
+      for (int i = 0; i < kLoadSlots; ++i) {
+        ptx::mbarrier_init(barrier(kLoadsFull + i), 1);
+        ptx::mbarrier_init(barrier(kLoadsFree + i), kTile.widening_warps());
+      }
+      ptx::mbarrier_init(barrier(kTileTold), 1);
+      ptx::mbarrier_init(barrier(kTileHeard), kTile.widening_warps());
+    }
     ptx::mbarrier_init_fence();
-    for (int parity = 0; parity < 2; ++parity) mailbox()->dropped[parity] = 0;
+    for (volatile uint32_t& dropped : mailbox()->dropped) dropped = 0;
+  }
+  // What cleaning tells consumers of a tile by its number.
+  __device__ __forceinline__ volatile uint32_t& dropped(uint32_t number) const {
+    return mailbox()->dropped[number % (kWidens ? 4 : 2)];
   }
 
   // A tile's place in the problem and the keys it works on.
@@ -150,15 +193,7 @@ struct PrefillBlock {
       const Work w = work(index);
       const int32_t head_kv = w.at.first_head / args.group;
       if (Producer::is_leader()) {
-        ptx::mbarrier_expect(barrier(kQFull), kMemory.panels_qk * panel_bytes(order.packed_heads *
-                                                                              order.tile_queries));
-#pragma unroll
-        for (int i = 0; i < kMemory.panels_qk; ++i) {
-          ptx::tma_load_5d(s_q + i * panel_bytes(kTileQ), &maps.q, barrier(kQFull),
-                           i * kPanelColumns, w.at.first_head - head_kv * args.group,
-                           w.sequence.first_query + w.at.first_query, head_kv,
-                           w.sequence.query_batch, ptx::CacheHint::kEvictFirst);
-        }
+        load_queries(w, head_kv);
         note_keys(notes, w.keys);
       }
       Producer::meet();
@@ -181,6 +216,18 @@ struct PrefillBlock {
     }
   }
 
+  __device__ __forceinline__ void load_queries(const Work& w, int32_t head_kv) const {
+    ptx::mbarrier_expect(barrier(kQFull),
+                         kMemory.panels_qk * panel_bytes(order.packed_heads * order.tile_queries));
+#pragma unroll
+    for (int i = 0; i < kMemory.panels_qk; ++i) {
+      ptx::tma_load_5d(s_q + i * panel_bytes(kTileQ), &maps.q, barrier(kQFull), i * kPanelColumns,
+                       w.at.first_head - head_kv * args.group,
+                       w.sequence.first_query + w.at.first_query, head_kv, w.sequence.query_batch,
+                       ptx::CacheHint::kEvictFirst);
+    }
+  }
+
   struct TileAt {
     int32_t key, head_kv;
   };
@@ -197,10 +244,71 @@ struct PrefillBlock {
 #pragma unroll 1
           for (int i = 0; i < kPanels; ++i) {
             ptx::tma_load_4d(to + i * panel_bytes(kTileK) + panel_bytes(row), &map, full,
-                             i * kPanelColumns, token, at.head_kv, batch_idx,
+                             i * kStoredColumns, token, at.head_kv, batch_idx,
                              ptx::CacheHint::kEvictLast);
           }
         });
+  }
+
+  // Of codes: tiles in the order in which they are read. The first keys are asked for while the
+  // consumers still have the Q of the tile before, and are widened by the time that Q is there.
+  __device__ __forceinline__ void produce_codes() const {
+    Ring<kLoadSlots> ring;
+    KeptNotes<kLayouts> notes = kept_notes<kLayouts>(*mailbox());
+    if (Producer::is_leader()) {
+      notes.q_parity = 1;
+      notes.tile =
+          filled_tile<kLayouts>(args, order, gridDim.x, first_tile(order, blockIdx.x), kTileK);
+    }
+    while (true) {
+      Producer::meet();
+      const int32_t index = notes.tile;
+      const bool is_last = index >= order.end;
+      if (Producer::is_leader()) {
+        ptx::mbarrier_wait(barrier(kTileHeard), notes.q_parity);
+        mailbox()->widened_tile = is_last ? -1 : index;
+        ptx::mbarrier_arrive(barrier(kTileTold));
+        if (is_last) {
+          ptx::mbarrier_wait(barrier(kQFree), notes.q_parity);
+          mailbox()->tile = -1;
+          ptx::mbarrier_arrive(barrier(kQFull));
+        }
+      }
+      if (is_last) return;
+      const Work w = work(index);
+      const int32_t head_kv = w.at.first_head / args.group;
+      const Boxes boxes(args, maps.box_keys_log2, w.sequence);
+      if (Producer::is_leader()) note_keys(notes, w.keys);
+      Producer::meet();
+      int32_t n = w.keys.end - 1;
+      if (n >= notes.begin) load_codes<kStoredPanelsQk>(maps.k, boxes, {n * kTileK, head_kv}, ring);
+      if (Producer::is_leader()) {
+        ptx::mbarrier_wait(barrier(kQFree), notes.q_parity);
+        notes.q_parity = notes.q_parity ^ 1;
+        mailbox()->tile = index;
+        load_queries(work(index), head_kv);
+      }
+      Producer::meet();
+#pragma unroll 1
+      for (; n >= notes.begin; --n) {
+        if (n > notes.begin) {
+          load_codes<kStoredPanelsQk>(maps.k, boxes, {(n - 1) * kTileK, head_kv}, ring);
+        }
+        load_codes<kStoredPanelsV>(maps.v, boxes, {n * kTileK, head_kv}, ring);
+      }
+      Producer::meet();
+      if (Producer::is_leader()) {
+        notes.tile = filled_tile<kLayouts>(args, order, gridDim.x,
+                                           next_query_tile(order, gridDim.x, notes.tile), kTileK);
+      }
+    }
+  }
+  template <int kPanels>
+  __device__ __forceinline__ void load_codes(const CUtensorMap& map, const Boxes& boxes,
+                                             const TileAt& at, Ring<kLoadSlots>& ring) const {
+    load<kPanels>(map, boxes, at, s_q + kMemory.load_offset + ring.slot * kMemory.load_bytes,
+                  ring.parity, barrier(kLoadsFree + ring.slot), barrier(kLoadsFull + ring.slot));
+    ring.next();
   }
 
   // --- cleaners: the other three warps of the producer's warpgroup ---
@@ -221,11 +329,11 @@ struct PrefillBlock {
         if (!w.keys.is_clean(n)) {
           ptx::mbarrier_wait(barrier(kVLoaded + ring.slot), loaded_parity >> ring.slot & 1);
           loaded_parity ^= 1u << ring.slot;
-          const bool dropped = clean_values<T, kMemory.panels_v, kTileK, kCleaners>(
+          const bool has_dropped = clean_values<T, kMemory.panels_v, kTileK, kCleaners>(
               s_memory + kMemory.v_offset + ring.slot * kMemory.v_bytes, w.sequence.present,
               n * kTileK, threadIdx.x - 32);
           // Before the stage is full: the consumers have waited for all of them when they look.
-          if (dropped) mailbox()->dropped[number % 2] = number + 1;
+          if (has_dropped) dropped(number) = number + 1;
           ptx::async_proxy_fence();
           ptx::named_sync(kCleanersBarrier, kCleaners);
           if (is_first) ptx::mbarrier_arrive(barrier(kVFull + ring.slot));
@@ -234,6 +342,182 @@ struct PrefillBlock {
       }
     }
   }
+
+  // --- of codes, the warps beside the producer's widen, three or seven ---
+
+  __device__ __forceinline__ KvPlace head_of(const Work& w) const {
+    return {0, w.at.first_head / args.group, 0, w.sequence.batch_idx};
+  }
+  // Of scores in the exponent, before any scale of K.
+  __device__ __forceinline__ float scale_log2() const {
+    return (kScores == Scores::kPlain ? args.scale : 1) * kLog2E;
+  }
+  // Whether scores are multiplied by scales of keys. What all keys share goes into the exponent's,
+  // where that stays a positive number which f32 holds with room to spare.
+  __device__ __forceinline__ bool multiplies_scores(const Work& w) const {
+    if (has_token_scales(stored->k)) return true;
+    if (stored->k.scales == Scales::kNone) return false;
+    if (kScores != Scores::kPlain) return true;
+    const float folded = scale_log2() * stored->k.scale(head_of(w), 0);
+    return !(folded > 0x1p-60f && folded < 0x1p60f);
+  }
+  __device__ __forceinline__ static int scale_offset(uint32_t key_tile, bool is_v) {
+    const uint32_t slot = key_tile % kCodeScaleSlots;
+    return kMemory.scales_offset + (2 * slot + (is_v ? 1 : 0)) * kMemory.scale_bytes;
+  }
+
+  struct Widener {
+    const PrefillBlock& block;
+    // Counted, and not as rings: registers are few here.
+    uint32_t tiles;      // widened, of K and V
+    uint32_t key_tiles;  // whose scales were asked for
+    int first;           // block of this warp of the next tile (WidenedTile)
+
+    template <int kDim>
+    using Tile = WidenedTile<T, kTileK, kDim, kTile.widening_warps()>;
+
+    __device__ __forceinline__ explicit Widener(const PrefillBlock& block)
+        : block(block), tiles(0), key_tiles(0), first(threadIdx.x / 32 - 1) {}
+
+    __device__ __forceinline__ static bool is_first_lane() { return threadIdx.x % 32 == 0; }
+    __device__ __forceinline__ int load_slot() const { return tiles % kLoadSlots; }
+    __device__ __forceinline__ int slot() const { return tiles % kStages; }
+
+    __device__ __forceinline__ void run() {
+      for (uint32_t number = 0;; ++number) {
+        ptx::mbarrier_wait(block.barrier(kTileTold), number % 2);
+        const int32_t index = block.mailbox()->widened_tile;
+        __syncwarp();
+        if (is_first_lane()) ptx::mbarrier_arrive(block.barrier(kTileHeard));
+        if (index < 0) return;
+        const Work w = block.work(index);
+        if (w.keys.end <= w.keys.begin) continue;
+        note(w);
+        const bool scales_k = block.multiplies_scores(w);
+        const bool scales_v = has_token_scales(block.stored->v);
+        // A step: the scales of one tile of keys are asked for, K of the one before it and V of the
+        // one before that are widened. The slot that these scales take is that of four tiles ago,
+        // which whoever gave K's slot back is done with.
+#pragma unroll 1
+        for (int32_t n = w.keys.end - 1; n + 2 >= w.keys.begin; --n) {
+          const bool has_k = n + 1 >= w.keys.begin && n + 1 < w.keys.end;
+          if (has_k) wait();
+          const uint32_t ready = key_tiles - 1;
+          if (n >= w.keys.begin) {
+            if (scales_k) request_scales(n, block.stored->k, scale_offset(key_tiles, false));
+            if (scales_v) request_scales(n, block.stored->v, scale_offset(key_tiles, true));
+            ptx::cp_async_commit();
+            ++key_tiles;
+          }
+          if (has_k) {
+            await_scales(n >= w.keys.begin);
+            if (scales_v && !w.keys.is_clean(n + 1) && clean_scales(ready)) {
+              block.dropped(number) = number + 1;
+            }
+            next_tile<kDimQk>().widen(block.stored->k.format);
+            publish();
+          }
+          if (n + 2 < w.keys.end) {
+            wait();
+            const auto tile = next_tile<kDimV>();
+            tile.widen(block.stored->v.format);
+            if (!w.keys.is_clean(n + 2) && tile.clean(present_keys(), (n + 2) * kTileK)) {
+              block.dropped(number) = number + 1;
+            }
+            publish();
+          }
+        }
+      }
+    }
+
+    __device__ __forceinline__ volatile WidenerNotes& notes() const {
+      return block.mailbox()->widener_notes[threadIdx.x / 32 - 1];
+    }
+    __device__ __forceinline__ void note(const Work& w) const {
+      __syncwarp();
+      if (is_first_lane()) {
+        volatile WidenerNotes& to = notes();
+        to.batch_idx = w.sequence.batch_idx;
+        to.key_batch = w.sequence.key_batch;
+        to.first_key = w.sequence.first_key;
+        to.present_begin = w.sequence.present.begin;
+        to.present_end = w.sequence.present.end;
+        to.head_kv = w.at.first_head / block.args.group;
+      }
+      __syncwarp();
+    }
+    __device__ __forceinline__ Keys present_keys() const {
+      return {notes().present_begin, notes().present_end};
+    }
+
+    // Those of the tile before the one that was asked for last, or of that one.
+    __device__ __forceinline__ static void await_scales(bool has_asked_again) {
+      if (has_asked_again) {
+        ptx::cp_async_wait<1>();
+      } else {
+        ptx::cp_async_wait<0>();
+      }
+    }
+    // The scales of a tile of keys come while the tile before is widened. Those of keys that do not
+    // exist are not read, and are 0.
+    __device__ __forceinline__ void request_scales(int32_t n, const KvTensor& tensor,
+                                                   int offset) const {
+      const volatile WidenerNotes& at = notes();
+      Work w{};
+      w.sequence.batch_idx = at.batch_idx;
+      w.sequence.key_batch = at.key_batch;
+      w.sequence.first_key = at.first_key;
+      const KeyRows rows = w.key_rows(block.args);
+      const int32_t head_kv = at.head_kv;
+      const Keys present = present_keys();
+#pragma unroll 1
+      for (int i = threadIdx.x - 32; i < kTileK; i += 32 * kTile.widening_warps()) {
+        const int32_t key = n * kTileK + i;
+        const bool exists = key >= present.begin && key < present.end;
+        int64_t from = 0;
+        if (exists) {
+          const auto place = rows.place(key);
+          from = tensor.scale_offset(
+              {place.batch_idx, head_kv, place.token_idx, w.sequence.batch_idx});
+        }
+        ptx::cp_async<4>(block.s_q + offset + 4 * i, tensor.scales_data + from, exists ? 4 : 0);
+      }
+    }
+    // A weight of 0 does not hide a scale that is no number, either.
+    __device__ __forceinline__ bool clean_scales(uint32_t key_tile) const {
+      auto* of_v = reinterpret_cast<float*>(block.s_memory + scale_offset(key_tile, true));
+      bool has_dropped = false;
+#pragma unroll 1
+      for (int i = threadIdx.x - 32; i < kTileK; i += 32 * kTile.widening_warps()) {
+        if (fabsf(of_v[i]) < INFINITY) continue;
+        of_v[i] = 0;
+        has_dropped = true;
+      }
+      return has_dropped;
+    }
+
+    __device__ __forceinline__ void wait() const {
+      ptx::mbarrier_wait(block.barrier(kKFree + slot()), tiles / kStages % 2 ^ 1);
+      ptx::mbarrier_wait(block.barrier(kLoadsFull + load_slot()), tiles / kLoadSlots % 2);
+    }
+    template <int kDim>
+    __device__ __forceinline__ Tile<kDim> next_tile() {
+      const Tile<kDim> tile{first,
+                            block.s_memory + kMemory.load_offset + load_slot() * kMemory.load_bytes,
+                            block.s_memory + kMemory.k_offset + slot() * kMemory.k_bytes};
+      first = tile.next_first(first);
+      return tile;
+    }
+    __device__ __forceinline__ void publish() {
+      ptx::async_proxy_fence();
+      __syncwarp();
+      if (is_first_lane()) {
+        ptx::mbarrier_arrive(block.barrier(kLoadsFree + load_slot()));
+        ptx::mbarrier_arrive(block.barrier(kKFull + slot()));
+      }
+      ++tiles;
+    }
+  };
 
   // --- consumers: a warpgroup has 64 rows ---
 
@@ -244,25 +528,32 @@ struct PrefillBlock {
     TileSoftmax<T> softmax;
     float r_o[kDimV / 2];      // [64 rows, kDimV] of the warpgroup, unnormalised
     uint32_t r_p[kTileK / 4];  // [64 rows, kTileK], rounded to T
+    // Of codes, twice the key tiles that were multiplied, and 1 where scores are to be multiplied
+    // by scales. One register: there is no other.
+    uint32_t key_tiles;
 
     __device__ __forceinline__ Consumer(const PrefillBlock& block, int warpgroup)
-        : block(block), warpgroup(warpgroup), softmax(block.args, kScores) {}
+        : block(block), warpgroup(warpgroup), softmax(block.args, kScores) {
+      if constexpr (kWidens) key_tiles = 0;
+    }
 
     __device__ __forceinline__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
 
     // Who has the first turn waits for K and V for all: whoever is given the turn after it knows
     // that they are there.
     __device__ __forceinline__ bool waits() const { return !kTakesTurns || warpgroup == 0; }
-    __device__ __forceinline__ void wait_keys() const {
-      ptx::mbarrier_wait(block.barrier(kKFull + ring.slot), ring.parity);
+    // Where a tile is in its ring: K and V of the same keys in the same slot of two, or one after
+    // another in one.
+    __device__ __forceinline__ void wait_keys(int stage, uint32_t parity) const {
+      ptx::mbarrier_wait(block.barrier(kKFull + stage), parity);
     }
     __device__ __forceinline__ void wait_values(int stage, uint32_t parity) const {
       ptx::mbarrier_wait(block.barrier(kVFull + stage), parity);
     }
 
-    __device__ __forceinline__ void begin_scores(float (&s)[kTileK / 2]) {
+    __device__ __forceinline__ void begin_scores(float (&s)[kTileK / 2], int stage) {
       const uint64_t q = ptx::panel_descriptor(block.s_q + panel_bytes(warpgroup * 64));
-      const uint64_t k = ptx::panel_descriptor(block.s_k(ring.slot));
+      const uint64_t k = ptx::panel_descriptor(block.s_k(stage));
       ptx::keep(s);
       issue_scores<T, kTileK, kTileQ, kDimQk / kStepColumns>(s, q, k);
     }
@@ -287,42 +578,108 @@ struct PrefillBlock {
 
     __device__ __forceinline__ void first_tile(int32_t tile) {
       float s[kTileK / 2];
-      wait_keys();
-      begin_scores(s);
+      const int k_stage = ring.slot;
+      wait_keys(k_stage, ring.parity);
+      begin_scores(s, k_stage);
       ptx::wgmma_wait<0>();
       ptx::keep(s);
-      release(kKFree + ring.slot);
+      release(kKFree + k_stage);
+      if constexpr (kWidens) ring.next();
+      scale_scores(s);
       softmax.raise(s, tile * kTileK, true);
       softmax.weigh(s);
+      scale_weights(s);
       softmax.pack(s, r_p);
     }
 
     // Scores of `tile` beside the values of the tile before.
     template <bool kHides>
     __device__ __forceinline__ void next_tile(int32_t tile) {
-      const int v_stage = ring.slot;
-      const uint32_t v_parity = ring.parity;
+      const int first_stage = ring.slot;
+      const uint32_t first_parity = ring.parity;
       ring.next();
+      const int second_stage = ring.slot;
+      const uint32_t second_parity = ring.parity;
+      if constexpr (kWidens) ring.next();
+      const int k_stage = kWidens ? first_stage : second_stage;
+      const int v_stage = kWidens ? second_stage : first_stage;
+      const uint32_t k_parity = kWidens ? first_parity : second_parity;
+      const uint32_t v_parity = kWidens ? second_parity : first_parity;
       float s[kTileK / 2];
-      if (waits()) wait_keys();
+      if (waits()) wait_keys(k_stage, k_parity);
       take_turn();
-      begin_scores(s);
+      begin_scores(s, k_stage);
       softmax.correct(r_o);
       if (waits()) wait_values(v_stage, v_parity);
       begin_values(v_stage);
       pass_turn_to((warpgroup + 1) % kWarpgroups);
       ptx::wgmma_wait<1>();
       ptx::keep(s);
-      release(kKFree + ring.slot);
+      release(kKFree + k_stage);
       // The addresses of an array mask need the registers of the weights under way.
       if constexpr (kIsMasked) finish_values(v_stage);
+      scale_scores(s);
       softmax.raise(s, tile * kTileK, kHides);
       // Here, and not behind the exponentials: the other warpgroup's products fill the gap. One
       // row's exponentials in front of the wait gave nothing at dim 128 and cost 1 to 5 %
       // elsewhere.
       if constexpr (!kIsMasked) finish_values(v_stage);
       softmax.weigh(s);
+      scale_weights(s);
       softmax.pack(s, r_p);
+    }
+
+    // Scores, and weights, of codes by the scales of the keys.
+    __device__ __forceinline__ void scale_scores(float (&s)[kTileK / 2]) const {
+      if constexpr (!kWidens) return;
+      if (key_tiles % 2 != 0) multiply_by_scales(s, false);
+    }
+    __device__ __forceinline__ void scale_weights(float (&s)[kTileK / 2]) {
+      if constexpr (!kWidens) return;
+      if (has_token_scales(block.stored->v)) multiply_by_scales(s, true);
+      key_tiles += 2;
+    }
+    __device__ __forceinline__ void multiply_by_scales(float (&s)[kTileK / 2], bool is_v) const {
+      const auto* of_keys =
+          reinterpret_cast<const float2*>(block.s_memory + scale_offset(key_tiles / 2, is_v));
+#pragma unroll
+      for (int i = 0; i < kTileK / 8; ++i) {
+        const float2 pair = of_keys[4 * i + threadIdx.x % 4];
+        s[4 * i] *= pair.x;
+        s[4 * i + 1] *= pair.y;
+        s[4 * i + 2] *= pair.x;
+        s[4 * i + 3] *= pair.y;
+      }
+    }
+    __device__ __forceinline__ void note_key_scale(const Work& w) {
+      softmax.scale_log2 = block.scale_log2();
+      key_tiles &= ~1u;
+      if (block.multiplies_scores(w)) {
+        ++key_tiles;
+      } else if constexpr (kScores == Scores::kPlain) {
+        softmax.scale_log2 *= block.stored->k.scale(block.head_of(w), 0);
+      }
+    }
+    // The sums, normalised first, by the scales of V that all keys share.
+    __device__ __forceinline__ void scale_sums(const float (&norm)[2], const KvPlace& head) {
+      const KvTensor& v = block.stored->v;
+      const float of_all = v.scales == Scales::kChannel ? 1 : v.scale(head, 0);
+#pragma unroll
+      for (int i = 0; i < kDimV / 8; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * i + threadIdx.x % 4 * 2 + e;
+          float scale = of_all;
+          if (v.scales == Scales::kChannel && column < block.args.dim_v) {
+            scale = v.scale(head, column);
+          }
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            float& sum = r_o[4 * i + 2 * r + e];
+            sum = sum * norm[r] * scale;
+          }
+        }
+      }
     }
 
     __device__ __forceinline__ void finish_values(int stage) {
@@ -349,15 +706,51 @@ struct PrefillBlock {
       for (int r = 0; r < 2; ++r) {
         softmax.rows[r] = query_rows(w).scores(warpgroup * 64 + accumulator_row(r));
       }
+      if constexpr (kWidens) note_key_scale(w);
       return w.keys;
     }
 
+    // Of this thread. Of codes opaque, as the tile is (walked_tile): two registers.
+    __device__ __forceinline__ int32_t stored_row(int r) const {
+      int32_t row = warpgroup * 64 + accumulator_row(r);
+      if constexpr (kWidens) asm volatile("" : "+r"(row));
+      return row;
+    }
     __device__ __forceinline__ void store(const QueryRows<T, Work>& query_rows) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const auto place = query_rows.place(warpgroup * 64 + accumulator_row(r));
+        const auto place = query_rows.place(stored_row(r));
         query_rows.store_log_sum_exp(place, softmax.finish(r, query_rows.sink(place)));
-        query_rows.store(r_o, r, place, softmax.norm(r), 0);
+        if constexpr (!kWidens) query_rows.store(r_o, r, place, softmax.norm(r), 0);
+      }
+      if constexpr (kWidens) {
+        float norm[2] = {softmax.norm(0), softmax.norm(1)};
+        const Scales scales_v = block.stored->v.scales;
+        if (scales_v != Scales::kNone && scales_v != Scales::kTokenHead) {
+          scale_sums(norm, block.head_of(query_rows.tile));
+          for (float& factor : norm) factor = factor == 0 ? 0 : 1;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const auto place = query_rows.place(stored_row(r));
+          query_rows.store(r_o, r, place, norm[r], 0);
+        }
+      }
+    }
+    __device__ __forceinline__ void restore(const Work& w) const {
+      if constexpr (kWidens) {
+        const KeyRows rows = w.key_rows(block.args);
+        const int32_t head_kv = w.at.first_head / block.args.group;
+        query_rows(w).restore(kTileK, warpgroup * 64, softmax.online.correction, 0, kDimV,
+                              [&](int32_t key, int32_t column) {
+                                const auto at = rows.place(key);
+                                return widened_code(
+                                    block.stored->v,
+                                    {at.batch_idx, head_kv, at.token_idx, w.sequence.batch_idx},
+                                    column);
+                              });
+      } else {
+        query_rows(w).restore(kTileK, warpgroup * 64, softmax.online.correction, 0, kDimV);
       }
     }
 
@@ -386,50 +779,76 @@ struct PrefillBlock {
         }
         const Work w = block.work(index);
         store(query_rows(w));
-        if (block.mailbox()->dropped[number % 2] == number + 1) {
-          query_rows(w).restore(kTileK, warpgroup * 64, softmax.online.correction, 0, kDimV);
-        }
+        if (block.dropped(number) == number + 1) restore(w);
       }
     }
   };
 };
+
+template <typename Block>
+__device__ __forceinline__ void run_block(const Block& block) {
+  constexpr PrefillTile kTile = Block::kTile;
+  if (threadIdx.x == 0) {
+    block.init_barriers();
+    ptx::tma_prefetch(&block.maps.q);
+    ptx::tma_prefetch(&block.maps.k);
+    ptx::tma_prefetch(&block.maps.v);
+  }
+  __syncthreads();
+  // Shuffled, so that the compiler knows it to be the same for the warp: descriptors that depend on
+  // it then stay in uniform registers (16 moves a tile less).
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (warpgroup < kTile.supply_warpgroups) {
+    ptx::registers_give<kTile.producer_registers>();
+    if (threadIdx.x < Block::Producer::kThreads) {
+      if constexpr (Block::kWidens) {
+        block.produce_codes();
+      } else {
+        block.produce();
+      }
+    } else if (threadIdx.x >= 32) {
+      if constexpr (Block::kWidens) {
+        typename Block::Widener(block).run();
+      } else {
+        block.clean();
+      }
+    }
+  } else {
+    ptx::registers_take<kTile.consumer_registers>();
+    typename Block::Consumer consumer(block, warpgroup - kTile.supply_warpgroups);
+    consumer.run();
+  }
+}
 
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 __global__ void __launch_bounds__(prefill_tile({kDimQk, kDimV}, kScores, kLayouts).threads(), 1)
     sm90_prefill(const __grid_constant__ PrefillMaps maps,
                  const __grid_constant__ AttentionArgs args,
                  const __grid_constant__ TileOrder order) {
-  using Block = PrefillBlock<kDimQk, kDimV, kDtype, kScores, kLayouts>;
-  constexpr PrefillTile kTile = Block::kTile;
   extern __shared__ __align__(1024) unsigned char s_memory[];
-  const Block block{maps, args, order, s_memory, ptx::shared_address(s_memory)};
-  if (threadIdx.x == 0) {
-    block.init_barriers();
-    ptx::tma_prefetch(&maps.q);
-    ptx::tma_prefetch(&maps.k);
-    ptx::tma_prefetch(&maps.v);
-  }
-  __syncthreads();
-  // Shuffled, so that the compiler knows it to be the same for the warp: descriptors that depend on
-  // it then stay in uniform registers (16 moves a tile less).
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (warpgroup == 0) {
-    ptx::registers_give<kTile.producer_registers>();
-    if (threadIdx.x < Block::Producer::kThreads) {
-      block.produce();
-    } else if (threadIdx.x >= 32) {
-      block.clean();
-    }
-  } else {
-    ptx::registers_take<kTile.consumer_registers>();
-    typename Block::Consumer consumer(block, warpgroup - 1);
-    consumer.run();
-  }
+  run_block(PrefillBlock<kDimQk, kDimV, kDtype, kScores, kLayouts, Stored::kElements>{
+      maps, args, order, s_memory, ptx::shared_address(s_memory), nullptr});
+}
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
+__global__ void __launch_bounds__(prefill_code_tile({kDimQk, kDimV}, kScores, kLayouts).threads(),
+                                  1)
+    sm90_prefill_codes(const __grid_constant__ PrefillMaps maps,
+                       const __grid_constant__ AttentionArgs args,
+                       const __grid_constant__ TileOrder order,
+                       const __grid_constant__ StoredTensors stored) {
+  extern __shared__ __align__(1024) unsigned char s_memory[];
+  run_block(PrefillBlock<kDimQk, kDimV, kDtype, kScores, kLayouts, Stored::kCodes>{
+      maps, args, order, s_memory, ptx::shared_address(s_memory), &stored});
 }
 
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 const void* prefill_instance() {
   return reinterpret_cast<const void*>(&sm90_prefill<kDimQk, kDimV, kDtype, kScores, kLayouts>);
+}
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
+const void* prefill_code_instance() {
+  return reinterpret_cast<const void*>(
+      &sm90_prefill_codes<kDimQk, kDimV, kDtype, kScores, kLayouts>);
 }
 
 }  // namespace wh::cuda
