@@ -300,6 +300,9 @@ def main() -> None:
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--rivals", default=",".join(PAGED_MODULES), help="those that may run")
     options = parser.parse_args()
+    for name, value, valid in (("--only", options.only, GROUPS), ("--rivals", options.rivals, PAGED_MODULES)):
+        if wrong := [one for one in value.split(",") if one and one not in valid]:
+            parser.error(f"{name} is {','.join(wrong)}; valid: {', '.join(valid)}")
     libraries = {"": Widehead(options.library)}
     if options.beside:
         libraries[" beside"] = Widehead(options.beside)
