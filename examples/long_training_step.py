@@ -210,6 +210,11 @@ def main() -> int:
     flags.add_argument("--chart", type=Path)
     flags.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own
     options = flags.parse_args()
+    for name in ("layers", "tokens", "steps", "vocabulary", "shrink", "timeout"):
+        if not getattr(options, name) > 0:
+            flags.error(f"--{name} is {getattr(options, name)}; it must be above 0")
+    if wrong := [name for name in options.implementations.split(",") if name not in IMPLEMENTATIONS]:
+        flags.error(f"--implementations is {','.join(wrong)}; valid: {', '.join(IMPLEMENTATIONS)}")
     if options.one:
         print(json.dumps(measure(options)))
         return 0

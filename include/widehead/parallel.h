@@ -45,8 +45,8 @@ typedef struct wh_communicator {
   /* What went wrong in the last call that failed; NULL: its name has to do. */
   const char* (*error)(void* context);
   /* This rank failed and its memory may go: what it has in flight ends, and the others hear of it,
-   * as far as that is in the connection's power, which is of no more use then. NULL: the others
-   * wait until their time-out. */
+   * as far as that is in the connection's power, which is of no more use then. Called once or more
+   * often. NULL: the others wait until their time-out. */
   void (*give_up)(void* context);
 } wh_communicator;
 
