@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from gemma3_long_prompt import IMPLEMENTATIONS, SHAPES, PeakMemory, shape_config
 LEARNING_RATE = 1e-4
 WARM_UP_TOKENS = 2048  # more than the windows of 1024
 TOLERANCE = 1e-2  # relative, of losses and norms: both sides round to bfloat16 all the way
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # of a GPU; of a CPU, which may also kill
 STEP = "step: "  # begins a line of what is measured so far
 PHASES = ("forward", "backward", "optimizer")
 COLORS = ("#8c8c8c", "#2166ac", "#d1762f")
@@ -127,12 +129,18 @@ def run_in_child(implementation: str, options) -> dict:
         lines = (late.stderr or b"").decode(errors="replace").splitlines()
         rows = [json.loads(line.removeprefix(STEP)) for line in lines if line.startswith(STEP)]
         why = f"{len(rows)} of {options.steps} steps in {options.timeout:.0f} s"
-        return {"steps": rows, "cut_short": why} if rows else {"failure": why}
+        return {"steps": rows, "cut_short": why} if rows else {"failure": why, "ran_out_of": "time"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
-    memory = [line for line in lines if "out of memory" in line]
-    return {"failure": (memory or lines)[-1][:400]}
+    memory = [line for line in lines if any(words in line for words in OUT_OF_MEMORY)]
+    row = {"failure": (memory or lines)[-1][:400]}
+    return row | {"ran_out_of": "memory"} if memory or done.returncode == -signal.SIGKILL else row
+
+
+def broken(rows: dict[str, dict]) -> list[str]:
+    """What failed for another reason than that this machine has too little memory or was given too little time."""
+    return [f"{name}: {row['failure']}" for name, row in rows.items() if "failure" in row and "ran_out_of" not in row]
 
 
 def best_step(row: dict) -> dict:
@@ -232,7 +240,7 @@ def main() -> int:
     done = {name: row for name, row in document["rows"].items() if "failure" not in row}
     if options.chart is not None and done:
         draw(document, options.chart)
-    wrong = disagreements(done)
+    wrong = broken(document["rows"]) + disagreements(done)
     for one in wrong:
         print(f"WRONG {one}")
     return 1 if wrong or not done else 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,28 @@ def test_another_loss_and_another_gradient_are_seen():
 def test_what_does_not_end_in_time_is_said(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["long_training_step.py", "--device", "cpu", "--shrink", "32"])
     row = example.run_in_child("widehead", options(timeout=0.05))
-    assert row == {"failure": "0 of 2 steps in 0 s"}
+    assert row == {"failure": "0 of 2 steps in 0 s", "ran_out_of": "time"}
+    assert example.broken({"widehead": row}) == []
     assert "0 of 2 steps" in example.table({"tokens": 96, "rows": {"widehead": row}})
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "is_broken"),
+    [("torch.OutOfMemoryError: CUDA out of memory.", 1, False), ("ImportError: no such kernel", 1, True),
+     ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", 1, False),
+     ("a warning", -signal.SIGKILL, False), ("", -signal.SIGSEGV, True)],
+)
+def test_only_memory_and_time_may_run_out(monkeypatch, tmp_path, said, code, is_broken):
+    step = {f"{phase}_s": 1.0 for phase in example.PHASES} | {"step_s": 3.0, "loss": 4.0, "gradient_norm": 1.0, "peak_bytes": 1}
+
+    def ends(command, **_):
+        if command[-1] == "widehead":
+            return subprocess.CompletedProcess(command, code, "", said)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"steps": [step]}), "")
+
+    monkeypatch.setattr(subprocess, "run", ends)
+    monkeypatch.setattr(sys, "argv", ["long_training_step.py", "--device", "cpu", "--out", str(tmp_path / "step.json")])
+    assert example.main() == (1 if is_broken else 0)
 
 
 def test_steps_that_ended_in_time_are_kept(monkeypatch):
