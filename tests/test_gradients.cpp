@@ -225,6 +225,29 @@ TEST(Gradients, WorkspaceOfPackedQueriesFollowsTheirTokens) {
   EXPECT_LT(bytes_of(p), bytes_of(dense) * 1.2);
 }
 
+// Nor is what is estimated: an item of a sequence that has no keys there ends at once.
+TEST(Gradients, EstimateOfPackedQueriesFollowsTheirTokens) {
+  Problem p;
+  p.len_q = p.len_k = 512;
+  p.dim_qk = p.dim_v = 64;
+  const auto us_of = [&](int64_t batch, QueryLayout queries, KeyLayout keys, int64_t total) {
+    Problem changed = p;
+    changed.batch = batch;
+    changed.query_layout = queries;
+    changed.key_layout = keys;
+    changed.total_q = changed.total_k = total;
+    set_dense(changed);
+    Limits limits;
+    limits.kernel = kFused;
+    limits.threads = 2;
+    const auto plan = make_plan(backward_of(changed), limits, this_machine(Device::kCpu, 0));
+    EXPECT_TRUE(plan.ok()) << plan.status().message();
+    return plan->estimated_us;
+  };
+  const double packed = us_of(512, QueryLayout::kPacked, KeyLayout::kPacked, 1024);
+  EXPECT_LT(packed, us_of(2, QueryLayout::kDense, KeyLayout::kDense, 0) * 1.35);
+}
+
 // Two heads over one, all that attention has but lengths, on tensors of a caller.
 struct Layer {
   static constexpr int64_t kQueries = 5, kKeys = 7, kDim = 6, kDimV = 4;

@@ -1,6 +1,7 @@
 #include "cpu/backward/config.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/backward/kernel.h"
 #include "cpu/backward/layout.h"
@@ -48,7 +49,11 @@ double estimate_us(const Query& query, const Config& config) {
   const Problem& p = query.problem;
   const BackwardShape shape(p, config, cpu_facts(query).simd_floats);
   const double pairs = visible_pairs(p) * sequences(p) * static_cast<double>(p.heads_q);
-  const auto items = static_cast<double>(shape.items());
+  // Of sequences of the mean length: others have fewer than the longest, and what is left of theirs
+  // has no keys and ends at once.
+  const double tiles =
+      mean_key_share(p) * static_cast<double>(p.len_k) / static_cast<double>(shape.tile_k);
+  const double items = static_cast<double>(shape.heads) * std::ceil(tiles);
   const double at_work =
       std::clamp(items, 1.0, static_cast<double>(std::min(config.workers, cpu_facts(query).cores)));
   return (cycles_of(query, pairs) + items * kItem) * cycle_us(cpu_facts(query)) / at_work + kCallUs;
