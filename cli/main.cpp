@@ -9,6 +9,16 @@ namespace {
 
 using wh::cli::Action;
 
+// The verbs that take a flag: "run, check".
+std::string verbs_with(const CLI::App& app, const std::string& flag) {
+  std::string names;
+  for (const CLI::App* verb : app.get_subcommands([](const CLI::App*) { return true; })) {
+    if (verb->get_option_no_throw(flag) == nullptr) continue;
+    names += (names.empty() ? "" : ", ") + verb->get_name();
+  }
+  return names;
+}
+
 // CLI11 says which argument it does not know; this says what was perhaps meant.
 std::string suggestion(const CLI::App& app, const std::vector<std::string>& arguments) {
   const auto verbs = app.get_subcommands([](const CLI::App* verb) { return verb->parsed(); });
@@ -23,10 +33,15 @@ std::string suggestion(const CLI::App& app, const std::vector<std::string>& argu
     }
   }
   for (const std::string& argument : arguments) {
-    if (verbs.empty() || argument.starts_with("--")) {
-      return "; did you mean " + wh::nearest_name(argument.substr(0, argument.find('=')), names) +
-             "?";
+    if (!verbs.empty() && !argument.starts_with("--")) continue;
+    const std::string name = argument.substr(0, argument.find('='));
+    if (!verbs.empty() && verbs.front()->get_name() == "plan" && name == "--parallel") {
+      return "; plan starts no ranks, --ranks says how many there would be";
     }
+    if (const std::string others = verbs_with(app, name); !others.empty()) {
+      return "; " + name + " is of " + others;
+    }
+    return "; did you mean " + wh::nearest_name(name, names) + "?";
   }
   return "";
 }
@@ -50,10 +65,11 @@ int main_guarded(int argc, char** argv) {
   } catch (const CLI::CallForVersion& version) {
     return app.exit(version);
   } catch (const CLI::ParseError& error) {
-    std::vector<std::string> unknown = app.remaining(true);
+    const std::vector<std::string> unknown = app.remaining(true);
     std::string message = error.what();
     if (argc > 1 && dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
-      message += suggestion(app, unknown);
+      // CLI11's own words have them last one first.
+      message = "not expected: " + CLI::detail::join(unknown, " ") + suggestion(app, unknown);
     } else if (dynamic_cast<const CLI::RequiredError*>(&error) != nullptr &&
                app.get_subcommands().empty()) {
       message = argc > 1

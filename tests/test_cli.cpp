@@ -140,7 +140,11 @@ TEST(Cli, WhatIsMissingOrHasNoEffectSaysWhatIsValid) {
   const std::pair<std::string, std::string> all[] = {
       {"", "a verb is missing; valid: plan, run, check, bench, tune, list"},
       {"list", "what to list is missing; valid: kernels, models, suites, devices"},
-      {"plan " + kSmall + "--card h100", "--card has no effect on one device"}};
+      {"plan " + kSmall + "--card h100", "--card has no effect on one device; add --ranks"},
+      {"plan " + kSmall + "--parallel nccl",
+       "not expected: --parallel nccl; plan starts no ranks, --ranks says how many there would be"},
+      {"plan " + kSmall + "--samples 3", "not expected: --samples 3; --samples is of bench"},
+      {"plan " + kSmall + "--casual", "not expected: --casual; did you mean --causal?"}};
   for (const auto& [command, words] : all) {
     const Outcome outcome = widehead(command);
     EXPECT_EQ(outcome.code, 2) << command;

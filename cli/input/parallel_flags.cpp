@@ -55,13 +55,16 @@ void add_ranks_flag(CLI::App& app, ParallelFlags& flags, const char* help) {
   add_number_flag(app, "--ranks", flags.ranks, Range<int32_t>{1, 4096}, help)->group("PARALLEL");
 }
 
-Status refuse_parallel_flags(const ParallelFlags& flags) {
-  if (flags.ranks != 0) return invalid("--ranks has no effect on one device; add --parallel");
+Status refuse_parallel_flags(const ParallelFlags& flags, const char* first) {
+  const auto refusal = [&](const char* name) {
+    return invalid(fmt::format("--{} has no effect on one device; add {}", name, first));
+  };
+  if (flags.ranks != 0) return refusal("ranks");
   for (const auto& [name, text] : {std::pair{"link", &flags.link},
                                    {"tokens", &flags.tokens},
                                    {"strategy", &flags.strategy},
                                    {"card", &flags.card}}) {
-    if (!text->empty()) return invalid(fmt::format("--{} has no effect on one device", name));
+    if (!text->empty()) return refusal(name);
   }
   return {};
 }

@@ -18,8 +18,9 @@ struct ParallelFlags {
 void add_parallel_flags(CLI::App& app, ParallelFlags& flags);
 void add_ranks_flag(CLI::App& app, ParallelFlags& flags, const char* help);
 
-// A flag that says something of ranks, where there are none; ok without one.
-Status refuse_parallel_flags(const ParallelFlags& flags);
+// A flag that says something of ranks, where there are none: `first` is what makes them. Ok without
+// one.
+Status refuse_parallel_flags(const ParallelFlags& flags, const char* first);
 
 // "400GB/s", or with the time of a message "400GB/s,5us".
 Result<sharded::Link> read_link(const std::string& text, double memory_gbytes_per_s);

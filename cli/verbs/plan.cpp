@@ -131,7 +131,9 @@ int run_plan(const PlanFlags& flags) {
   const auto limits = read_limits(flags.limits);
   if (!limits.ok()) return report(limits.status());
   if (flags.parallel.ranks > 0) return run_parallel_plans(flags, *limits);
-  if (Status status = refuse_parallel_flags(flags.parallel); !status.ok()) return report(status);
+  if (Status status = refuse_parallel_flags(flags.parallel, "--ranks"); !status.ok()) {
+    return report(status);
+  }
   if (!flags.timeline.empty()) return report(invalid("--timeline has no effect without --ranks"));
   const auto memory = read_memory(flags, *limits);
   if (!memory.ok()) return report(memory.status());

@@ -134,7 +134,9 @@ class Runner {
     const auto limits = read_limits(flags_.limits);
     if (!limits.ok()) return report(limits.status());
     if (flags_.parallel.empty()) {
-      if (Status status = refuse_parallel_flags(flags_.ranks); !status.ok()) return report(status);
+      if (Status status = refuse_parallel_flags(flags_.ranks, "--parallel"); !status.ok()) {
+        return report(status);
+      }
       if (flags_.every_strategy) {
         return report(invalid("--every-strategy has no effect on one device"));
       }

@@ -217,7 +217,9 @@ int run_tune(const TuneFlags& flags) {
     return tune_link({*kTransports.value(flags.parallel), flags.ranks.ranks, device, index},
                      flags.json);
   }
-  if (Status status = refuse_parallel_flags(flags.ranks); !status.ok()) return report(status);
+  if (Status status = refuse_parallel_flags(flags.ranks, "--parallel"); !status.ok()) {
+    return report(status);
+  }
   const std::filesystem::path path = profile_path(device, index);
   if (path.empty()) {
     return report(invalid("neither XDG_CACHE_HOME nor HOME says where profiles belong"));
