@@ -18,6 +18,7 @@
 #include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/refusal.h"
 #include "support/cards.h"
+#include "support/code_refusals.h"
 
 namespace wh::cuda {
 namespace {
@@ -390,20 +391,7 @@ TEST(Sm90Decode, SaysWhichCodesItDoesNotRead) {
     change(changed);
     return planned.refusal(changed);
   };
-  EXPECT_EQ(refusal([](Problem& p) { p.quantised_v = Quantised::kQ8_0; }),
-            "widens e4m3 and int8, of keys and of values; some are q8_0");
-  EXPECT_EQ(refusal([](Problem& p) { p.quantised_k = Quantised::kNone; }),
-            "widens e4m3 and int8, of keys and of values; some are bf16");
-  EXPECT_EQ(refusal([](Problem& p) { p.values_in_keys = true; }),
-            "widens values of their own, not those within keys");
-  EXPECT_EQ(
-      refusal([](Problem& p) { p.scales_k = Scales::kChannel; }),
-      "takes scales of keys per tensor, head or token; those of channels would round q again");
-  EXPECT_EQ(refusal([](Problem& p) { p.scales_v = Scales::kChannel; }), "");
-  EXPECT_EQ(refusal([](Problem& p) { p.dtype_q = p.dtype_kv = Dtype::kF16; }),
-            "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do");
-  EXPECT_EQ(refusal([](Problem& p) { p.stride_v[2] = 264; }),
-            "v has a stride of 264 codes; TMA needs a multiple of 16");
+  expect_code_refusals(refusal);
   EXPECT_EQ(refusal([](Problem& p) { p.dim_qk = 576; }),
             "takes heads of up to 512/512 over codes, these are 576/256");
 }

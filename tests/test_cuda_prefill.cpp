@@ -18,6 +18,7 @@
 #include "cuda/sm90/prefill/tiles.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
 #include "support/cards.h"
+#include "support/code_refusals.h"
 
 namespace wh::cuda {
 namespace {
@@ -240,20 +241,7 @@ TEST(Sm90Prefill, SaysWhichCodesItDoesNotRead) {
     change(p);
     return kSm90Prefill.refusal({p, limits, cuda}).value_or("");
   };
-  EXPECT_EQ(refusal([](Problem& p) { p.quantised_v = Quantised::kQ4_0; }),
-            "widens e4m3 and int8, of keys and of values; some are q4_0");
-  EXPECT_EQ(refusal([](Problem& p) { p.quantised_v = Quantised::kNone; }),
-            "widens e4m3 and int8, of keys and of values; some are bf16");
-  EXPECT_EQ(refusal([](Problem& p) { p.values_in_keys = true; }),
-            "widens values of their own, not those within keys");
-  EXPECT_EQ(
-      refusal([](Problem& p) { p.scales_k = Scales::kChannel; }),
-      "takes scales of keys per tensor, head or token; those of channels would round q again");
-  EXPECT_EQ(refusal([](Problem& p) { p.scales_v = Scales::kChannel; }), "");
-  EXPECT_EQ(refusal([](Problem& p) { p.dtype_q = p.dtype_kv = Dtype::kF16; }),
-            "multiplies weights by the scales of tokens, which f16 does not hold; bf16 queries do");
-  EXPECT_EQ(refusal([](Problem& p) { p.stride_k[2] = 264; }),
-            "k has a stride of 264 codes; TMA needs a multiple of 16");
+  expect_code_refusals(refusal);
   EXPECT_EQ(refusal([](Problem& p) { p.dim_qk = 320; }),
             "holds heads up to 256 wide in registers, not 320/256");
 }

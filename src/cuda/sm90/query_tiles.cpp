@@ -112,12 +112,7 @@ bool claims_tiles(const Problem& p, int64_t tiles, int32_t workers) {
 
 std::optional<std::string> tile_refusal(const Query& query) {
   const Problem& p = query.problem;
-  Problem multiplied = p;
-  if (is_quantised(p)) multiplied.dtype_kv = p.dtype_q;
-  if (auto reason = sm90_refusal({multiplied, query.limits, query.facts})) return reason;
-  if (is_quantised(p)) {
-    if (auto reason = code_refusal(p)) return reason;
-  }
+  if (auto reason = sm90_refusal(query)) return reason;
   if (least_splits(p) > 1) return kWritesTypeOfQ;
   if (!p.is_dense() && scores_of(p) == Scores::kMasked) {
     return "takes array masks over dense keys alone";

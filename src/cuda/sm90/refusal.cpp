@@ -14,46 +14,8 @@
 namespace wh::cuda {
 namespace {
 constexpr int64_t kLeastBoxKeys = 8;
-}  // namespace
 
-std::optional<std::string> store_refusal(const char* name, const Strides& strides) {
-  if (strides[3] != 1) {
-    return fmt::format("{} has a dim stride of {}; vector stores need 1", name, strides[3]);
-  }
-  for (int i = 0; i < 3; ++i) {
-    if (strides[i] % 4 != 0) {
-      return fmt::format("{} has a stride of {} elements; vector stores need a multiple of 4", name,
-                         strides[i]);
-    }
-  }
-  return std::nullopt;
-}
-
-std::optional<std::string> sm90_refusal(const Query& query) {
-  const Problem& p = query.problem;
-  if (cuda_facts(query).compute_capability != 90) {
-    return fmt::format("needs compute capability 9.0 (Hopper); this card has {}.{}",
-                       cuda_facts(query).compute_capability / 10,
-                       cuda_facts(query).compute_capability % 10);
-  }
-  const bool is_16_bit = p.dtype_q == Dtype::kF16 || p.dtype_q == Dtype::kBf16;
-  if (p.dtype_q != p.dtype_kv || !is_16_bit) {
-    return "needs q, k and v in one 16-bit type, f16 or bf16";
-  }
-  if (query.limits.precision == Precision::kHigh) {
-    return "rounds the weights to the input type; precision high forbids that";
-  }
-  if (auto reason = extent_refusal(p)) return reason;
-  if (auto reason = tensor_map_refusal("q", p.stride_q, p.dim_qk)) return reason;
-  if (auto reason = tensor_map_refusal("k", p.stride_k, p.dim_qk)) return reason;
-  if (auto reason = tensor_map_refusal("v", p.stride_v, p.dim_v)) return reason;
-  if (p.key_layout == KeyLayout::kPaged && p.page_size % kLeastBoxKeys != 0) {
-    return fmt::format("takes pages of a multiple of {} keys, these are of {}", kLeastBoxKeys,
-                       p.page_size);
-  }
-  return store_refusal("out", p.stride_out);
-}
-
+// Of keys and values that are codes, which are widened in shared memory.
 std::optional<std::string> code_refusal(const Problem& p) {
   for (const Quantised format : {p.quantised_k, p.quantised_v}) {
     if (format != Quantised::kE4m3 && format != Quantised::kInt8) {
@@ -78,6 +40,48 @@ std::optional<std::string> code_refusal(const Problem& p) {
     }
   }
   return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<std::string> store_refusal(const char* name, const Strides& strides) {
+  if (strides[3] != 1) {
+    return fmt::format("{} has a dim stride of {}; vector stores need 1", name, strides[3]);
+  }
+  for (int i = 0; i < 3; ++i) {
+    if (strides[i] % 4 != 0) {
+      return fmt::format("{} has a stride of {} elements; vector stores need a multiple of 4", name,
+                         strides[i]);
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> sm90_refusal(const Query& query) {
+  const Problem& p = query.problem;
+  if (cuda_facts(query).compute_capability != 90) {
+    return fmt::format("needs compute capability 9.0 (Hopper); this card has {}.{}",
+                       cuda_facts(query).compute_capability / 10,
+                       cuda_facts(query).compute_capability % 10);
+  }
+  const bool is_16_bit = p.dtype_q == Dtype::kF16 || p.dtype_q == Dtype::kBf16;
+  const bool is_one_type = p.dtype_q == p.dtype_kv || is_quantised(p);
+  if (!is_one_type || !is_16_bit) {
+    return "needs q, k and v in one 16-bit type, f16 or bf16";
+  }
+  if (query.limits.precision == Precision::kHigh) {
+    return "rounds the weights to the input type; precision high forbids that";
+  }
+  if (auto reason = extent_refusal(p)) return reason;
+  if (auto reason = tensor_map_refusal("q", p.stride_q, p.dim_qk)) return reason;
+  if (auto reason = tensor_map_refusal("k", p.stride_k, p.dim_qk)) return reason;
+  if (auto reason = tensor_map_refusal("v", p.stride_v, p.dim_v)) return reason;
+  if (p.key_layout == KeyLayout::kPaged && p.page_size % kLeastBoxKeys != 0) {
+    return fmt::format("takes pages of a multiple of {} keys, these are of {}", kLeastBoxKeys,
+                       p.page_size);
+  }
+  if (auto reason = store_refusal("out", p.stride_out)) return reason;
+  return is_quantised(p) ? code_refusal(p) : std::nullopt;
 }
 
 Status check_alignment(const char* name, const void* pointer, uintptr_t bytes) {

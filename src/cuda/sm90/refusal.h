@@ -11,11 +11,9 @@
 
 namespace wh::cuda {
 
-// Card, types, precision, extents and strides; nullopt: nothing stands in the way.
+// Card, types, precision, extents and strides, and which codes are widened in shared memory;
+// nullopt: nothing stands in the way.
 std::optional<std::string> sm90_refusal(const Query& query);
-
-// The same of keys and values that are codes, which are widened in shared memory.
-std::optional<std::string> code_refusal(const Problem& problem);
 
 // Of a tensor that is written 8 bytes at a time, and read so.
 std::optional<std::string> store_refusal(const char* name, const Strides& strides);

@@ -183,14 +183,10 @@ std::optional<std::string> refusal(const Query& query) {
   Problem mapped = p;
   for (Strides* stride : {&mapped.stride_k, &mapped.stride_v}) {
     for (int i = 0; i < 2; ++i) {
-      if ((*stride)[i] == 0) (*stride)[i] = 8;
+      if ((*stride)[i] == 0) (*stride)[i] = 16;
     }
   }
-  if (is_quantised(p)) mapped.dtype_kv = p.dtype_q;  // as they are multiplied
   if (auto reason = sm90_refusal({mapped, query.limits, query.facts})) return reason;
-  if (is_quantised(p)) {
-    if (auto reason = code_refusal(p)) return reason;
-  }
   if (instance_of(p, cuda_facts(query)) < 0) {
     if (instance_of(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
     return fmt::format("takes heads of up to {}, these are {}/{}",
