@@ -316,8 +316,8 @@ WH_API wh_status wh_merge(const wh_merged* merged, const wh_partial* parts, size
  * that the caller has, or, where each token and head has its own, the one that gives the row's
  * largest element the highest code, which is stored; those of a head or a channel are all
  * sequences' alike (stride 0) where keys are packed or paged. CPU: done when it returns; of the
- * options takes the executor. CUDA: on the options' stream, capturable, the same bytes. Slots beyond
- * the cache are errors on the CPU; on CUDA, where nobody looks, their tokens are skipped. */
+ * options takes the executor. CUDA: on the options' stream, capturable, the same bytes. Slots
+ * beyond the cache are errors on the CPU; on CUDA, where nobody looks, their tokens are skipped. */
 WH_API wh_status wh_append(const wh_problem* cache, const wh_appended* appended,
                            const wh_run_options* options);
 
