@@ -106,22 +106,32 @@ void expect_functions(const TileVariant& variant, const Instance& instance) {
 
 TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
   Config config;
+  const auto next_tile_variant = [&](const auto& variant_of, const Instance& instance,
+                                     bool reads_codes) {
+    const TileVariant& variant = variant_of(config);
+    EXPECT_EQ(variant.reads_codes, reads_codes);
+    expect_functions(variant, instance);
+    ++config.instance;
+  };
   for (const Instance& instance : kPrefillInstances) {
-    expect_functions(prefill_variant(config), instance);
-    ++config.instance;
+    next_tile_variant(prefill_variant, instance, false);
+  }
+  for (const Instance& instance : kPrefillCodeInstances) {
+    next_tile_variant(prefill_variant, instance, true);
   }
   config = {};
-  for (const Instance& instance : kWideInstances) {
-    expect_functions(wide_variant(config), instance);
-    ++config.instance;
-  }
+  for (const Instance& instance : kWideInstances) next_tile_variant(wide_variant, instance, false);
   config = {};
-  for (const Instance& instance : kDecodeInstances) {
-    for (const auto function : decode_variant(config).functions) {
+  const auto next_decode_variant = [&](const Instance& instance, bool reads_codes) {
+    const DecodeVariant& variant = decode_variant(config);
+    EXPECT_EQ(variant.reads_codes, reads_codes);
+    for (const auto function : variant.functions) {
       EXPECT_EQ(function != nullptr, instance.is_compiled);
     }
     ++config.instance;
-  }
+  };
+  for (const Instance& instance : kDecodeInstances) next_decode_variant(instance, false);
+  for (const Instance& instance : kDecodeCodeInstances) next_decode_variant(instance, true);
 }
 
 // What takes over where something is not finite is in the same builds.

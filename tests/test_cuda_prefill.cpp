@@ -214,7 +214,7 @@ TEST(Sm90Prefill, WidensCodesOfAByte) {
         const Config config = kSm90Prefill.configure(query);
         EXPECT_TRUE(prefill_variant(config).reads_codes);
         EXPECT_EQ(kSm90Prefill.variant(query, config),
-                  fmt::format("wgmma bf16, {}, codes widened in shared memory", text));
+                  fmt::format("bf16 wgmma, {}, codes widened in shared memory", text));
         Problem elements = p;
         elements.quantised_k = elements.quantised_v = Quantised::kNone;
         elements.scales_k = elements.scales_v = Scales::kNone;

@@ -92,16 +92,8 @@ constexpr auto kTensorVariants = variants_of<kPortableInstances>(
     []<Instance kInstance>() { return tensor_variant<kInstance>(); });
 
 // Few rows first, where there are few.
-constexpr auto kVariants = [] {
-  std::array<PortableVariant, kFewRowsVariants.size() + kTensorVariants.size() +
-                                  kCodeRowsVariants.size() + kCodeTileVariants.size()>
-      all{};
-  auto end = std::ranges::copy(kFewRowsVariants, all.begin()).out;
-  end = std::ranges::copy(kTensorVariants, end).out;
-  end = std::ranges::copy(kCodeRowsVariants, end).out;
-  std::ranges::copy(kCodeTileVariants, end);
-  return all;
-}();
+constexpr auto kVariants =
+    joined(kFewRowsVariants, kTensorVariants, kCodeRowsVariants, kCodeTileVariants);
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -126,7 +118,6 @@ constexpr int kMostFewRows = 8;
 int64_t pair_rows(const Problem& p) { return p.len_q * p.group(); }
 
 bool fits(const PortableVariant& variant, const Problem& p, int64_t shared_bytes) {
-  if (variant.reads_codes != is_quantised(p)) return false;
   if (variant.reads_code_tiles()) {
     const CodeLayout layout = code_layout(p, variant.code_tile(), shared_bytes);
     // Some heads wider than 256 fit cards of little memory with queries in parts, others do not.
@@ -418,8 +409,8 @@ double step_us(const Query& query, const Config& config) {
 const PortableVariant* portable_variant(const Problem& p, const Config& config,
                                         int64_t shared_bytes) {
   const PortableVariant& variant = variant_at(config.instance);
-  const bool holds_it = holds(variant.instance, as_computed(p, Precision::kNative)) ||
-                        holds(variant.instance, as_computed(p, Precision::kHigh));
+  const bool holds_it = holds(variant, as_computed(p, Precision::kNative)) ||
+                        holds(variant, as_computed(p, Precision::kHigh));
   return holds_it && fits(variant, p, shared_bytes) ? &variant : nullptr;
 }
 

@@ -10,7 +10,6 @@
 #include "cuda/cuda_facts.h"
 #include "cuda/sm90/common/panels.h"
 #include "cuda/sm90/refusal.h"
-#include "plan/names.h"
 #include "plan/work.h"
 
 namespace wh::cuda {
@@ -61,10 +60,6 @@ TileWaves tile_waves(const Query& query, const TileWork& work, const Config& con
 }
 
 }  // namespace
-
-std::string wgmma_variant(const Query&, const Config& config) {
-  return fmt::format("wgmma {}", kArithmetics.name(config.arithmetic));
-}
 
 TileOrder tile_order(const Problem& p, int32_t tile_q, int32_t least_packed, int32_t blocks) {
   TileOrder order{};

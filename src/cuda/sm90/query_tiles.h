@@ -30,15 +30,23 @@ struct TileVariant {
   }
 };
 
-// One for each of a table's instances, with functions.operator()<kDims, kDtype, kScores,
-// kLayouts>().
-template <const auto& kInstances, typename Functions>
+// The layouts that the code for such a problem is compiled for. Transformed scores over dense codes
+// are few, and the code for all layouts takes them.
+constexpr Layouts compiled_layouts(bool reads_codes, Scores scores, Layouts layouts) {
+  return reads_codes && scores == Scores::kTransformed ? Layouts::kAll : layouts;
+}
+
+// One for each instance of a table, or of one over elements and one over codes, with
+// functions.operator()<kDims, kDtype, kScores, kLayouts, kReadsCodes>().
+template <const auto&... kTables, typename Functions>
 constexpr auto tile_variants(Functions functions) {
-  return variants_of<kInstances>([&]<Instance kInstance>() {
-    TileVariant variant{kInstance, {}};
+  return variants_of<kTables...>([&]<Instance kInstance, bool kReadsCodes = false>() {
+    TileVariant variant{kInstance, {}, kReadsCodes};
     if constexpr (kInstance.is_compiled) {
       const auto function = [&]<Scores kScores, Layouts kLayouts>() {
-        return functions.template operator()<kInstance.dims, kInstance.dtype, kScores, kLayouts>();
+        return functions
+            .template operator()<kInstance.dims, kInstance.dtype, kScores,
+                                 compiled_layouts(kReadsCodes, kScores, kLayouts), kReadsCodes>();
       };
       variant.functions = {
           {{function.template operator()<Scores::kPlain, Layouts::kDense>(),
@@ -51,31 +59,8 @@ constexpr auto tile_variants(Functions functions) {
   });
 }
 
-// The same of kernels over codes. Transformed scores of dense tensors are few, and those of all
-// layouts take them.
-template <const auto& kInstances, typename Functions>
-constexpr auto code_tile_variants(Functions functions) {
-  return variants_of<kInstances>([&]<Instance kInstance>() {
-    TileVariant variant{kInstance, {}, true};
-    if constexpr (kInstance.is_compiled) {
-      const auto function = [&]<Scores kScores, Layouts kLayouts>() {
-        return functions.template operator()<kInstance.dims, kInstance.dtype, kScores, kLayouts>();
-      };
-      const auto transformed = function.template operator()<Scores::kTransformed, Layouts::kAll>();
-      variant.functions = {
-          {{function.template operator()<Scores::kPlain, Layouts::kDense>(), transformed,
-            function.template operator()<Scores::kMasked, Layouts::kDense>()},
-           {function.template operator()<Scores::kPlain, Layouts::kAll>(), transformed, nullptr}}};
-    }
-    return variant;
-  });
-}
-
 // Why a kernel of this kind refuses whatever its dimensions.
 std::optional<std::string> tile_refusal(const Query& query);
-
-// "wgmma bf16": Kernel::variant of both of them.
-std::string wgmma_variant(const Query& query, const Config& config);
 
 // How rows are laid over tiles of `tile_q` rows and in which order these run, without the counter.
 // Packs at least `least_packed` heads of a group into a tile, more where that fills tiles better.

@@ -129,7 +129,7 @@ double step_us(const Query& query, const Config& config) {
 const PortableBackwardVariant* portable_backward_variant(const Problem& p, const Config& config,
                                                          int64_t shared_bytes) {
   const PortableBackwardVariant& variant = variant_at(config.instance);
-  return holds(variant.instance, p) && variant.shared_bytes() <= shared_bytes ? &variant : nullptr;
+  return holds(variant, p) && variant.shared_bytes() <= shared_bytes ? &variant : nullptr;
 }
 const PortableBackwardVariant* portable_backward_variant(const Problem& p, const CudaFacts& cuda) {
   const int32_t instance = best_instance(p, cuda);

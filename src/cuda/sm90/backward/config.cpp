@@ -9,8 +9,8 @@
 #include "cuda/instances.h"
 #include "cuda/portable/backward/config.h"
 #include "cuda/sm90/backward/kernel.h"
-#include "cuda/sm90/query_tiles.h"
 #include "cuda/sm90/refusal.h"
+#include "cuda/sm90/variant_text.h"
 
 namespace wh::cuda {
 namespace {
@@ -121,7 +121,7 @@ const Kernel kSm90Backward{.name = "sm90_backward",
                            .pass = Pass::kBackward,
                            .refusal = refusal,
                            .configure = configure,
-                           .variant = wgmma_variant,
+                           .variant = wgmma_variant<kVariants>,
                            .workspace_bytes = gradient_workspace_bytes,
                            .estimate_us = estimate_us,
                            .run = run_sm90_backward,

@@ -6,7 +6,7 @@
 #include "cuda/instances.h"
 #include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/backward_wide/kernel.h"
-#include "cuda/sm90/query_tiles.h"
+#include "cuda/sm90/variant_text.h"
 
 namespace wh::cuda {
 namespace {
@@ -82,7 +82,7 @@ const Kernel kSm90BackwardWide{.name = "sm90_backward_wide",
                                .pass = Pass::kBackward,
                                .refusal = refusal,
                                .configure = configure,
-                               .variant = wgmma_variant,
+                               .variant = wgmma_variant<kVariants>,
                                .workspace_bytes = gradient_workspace_bytes,
                                .estimate_us = estimate_us,
                                .run = run_sm90_backward_wide,

@@ -1,12 +1,10 @@
 #include "cuda/sm90/decode/config.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
-#include "core/names.h"
 #include "core/sequence.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
@@ -16,51 +14,35 @@
 #include "cuda/sm90/decode/kernel.h"
 #include "cuda/sm90/decode/tiles.h"
 #include "cuda/sm90/refusal.h"
+#include "cuda/sm90/variant_text.h"
 #include "plan/work.h"
 
 namespace wh::cuda {
 namespace {
 
-template <Instance kInstance>
+template <Instance kInstance, bool kReadsCodes>
 constexpr DecodeVariant variant() {
-  constexpr HeadDims kDims = kInstance.dims;
-  using Tile = DecodeTile<kDims.dim_qk, kDims.dim_v>;
-  DecodeVariant variant{kInstance,          Tile::kTileK, Tile::kThreads, Tile::kSharedBytes,
-                        Tile::kBlocksPerSm, {},           false};
-  if constexpr (kInstance.is_compiled) {
-    variant.functions = {
-        decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kDense>,
-        decode_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kAll>};
+  constexpr int kDimQk = kInstance.dims.dim_qk, kDimV = kInstance.dims.dim_v;
+  using Tile =
+      std::conditional_t<kReadsCodes, DecodeCodeTile<kDimQk, kDimV>, DecodeTile<kDimQk, kDimV>>;
+  DecodeVariant variant{.instance = kInstance,
+                        .tile_k = Tile::kTileK,
+                        .threads = Tile::kThreads,
+                        .shared_bytes = Tile::kSharedBytes,
+                        .blocks_per_sm = Tile::kBlocksPerSm,
+                        .functions = {},
+                        .reads_codes = kReadsCodes};
+  if constexpr (kInstance.is_compiled && kReadsCodes) {
+    variant.functions = {decode_code_instance<kDimQk, kDimV, kInstance.dtype, Layouts::kDense>,
+                         decode_code_instance<kDimQk, kDimV, kInstance.dtype, Layouts::kAll>};
+  } else if constexpr (kInstance.is_compiled) {
+    variant.functions = {decode_instance<kDimQk, kDimV, kInstance.dtype, Layouts::kDense>,
+                         decode_instance<kDimQk, kDimV, kInstance.dtype, Layouts::kAll>};
   }
   return variant;
 }
-constexpr auto kElementVariants =
-    variants_of<kDecodeInstances>([]<Instance kInstance>() { return variant<kInstance>(); });
-constexpr auto kCodeVariants = variants_of<kDecodeCodeInstances>([]<Instance kInstance>() {
-  constexpr HeadDims kDims = kInstance.dims;
-  using Tile = DecodeCodeTile<kDims.dim_qk, kDims.dim_v>;
-  DecodeVariant variant{
-      kInstance, Tile::kTileK, Tile::kThreads, Tile::kSharedBytes, Tile::kBlocksPerSm, {}, true};
-  if constexpr (kInstance.is_compiled) {
-    variant.functions = {
-        decode_code_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kDense>,
-        decode_code_instance<kDims.dim_qk, kDims.dim_v, kInstance.dtype, Layouts::kAll>};
-  }
-  return variant;
-});
-constexpr auto kVariants = [] {
-  std::array<DecodeVariant, kElementVariants.size() + kCodeVariants.size()> all{};
-  std::ranges::copy(kElementVariants, all.begin());
-  std::ranges::copy(kCodeVariants, all.begin() + kElementVariants.size());
-  return all;
-}();
-
-// -1: there is none.
-int32_t instance_of(const Problem& p, const CudaFacts& cuda) {
-  return first_variant(kVariants, p, cuda, [&](const DecodeVariant& variant) {
-    return variant.reads_codes == is_quantised(p);
-  });
-}
+constexpr auto kVariants = variants_of<kDecodeInstances, kDecodeCodeInstances>(
+    []<Instance kInstance, bool kReadsCodes>() { return variant<kInstance, kReadsCodes>(); });
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -187,10 +169,11 @@ std::optional<std::string> refusal(const Query& query) {
     }
   }
   if (auto reason = sm90_refusal({mapped, query.limits, query.facts})) return reason;
-  if (instance_of(p, cuda_facts(query)) < 0) {
-    if (instance_of(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
-    return fmt::format("takes heads of up to {}, these are {}/{}",
-                       is_quantised(p) ? "512/512 over codes" : "576/512", p.dim_qk, p.dim_v);
+  if (auto reason = variant_refusal(
+          kVariants, p, cuda_facts(query),
+          is_quantised(p) ? HeadLimits("takes heads of up to 512/512 over codes, these are {}/{}")
+                          : HeadLimits("takes heads of up to 576/512, these are {}/{}"))) {
+    return reason;
   }
   // Of this kernel, and of the one that merges.
   const int64_t most_blocks =
@@ -220,7 +203,7 @@ bool is_balanced(const Query& query) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = instance_of(p, cuda_facts(query));
+  config.instance = first_variant(kVariants, p, cuda_facts(query));
   const DecodeVariant& variant = decode_variant(config);
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = kDecodeTileQ;
@@ -236,15 +219,6 @@ Config configure(const Query& query) {
     config.splits = static_cast<int32_t>(std::max(splits, balanced));
   }
   return config;
-}
-
-// "bf16 wgmma, 256/256"
-std::string variant_text(const Query&, const Config& config) {
-  const DecodeVariant& variant = decode_variant(config);
-  const Instance& instance = variant.instance;
-  return fmt::format("{} wgmma, {}/{}{}", kDtypes.name(instance.dtype), instance.dims.dim_qk,
-                     instance.dims.dim_v,
-                     variant.reads_codes ? ", codes widened in shared memory" : "");
 }
 
 // Shares of the keys of every sequence, where all are as long as the longest can be.
@@ -292,7 +266,7 @@ const Kernel kSm90Decode{
     .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
-    .variant = variant_text,
+    .variant = wgmma_variant<kVariants>,
     .workspace_bytes = workspace_bytes,
     .estimate_us = estimate_us,
     .run = run_decode,

@@ -18,7 +18,7 @@ struct DecodeVariant {
   int32_t shared_bytes;
   int32_t blocks_per_sm;
   std::array<const void* (*)(), 2> functions;  // by Layouts
-  bool reads_codes;                            // of K and V, a byte each
+  bool reads_codes = false;                    // of K and V, a byte each
 };
 
 const DecodeVariant& decode_variant(const Config& config);

@@ -1,47 +1,31 @@
 #include "cuda/sm90/prefill/config.h"
 
-#include <fmt/format.h>
-
-#include <algorithm>
-#include <array>
-
 #include "cuda/common/variants.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/sm90/prefill/kernel.h"
+#include "cuda/sm90/variant_text.h"
 
 namespace wh::cuda {
 namespace {
 
-constexpr auto kElementVariants = tile_variants<kPrefillInstances>(
-    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
-      return prefill_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
+constexpr auto kVariants = tile_variants<kPrefillInstances, kPrefillCodeInstances>(
+    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts, bool kReadsCodes>() {
+      if constexpr (kReadsCodes) {
+        return prefill_code_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
+      } else {
+        return prefill_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
+      }
     });
-constexpr auto kCodeVariants = code_tile_variants<kPrefillCodeInstances>(
-    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
-      return prefill_code_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
-    });
-constexpr auto kVariants = [] {
-  std::array<TileVariant, kElementVariants.size() + kCodeVariants.size()> all{};
-  std::ranges::copy(kElementVariants, all.begin());
-  std::ranges::copy(kCodeVariants, all.begin() + kElementVariants.size());
-  return all;
-}();
-
-// -1: there is none.
-int32_t instance_of(const Problem& p, const CudaFacts& cuda) {
-  return first_variant(kVariants, p, cuda, [&](const TileVariant& variant) {
-    return variant.reads_codes == is_quantised(p);
-  });
-}
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;
   if (auto reason = tile_refusal(query)) return reason;
-  if (instance_of(p, cuda_facts(query)) >= 0) return std::nullopt;
-  if (instance_of(p, with_all_instances(cuda_facts(query))) >= 0) return not_compiled(p);
-  return fmt::format("holds heads up to 256 wide{} in registers, not {}/{}",
-                     is_quantised(p) ? "" : ", or 320/256,", p.dim_qk, p.dim_v);
+  return variant_refusal(
+      kVariants, p, cuda_facts(query),
+      is_quantised(p)
+          ? HeadLimits("holds heads up to 256 wide in registers, not {}/{}")
+          : HeadLimits("holds heads up to 256 wide, or 320/256, in registers, not {}/{}"));
 }
 
 // Share of the dense tensor rate that the main loop reaches on full tiles, measured on an H100
@@ -83,7 +67,7 @@ TileWork work_of(const Problem& p, const Config& config) {
 Config configure(const Query& query) {
   const Problem& p = query.problem;
   Config config;
-  config.instance = instance_of(p, cuda_facts(query));
+  config.instance = first_variant(kVariants, p, cuda_facts(query));
   const PrefillTile tile = prefill_tile_of(p, prefill_variant(config));
   config.arithmetic = arithmetic_of(p.dtype_q);
   config.tile_q = tile.tile_q();
@@ -92,22 +76,13 @@ Config configure(const Query& query) {
   return config;
 }
 
-// "wgmma bf16", of codes "wgmma bf16, 256/256, codes widened in shared memory"
-std::string variant_text(const Query& query, const Config& config) {
-  const TileVariant& variant = prefill_variant(config);
-  if (!variant.reads_codes) return wgmma_variant(query, config);
-  return fmt::format("{}, {}/{}, codes widened in shared memory", wgmma_variant(query, config),
-                     variant.instance.dims.dim_qk, variant.instance.dims.dim_v);
-}
-
 }  // namespace
 
 PrefillTile prefill_tile_of(const Problem& p, const TileVariant& variant) {
-  if (!variant.reads_codes) return prefill_tile(variant.instance.dims, scores_of(p), layouts_of(p));
-  // As code_tile_variants() chooses.
   const Scores scores = scores_of(p);
-  const Layouts layouts = scores == Scores::kTransformed ? Layouts::kAll : layouts_of(p);
-  return prefill_code_tile(variant.instance.dims, scores, layouts);
+  return prefill_tile(variant.instance.dims, scores,
+                      compiled_layouts(variant.reads_codes, scores, layouts_of(p)),
+                      variant.reads_codes ? Stored::kCodes : Stored::kElements);
 }
 
 const TileVariant& prefill_variant(const Config& config) {
@@ -120,7 +95,7 @@ const Kernel kSm90Prefill{.name = "sm90_prefill",
                           .takes_all_layouts = true,
                           .refusal = refusal,
                           .configure = configure,
-                          .variant = variant_text,
+                          .variant = wgmma_variant<kVariants>,
                           .workspace_bytes = workspace_bytes_by<work_of>,
                           .estimate_us = estimate_us_by<work_of>,
                           .run = run_prefill,

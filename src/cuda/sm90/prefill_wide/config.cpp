@@ -4,12 +4,13 @@
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/sm90/prefill_wide/kernel.h"
+#include "cuda/sm90/variant_text.h"
 
 namespace wh::cuda {
 namespace {
 
 constexpr auto kVariants = tile_variants<kWideInstances>(
-    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts>() {
+    []<HeadDims kDims, Dtype kDtype, Scores kScores, Layouts kLayouts, bool>() {
       return wide_instance<kDims.dim_qk, kDims.dim_v, kDtype, kScores, kLayouts>;
     });
 
@@ -59,7 +60,7 @@ const Kernel kSm90PrefillWide{
     .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
-    .variant = wgmma_variant,
+    .variant = wgmma_variant<kVariants>,
     .workspace_bytes = workspace_bytes_by<work_of>,
     .estimate_us = estimate_us_by<work_of>,
     .run = run_prefill_wide,
