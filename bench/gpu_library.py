@@ -19,6 +19,8 @@ USES_KEY_LENGTHS = 2
 USES_VALUES_IN_KEYS = 16
 QUERIES_PACKED = 1
 KEYS_PACKED, KEYS_PAGED = 1, 2
+E4M3 = 1
+SCALES_TENSOR = 1
 Row = dict[str, Any]
 
 
@@ -37,7 +39,9 @@ class Problem(ctypes.Structure):
         ("pass_", ctypes.c_int32),
         *[(name, ctypes.c_int64) for name in
           ("total_q", "total_k", "page_size", "pages", "page_entries", "stride_page_table")],
-        ("query_layout", ctypes.c_int32), ("key_layout", ctypes.c_int32),
+        *[(name, ctypes.c_int32) for name in
+          ("query_layout", "key_layout", "quantised_k", "quantised_v", "scales_k", "scales_v")],
+        ("stride_scales_k", I64x4), ("stride_scales_v", I64x4),
     ]
 
 
@@ -49,7 +53,9 @@ class Tensors(ctypes.Structure):
                 ("workspace_bytes", ctypes.c_size_t),
                 *[(name, ctypes.c_void_p) for name in
                   ("d_out", "dq", "dk", "dv", "d_sinks", "query_offsets", "key_offsets",
-                   "page_table", "page_offsets")]]
+                   "page_table", "page_offsets")],
+                ("batch", ctypes.c_int64), ("total_q", ctypes.c_int64),
+                ("scales_k", ctypes.c_void_p), ("scales_v", ctypes.c_void_p)]
 
 
 class Limits(ctypes.Structure):

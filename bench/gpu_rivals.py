@@ -1,5 +1,5 @@
 """Other attention libraries on a GPU, where they are installed: each as a call on PyTorch's tensors,
-dense ones or, for decode, pages."""
+dense ones or pages."""
 
 import functools
 import importlib.metadata
@@ -115,15 +115,22 @@ def ffpa(row: Row, inputs: list[torch.Tensor]) -> Call:
 
 
 @dataclass
-class PagedDecode:
-    """One query of each sequence over keys in pages, whose pool holds numbers everywhere: rivals read
-    what no sequence lists."""
+class Paged:
+    """The last queries of each sequence, causal, over its keys in pages, whose pool holds numbers
+    everywhere: rivals read what no sequence lists."""
 
-    q: torch.Tensor  # [batch, heads_q, dim]
-    k: torch.Tensor  # [pages, page_size, heads_kv, dim]; v too
+    q: torch.Tensor  # [total_q, heads_q, dim]
+    k: torch.Tensor  # [pages, page_size, heads_kv, dim], of q's type or codes of e4m3; v too
     v: torch.Tensor
     table: torch.Tensor  # int32 [batch, most pages], on the host; 0 past a sequence's pages
+    queries: list[int]
     lengths: list[int]
+    scale_k: float = 1.0  # what codes are multiplied by
+    scale_v: float = 1.0
+
+    @property
+    def is_decode(self) -> bool:
+        return set(self.queries) == {1}
 
     @property
     def page_size(self) -> int:
@@ -137,9 +144,17 @@ class PagedDecode:
         return torch.tensor(self.lengths, dtype=torch.int32, device="cuda")
 
 
-def cudnn_paged(paged: PagedDecode) -> Call:
+def require_decode(paged: Paged) -> None:
+    if not paged.is_decode:
+        raise ValueError("asked for one query of each sequence alone")
+
+
+def cudnn_paged(paged: Paged) -> Call:
     """Its tensors are [batch, heads, length, dim] and pools [pages, heads, page_size, dim], by any
-    strides."""
+    strides. It takes codes under queries of codes alone, which is another computation."""
+    require_decode(paged)
+    if paged.k.dtype != paged.q.dtype:
+        raise ValueError(f"no {paged.k.dtype} keys under {paged.q.dtype} queries")
     batch = len(paged.lengths)
     q = paged.q.unsqueeze(1).transpose(1, 2)
     out = torch.empty_like(paged.q)
@@ -164,32 +179,49 @@ def flashinfer_workspace(kernel: str) -> torch.Tensor:
     return torch.zeros(512 << 20, dtype=torch.uint8, device="cuda")
 
 
-def flashinfer_decode(paged: PagedDecode) -> Call:
-    """Its decode wrapper, on tensor cores, which its documentation advises for grouped queries."""
-    from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(flashinfer_workspace("decode"), "NHD",
-                                                 use_tensor_cores=True)
+def starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32,
+                        device="cuda")
+
+
+def flashinfer_paged(paged: Paged) -> Call:
+    """Its wrapper of decode, on tensor cores, which its documentation advises for grouped queries,
+    or that of prefill, with the kernel that it chooses itself. Over codes a kernel of PyTorch's
+    multiplies the answer by their scale, which is part of the call."""
     counts = paged.pages_of_each
     listed = torch.cat([row[:count] for row, count in zip(paged.table, counts, strict=True)])
-    starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
     last = [length - (count - 1) * paged.page_size
             for length, count in zip(paged.lengths, counts, strict=True)]
+    keys = (starts(counts), listed.cuda(), torch.tensor(last, dtype=torch.int32, device="cuda"))
     heads_q, dim = paged.q.shape[1:]
-    wrapper.plan(starts.cuda(), listed.cuda(), torch.tensor(last, dtype=torch.int32, device="cuda"),
-                 heads_q, paged.k.shape[2], dim, paged.page_size, q_data_type=paged.q.dtype,
-                 kv_data_type=paged.k.dtype)
+    sizes = (heads_q, paged.k.shape[2], dim, paged.page_size)
+    types = dict(q_data_type=paged.q.dtype, kv_data_type=paged.k.dtype)
+    wrapper: Any
+    if paged.is_decode:
+        from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(flashinfer_workspace("paged"), "NHD",
+                                                     use_tensor_cores=True)
+        wrapper.plan(*keys, *sizes, **types)
+    else:
+        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(flashinfer_workspace("paged"), "NHD")
+        wrapper.plan(starts(paged.queries), *keys, *sizes, causal=True, **types)
     out = torch.empty_like(paged.q)
-    return lambda: wrapper.run(paged.q, (paged.k, paged.v), out=out)
+    return lambda: wrapper.run(paged.q, (paged.k, paged.v), k_scale=paged.scale_k,
+                               v_scale=paged.scale_v, out=out)
 
 
-def flashinfer_xqa(paged: PagedDecode) -> Call:
-    """TensorRT-LLM's kernel of generation, which FlashInfer has for Hopper too."""
+def flashinfer_xqa(paged: Paged) -> Call:
+    """TensorRT-LLM's kernel of generation, which FlashInfer has for Hopper too. Over codes it
+    rounds queries and weights to e4m3 up to 256, which is another computation."""
+    require_decode(paged)
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
     table, lengths = paged.table.cuda(), paged.lengths_on_gpu().view(torch.uint32)
     out = torch.empty_like(paged.q)
     return lambda: xqa_batch_decode_with_kv_cache(
         paged.q, (paged.k, paged.v), flashinfer_workspace("xqa"), table, lengths,
-        paged.table.shape[1] * paged.page_size, bmm1_scale=paged.q.shape[-1] ** -0.5, out=out)
+        paged.table.shape[1] * paged.page_size,
+        bmm1_scale=paged.q.shape[-1] ** -0.5 * paged.scale_k, bmm2_scale=paged.scale_v, out=out)
 
 
 def event_ms(run: Call) -> float:
@@ -213,7 +245,7 @@ MODULES = {"flash-attention-3": ("flash_attn_interface", flash_attention_3),
            "flash-attention-4": ("flash_attn.cute", flash_attention_4),
            "cudnn-frontend": ("cudnn", cudnn_frontend), "ffpa": ("ffpa_attn", ffpa)}
 PAGED_MODULES = {"cudnn-frontend": ("cudnn", cudnn_paged),
-                 "flashinfer": ("flashinfer", flashinfer_decode),
+                 "flashinfer": ("flashinfer", flashinfer_paged),
                  "flashinfer xqa": ("flashinfer", flashinfer_xqa)}
 
 
@@ -222,7 +254,7 @@ def installed(modules: dict[str, tuple[str, Any]]) -> dict[str, Any]:
 
 
 RIVALS: dict[str, Callable[[Row, list[torch.Tensor]], Call]] = installed(MODULES)
-PAGED_RIVALS: dict[str, Callable[[PagedDecode], Call]] = installed(PAGED_MODULES)
+PAGED_RIVALS: dict[str, Callable[[Paged], Call]] = installed(PAGED_MODULES)
 
 
 def versions(modules: dict[str, tuple[str, Any]]) -> dict[str, str | None]:
