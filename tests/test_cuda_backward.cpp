@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "api/machine.h"
+#include "core/own_keys.h"
 #include "cuda/cuda_facts.h"
 #include "cuda/instances.h"
 #include "cuda/portable/backward/config.h"
@@ -53,7 +54,61 @@ struct Masked {
   int64_t window_left, window_right;
 };
 
+// How often each query, or key, is a block's own, and what blocks meet of the other side.
+struct Met {
+  int64_t seen_pairs = 0, full_tiles = 0;
+};
+
+int32_t batch_of(const BackwardItem& item) { return item.batch_idx; }
+int32_t batch_of(const PortableItem& item) { return item.sequence.batch_idx; }
+
 // Every pair that sees each other is in a block of each side, and what a block takes for full is.
+template <typename Item>
+void expect_all_met(const Problem& p, const Tensors& t, int rows, int columns, Met& met) {
+  const GradientArgs args = gradient_args(p, t);
+  for (const Side side : {Side::kQueries, Side::kKeys}) {
+    const bool is_queries = side == Side::kQueries;
+    const int64_t heads = is_queries ? p.heads_q : p.heads_kv;
+    const int64_t length = is_queries ? p.len_q : p.len_k;  // the most of one sequence
+    const int64_t tiles = (length + rows - 1) / rows;
+    std::vector<int> owners(static_cast<size_t>(p.batch * heads * length));
+    for (int64_t index = 0; index < p.batch * heads * tiles; ++index) {
+      const Item item(args, side, static_cast<int32_t>(tiles), static_cast<int32_t>(index), rows,
+                      columns);
+      const wh::Sequence sequence = sequence_at(p, t, batch_of(item));
+      const int64_t keys = own_keys(sequences_of(p, t), int64_t{batch_of(item)});
+      for (int32_t own = item.first; own < item.first + item.rows; ++own) {
+        ++owners[static_cast<size_t>((batch_of(item) * heads + item.head) * length + own)];
+        const int64_t others = is_queries ? keys : sequence.len_q;
+        for (int64_t other = 0; other < others; ++other) {
+          const int64_t query = is_queries ? own : other, key = is_queries ? other : own;
+          const KeyRange visible = visible_keys(p, sequence, query);
+          const bool sees = key >= visible.begin && key < visible.end;
+          const auto tile = static_cast<int32_t>(other / columns);
+          if (sees) {
+            ++met.seen_pairs;
+            ASSERT_TRUE(tile >= item.begin && tile < item.end) << query << " sees " << key;
+          }
+          if (item.is_full(tile)) {
+            ++met.full_tiles;
+            ASSERT_TRUE(sees) << query << " does not see " << key << " of a full tile";
+            if (is_queries) {
+              ASSERT_LE((tile + 1) * columns, keys);
+            }
+          }
+        }
+      }
+    }
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t owned =
+          is_queries ? sequence_at(p, t, b).len_q : own_keys(sequences_of(p, t), b);
+      for (int64_t i = 0; i < heads * length; ++i) {
+        ASSERT_EQ(owners[static_cast<size_t>(b * heads * length + i)], i % length < owned);
+      }
+    }
+  }
+}
+
 TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
   std::mt19937 random(5);
   const auto between = [&](int64_t low, int64_t high) {
@@ -64,7 +119,7 @@ TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
       {Causal::kTopLeft, kUnlimited, kUnlimited}, {Causal::kNone, 10, 3},
       {Causal::kBottomRight, 40, kUnlimited},     {Causal::kNone, 0, kUnlimited},
       {Causal::kTopLeft, 7, kUnlimited}};
-  int64_t seen_pairs = 0, full_tiles = 0;
+  Met dense, packed;
   for (int round = 0; round < 400; ++round) {
     const Masked& masked = kMasks[round % 7];
     Problem p;
@@ -80,55 +135,33 @@ TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
     p.window_right = masked.window_right;
     p.has_key_lengths = p.has_key_starts = round % 3 == 0;
     set_dense(p);
-    std::vector<int32_t> lengths, starts;
+    std::vector<int32_t> lengths, starts, queries{0}, keys{0};
     for (int64_t b = 0; b < p.batch; ++b) {
       lengths.push_back(static_cast<int32_t>(between(0, p.len_k)));
       starts.push_back(static_cast<int32_t>(between(0, p.len_k)));
+      queries.push_back(queries.back() + static_cast<int32_t>(between(0, p.len_q)));
+      keys.push_back(keys.back() + static_cast<int32_t>(between(0, p.len_k)));
     }
     Tensors t;
     if (p.has_key_lengths) {
       t.key_lengths = lengths.data();
       t.key_starts = starts.data();
     }
-    GradientArgs args = gradient_args(p, t);
     const int rows = 16 << between(0, 3), columns = 8 << between(0, 3);
-    for (const Side side : {Side::kQueries, Side::kKeys}) {
-      const bool is_queries = side == Side::kQueries;
-      const int64_t heads = is_queries ? p.heads_q : p.heads_kv;
-      const int64_t length = is_queries ? p.len_q : p.len_k;
-      const int64_t tiles = (length + rows - 1) / rows;
-      std::vector<int> owners(static_cast<size_t>(p.batch * heads * length));
-      for (int64_t index = 0; index < p.batch * heads * tiles; ++index) {
-        const BackwardItem item(args, side, static_cast<int32_t>(tiles),
-                                static_cast<int32_t>(index), rows, columns);
-        ASSERT_GE(item.rows, 1);
-        for (int32_t own = item.first; own < item.first + item.rows; ++own) {
-          ++owners[static_cast<size_t>((item.batch_idx * heads + item.head) * length + own)];
-          const int64_t others = is_queries ? p.len_k : p.len_q;
-          for (int64_t other = 0; other < others; ++other) {
-            const int64_t query = is_queries ? own : other, key = is_queries ? other : own;
-            const KeyRange keys = visible_keys(p, present_keys(p, t, item.batch_idx), query);
-            const bool sees = key >= keys.begin && key < keys.end;
-            const auto tile = static_cast<int32_t>(other / columns);
-            if (sees) {
-              ++seen_pairs;
-              ASSERT_TRUE(tile >= item.begin && tile < item.end) << query << " sees " << key;
-            }
-            if (item.is_full(tile)) {
-              ++full_tiles;
-              ASSERT_TRUE(sees) << query << " does not see " << key << " of a full tile";
-              if (is_queries) {
-                ASSERT_LE((tile + 1) * columns, p.len_k);
-              }
-            }
-          }
-        }
-      }
-      for (const int count : owners) ASSERT_EQ(count, 1);
-    }
+    expect_all_met<BackwardItem>(p, t, rows, columns, dense);
+    expect_all_met<PortableItem>(p, t, rows, columns, dense);
+    p.query_layout = QueryLayout::kPacked;
+    p.key_layout = KeyLayout::kPacked;
+    p.total_q = queries.back();
+    p.total_k = keys.back();
+    t.query_offsets = queries.data();
+    t.key_offsets = keys.data();
+    expect_all_met<PortableItem>(p, t, rows, columns, packed);
   }
-  EXPECT_GT(seen_pairs, 1'000'000);
-  EXPECT_GT(full_tiles, 100'000);
+  EXPECT_GT(dense.seen_pairs, 2'000'000);
+  EXPECT_GT(dense.full_tiles, 200'000);
+  EXPECT_GT(packed.seen_pairs, 200'000);
+  EXPECT_GT(packed.full_tiles, 20'000);
 }
 
 TEST(CudaBackward, HopperTilesFitRegistersAndSharedMemory) {
@@ -280,6 +313,13 @@ TEST(CudaBackward, PlansTakeHoppersKernelWhereItRuns) {
   }
   EXPECT_EQ(chosen(square_of_300(128, 128, Dtype::kF32, Device::kCuda), h200()),
             "cuda_portable_backward");
+  Problem packed = square_of_300(128, 128, Dtype::kBf16, Device::kCuda);
+  packed.batch = 4;
+  packed.query_layout = QueryLayout::kPacked;
+  packed.key_layout = KeyLayout::kPacked;
+  packed.total_q = packed.total_k = 700;
+  set_dense(packed);
+  EXPECT_EQ(chosen(packed, h200()), "cuda_portable_backward");
 }
 
 TEST(CudaBackward, QueriesThatSeeKeysAreThoseBetweenTheFirstAndTheLast) {
@@ -310,6 +350,12 @@ TEST(CudaBackward, TakesNumbersForEveryRowFromTheWorkspace) {
   EXPECT_GT(kPortableBackward.estimate_us(query, config), 0);
   // One row more, not a square of them more.
   p.len_q = p.len_k = 30'000;
+  set_dense(p);
+  EXPECT_LT(kPortableBackward.workspace_bytes(p, config), 4 * 100 * (rows + 64) + 64);
+  // Of packed queries those that there are, not the most of each sequence.
+  p.batch = 100;
+  p.query_layout = QueryLayout::kPacked;
+  p.total_q = 30'000;
   set_dense(p);
   EXPECT_LT(kPortableBackward.workspace_bytes(p, config), 4 * 100 * (rows + 64) + 64);
 }

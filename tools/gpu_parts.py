@@ -368,7 +368,7 @@ class GpuCheck:
         times, tiles for small cards, what sanitizers see, and large cases, sampled."""
         kernels, begin = self.kernels_of("backward"), time.monotonic()
         small = ["--shared-bytes", SMALL_SHARED_BYTES] if self.is_gpu else []
-        steps = [("smoke", "--runs", 100 if self.is_gpu else 3), ("corner",),
+        steps = [("smoke", "--runs", 100 if self.is_gpu else 3), ("corner",), ("layouts",),
                  ("smoke", "--seed", 9, *small), ("ci" if self.is_gpu else "smoke", "--seed", 7),
                  ("large", "--shrink", 4 if self.is_gpu else 64)]
         outcome = Outcome(data=[])

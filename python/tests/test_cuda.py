@@ -63,6 +63,27 @@ def test_gradients_match_pytorch_in_float64(dtype, dim):
         assert relative_rms(*numpy_of(have, want)) <= 3 * BOUNDS[dtype]
 
 
+def test_packed_gradients_are_those_of_each_sequence():
+    lengths_q, lengths_k = (33, 0, 1, 150), (77, 12, 1, 150)
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 64, device="cuda", requires_grad=True)
+        for lengths, heads in ((lengths_q, 4), (lengths_k, 2), (lengths_k, 2))
+    )
+    offsets = {
+        name: torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+        for name, lengths in (("query_offsets", lengths_q), ("key_offsets", lengths_k))
+    }
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    alone = [
+        widehead.sdpa(*(x.transpose(0, 1)[None] for x in part), causal=True)[0].transpose(0, 1)
+        for part in parts
+    ]
+    expected = torch.autograd.grad(torch.cat(alone).sin().sum(), (q, k, v))
+    out = widehead.sdpa(q, k, v, **offsets, len_q=150, len_k=150, causal=True)
+    for have, want in zip(torch.autograd.grad(out.sin().sum(), (q, k, v)), expected):
+        assert relative_rms(*numpy_of(have, want)) <= 3 * BOUNDS["float32"]
+
+
 def test_options_match_float64():
     q, k, v = tensors()
     rng = np.random.default_rng(2)

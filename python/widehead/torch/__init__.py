@@ -1,8 +1,8 @@
 """PyTorch: a custom operator, and ``F.scaled_dot_product_attention``'s signature on top of it.
 
 ``torch.ops.widehead.attention`` works under ``torch.compile(fullgraph=True)`` and in CUDA graphs.
-It is differentiable, once, in everything but its mask, of packed sequences on the CPU too. What has
-no gradient raises when ``backward()`` reaches it.
+It is differentiable, once, in everything but its mask, of packed sequences too. What has no
+gradient raises when ``backward()`` reaches it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "core/own_keys.h"
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/scores.cuh"
@@ -16,14 +17,23 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// As log-sum-exps are numbered.
+__device__ __forceinline__ int64_t row_number(const AttentionArgs& a, const Sequence& sequence,
+                                              int32_t head, int32_t query) {
+  return row_index(a.query_layout(), a.heads_q, a.len_q, sequence.query_batch, head,
+                   sequence.first_query + query);
+}
+
 __global__ void __launch_bounds__(kThreads)
     sink_gradients(const GradientArgs args, const float* of_rows) {
   __shared__ float s_sums[kThreads];
   const AttentionArgs& a = args.attention;
   float sum = 0;
   for (int32_t b = 0; b < args.attention.batch; ++b) {
-    const float* rows = of_rows + (int64_t{b} * a.heads_q + blockIdx.x) * a.len_q;
-    for (int32_t query = threadIdx.x; query < a.len_q; query += kThreads) sum += rows[query];
+    const Sequence sequence = sequence_at(a, b);
+    for (int32_t query = threadIdx.x; query < sequence.len_q; query += kThreads) {
+      sum += of_rows[row_number(a, sequence, blockIdx.x, query)];
+    }
   }
   s_sums[threadIdx.x] = sum;
   __syncthreads();
@@ -56,24 +66,25 @@ __device__ __forceinline__ bool sees(const AttentionArgs& a, const ScoreRow& row
   return static_cast<uint32_t>(key - row.first_key) < row.key_count &&
          mask_bias<T>(a, row, key) != -INFINITY;
 }
-__device__ __forceinline__ bool is_empty(const AttentionArgs& a, int32_t batch_idx, int32_t head,
-                                         int32_t query) {
-  return a.log_sum_exp[(int64_t{batch_idx} * a.heads_q + head) * a.len_q + query] ==
-         kEmptyRowLogSumExp;
+__device__ __forceinline__ bool is_empty(const AttentionArgs& a, const Sequence& sequence,
+                                         int32_t head, int32_t query) {
+  return a.log_sum_exp[row_number(a, sequence, head, query)] == kEmptyRowLogSumExp;
 }
 
 template <typename T>
-__device__ __forceinline__ void restore_dq(const GradientArgs& args, int32_t batch_idx,
+__device__ __forceinline__ void restore_dq(const GradientArgs& args, const Sequence& sequence,
                                            int32_t head, int32_t query) {
   const AttentionArgs& a = args.attention;
-  if (is_empty(a, batch_idx, head, query)) return;
-  const ScoreRow row = score_row(a, dense_sequence(a, batch_idx), head, query);
-  T* dq = row_of<T>(args.dq, args.stride_dq, batch_idx, head, query);
+  if (is_empty(a, sequence, head, query)) return;
+  const ScoreRow row = score_row(a, sequence, head, query);
+  T* dq =
+      row_of<T>(args.dq, args.stride_dq, sequence.query_batch, head, sequence.first_query + query);
 #pragma unroll 1
   for (uint32_t i = 0; i < row.key_count; ++i) {
     const auto key = static_cast<int32_t>(row.first_key + i);
     if (!sees<T>(a, row, key)) continue;
-    const T* k = row_of<T>(args.k, args.stride_k, batch_idx, head / a.group, key);
+    const T* k = row_of<T>(args.k, args.stride_k, sequence.key_batch, head / a.group,
+                           sequence.first_key + key);
 #pragma unroll 1
     for (int32_t d = threadIdx.x; d < a.dim_qk; d += kThreads) {
       if (is_special(k[d * args.stride_k[3]])) dq[d * args.stride_dq[3]] = T(NAN);
@@ -82,21 +93,22 @@ __device__ __forceinline__ void restore_dq(const GradientArgs& args, int32_t bat
 }
 
 template <typename T>
-__device__ __forceinline__ void restore_dk_dv(const GradientArgs& args, int32_t batch_idx,
+__device__ __forceinline__ void restore_dk_dv(const GradientArgs& args, const Sequence& sequence,
                                               int32_t head_kv, int32_t key) {
   const AttentionArgs& a = args.attention;
-  const Sequence sequence = dense_sequence(a, batch_idx);
-  T* dk = row_of<T>(args.dk, args.stride_dk, batch_idx, head_kv, key);
-  T* dv = args.dv == nullptr ? dk : row_of<T>(args.dv, args.stride_dv, batch_idx, head_kv, key);
+  const int32_t batch_idx = sequence.key_batch, token = sequence.first_key + key;
+  T* dk = row_of<T>(args.dk, args.stride_dk, batch_idx, head_kv, token);
+  T* dv = args.dv == nullptr ? dk : row_of<T>(args.dv, args.stride_dv, batch_idx, head_kv, token);
   const int64_t stride_dv = args.dv == nullptr ? args.stride_dk[3] : args.stride_dv[3];
 #pragma unroll 1
   for (int32_t head = head_kv * a.group; head < (head_kv + 1) * a.group; ++head) {
 #pragma unroll 1
-    for (int32_t query = 0; query < a.len_q; ++query) {
+    for (int32_t query = 0; query < sequence.len_q; ++query) {
       const ScoreRow row = score_row(a, sequence, head, query);
-      if (!sees<T>(a, row, key) || is_empty(a, batch_idx, head, query)) continue;
-      const T* q = row_of<T>(args.q, args.stride_q, batch_idx, head, query);
-      const T* d_out = row_of<T>(args.d_out, args.stride_d_out, batch_idx, head, query);
+      if (!sees<T>(a, row, key) || is_empty(a, sequence, head, query)) continue;
+      const int32_t of_q = sequence.query_batch, token_q = sequence.first_query + query;
+      const T* q = row_of<T>(args.q, args.stride_q, of_q, head, token_q);
+      const T* d_out = row_of<T>(args.d_out, args.stride_d_out, of_q, head, token_q);
 #pragma unroll 1
       for (int32_t d = threadIdx.x; d < a.dim_qk; d += kThreads) {
         if (is_special(q[d * args.stride_q[3]])) dk[d * args.stride_dk[3]] = T(NAN);
@@ -120,9 +132,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const AttentionArgs& a = args.attention;
 #pragma unroll 1
   for (int32_t head = 0; head < args.attention.batch * a.heads_q; ++head) {
+    const Sequence sequence = sequence_at(a, head / a.heads_q);
 #pragma unroll 1
-    for (int32_t query = blockIdx.x; query < a.len_q; query += gridDim.x) {
-      restore_dq<T>(args, head / a.heads_q, head % a.heads_q, query);
+    for (int32_t query = blockIdx.x; query < sequence.len_q; query += gridDim.x) {
+      restore_dq<T>(args, sequence, head % a.heads_q, query);
     }
   }
 }
@@ -132,9 +145,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (*dropped == 0) return;
 #pragma unroll 1
   for (int32_t head = 0; head < args.attention.batch * args.heads_kv; ++head) {
+    const Sequence sequence = sequence_at(args.attention, head / args.heads_kv);
+    const int32_t keys = own_keys<int32_t>(args.attention, sequence.batch_idx);
 #pragma unroll 1
-    for (int32_t key = blockIdx.x; key < args.attention.len_k; key += gridDim.x) {
-      restore_dk_dv<T>(args, head / args.heads_kv, head % args.heads_kv, key);
+    for (int32_t key = blockIdx.x; key < keys; key += gridDim.x) {
+      restore_dk_dv<T>(args, sequence, head % args.heads_kv, key);
     }
   }
 }

@@ -26,7 +26,7 @@ struct GradientArgs {
 // Needs fits_int32().
 GradientArgs gradient_args(const Problem& problem, const Tensors& tensors);
 
-// d_sinks from each row's part, [batch, heads_q, len_q], in a fixed order.
+// d_sinks from each row's part, numbered as log-sum-exps are, in a fixed order.
 Status launch_sink_gradients(const GradientArgs& args, const float* of_rows, cudaStream_t stream);
 
 // A weight of 0 does not hide a NaN, so products read 0 in the place of what is not finite;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/carver.h"
+#include "core/sequence.h"
 #include "cuda/common/key_range.h"
 #include "cuda/gradients/gradients.h"
 
@@ -14,7 +15,7 @@ namespace wh::cuda {
 // Whose gradients a block sums; rows of the other side stream past.
 enum class Side : int32_t { kQueries, kKeys };
 
-// What the kernels leave each other: a number for each row, [batch, heads_q, len_q]. A key of
+// What the kernels leave each other: a number for each row, numbered as log-sum-exps are. A key of
 // score s weighs 2^((s - base) * log2(e) - shift) in its row; `base` is 0 unless the row's
 // log-sum-exp is too coarse.
 struct BackwardRows {
@@ -26,7 +27,7 @@ struct BackwardRows {
 
   BackwardRows() = default;
   BackwardRows(Carver& carver, const Problem& p) {
-    const int64_t rows = p.batch * p.heads_q * p.len_q;
+    const int64_t rows = all_query_rows(p);
     base = carver.take<float>(rows);
     shift = carver.take<float>(rows);
     delta = carver.take<float>(rows);
@@ -46,6 +47,33 @@ struct BackwardBlocks {
         queries(p.batch * p.heads_q * query_tiles),
         keys(p.batch * p.heads_kv * key_tiles) {}
   constexpr int64_t all() const { return queries + keys; }
+};
+
+// What a block meets of the other side: tiles of keys, or of each head's queries.
+struct MetTiles {
+  int32_t begin, end;
+  // Tiles of keys that every query of the block sees whole, or of queries that see every key of it.
+  int32_t full_begin, full_end;
+
+  constexpr MetTiles(const AttentionArgs& a, const Sequence& sequence, Side side, int32_t first,
+                     int32_t rows, int tile_columns) {
+    if (side == Side::kQueries) {
+      const KeyTiles keys = key_tiles(a, sequence, first, first + rows - 1, tile_columns);
+      begin = keys.begin;
+      end = keys.end;
+      full_begin = keys.full_begin;
+      full_end = keys.full_end;
+    } else {
+      const Queries queries = queries_that_see(a, sequence, {first, first + rows});
+      begin = queries.begin / tile_columns;
+      end = queries.empty() ? begin : (queries.end + tile_columns - 1) / tile_columns;
+      // Queries past the last one are nobody's: their tile may be full.
+      const Queries whole = queries_that_see_all(a, sequence, {first, first + rows});
+      full_begin = (whole.begin + tile_columns - 1) / tile_columns;
+      full_end = whole.end == sequence.len_q ? end : whole.end / tile_columns;
+      if (whole.empty() || a.mask_kind != MaskKind::kNone) full_begin = full_end = begin;
+    }
+  }
 };
 
 // What a block works on. Blocks are counted in an order that begins with the longest of a head:
@@ -75,22 +103,11 @@ struct BackwardItem {
     first = (side == Side::kQueries ? tiles - 1 - tile : tile) * tile_rows;
     rows = tile_rows < length - first ? tile_rows : length - first;
     present = dense_keys(a, batch_idx);
-    if (side == Side::kQueries) {
-      const KeyTiles keys = key_tiles(a, sequence(a), first, first + rows - 1, tile_columns);
-      begin = keys.begin;
-      end = keys.end;
-      full_begin = keys.full_begin;
-      full_end = keys.full_end;
-    } else {
-      const Queries queries = queries_that_see(a, sequence(a), {first, first + rows});
-      begin = queries.begin / tile_columns;
-      end = queries.empty() ? begin : (queries.end + tile_columns - 1) / tile_columns;
-      // Queries past the last one are nobody's: their tile may be full.
-      const Queries whole = queries_that_see_all(a, sequence(a), {first, first + rows});
-      full_begin = (whole.begin + tile_columns - 1) / tile_columns;
-      full_end = whole.end == a.len_q ? end : whole.end / tile_columns;
-      if (whole.empty() || a.mask_kind != MaskKind::kNone) full_begin = full_end = begin;
-    }
+    const MetTiles met(a, sequence(a), side, first, rows, tile_columns);
+    begin = met.begin;
+    end = met.end;
+    full_begin = met.full_begin;
+    full_end = met.full_end;
   }
 };
 

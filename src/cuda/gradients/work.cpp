@@ -45,7 +45,7 @@ double backward_us(const Query& query, const BackwardWork& work) {
   // Rows of a tile cost what they cost, there or not; a diagonal's tile is half empty.
   const int64_t padded_q = (p.len_q + 15) / 16 * 16;
   const double pairs = visible_pairs(p) / std::max<double>(1, static_cast<double>(p.len_q)) *
-                       static_cast<double>(padded_q * p.batch * p.heads_q);
+                       static_cast<double>(padded_q * p.heads_q) * sequences(p);
   return kStartUs + std::max(2 * pairs_us(query, work, pairs) / sms(query), block_us(query, work));
 }
 

@@ -20,8 +20,9 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
   using Memory = BackwardMemory<kSide, kDimQk, kDimV, T, kMemory>;
   using Memory::a_, Memory::args_, Memory::g_, Memory::item_, Memory::place_;
   using Memory::begin, Memory::has_tile, Memory::step, Memory::load_own, Memory::load_tile;
+  using Memory::key_offset, Memory::query_offset, Memory::row_index;
   using Memory::kIsKeys, Memory::kColumns, Memory::kGroups, Memory::kQueryRows;
-  using Memory::meet_copies, Memory::staged, Memory::clean, Memory::no_row, Memory::row_index;
+  using Memory::meet_copies, Memory::staged, Memory::clean, Memory::no_row;
   using Memory::s_own_qk_, Memory::s_own_v_, Memory::s_qk_, Memory::s_v_;
   using Memory::s_rows_, Memory::s_weights_, Memory::s_d_scores_;
   using typename Memory::Place;
@@ -30,7 +31,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
   using Memory::kTile;
 
   __device__ __forceinline__ BackwardBlock(const PortableBackwardArgs& args,
-                                           const BackwardItem& item, unsigned char* s_memory)
+                                           const PortableItem& item, unsigned char* s_memory)
       : Memory(args, item, s_memory),
         scale_log2_((g_.scores == Scores::kPlain ? a_.scale : 1) * kLog2E) {
     warp_row_ = threadIdx.x / 32 / kGroups * 16;
@@ -90,8 +91,8 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
       QueryRow to = no_row();
       if (row < item_.rows) {
         const int32_t query = item_.first + row;
-        const T* out = static_cast<const T*>(a_.out) + item_.batch_idx * a_.stride_out[0] +
-                       item_.head * a_.stride_out[1] + query * a_.stride_out[2];
+        const T* out =
+            static_cast<const T*>(a_.out) + query_offset(a_.stride_out, item_.head, query);
         float delta = 0;
 #pragma unroll 1
         for (int32_t d = lane; d < a_.dim_v; d += 32) {
@@ -102,7 +103,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
         for (int step = 16; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
         to.log_sum_exp = a_.log_sum_exp[row_index(item_.head, query)];
         to.delta = delta;
-        to.seen = score_row(a_, item_.sequence(a_), item_.head, query);
+        to.seen = score_row(a_, item_.sequence, item_.head, query);
         if (to.log_sum_exp == kEmptyRowLogSumExp) {
           to.seen.key_count = 0;
           is_empty = true;
@@ -257,16 +258,16 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
   __device__ __forceinline__ bool warp_sees(int stage, int32_t first) const {
     if (warp_row_ >= item_.rows) return false;
     if constexpr (kIsKeys) {
-      const int32_t last = min(kColumns, a_.len_q - first) - 1;
-      const Keys from = visible_keys(a_, item_.sequence(a_), first);
-      const Keys to = visible_keys(a_, item_.sequence(a_), first + last);
+      const int32_t last = min(kColumns, item_.sequence.len_q - first) - 1;
+      const Keys from = visible_keys(a_, item_.sequence, first);
+      const Keys to = visible_keys(a_, item_.sequence, first + last);
       const int32_t key = item_.first + warp_row_;
       return key < to.end && key + 16 > from.begin;
     } else {
       const int32_t query = item_.first + warp_row_;
-      const Keys from = visible_keys(a_, item_.sequence(a_), query);
+      const Keys from = visible_keys(a_, item_.sequence, query);
       const Keys to =
-          visible_keys(a_, item_.sequence(a_), min(query + 15, item_.first + item_.rows - 1));
+          visible_keys(a_, item_.sequence, min(query + 15, item_.first + item_.rows - 1));
       return first < to.end && first + kColumns > from.begin;
     }
   }
@@ -277,7 +278,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
     if constexpr (kIsKeys) {
       const int column = threadIdx.x % kColumns;
       const QueryRow& row = s_rows_[stage * kColumns + column];
-      const int32_t end = min(item_.first + item_.rows, a_.len_k);
+      const int32_t end = item_.first + item_.rows;
       const auto key_end = static_cast<int32_t>(row.seen.first_key + row.seen.key_count);
       const bool sees_all = row.seen.first_key <= item_.first && key_end >= end;
       // All warps alike: with 64 columns a warp has half of them.
@@ -391,8 +392,9 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
     for (int r = 0; r < 2; ++r) {
       const int row = thread_row(r);
       if (row >= item_.rows) continue;
-      T* to = static_cast<T*>(data) + item_.batch_idx * stride[0] + item_.head * stride[1] +
-              (item_.first + row) * stride[2] + first_column * stride[3];
+      const int64_t offset = kIsKeys ? key_offset(stride, item_.head, item_.first + row)
+                                     : query_offset(stride, item_.head, item_.first + row);
+      T* to = static_cast<T*>(data) + offset + first_column * stride[3];
 #pragma unroll
       for (int i = 0; i < kSums / 8; ++i) {
         const int left = dim - first_column - 8 * i;

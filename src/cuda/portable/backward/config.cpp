@@ -141,6 +141,7 @@ const Kernel kPortableBackward{
     .role = Role::kFused,
     .summary = "gradients by mma.sync on any card from sm_80 on, dims up to 512, f32 too",
     .pass = Pass::kBackward,
+    .takes_all_layouts = true,
     .refusal = refusal,
     .configure = configure,
     .variant = variant_text,

@@ -35,7 +35,7 @@ class BackwardMemory {
   static constexpr int kQueryRows = kIsKeys ? kTile.stages * kColumns : kTile.rows;
 
   __device__ __forceinline__ BackwardMemory(const PortableBackwardArgs& args,
-                                            const BackwardItem& item, unsigned char* s_memory)
+                                            const PortableItem& item, unsigned char* s_memory)
       : args_(args), g_(args.gradients), a_(args.gradients.attention), item_(item) {
     s_rows_ = reinterpret_cast<QueryRow*>(s_memory + kBackwardItemBytes);
     auto* next = reinterpret_cast<T*>(s_rows_ + kQueryRows);
@@ -83,19 +83,24 @@ class BackwardMemory {
       *to.at(row, column) = value;
     }
   };
-  // Rows [first, first + kRows) of a head; those outside of [begin, end) are not read.
+  // Where a query, or a key, of the sequence lies.
+  __device__ __forceinline__ int64_t query_offset(const int64_t (&stride)[4], int32_t head,
+                                                  int32_t query) const {
+    const Sequence& of = item_.sequence;
+    return of.query_batch * stride[0] + head * stride[1] + (of.first_query + query) * stride[2];
+  }
+  __device__ __forceinline__ int64_t key_offset(const int64_t (&stride)[4], int32_t head_kv,
+                                                int32_t key) const {
+    const Sequence& of = item_.sequence;
+    return of.key_batch * stride[0] + head_kv * stride[1] + (of.first_key + key) * stride[2];
+  }
+  // Rows from `offset` on; those outside of [begin, end), counted from it, are not read.
   template <int kRows, int kColumnsOf>
   __device__ __forceinline__ void load(const SharedRows<T>& to, const void* data,
-                                       const int64_t (&stride)[4], int32_t head, int32_t first,
-                                       int32_t begin, int32_t end, int32_t dim, bool is_whole) {
-    const TileRows<T> rows{static_cast<const T*>(data) + item_.batch_idx * stride[0] +
-                               head * stride[1] + first * stride[2],
-                           stride[2],
-                           stride[3],
-                           dim,
-                           begin - first,
-                           end - first,
-                           is_whole};
+                                       const int64_t (&stride)[4], int64_t offset, int32_t begin,
+                                       int32_t end, int32_t dim, bool is_whole) {
+    const TileRows<T> rows{
+        static_cast<const T*>(data) + offset, stride[2], stride[3], dim, begin, end, is_whole};
     int thread = static_cast<int>(threadIdx.x);
     // Opaque: what follows from it is computed anew for each tile, as the sums leave no registers
     // for it (bf16 keys of 128/128 took a stack frame).
@@ -105,22 +110,25 @@ class BackwardMemory {
   template <int kRows>
   __device__ __forceinline__ void load_queries(const SharedRows<T>& q, const SharedRows<T>& d_out,
                                                int32_t head, int32_t first) {
-    load<kRows, kDimQk>(q, g_.q, g_.stride_q, head, first, 0, a_.len_q, a_.dim_qk,
-                        args_.q_is_whole);
-    load<kRows, kDimV>(d_out, g_.d_out, g_.stride_d_out, head, first, 0, a_.len_q, a_.dim_v,
-                       args_.d_out_is_whole);
+    const int32_t end = item_.sequence.len_q - first;
+    load<kRows, kDimQk>(q, g_.q, g_.stride_q, query_offset(g_.stride_q, head, first), -first, end,
+                        a_.dim_qk, args_.q_is_whole);
+    load<kRows, kDimV>(d_out, g_.d_out, g_.stride_d_out, query_offset(g_.stride_d_out, head, first),
+                       -first, end, a_.dim_v, args_.d_out_is_whole);
   }
   template <int kRows>
   __device__ __forceinline__ void load_keys(const SharedRows<T>& k, int32_t head_kv,
                                             int32_t first) {
-    load<kRows, kDimQk>(k, g_.k, g_.stride_k, head_kv, first, item_.present.begin,
-                        item_.present.end, a_.dim_qk, args_.k_is_whole);
+    const Keys& present = item_.sequence.present;
+    load<kRows, kDimQk>(k, g_.k, g_.stride_k, key_offset(g_.stride_k, head_kv, first),
+                        present.begin - first, present.end - first, a_.dim_qk, args_.k_is_whole);
   }
   template <int kRows>
   __device__ __forceinline__ void load_values(const SharedRows<T>& v, int32_t head_kv,
                                               int32_t first) {
-    load<kRows, kDimV>(v, a_.v, a_.stride_v, head_kv, first, item_.present.begin, item_.present.end,
-                       a_.dim_v, args_.v_is_whole);
+    const Keys& present = item_.sequence.present;
+    load<kRows, kDimV>(v, a_.v, a_.stride_v, key_offset(a_.stride_v, head_kv, first),
+                       present.begin - first, present.end - first, a_.dim_v, args_.v_is_whole);
   }
   __device__ __forceinline__ SharedRows<T> staged(const SharedRows<T>& rows, int stage) const {
     return {rows.at(stage * kColumns, 0), rows.pitch};
@@ -153,7 +161,9 @@ class BackwardMemory {
     return {0, INFINITY, 0, -INFINITY, {0, 0, nullptr}};
   }
   __device__ __forceinline__ int64_t row_index(int32_t head, int32_t query) const {
-    return (int64_t{item_.batch_idx} * a_.heads_q + head) * a_.len_q + query;
+    const Sequence& of = item_.sequence;
+    return wh::row_index(a_.query_layout(), a_.heads_q, a_.len_q, of.query_batch, head,
+                         of.first_query + query);
   }
   // The streamed queries.
   __device__ __forceinline__ void fetch_rows(int stage, int32_t first) {
@@ -161,13 +171,13 @@ class BackwardMemory {
     if (thread >= kColumns) return;
     const int32_t query = first + thread;
     QueryRow row = no_row();
-    if (query < a_.len_q) {
+    if (query < item_.sequence.len_q) {
       const int64_t i = row_index(place_.head, query);
       row.base = args_.rows.base[i];
       row.shift = args_.rows.shift[i];
       row.delta = args_.rows.delta[i];
       row.log_sum_exp = a_.log_sum_exp[i];
-      row.seen = score_row(a_, item_.sequence(a_), place_.head, query);
+      row.seen = score_row(a_, item_.sequence, place_.head, query);
       if (row.log_sum_exp == kEmptyRowLogSumExp) row.seen.key_count = 0;
     }
     s_rows_[stage * kColumns + thread] = row;
@@ -193,7 +203,7 @@ class BackwardMemory {
   const PortableBackwardArgs& args_;
   const GradientArgs& g_;
   const AttentionArgs& a_;
-  const BackwardItem& item_;          // in shared memory
+  const PortableItem& item_;          // in shared memory
   QueryRow* s_rows_;                  // own ones, or those of the stages
   SharedRows<T> s_own_qk_, s_own_v_;  // q and d_out, or k and v
   SharedRows<T> s_qk_, s_v_;          // the other side's
