@@ -49,8 +49,8 @@ Result<CUtensorMap> make_tensor_map(const void* data, const TensorMapShape& shap
                   "the driver has no cuTensorMapEncodeTiled; it must be 12.0 or newer");
   }
   const CUtensorMapDataType type =
-      shape.is_codes ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : map_type(shape.dtype);
-  const cuuint64_t element_bytes = shape.is_codes ? 1 : dtype_bytes(shape.dtype);
+      shape.holds_codes ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : map_type(shape.dtype);
+  const cuuint64_t element_bytes = shape.holds_codes ? 1 : dtype_bytes(shape.dtype);
   CUtensorMap map;
   cuuint64_t extent[5];
   cuuint64_t stride_bytes[4];

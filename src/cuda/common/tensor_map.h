@@ -27,7 +27,7 @@ struct TensorMapShape {
   std::array<int64_t, 5> extent;
   std::array<int64_t, 5> stride;
   std::array<int32_t, 5> box;
-  bool is_codes = false;  // of a byte each, whatever `dtype` is
+  bool holds_codes = false;  // of a byte each, whatever `dtype` is
 };
 
 // `data` must be aligned to 16 bytes. Costs about 0.3 us; a map holds the address, so it is made

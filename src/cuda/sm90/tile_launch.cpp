@@ -19,12 +19,12 @@ namespace {
 Result<CUtensorMap> query_map(const Problem& p, const void* q, const TileLaunch& tiles) {
   const Storage stored = query_storage(p);
   return make_tensor_map(
-      q, {"q",
-          p.dtype_q,
-          5,
-          {p.dim_qk, p.group(), stored.length, p.heads_kv, stored.batch},
-          {1, p.stride_q[1], p.stride_q[2], p.stride_q[1] * p.group(), p.stride_q[0]},
-          {kPanelColumns, tiles.order.packed_heads, tiles.block_queries, 1, 1}});
+      q, {.name = "q",
+          .dtype = p.dtype_q,
+          .rank = 5,
+          .extent = {p.dim_qk, p.group(), stored.length, p.heads_kv, stored.batch},
+          .stride = {1, p.stride_q[1], p.stride_q[2], p.stride_q[1] * p.group(), p.stride_q[0]},
+          .box = {kPanelColumns, tiles.order.packed_heads, tiles.block_queries, 1, 1}});
 }
 
 struct KeyTensor {
@@ -37,14 +37,15 @@ struct KeyTensor {
 Result<CUtensorMap> key_map(const Problem& p, const KeyTensor& tensor, int32_t rows) {
   const Strides& stride = tensor.stride;
   const Storage stored = key_storage(p);
-  const bool is_codes = is_quantised(p);
-  return make_tensor_map(tensor.data, {tensor.name,
-                                       p.dtype_kv,
-                                       4,
-                                       {tensor.dim, stored.length, p.heads_kv, stored.batch},
-                                       {1, stride[2], stride[1], stride[0]},
-                                       {is_codes ? 2 * kPanelColumns : kPanelColumns, rows, 1, 1},
-                                       is_codes});
+  const int32_t columns = is_quantised(p) ? 2 * kPanelColumns : kPanelColumns;
+  return make_tensor_map(tensor.data,
+                         {.name = tensor.name,
+                          .dtype = p.dtype_kv,
+                          .rank = 4,
+                          .extent = {tensor.dim, stored.length, p.heads_kv, stored.batch},
+                          .stride = {1, stride[2], stride[1], stride[0]},
+                          .box = {columns, rows, 1, 1},
+                          .holds_codes = is_quantised(p)});
 }
 
 }  // namespace

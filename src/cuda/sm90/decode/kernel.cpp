@@ -38,7 +38,7 @@ struct MappedTensor {
     TensorMapShape shape{};
     shape.name = name;
     shape.dtype = p.dtype_kv;
-    shape.is_codes = is_quantised(p);
+    shape.holds_codes = is_quantised(p);
     shape.rank = 5;
     shape.stride = {1, stride[2], panel_columns, stride[1], stride[0]};
     const auto columns = static_cast<int32_t>(panel_columns);

@@ -74,15 +74,15 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
 #pragma unroll
   for (int i = 0; i < Tile::kColumns / 2; ++i) o[i] = 0;
   const KeyRows rows = item.key_rows(a);
-  using Stored = std::conditional_t<Tile::kWidens, uint8_t, T>;
-  const auto* k_head = static_cast<const Stored*>(args.k) + item.head_kv * args.stride_k[1];
-  const auto* v_head = static_cast<const Stored*>(a.v) + item.head_kv * a.stride_v[1];
+  using KvType = std::conditional_t<Tile::kWidens, uint8_t, T>;
+  const auto* k_head = static_cast<const KvType*>(args.k) + item.head_kv * args.stride_k[1];
+  const auto* v_head = static_cast<const KvType*>(a.v) + item.head_kv * a.stride_v[1];
   const int32_t begin = max(item.seen.begin, item.tile_begin * Tile::kTileK);
   const int32_t end = min(item.seen.end, item.tile_end * Tile::kTileK);
 #pragma unroll 1
   for (int32_t key = begin; key < end; ++key) {
-    const Stored* k = k_head + rows.offset(args.stride_k[0], args.stride_k[2], key);
-    const Stored* v = v_head + rows.offset(a.stride_v[0], a.stride_v[2], key);
+    const KvType* k = k_head + rows.offset(args.stride_k[0], args.stride_k[2], key);
+    const KvType* v = v_head + rows.offset(a.stride_v[0], a.stride_v[2], key);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float dot[1] = {0};
