@@ -190,11 +190,17 @@ class PortableCost {
     const int64_t rows =
         divide_up(std::min<int64_t>(pair_rows(p), variant.rows), variant.product_rows) *
         variant.product_rows;
+    const Parts parts = parts_of(p, variant);
     const double flops = 2.0 * static_cast<double>(rows * variant.keys) *
-                         (variant.instance.dims.dim_qk + variant.instance.dims.dim_v);
+                         (parts.of_q * variant.instance.dims.dim_qk +
+                          parts.of_weights * variant.instance.dims.dim_v);
     product_us_ = flops * static_cast<double>(sms_) / (cuda_facts(query).tensor_tflops * 1e6) *
                   (1 / share(query, variant) + of_scores(query, variant));
-    product_us_ += widened_codes(p, variant) / codes_per_us(variant);
+    if (variant.reads_codes) {
+      const int64_t row_warps = rows / variant.product_rows;
+      product_us_ += widened_codes(p, variant, row_tiles == 1 ? row_warps : 1) /
+                     codes_per_us(variant, row_warps * resident_);
+    }
     const auto element = static_cast<double>(dtype_bytes(p.dtype_q));
     tile_bytes_ =
         variant.keys * (variant.reads_codes ? kv_bytes_a_key(p)
@@ -269,16 +275,33 @@ class PortableCost {
     return of_card * (dim_v <= 128 ? 0.125 : dim_v <= 256 ? 0.09 : 0.04);
   }
 
-  // Of a tile. Warps with other columns of V widen K each for itself.
-  static double widened_codes(const Problem& p, const PortableVariant& variant) {
-    if (!variant.reads_codes) return 0;
-    const int times_k = variant.reads_code_tiles() ? variant.code_tile().column_warps() : 1;
-    return variant.keys * static_cast<double>(p.dim_qk * times_k + p.dim_v);
+  // What products over tiles of codes are made of: numbers of bf16 that add up to a factor.
+  struct Parts {
+    int of_q = 1, of_weights = 1;
+  };
+  static Parts parts_of(const Problem& p, const PortableVariant& variant) {
+    if (!variant.reads_code_tiles()) return {};
+    const CodeLayout layout = code_layout(p, variant.code_tile(), 0);
+    return {layout.parts, layout.parts_p};
+  }
+
+  // Of a tile. Warps with other columns of V widen K each for itself. So do those with other rows,
+  // which the products of many row tiles hide: with 32 rows in decode on an H200 it took twice the
+  // time of one widening.
+  static double widened_codes(const Problem& p, const PortableVariant& variant, int64_t row_warps) {
+    const double one = variant.keys;
+    if (!variant.reads_code_tiles()) return one * static_cast<double>(p.dim_qk + p.dim_v);
+    const int times_k = variant.code_tile().column_warps();
+    return one * static_cast<double>((p.dim_qk * times_k + p.dim_v) * row_warps);
   }
   // Of an SM, with all that is done for them. Fits to decode on an H200, where f32 queries had 2400
   // of e4m3 and 3200 of q8_0; more rows have not been measured.
-  static double codes_per_us(const PortableVariant& variant) {
-    return variant.reads_code_tiles() ? 8000 : 2900;
+  static double codes_per_us(const PortableVariant& variant, int64_t row_warps_an_sm) {
+    if (!variant.reads_code_tiles()) return 2900;
+    // Schedulers without a warp that has rows widen nothing.
+    const CodeTile tile = variant.code_tile();
+    const int64_t warps = row_warps_an_sm * tile.key_warps() * tile.column_warps();
+    return 8000 * static_cast<double>(std::min<int64_t>(warps, 4)) / 4;
   }
 
   // What softcap and array masks add to the time of the products, those of 16 bits being 1 / share:

@@ -37,8 +37,10 @@ double tile_us(const Query& query, const TileWork& work, double keys) {
   constexpr double kSustained = 0.84;
   const double worker_flops_per_us = cuda_facts(query).tensor_tflops * kSustained * share * 1e6 *
                                      work.worker_sms / std::max(1, cuda_facts(query).sms);
-  const double products_us =
+  double products_us =
       keys * 2.0 * (work.dims.dim_qk + work.dims.dim_v) * work.worker_rows / worker_flops_per_us;
+  // Widening bounds these, and a profile's points are over elements.
+  if (is_quantised(query.problem)) products_us = uncorrected(query, products_us);
   return std::max(products_us, asked_us(query, work, keys)) + 1.0;
 }
 
