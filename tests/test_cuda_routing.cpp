@@ -280,10 +280,10 @@ TEST_P(CudaRouting, TheShippedProfileChoosesTheFastestKernelOfTheRecordedCalls) 
 }
 
 // Every estimate is within `tolerance(candidate, plan)` of what its kernel took, and the plan takes
-// the fastest kernel, but for this regret. The errors, sorted.
+// the fastest kernel. The errors, sorted.
 template <typename Tolerance>
 std::vector<double> expect_near(const CudaFacts& facts, const std::vector<Measured>& rows,
-                                double worst_regret, Tolerance tolerance) {
+                                Tolerance tolerance) {
   const Profile profile = shipped_profile(facts);
   std::vector<double> errors;
   for (const Measured& row : rows) {
@@ -294,7 +294,7 @@ std::vector<double> expect_near(const CudaFacts& facts, const std::vector<Measur
     }
     double least_us = std::numeric_limits<double>::infinity();
     for (const auto& [kernel, us] : row.us) least_us = std::min(least_us, us);
-    EXPECT_LE(row.us.at(plan->kernel), worst_regret * least_us) << row.name << ": " << plan->kernel;
+    EXPECT_EQ(row.us.at(plan->kernel), least_us) << row.name << ": " << plan->kernel;
     for (const Candidate& candidate : plan->candidates) {
       if (!row.us.contains(candidate.kernel)) continue;
       const double ratio = candidate.estimated_us / row.us.at(candidate.kernel);
@@ -307,10 +307,10 @@ std::vector<double> expect_near(const CudaFacts& facts, const std::vector<Measur
 }
 
 TEST(CudaServing, TheShippedProfileEstimatesTheRecordedLayouts) {
-  const auto errors = expect_near(kH200.facts, serving_rows(), 1.05,
-                                  [](const Candidate& candidate, const Plan& plan) {
-                                    return candidate.kernel == plan.kernel ? 0.20 : 0.25;
-                                  });
+  const auto errors =
+      expect_near(kH200.facts, serving_rows(), [](const Candidate& candidate, const Plan& plan) {
+        return candidate.kernel == plan.kernel ? 0.20 : 0.25;
+      });
   EXPECT_EQ(errors.size(), 41u);
 }
 
@@ -323,10 +323,9 @@ TEST(CudaCodes, TheShippedProfileEstimatesTheRecordedRows) {
       if (is_quantised(row.problem)) rows.push_back(std::move(row));
     }
   }
-  const auto errors =
-      expect_near(kH200.facts, rows, 1, [](const Candidate& candidate, const Plan&) {
-        return candidate.kernel == "cuda_portable" ? 0.40 : 0.20;
-      });
+  const auto errors = expect_near(kH200.facts, rows, [](const Candidate& candidate, const Plan&) {
+    return candidate.kernel == "cuda_portable" ? 0.40 : 0.20;
+  });
   EXPECT_EQ(errors.size(), 52u);
   EXPECT_LE(middle(errors), 0.10);
 }
