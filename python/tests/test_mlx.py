@@ -152,6 +152,8 @@ def test_reversed_masks(is_boolean):
         ({"window": 1.5}, "window is 1.5; it must be a number of keys from 0 to 2147483647, or None"),
         ({"window": 2**40}, "window is 1099511627776; it must be a number of keys"),
         ({"window": "x"}, "window is 'x'; it must be a number of keys"),
+        ({"stream": "x"}, "stream is 'x'; it must be a stream or device of mlx.core, such as"),
+        ({"stream": 0}, "stream is 0; it must be a stream or device of mlx.core"),
     ],
 )
 def test_arguments_of_another_type_are_named_at_once(options, words):
@@ -276,9 +278,9 @@ def test_compiled(shapeless):
 def test_streams_and_threads():
     tensors, exact = arrays()
     expected = oracle(*exact, scale=0.1)[0]
-    stream = mx.new_stream(mx.cpu)
-    assert error(widehead.mlx.sdpa(*tensors, scale=0.1, stream=stream), expected) <= 4e-6
-    assert error(widehead.mlx.sdpa(*tensors, scale=0.1, stream=mx.cpu), expected) <= 4e-6
+    devices = (mx.cpu, mx.Device(mx.cpu, 0))
+    for stream in (mx.new_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu), *devices):
+        assert error(widehead.mlx.sdpa(*tensors, scale=0.1, stream=stream), expected) <= 4e-6
     errors = []
 
     def work():

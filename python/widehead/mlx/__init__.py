@@ -35,6 +35,8 @@ __all__ = ["install", "override_sdpa", "plan", "sdpa", "uninstall", "why_no_prim
 
 _LARGEST_DIM = 1024
 _TYPES = (mx.float32, mx.float16, mx.bfloat16)
+# MLX's StreamOrDevice; it has streams of threads since 0.32.
+_STREAMS = (mx.Stream, mx.Device, mx.DeviceType, getattr(mx, "ThreadLocalStream", mx.Stream))
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -93,6 +95,11 @@ def sdpa(
     :class:`widehead.Refused` when the limits allow no kernel.
     """
     _expect_arrays(q, k, v, mask, sinks, key_starts)
+    if stream is not None and not isinstance(stream, _STREAMS):
+        raise TypeError(
+            f"stream is {stream!r}; it must be a stream or device of mlx.core, such as mlx.core.cpu, "
+            "or None"
+        )
     scale, softcap = number("scale", scale), softcap_of(softcap)
     if window is not None and not (is_whole(window) and 0 <= window <= LONGEST):
         raise ValueError(
