@@ -9,6 +9,7 @@
 #include <random>
 #include <set>
 
+#include "core/rounding.h"
 #include "core/sequence.h"
 #include "cpu/reference/reference.h"
 #include "verify/elements.h"
@@ -128,15 +129,14 @@ Expected expected_rows(const Problem& p, const Tensors& tensors, std::vector<int
   std::vector<float> log_sum_exp(static_cast<size_t>(all_query_rows(p)));
   // A few rows of a small problem are not worth a task.
   const int64_t at_once = std::clamp<int64_t>(20000 / (1 + p.len_k * (p.dim_qk + p.dim_v)), 1, 64);
-  parallel(default_executor(), static_cast<int32_t>((rows + at_once - 1) / at_once),
-           [&](int32_t block) {
-             ReferenceRow reference(p, tensors);
-             for (int64_t i = block * at_once; i < std::min(rows, (block + 1) * at_once); ++i) {
-               const int64_t row = expected.rows[static_cast<size_t>(i)];
-               reference.run(row, expected.out.data() + i * p.dim_v, log_sum_exp.data());
-               expected.log_sum_exp[static_cast<size_t>(i)] = log_sum_exp[static_cast<size_t>(row)];
-             }
-           });
+  parallel(default_executor(), static_cast<int32_t>(divide_up(rows, at_once)), [&](int32_t block) {
+    ReferenceRow reference(p, tensors);
+    for (int64_t i = block * at_once; i < std::min(rows, (block + 1) * at_once); ++i) {
+      const int64_t row = expected.rows[static_cast<size_t>(i)];
+      reference.run(row, expected.out.data() + i * p.dim_v, log_sum_exp.data());
+      expected.log_sum_exp[static_cast<size_t>(i)] = log_sum_exp[static_cast<size_t>(row)];
+    }
+  });
   return expected;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/executor.h"
+#include "core/rounding.h"
 
 namespace wh {
 
@@ -27,7 +28,7 @@ template <typename Body>
 void for_each_row(int64_t batch, int64_t heads, int64_t length, Body&& body) {
   constexpr int64_t kRowsAtOnce = 64;  // few rows are not worth a second thread
   const int64_t rows = batch * heads * length;
-  const auto blocks = static_cast<int32_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce);
+  const auto blocks = static_cast<int32_t>(divide_up(rows, kRowsAtOnce));
   parallel(default_executor(), blocks, [&](int32_t block) {
     const int64_t end = std::min(rows, (int64_t{block} + 1) * kRowsAtOnce);
     for (int64_t row = int64_t{block} * kRowsAtOnce; row < end; ++row) {

@@ -14,6 +14,7 @@
 
 #include "core/nearest_name.h"
 #include "core/problem_fields.h"
+#include "core/rounding.h"
 #include "plan/backend.h"
 #include "report/session.h"
 
@@ -303,7 +304,7 @@ struct Lengths {
   int64_t total() const { return offsets.back(); }
   int64_t pages(int64_t size) const {
     int64_t pages = 0;
-    for (const int64_t length : each) pages += (length + size - 1) / size;
+    for (const int64_t length : each) pages += divide_up(length, size);
     return pages;
   }
 };
@@ -399,7 +400,7 @@ std::vector<int32_t> shuffled_pages(const Problem& p, const std::vector<int32_t>
   auto next = pool.begin();
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = key_lengths[static_cast<size_t>(b)];
-    const int64_t used = (length + p.page_size - 1) / p.page_size;
+    const int64_t used = divide_up(length, p.page_size);
     std::copy_n(next, used, table.begin() + b * p.stride_page_table);
     next += used;
   }

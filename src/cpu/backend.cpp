@@ -7,6 +7,7 @@
 #include <new>
 
 #include "core/carver.h"
+#include "core/rounding.h"
 #include "cpu/common/append.h"
 #include "cpu/common/partial.h"
 #include "cpu/cpu_facts.h"
@@ -23,7 +24,7 @@ constexpr int64_t kTaskElements = 1 << 16;
 template <typename Body>
 void parallel_rows(const Executor& executor, int64_t rows, int64_t row_elements, const Body& body) {
   const int64_t task_rows = std::max<int64_t>(1, kTaskElements / row_elements);
-  const int64_t tasks = (rows + task_rows - 1) / task_rows;
+  const int64_t tasks = divide_up(rows, task_rows);
   // Tasks are numbered in 32 bits; of the rest each takes several.
   const auto workers = static_cast<int32_t>(std::min<int64_t>(tasks, 1 << 20));
   parallel(executor, workers, [&](int32_t worker) {

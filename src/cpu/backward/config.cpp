@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/rounding.h"
 #include "cpu/backward/kernel.h"
 #include "cpu/backward/layout.h"
 #include "cpu/common/cost.h"
-#include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
 #include "cpu/cpu_facts.h"
 #include "plan/work.h"

@@ -11,9 +11,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/rounding.h"
 #include "cpu/backward/head.h"
 #include "cpu/backward/layout.h"
-#include "cpu/common/rounding.h"
 #include "cpu/common/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();

@@ -4,8 +4,8 @@
 
 #include "core/carver.h"
 #include "core/key_range.h"
+#include "core/rounding.h"
 #include "cpu/backward/head.h"
-#include "cpu/common/rounding.h"
 #include "plan/kernel.h"
 
 namespace wh::cpu {

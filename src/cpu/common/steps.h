@@ -8,9 +8,9 @@
 
 #include "core/key_range.h"
 #include "core/progress.h"
+#include "core/rounding.h"
 #include "cpu/common/cost.h"
 #include "cpu/common/partial.h"
-#include "cpu/common/rounding.h"
 #include "cpu/cpu_facts.h"
 #include "plan/kernel.h"
 #include "plan/work.h"

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
+#include "core/rounding.h"
 #include "cpu/common/cost.h"
-#include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
 #include "cpu/cpu_facts.h"
 #include "cpu/decode/kernel.h"

@@ -20,6 +20,7 @@
 #include "core/element.h"
 #include "core/key_rows.h"
 #include "core/kv_tensor.h"
+#include "core/rounding.h"
 #include "core/score_rules.h"
 #include "cpu/common/steps.h"
 #include "cpu/decode/config.h"
@@ -196,7 +197,7 @@ class DecodeWorker {
     const int64_t lanes = vector_lanes();
     float* s = block_s(row);
     const int64_t count = tile_.size() * kRows;
-    const int64_t padded = (count + lanes - 1) / lanes * lanes;
+    const int64_t padded = round_up(count, lanes);
     if (p_.softcap > 0) {
       const auto cap = hn::Set(f32, p_.softcap * kLog2E);
       std::fill(s + count, s + padded, 0.0f);

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "core/rounding.h"
 #include "cpu/common/cost.h"
-#include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
 #include "cpu/cpu_facts.h"
 #include "cpu/prefill/kernel.h"

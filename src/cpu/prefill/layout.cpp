@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/common/rounding.h"
+#include "core/rounding.h"
 #include "cpu/common/simd.h"
 #include "cpu/common/steps.h"
 

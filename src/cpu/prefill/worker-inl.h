@@ -27,6 +27,7 @@
 #include "core/element.h"
 #include "core/key_rows.h"
 #include "core/kv_tensor.h"
+#include "core/rounding.h"
 #include "cpu/common/steps.h"
 #include "cpu/common/tile-inl.h"
 #include "cpu/common/vector_math-inl.h"
@@ -56,7 +57,7 @@ class PrefillWorker {
     rows_ = item_.rows();
     if (rows_ == 0) return true;
     key_rows_ = key_rows(p_, t_, sequence_);
-    panels_ = (rows_ + shape_.lanes - 1) / shape_.lanes;
+    panels_ = divide_up(rows_, shape_.lanes);
     const KeyRange keys = keys_of_item(p_, sequence_, item_);
     load_ranges();
     load_queries();
@@ -85,9 +86,9 @@ class PrefillWorker {
     return std::min(shape_.lanes, rows_ - panel * shape_.lanes);
   }
   int64_t panel_vectors(int64_t panel) const {
-    return (panel_rows(panel) + vector_lanes() - 1) / vector_lanes();
+    return divide_up(panel_rows(panel), vector_lanes());
   }
-  int64_t padded_dim_v() const { return (p_.dim_v + 7) / 8 * 8; }
+  int64_t padded_dim_v() const { return round_up(p_.dim_v, 8); }
   float* q_panel(int64_t panel) const { return w_.q + panel * w_.q_rows * shape_.lanes; }
   float* o_panel(int64_t panel) const { return w_.o + panel * padded_dim_v() * shape_.lanes; }
   int64_t query_of(int64_t slot) const { return (item_.row_begin + slot) / p_.group(); }

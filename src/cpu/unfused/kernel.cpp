@@ -10,9 +10,9 @@
 
 #include "core/array_mask.h"
 #include "core/key_range.h"
+#include "core/rounding.h"
 #include "core/score_rules.h"
 #include "cpu/common/partial.h"
-#include "cpu/common/rounding.h"
 #include "cpu/common/steps.h"
 #include "cpu/unfused/gemm.h"
 #include "cpu/unfused/unfused.h"

@@ -1,12 +1,13 @@
 #include "cuda/common/packed_rows.h"
 
+#include "core/rounding.h"
 #include "plan/kernel.h"
 
 namespace wh::cuda {
 
 PackedShape::PackedShape(const Problem& p, const Config& config)
     : has_slots(false),
-      row_tiles((p.len_q * p.group() + config.tile_q - 1) / config.tile_q),
+      row_tiles(divide_up(p.len_q * p.group(), config.tile_q)),
       items(p.batch * p.heads_kv * row_tiles),
       splits(config.splits) {
   if (p.query_layout == QueryLayout::kPacked) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/rounding.h"
 #include "cuda/common/launch.h"
 
 namespace wh::cuda {
@@ -28,7 +29,7 @@ int64_t choose_step_tiles(const Query& query, const TileWaves& waves, double cal
 
 double step_us_of(const TileWaves& waves, int64_t step_tiles, double call_us) {
   if (step_tiles == 0) return call_us;
-  const int64_t count = (step_tiles + waves.workers - 1) / waves.workers;
+  const int64_t count = divide_up(step_tiles, waves.workers);
   return kLaunchUs + static_cast<double>(count) * waves.wave_us;
 }
 

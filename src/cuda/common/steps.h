@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/progress.h"
+#include "core/rounding.h"
 #include "core/status.h"
 #include "plan/kernel.h"
 
@@ -50,7 +51,7 @@ class StepEvents {
 template <typename Marks, typename LaunchRange>
 Status run_watched_steps(Progress& progress, int64_t tiles, int64_t step_tiles, Marks& marks,
                          LaunchRange launch_range, const char* results_are = "out is") {
-  const int64_t steps = (tiles + step_tiles - 1) / step_tiles;
+  const int64_t steps = divide_up(tiles, step_tiles);
   progress.start(steps, results_are);
   progress.writing_out();  // with the first launch
   for (int64_t i = 0; i < steps; ++i) {

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/names.h"
+#include "core/rounding.h"
 #include "core/sequence.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
@@ -94,8 +95,6 @@ constexpr auto kTensorVariants = variants_of<kPortableInstances>(
 // Few rows first, where there are few.
 constexpr auto kVariants =
     joined(kFewRowsVariants, kTensorVariants, kCodeRowsVariants, kCodeTileVariants);
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 int64_t items_of(const Problem& p, const PortableVariant& variant) {
   Config config;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/rounding.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/cuda_facts.h"
@@ -14,8 +15,6 @@
 
 namespace wh::cuda {
 namespace {
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // What no profile makes faster: its points are of few workers over dense keys, and at 16 x 8192
 // keys of 32/8 heads of 128 they promised an H200 95 us for what its memory takes 124 to read.

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/carver.h"
+#include "core/rounding.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/attention_args.h"
 #include "cuda/common/steps.h"
@@ -17,10 +18,6 @@ namespace wh::cuda {
 namespace {
 
 constexpr int64_t kScoreBytesAtOnce = int64_t{256} << 20;
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 std::optional<std::string> refusal(const Query& query) {
   const Problem& p = query.problem;

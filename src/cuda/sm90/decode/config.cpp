@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "core/rounding.h"
 #include "core/sequence.h"
 #include "cuda/combine/combine.h"
 #include "cuda/common/packed_rows.h"
@@ -43,8 +44,6 @@ constexpr DecodeVariant variant() {
 }
 constexpr auto kVariants = variants_of<kDecodeInstances, kDecodeCodeInstances>(
     []<Instance kInstance, bool kReadsCodes>() { return variant<kInstance, kReadsCodes>(); });
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 PackedShape shape_of(const Problem& p, int64_t splits) {
   Config config;
