@@ -16,17 +16,17 @@ namespace {
 
 UnfusedPass make_pass(const Launch& launch, const UnfusedShape& shape) {
   const Problem& p = launch.problem;
-  UnfusedPass pass{attention_args(p, launch.tensors),
-                   UnfusedTypes(p, launch.config),
-                   shape,
-                   0,
-                   0,
-                   {},
-                   {},
-                   {},
-                   {},
-                   launch.tensors.q,
-                   launch.tensors.k};
+  UnfusedPass pass{.args = attention_args(p, launch.tensors),
+                   .types = UnfusedTypes(p, launch.config),
+                   .shape = shape,
+                   .first = 0,
+                   .count = 0,
+                   .stride_q = {},
+                   .stride_k = {},
+                   .stride_v = {},
+                   .stride_out = {},
+                   .q = launch.tensors.q,
+                   .k = launch.tensors.k};
   std::copy_n(p.stride_q.begin(), 4, pass.stride_q);
   std::copy_n(p.stride_k.begin(), 4, pass.stride_k);
   std::copy_n(p.stride_v.begin(), 4, pass.stride_v);
@@ -36,40 +36,40 @@ UnfusedPass make_pass(const Launch& launch, const UnfusedShape& shape) {
 
 // Row-major S = Q K^T is column-major S^T = K Q^T.
 Gemm score_product(Dtype dtype, const UnfusedShape& s, const UnfusedWorkspace& w, int64_t batch) {
-  return {dtype,
-          true,
-          s.keys,
-          s.rows,
-          s.columns_qk,
-          w.k,
-          s.columns_qk,
-          s.keys * s.columns_qk,
-          w.q,
-          s.columns_qk,
-          s.rows * s.columns_qk,
-          w.s,
-          s.keys,
-          s.rows * s.keys,
-          batch};
+  return {.dtype = dtype,
+          .transpose_a = true,
+          .m = s.keys,
+          .n = s.rows,
+          .k = s.columns_qk,
+          .a = w.k,
+          .lda = s.columns_qk,
+          .stride_a = s.keys * s.columns_qk,
+          .b = w.q,
+          .ldb = s.columns_qk,
+          .stride_b = s.rows * s.columns_qk,
+          .c = w.s,
+          .ldc = s.keys,
+          .stride_c = s.rows * s.keys,
+          .batch = batch};
 }
 
 // Row-major O = P V is column-major O^T = V^T P^T.
 Gemm value_product(Dtype dtype, const UnfusedShape& s, const UnfusedWorkspace& w, int64_t batch) {
-  return {dtype,
-          false,
-          s.columns_v,
-          s.rows,
-          s.keys,
-          w.v,
-          s.columns_v,
-          s.keys * s.columns_v,
-          w.p,
-          s.keys,
-          s.rows * s.keys,
-          w.o,
-          s.columns_v,
-          s.rows * s.columns_v,
-          batch};
+  return {.dtype = dtype,
+          .transpose_a = false,
+          .m = s.columns_v,
+          .n = s.rows,
+          .k = s.keys,
+          .a = w.v,
+          .lda = s.columns_v,
+          .stride_a = s.keys * s.columns_v,
+          .b = w.p,
+          .ldb = s.keys,
+          .stride_b = s.rows * s.keys,
+          .c = w.o,
+          .ldc = s.columns_v,
+          .stride_c = s.rows * s.columns_v,
+          .batch = batch};
 }
 
 }  // namespace
