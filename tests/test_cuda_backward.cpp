@@ -57,28 +57,55 @@ struct Masked {
 // How often each query, or key, is a block's own, and what blocks meet of the other side.
 struct Met {
   int64_t seen_pairs = 0, full_tiles = 0;
+  int64_t mixed_tiles = 0;  // in which rows lie that the block must not sum
 };
 
-int32_t batch_of(const BackwardItem& item) { return item.batch_idx; }
-int32_t batch_of(const PortableItem& item) { return item.sequence.batch_idx; }
+// TMA brings what a tensor has, of other sequences too. Of a tile that has such rows the block has
+// to know; those of a full one all are to sum.
+void expect_others_known(const Problem& p, const GradientArgs& args, const BackwardItem& item,
+                         Side side, int columns, Met& met) {
+  const bool is_queries = side == Side::kQueries;
+  const Side other = is_queries ? Side::kKeys : Side::kQueries;
+  const SideRows of = item.rows_of(args.attention, other);
+  const int64_t stored = (is_queries ? key_storage(p) : query_storage(p)).length;
+  const Keys present = is_queries ? item.sequence.present : Keys{0, item.sequence.len_q};
+  for (int32_t tile = item.begin; tile < item.end; ++tile) {
+    bool has_others = false;
+    for (int32_t row = tile * columns; row < (tile + 1) * columns; ++row) {
+      const bool is_summed = row >= present.begin && row < present.end;
+      has_others |= of.first + row < stored && !is_summed;
+    }
+    met.mixed_tiles += has_others;
+    const bool known =
+        item.brings_others(args.attention, side, tile * columns, static_cast<int32_t>(columns));
+    ASSERT_TRUE(known || !has_others) << tile;
+    ASSERT_FALSE(known && item.is_full(tile)) << tile;
+    // Dense rows end with their tensor.
+    if (!of.is_packed) {
+      ASSERT_EQ(known, has_others) << tile;
+    }
+  }
+}
 
 // Every pair that sees each other is in a block of each side, and what a block takes for full is.
-template <typename Item>
 void expect_all_met(const Problem& p, const Tensors& t, int rows, int columns, Met& met) {
   const GradientArgs args = gradient_args(p, t);
+  const BackwardBlocks blocks(p, rows, rows);
   for (const Side side : {Side::kQueries, Side::kKeys}) {
     const bool is_queries = side == Side::kQueries;
     const int64_t heads = is_queries ? p.heads_q : p.heads_kv;
     const int64_t length = is_queries ? p.len_q : p.len_k;  // the most of one sequence
-    const int64_t tiles = (length + rows - 1) / rows;
+    const auto tiles = static_cast<int32_t>(is_queries ? blocks.query_tiles : blocks.key_tiles);
     std::vector<int> owners(static_cast<size_t>(p.batch * heads * length));
-    for (int64_t index = 0; index < p.batch * heads * tiles; ++index) {
-      const Item item(args, side, static_cast<int32_t>(tiles), static_cast<int32_t>(index), rows,
-                      columns);
-      const wh::Sequence sequence = sequence_at(p, t, batch_of(item));
-      const int64_t keys = own_keys(sequences_of(p, t), int64_t{batch_of(item)});
+    for (int32_t index = 0; index < (is_queries ? blocks.queries : blocks.keys); ++index) {
+      const BackwardItem item(args, side, tiles, index, rows, columns);
+      const int64_t batch_idx = item.sequence.batch_idx;
+      const wh::Sequence sequence = sequence_at(p, t, batch_idx);
+      const int64_t keys = own_keys(sequences_of(p, t), batch_idx);
+      EXPECT_EQ(item.keys, keys);
+      expect_others_known(p, args, item, side, columns, met);
       for (int32_t own = item.first; own < item.first + item.rows; ++own) {
-        ++owners[static_cast<size_t>((batch_of(item) * heads + item.head) * length + own)];
+        ++owners[static_cast<size_t>((batch_idx * heads + item.head) * length + own)];
         const int64_t others = is_queries ? keys : sequence.len_q;
         for (int64_t other = 0; other < others; ++other) {
           const int64_t query = is_queries ? own : other, key = is_queries ? other : own;
@@ -148,20 +175,38 @@ TEST(CudaBackward, BlocksMeetWhateverSeesEachOther) {
       t.key_starts = starts.data();
     }
     const int rows = 16 << between(0, 3), columns = 8 << between(0, 3);
-    expect_all_met<BackwardItem>(p, t, rows, columns, dense);
-    expect_all_met<PortableItem>(p, t, rows, columns, dense);
+    expect_all_met(p, t, rows, columns, dense);
     p.query_layout = QueryLayout::kPacked;
     p.key_layout = KeyLayout::kPacked;
-    p.total_q = queries.back();
-    p.total_k = keys.back();
+    p.total_q = queries.back() + between(0, 20);
+    p.total_k = keys.back() + between(0, 20);
     t.query_offsets = queries.data();
     t.key_offsets = keys.data();
-    expect_all_met<PortableItem>(p, t, rows, columns, packed);
+    expect_all_met(p, t, rows, columns, packed);
   }
-  EXPECT_GT(dense.seen_pairs, 2'000'000);
-  EXPECT_GT(dense.full_tiles, 200'000);
+  EXPECT_GT(dense.seen_pairs, 1'000'000);
+  EXPECT_GT(dense.full_tiles, 100'000);
   EXPECT_GT(packed.seen_pairs, 200'000);
   EXPECT_GT(packed.full_tiles, 20'000);
+  EXPECT_GT(dense.mixed_tiles, 200);
+  EXPECT_GT(packed.mixed_tiles, 2'000);
+}
+
+// Blocks of packed queries follow their tokens, not the longest sequence.
+TEST(CudaBackward, BlocksOfPackedSequencesFollowTheirTokens) {
+  Problem p = square_of_300(64, 64, Dtype::kBf16, Device::kCuda);
+  p.batch = 100;
+  p.len_q = p.len_k = 30'000;
+  p.query_layout = QueryLayout::kPacked;
+  p.key_layout = KeyLayout::kPacked;
+  p.total_q = p.total_k = 40'000;
+  const BackwardBlocks blocks(p, 128, 64);
+  EXPECT_LE(blocks.queries, p.heads_q * (40'000 / 128 + p.batch));
+  EXPECT_LE(blocks.keys, p.heads_kv * (40'000 / 64 + p.batch));
+  // Tensor maps of no rows are none.
+  p.total_k = 0;
+  EXPECT_EQ(BackwardBlocks(p, 128, 64).keys, 0);
+  EXPECT_GT(BackwardBlocks(p, 128, 64).queries, 0);
 }
 
 TEST(CudaBackward, HopperTilesFitRegistersAndSharedMemory) {
@@ -313,13 +358,16 @@ TEST(CudaBackward, PlansTakeHoppersKernelWhereItRuns) {
   }
   EXPECT_EQ(chosen(square_of_300(128, 128, Dtype::kF32, Device::kCuda), h200()),
             "cuda_portable_backward");
-  Problem packed = square_of_300(128, 128, Dtype::kBf16, Device::kCuda);
-  packed.batch = 4;
-  packed.query_layout = QueryLayout::kPacked;
-  packed.key_layout = KeyLayout::kPacked;
-  packed.total_q = packed.total_k = 700;
-  set_dense(packed);
-  EXPECT_EQ(chosen(packed, h200()), "cuda_portable_backward");
+  for (const int64_t dim : {128, 512}) {
+    Problem packed = square_of_300(dim, dim, Dtype::kBf16, Device::kCuda);
+    packed.batch = 4;
+    packed.query_layout = QueryLayout::kPacked;
+    packed.key_layout = KeyLayout::kPacked;
+    packed.total_q = packed.total_k = 700;
+    set_dense(packed);
+    EXPECT_EQ(chosen(packed, h200()), dim == 128 ? "sm90_backward" : "sm90_backward_wide");
+    EXPECT_EQ(chosen(packed, ampere()), "cuda_portable_backward");
+  }
 }
 
 TEST(CudaBackward, QueriesThatSeeKeysAreThoseBetweenTheFirstAndTheLast) {

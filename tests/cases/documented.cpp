@@ -69,8 +69,7 @@ bool Documented::sm90_reads_codes() const {
 bool Documented::takes(const std::string& kernel) const {
   const Problem& p = problem;
   const bool is_cpu = p.device == Device::kCpu;
-  const bool is_dense_alone = kernel == "cpu_unfused" || kernel == "cuda_unfused" ||
-                              kernel == "sm90_backward" || kernel == "sm90_backward_wide";
+  const bool is_dense_alone = kernel == "cpu_unfused" || kernel == "cuda_unfused";
   if (is_dense_alone && !p.is_dense()) return false;
   const bool reads_codes =
       kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference" ||

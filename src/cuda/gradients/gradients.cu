@@ -6,23 +6,16 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "core/own_keys.h"
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/scores.cuh"
 #include "cuda/gradients/gradients.h"
+#include "cuda/gradients/items.h"
 
 namespace wh::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// As log-sum-exps are numbered.
-__device__ __forceinline__ int64_t row_number(const AttentionArgs& a, const Sequence& sequence,
-                                              int32_t head, int32_t query) {
-  return row_index(a.query_layout(), a.heads_q, a.len_q, sequence.query_batch, head,
-                   sequence.first_query + query);
-}
 
 __global__ void __launch_bounds__(kThreads)
     sink_gradients(const GradientArgs args, const float* of_rows) {

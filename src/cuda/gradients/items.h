@@ -6,8 +6,9 @@
 #include <cstdint>
 
 #include "core/carver.h"
-#include "core/sequence.h"
+#include "core/own_keys.h"
 #include "cuda/common/key_range.h"
+#include "cuda/common/tile_slots.h"
 #include "cuda/gradients/gradients.h"
 
 namespace wh::cuda {
@@ -36,79 +37,130 @@ struct BackwardRows {
   }
 };
 
-// How many blocks own a problem's queries, and how many its keys; those of queries come first.
+// A row's number there.
+constexpr int64_t row_number(const AttentionArgs& a, const Sequence& of, int32_t head,
+                             int32_t query) {
+  return row_index(a.query_layout(), a.heads_q, a.len_q, of.query_batch, head,
+                   of.first_query + query);
+}
+
+// How many blocks own a problem's queries, and how many its keys; those of queries come first. Of
+// packed tensors a head's tiles are slots of all sequences (tile_slots.h), some of them empty; of
+// no tokens there are none.
 struct BackwardBlocks {
-  int64_t query_tiles, key_tiles;  // of a head
+  int64_t query_tiles, key_tiles;  // of a head, of packed tensors of all sequences
   int64_t queries, keys;           // blocks
 
   constexpr BackwardBlocks(const Problem& p, int64_t query_rows, int64_t key_rows)
       : query_tiles((p.len_q + query_rows - 1) / query_rows),
         key_tiles((p.len_k + key_rows - 1) / key_rows),
         queries(p.batch * p.heads_q * query_tiles),
-        keys(p.batch * p.heads_kv * key_tiles) {}
+        keys(p.batch * p.heads_kv * key_tiles) {
+    if (p.query_layout == QueryLayout::kPacked) {
+      query_tiles = p.total_q == 0 ? 0 : slot_count(p.total_q, query_rows, p.batch);
+      queries = p.heads_q * query_tiles;
+    }
+    if (p.key_layout == KeyLayout::kPacked) {
+      key_tiles = p.total_k == 0 ? 0 : slot_count(p.total_k, key_rows, p.batch);
+      keys = p.heads_kv * key_tiles;
+    }
+  }
   constexpr int64_t all() const { return queries + keys; }
 };
 
-// What a block meets of the other side: tiles of keys, or of each head's queries.
-struct MetTiles {
-  int32_t begin, end;
-  // Tiles of keys that every query of the block sees whole, or of queries that see every key of it.
-  int32_t full_begin, full_end;
+// slot_tile() of packed keys.
+constexpr SlotTile key_slot(const AttentionArgs& a, int32_t tile_rows, int32_t slot) {
+  AttentionArgs keys{};  // as if they were queries
+  keys.query_offsets = a.key_offsets;
+  keys.total_q = a.total_k;
+  keys.batch = a.batch;
+  return slot_tile(keys, {1, tile_rows}, slot);
+}
 
-  constexpr MetTiles(const AttentionArgs& a, const Sequence& sequence, Side side, int32_t first,
-                     int32_t rows, int tile_columns) {
-    if (side == Side::kQueries) {
-      const KeyTiles keys = key_tiles(a, sequence, first, first + rows - 1, tile_columns);
-      begin = keys.begin;
-      end = keys.end;
-      full_begin = keys.full_begin;
-      full_end = keys.full_end;
-    } else {
-      const Queries queries = queries_that_see(a, sequence, {first, first + rows});
-      begin = queries.begin / tile_columns;
-      end = queries.empty() ? begin : (queries.end + tile_columns - 1) / tile_columns;
-      // Queries past the last one are nobody's: their tile may be full.
-      const Queries whole = queries_that_see_all(a, sequence, {first, first + rows});
-      full_begin = (whole.begin + tile_columns - 1) / tile_columns;
-      full_end = whole.end == sequence.len_q ? end : whole.end / tile_columns;
-      if (whole.empty() || a.mask_kind != MaskKind::kNone) full_begin = full_end = begin;
-    }
-  }
+// The rows of one side of a sequence.
+struct SideRows {
+  int32_t batch_idx;  // index into the tensors' first dimension
+  int32_t first;      // index of its first token there
+  int32_t length;
+  bool is_packed;
 };
 
-// What a block works on. Blocks are counted in an order that begins with the longest of a head:
-// with causal its last queries, or its first keys.
+// What a block works on: queries or keys of a sequence. Blocks are counted in an order that begins
+// with the longest of a head and sequence: with causal its last queries, or its first keys.
+//
+// The order of the fields counts, as that of AttentionArgs does: where head and first were loaded
+// together, sm90_backward spilled a register.
 struct BackwardItem {
-  int32_t batch_idx, head;  // a query head, or a kv head
-  int32_t first, rows;      // of the block's side
-  Keys present;
-  int32_t begin, end;  // tiles of the other side: of keys, or of each head's queries
+  Sequence sequence;
+  int32_t keys;         // of the sequence, absent ones too
+  int32_t head;         // a query head, or a kv head
+  int32_t first, rows;  // of the block's side, in the sequence; no rows: there is nothing to do
+  int32_t begin, end;   // tiles of the other side: of keys, or of each head's queries
   // Tiles of keys that every query of the block sees whole, or of queries that see every key of it.
   int32_t full_begin, full_end;
-
-  constexpr Sequence sequence(const AttentionArgs& a) const {
-    return dense_sequence(a, batch_idx, present);
-  }
-  constexpr bool is_full(int32_t tile) const { return tile >= full_begin && tile < full_end; }
 
   constexpr BackwardItem(const GradientArgs& args, Side side, int32_t tiles, int32_t index,
                          int tile_rows, int tile_columns) {
     const AttentionArgs& a = args.attention;
-    const int32_t heads = side == Side::kQueries ? a.heads_q : args.heads_kv;
-    const int32_t length = side == Side::kQueries ? a.len_q : a.len_k;
+    const bool is_of_queries = side == Side::kQueries;
+    const int32_t heads = is_of_queries ? a.heads_q : args.heads_kv;
     const int32_t all_heads = index / tiles;
-    const int32_t tile = index - all_heads * tiles;
-    batch_idx = all_heads / heads;
-    head = all_heads - batch_idx * heads;
-    first = (side == Side::kQueries ? tiles - 1 - tile : tile) * tile_rows;
+    SlotTile at{all_heads / heads, index - all_heads * tiles};
+    head = all_heads - at.batch_idx * heads;
+    if (is_of_queries && a.query_offsets != nullptr) at = slot_tile(a, {1, tile_rows}, at.tile);
+    if (!is_of_queries && a.key_offsets != nullptr) at = key_slot(a, tile_rows, at.tile);
+    sequence = sequence_at(a, at.batch_idx);
+    keys = own_keys<int32_t>(a, at.batch_idx);
+    const int32_t length = is_of_queries ? sequence.len_q : keys;
+    if (is_of_queries) at.tile = (length + tile_rows - 1) / tile_rows - 1 - at.tile;
+    first = at.tile * tile_rows;
     rows = tile_rows < length - first ? tile_rows : length - first;
-    present = dense_keys(a, batch_idx);
-    const MetTiles met(a, sequence(a), side, first, rows, tile_columns);
-    begin = met.begin;
-    end = met.end;
-    full_begin = met.full_begin;
-    full_end = met.full_end;
+    if (first < 0) rows = 0;
+    begin = end = full_begin = full_end = 0;
+    if (rows <= 0) return;
+    if (is_of_queries) {
+      const KeyTiles met = key_tiles(a, sequence, first, first + rows - 1, tile_columns);
+      begin = met.begin;
+      end = met.end;
+      full_begin = met.full_begin;
+      full_end = met.full_end;
+    } else {
+      const Queries met = queries_that_see(a, sequence, {first, first + rows});
+      begin = met.begin / tile_columns;
+      end = met.empty() ? begin : (met.end + tile_columns - 1) / tile_columns;
+      // Queries past a tensor's last one are nobody's: their tile may be full. Past a packed
+      // sequence's they are the next one's.
+      const Queries whole = queries_that_see_all(a, sequence, {first, first + rows});
+      full_begin = (whole.begin + tile_columns - 1) / tile_columns;
+      const bool is_to_the_end = whole.end == sequence.len_q && a.query_offsets == nullptr;
+      full_end = is_to_the_end ? end : whole.end / tile_columns;
+      if (whole.empty() || a.mask_kind != MaskKind::kNone) full_begin = full_end = begin;
+    }
+  }
+
+  constexpr bool is_full(int32_t tile) const { return tile >= full_begin && tile < full_end; }
+  constexpr SideRows rows_of(const AttentionArgs& a, Side side) const {
+    if (side == Side::kQueries) {
+      return {sequence.query_batch, sequence.first_query, sequence.len_q,
+              a.query_offsets != nullptr};
+    }
+    return {sequence.key_batch, sequence.first_key, keys, a.key_offsets != nullptr};
+  }
+
+  // The rows of the other side that a block of `side` sums; others may hold anything.
+  constexpr Keys met_rows(Side side) const {
+    return side == Side::kQueries ? sequence.present : Keys{0, sequence.len_q};
+  }
+  // Whether TMA brings others with rows [first, first + count): absent keys, or rows of the next
+  // packed sequence. What lies past a tensor it makes 0. Never of a full tile.
+  constexpr bool brings_others(const AttentionArgs& a, Side side, int32_t first,
+                               int32_t count) const {
+    const Keys met = met_rows(side);
+    const SideRows of = rows_of(a, side == Side::kQueries ? Side::kKeys : Side::kQueries);
+    const int32_t end = first + count;
+    return first < met.begin || (of.is_packed || end < of.length ? end : of.length) > met.end;
   }
 };
+static_assert(sizeof(BackwardItem) <= 64, "tiles.h of the kernels leaves it so many bytes");
 
 }  // namespace wh::cuda

@@ -20,7 +20,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
   using Memory = BackwardMemory<kSide, kDimQk, kDimV, T, kMemory>;
   using Memory::a_, Memory::args_, Memory::g_, Memory::item_, Memory::place_;
   using Memory::begin, Memory::has_tile, Memory::step, Memory::load_own, Memory::load_tile;
-  using Memory::key_offset, Memory::query_offset, Memory::row_index;
+  using Memory::key_offset, Memory::query_offset;
   using Memory::kIsKeys, Memory::kColumns, Memory::kGroups, Memory::kQueryRows;
   using Memory::meet_copies, Memory::staged, Memory::clean, Memory::no_row;
   using Memory::s_own_qk_, Memory::s_own_v_, Memory::s_qk_, Memory::s_v_;
@@ -31,7 +31,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
   using Memory::kTile;
 
   __device__ __forceinline__ BackwardBlock(const PortableBackwardArgs& args,
-                                           const PortableItem& item, unsigned char* s_memory)
+                                           const BackwardItem& item, unsigned char* s_memory)
       : Memory(args, item, s_memory),
         scale_log2_((g_.scores == Scores::kPlain ? a_.scale : 1) * kLog2E) {
     warp_row_ = threadIdx.x / 32 / kGroups * 16;
@@ -101,7 +101,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
-        to.log_sum_exp = a_.log_sum_exp[row_index(item_.head, query)];
+        to.log_sum_exp = a_.log_sum_exp[row_number(a_, item_.sequence, item_.head, query)];
         to.delta = delta;
         to.seen = score_row(a_, item_.sequence, item_.head, query);
         if (to.log_sum_exp == kEmptyRowLogSumExp) {
@@ -128,7 +128,7 @@ class BackwardBlock : public BackwardMemory<kSide, kDimQk, kDimV, T, kMemory> {
   }
   __device__ __forceinline__ void store_row(int row, const QueryRow& from,
                                             float sink_weight) const {
-    const int64_t i = row_index(item_.head, item_.first + row);
+    const int64_t i = row_number(a_, item_.sequence, item_.head, item_.first + row);
     args_.rows.base[i] = from.base;
     args_.rows.shift[i] = from.shift;
     args_.rows.delta[i] = from.delta;

@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   if (args.only_if != nullptr && *args.only_if == 0) return;
   using Block = portable::BackwardBlock<kSide, kDimQk, kDimV, T, kMemory>;
   extern __shared__ __align__(16) unsigned char s_memory[];
-  auto* item = reinterpret_cast<PortableItem*>(s_memory);
+  auto* item = reinterpret_cast<BackwardItem*>(s_memory);
   if (threadIdx.x == 0) {
-    *item = PortableItem(args.gradients, kSide, args.tiles,
+    *item = BackwardItem(args.gradients, kSide, args.tiles,
                          args.first_item + static_cast<int32_t>(blockIdx.x), Block::kTile.rows,
                          Block::kTile.columns);
   }

@@ -4,7 +4,6 @@
 #include "core/status.h"
 #include "cuda/gradients/gradients.h"
 #include "cuda/gradients/items.h"
-#include "cuda/portable/backward/item.h"
 #include "cuda/portable/backward/tiles.h"
 
 namespace wh {
@@ -24,8 +23,6 @@ struct PortableBackwardArgs {
   int32_t first_item;      // of this launch
   const int32_t* only_if;  // blocks do nothing where it points to 0; null: they work
 };
-
-static_assert(sizeof(PortableItem) <= kBackwardItemBytes);
 
 // The kernels compiled for these; instance.cu.in defines them.
 template <Side kSide, int kDimQk, int kDimV, Dtype kDtype, SharedMemory kMemory>

@@ -35,7 +35,7 @@ class BackwardMemory {
   static constexpr int kQueryRows = kIsKeys ? kTile.stages * kColumns : kTile.rows;
 
   __device__ __forceinline__ BackwardMemory(const PortableBackwardArgs& args,
-                                            const PortableItem& item, unsigned char* s_memory)
+                                            const BackwardItem& item, unsigned char* s_memory)
       : args_(args), g_(args.gradients), a_(args.gradients.attention), item_(item) {
     s_rows_ = reinterpret_cast<QueryRow*>(s_memory + kBackwardItemBytes);
     auto* next = reinterpret_cast<T*>(s_rows_ + kQueryRows);
@@ -160,11 +160,6 @@ class BackwardMemory {
   static __device__ __forceinline__ QueryRow no_row() {
     return {0, INFINITY, 0, -INFINITY, {0, 0, nullptr}};
   }
-  __device__ __forceinline__ int64_t row_index(int32_t head, int32_t query) const {
-    const Sequence& of = item_.sequence;
-    return wh::row_index(a_.query_layout(), a_.heads_q, a_.len_q, of.query_batch, head,
-                         of.first_query + query);
-  }
   // The streamed queries.
   __device__ __forceinline__ void fetch_rows(int stage, int32_t first) {
     const auto thread = static_cast<int>(threadIdx.x);
@@ -172,7 +167,7 @@ class BackwardMemory {
     const int32_t query = first + thread;
     QueryRow row = no_row();
     if (query < item_.sequence.len_q) {
-      const int64_t i = row_index(place_.head, query);
+      const int64_t i = row_number(a_, item_.sequence, place_.head, query);
       row.base = args_.rows.base[i];
       row.shift = args_.rows.shift[i];
       row.delta = args_.rows.delta[i];
@@ -203,7 +198,7 @@ class BackwardMemory {
   const PortableBackwardArgs& args_;
   const GradientArgs& g_;
   const AttentionArgs& a_;
-  const PortableItem& item_;          // in shared memory
+  const BackwardItem& item_;          // in shared memory
   QueryRow* s_rows_;                  // own ones, or those of the stages
   SharedRows<T> s_own_qk_, s_own_v_;  // q and d_out, or k and v
   SharedRows<T> s_qk_, s_v_;          // the other side's

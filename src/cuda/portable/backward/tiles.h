@@ -10,7 +10,7 @@
 namespace wh::cuda {
 
 constexpr int kBackwardThreads = 256;
-constexpr int kBackwardItemBytes = 64;      // of a block's PortableItem
+constexpr int kBackwardItemBytes = 64;      // of a block's BackwardItem
 constexpr int kBackwardQueryRowBytes = 32;  // of a QueryRow
 
 struct BackwardTile {

@@ -22,16 +22,18 @@ struct SideTensor {
   const char* name;
   const void* data;
   const Strides& stride;
-  int64_t heads, length, dim;
+  Storage stored;
+  int64_t heads, dim;
 };
 Result<CUtensorMap> panel_map(const Problem& p, const SideTensor& tensor, int32_t rows) {
   const Strides& stride = tensor.stride;
-  return make_tensor_map(tensor.data, {tensor.name,
-                                       p.dtype_q,
-                                       4,
-                                       {tensor.dim, tensor.length, tensor.heads, p.batch},
-                                       {1, stride[2], stride[1], stride[0]},
-                                       {kPanelColumns, rows, 1, 1}});
+  return make_tensor_map(tensor.data,
+                         {tensor.name,
+                          p.dtype_q,
+                          4,
+                          {tensor.dim, tensor.stored.length, tensor.heads, tensor.stored.batch},
+                          {1, stride[2], stride[1], stride[0]},
+                          {kPanelColumns, rows, 1, 1}});
 }
 
 struct SideTensors {
@@ -39,11 +41,13 @@ struct SideTensors {
 };
 SideTensors tensors_of(Side side, const Problem& p, const Tensors& t) {
   if (side == Side::kQueries) {
-    return {{"q", t.q, p.stride_q, p.heads_q, p.len_q, p.dim_qk},
-            {"d_out", t.d_out, p.stride_d_out, p.heads_q, p.len_q, p.dim_v}};
+    const Storage stored = query_storage(p);
+    return {{"q", t.q, p.stride_q, stored, p.heads_q, p.dim_qk},
+            {"d_out", t.d_out, p.stride_d_out, stored, p.heads_q, p.dim_v}};
   }
-  return {{"k", t.k, p.stride_k, p.heads_kv, p.len_k, p.dim_qk},
-          {"v", t.v, p.stride_v, p.heads_kv, p.len_k, p.dim_v}};
+  const Storage stored = key_storage(p);
+  return {{"k", t.k, p.stride_k, stored, p.heads_kv, p.dim_qk},
+          {"v", t.v, p.stride_v, stored, p.heads_kv, p.dim_v}};
 }
 
 // Without rows on the other side its maps are never read.
@@ -56,7 +60,7 @@ Result<GradientMaps> gradient_maps(Side side, GradientTile tile, const Problem& 
   const Result<CUtensorMap> own_v = panel_map(p, own.v, tile.rows);
   if (!own_v.ok()) return own_v.status();
   GradientMaps maps{*own_qk, *own_v, *own_qk, *own_v};
-  if (past.qk.length == 0) return maps;
+  if (past.qk.stored.length == 0) return maps;
   const Result<CUtensorMap> qk = panel_map(p, past.qk, tile.columns);
   if (!qk.ok()) return qk.status();
   const Result<CUtensorMap> v = panel_map(p, past.v, tile.columns);
@@ -68,11 +72,11 @@ Result<GradientMaps> gradient_maps(Side side, GradientTile tile, const Problem& 
 
 Status check_gradient_alignment(const Problem& p, const Tensors& t) {
   WH_RETURN_IF_ERROR(check_alignment(p, t));
-  if (p.len_q > 0) {
+  if (query_storage(p).length > 0) {
     WH_RETURN_IF_ERROR(check_alignment("d_out", t.d_out, 16));
     WH_RETURN_IF_ERROR(check_alignment("dq", t.dq, 8));
   }
-  if (p.len_k == 0) return {};
+  if (key_storage(p).length == 0) return {};
   WH_RETURN_IF_ERROR(check_alignment("dk", t.dk, 8));
   return check_alignment("dv", t.dv, 8);
 }

@@ -32,6 +32,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/backward/absent_rows.cuh"
 #include "cuda/sm90/backward/kernel.h"
 #include "cuda/sm90/backward/weights.cuh"
 #include "cuda/sm90/common/products.cuh"
@@ -75,7 +76,7 @@ struct GradientBlock {
   static_assert(kMemory.barrier_offset + kBarriers * 8 <= kMemory.bytes);
 
   // Named barriers; 0 is __syncthreads().
-  static constexpr int kCleanBarrier = 1;
+  static constexpr int kCleaned = 1;
   static constexpr int kWeightsFull = 2, kWeightsFree = 3;
 
   const GradientMaps& maps;
@@ -147,27 +148,30 @@ struct GradientBlock {
 
   __device__ __forceinline__ void produce() const {
     ptx::mbarrier_expect(barrier(kOwnFull), kMemory.own_qk_bytes + kMemory.own_v_bytes);
-    load<kMemory.panels_qk, kRows>(maps.own_qk, s_own_qk, kOwnFull, item.first, item.head);
-    load<kMemory.panels_v, kRows>(maps.own_v, s_own_v(), kOwnFull, item.first, item.head);
+    const SideRows own = item.rows_of(attention(), kSide);
+    load<kMemory.panels_qk, kRows>(maps.own_qk, s_own_qk, kOwnFull, own, item.first, item.head);
+    load<kMemory.panels_v, kRows>(maps.own_v, s_own_v(), kOwnFull, own, item.first, item.head);
+    const SideRows past = item.rows_of(attention(), kIsKeys ? Side::kQueries : Side::kKeys);
     Ring<kStages> ring;
     walk([&](int32_t head, int32_t tile) {
-      const int32_t first = tile * kColumns;
+      const int32_t row = tile * kColumns;
       ptx::mbarrier_wait(barrier(kQkFree + ring.slot), ring.parity ^ 1);
       ptx::mbarrier_expect(barrier(kQkFull + ring.slot), kMemory.qk_bytes);
-      load<kMemory.panels_qk, kColumns>(maps.qk, s_qk(ring.slot), kQkFull + ring.slot, first, head);
+      load<kMemory.panels_qk, kColumns>(maps.qk, s_qk(ring.slot), kQkFull + ring.slot, past, row,
+                                        head);
       ptx::mbarrier_wait(barrier(kVFree + ring.slot), ring.parity ^ 1);
       ptx::mbarrier_expect(barrier(kVFull + ring.slot), kMemory.v_bytes);
-      load<kMemory.panels_v, kColumns>(maps.v, s_v(ring.slot), kVFull + ring.slot, first, head);
+      load<kMemory.panels_v, kColumns>(maps.v, s_v(ring.slot), kVFull + ring.slot, past, row, head);
       ring.next();
     });
   }
   template <int kPanels, int kPanelRows>
-  __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, int full, int32_t first,
-                                       int32_t head) const {
+  __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, int full,
+                                       const SideRows& of, int32_t row, int32_t head) const {
 #pragma unroll 1
     for (int i = 0; i < kPanels; ++i) {
       ptx::tma_load_4d(to + i * panel_bytes(kPanelRows), &map, barrier(full), i * kPanelColumns,
-                       first, head, item.batch_idx);
+                       of.first + row, head, of.batch_idx);
     }
   }
 
@@ -229,22 +233,20 @@ struct GradientBlock {
     }
   };
 
-  // Keys of the tile that are there in memory but absent: a NaN must not meet their weights of 0.
-  // All consumers together, before any of them multiplies. What lies past the tensor TMA has made
-  // 0.
-  __device__ __forceinline__ void clear_absent_keys(int32_t tile, int stage) const {
-    const Keys present = item.present;
+  // What TMA brought beside the rows to sum; a full tile has none. With roles the first one does
+  // it, before it hands over the weights: the other spilled a register.
+  static constexpr int kClearingThreads = kTile.has_roles ? 128 : kConsumerThreads;
+  __device__ __forceinline__ void clear_qk(int32_t tile, int stage) const {
+    clear(tile, kMemory.qk_offset + stage * kMemory.qk_bytes, kMemory.qk_bytes);
+  }
+  __device__ __forceinline__ void clear_v(int32_t tile, int stage) const {
+    clear(tile, kMemory.v_offset + stage * kMemory.v_bytes, kMemory.v_bytes);
+  }
+  __device__ __forceinline__ void clear(int32_t tile, int offset, int bytes) const {
     const int32_t first = tile * kColumns;
-    if (first >= present.begin && min(first + kColumns, attention().len_k) <= present.end) return;
-    auto* chunks =
-        reinterpret_cast<uint4*>(s_memory + kMemory.qk_offset + stage * kMemory.qk_bytes);
-#pragma unroll 1
-    for (int i = threadIdx.x - 128; i < kMemory.qk_bytes / 16; i += kConsumerThreads) {
-      const int32_t key = first + i / 8 % kColumns;
-      if (key < present.begin || key >= present.end) chunks[i] = make_uint4(0, 0, 0, 0);
-    }
-    ptx::async_proxy_fence();
-    ptx::named_sync(kCleanBarrier, kConsumerThreads);
+    if (!item.brings_others(attention(), kSide, first, kColumns)) return;
+    clear_absent_rows<kColumns, kClearingThreads>(s_memory + offset, bytes, first,
+                                                  item.met_rows(kSide), kCleaned);
   }
 
   // Owns 64 rows: sums of dq, or of dk and dv.
@@ -265,10 +267,11 @@ struct GradientBlock {
       float2 shifts[Weights::kNumbers], deltas[Weights::kNumbers];
       const int stage = stages.ring.slot;
       stages.wait(kQkFull);
-      if constexpr (!kIsKeys && kHides) block.clear_absent_keys(tile, stage);
+      if constexpr (kHides) block.clear_qk(tile, stage);
       stages.begin_scores(s, weights.first_row);
       weights.read(shifts, block.queries(stage).shifts());
       stages.wait(kVFull);
+      if constexpr (kIsKeys && kHides) block.clear_v(tile, stage);
       stages.begin_products(d, weights.first_row);
       ptx::wgmma_wait<1>();
       ptx::keep(s);
@@ -336,14 +339,17 @@ struct GradientBlock {
       float s[kColumns / 2];
       uint32_t r_p[kColumns / 4];
       float2 shifts[Weights::kNumbers];
+      const int stage = stages.ring.slot;
       stages.wait(kQkFull);
+      if constexpr (kHides) block.clear_qk(tile, stage);
       stages.begin_scores(s, 0);
-      weights.read(shifts, block.queries(stages.ring.slot).shifts());
+      weights.read(shifts, block.queries(stage).shifts());
       ptx::wgmma_wait<0>();
       ptx::keep(s);
-      weights.template weigh<kHides>(s, r_p, shifts, tile, stages.ring.slot);
+      weights.template weigh<kHides>(s, r_p, shifts, tile, stage);
       stages.release(kQkFree);
       stages.wait(kVFull);
+      if constexpr (kHides) block.clear_v(tile, stage);
       stages.template begin_sums<kDimV>(r_v, r_p, stages.v());
       if (has_written) ptx::named_sync(kWeightsFree, kConsumerThreads);
 #pragma unroll
@@ -439,6 +445,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     block.init_barriers();
   }
   __syncthreads();
+  if (item->rows <= 0) return;
   // Shuffled, so that the compiler knows it to be the same for the warp.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

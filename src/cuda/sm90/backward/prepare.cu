@@ -54,15 +54,49 @@ __device__ __forceinline__ float dot(uint32_t x, uint32_t y, float sum) {
   return fmaf(a.y, b.y, fmaf(a.x, b.x, sum));
 }
 
+// A query, or a key, of one head.
+struct RowPlace {
+  Sequence sequence;
+  int32_t head, token;  // index into a tensor's third dimension
+};
+
+// The `i`-th of dense tensors, [batch, heads, length], or of packed ones, [tokens, heads]; a token
+// of no sequence is outside of that which is given.
+__device__ __forceinline__ RowPlace row_place(const AttentionArgs& a, const int32_t* offsets,
+                                              int32_t heads, int32_t length, int64_t i) {
+  const int64_t all = i / (offsets == nullptr ? length : heads);
+  if (offsets == nullptr) {
+    const auto all_heads = static_cast<int32_t>(all);
+    const int32_t batch_idx = all_heads / heads;
+    return {sequence_at(a, batch_idx), all_heads - batch_idx * heads,
+            static_cast<int32_t>(i - all * length)};
+  }
+  const auto token = static_cast<int32_t>(all);
+  int32_t batch_idx = 0;
+  for (int32_t end = a.batch; end - batch_idx > 1;) {
+    const int32_t middle = batch_idx + (end - batch_idx) / 2;
+    if (offsets[middle] <= token) {
+      batch_idx = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return {sequence_at(a, batch_idx), static_cast<int32_t>(i - all * heads), token};
+}
+
 // Returns whether the row is unusual.
 template <typename T>
 __device__ __forceinline__ bool prepare_row(const GradientArgs& args, const BackwardRows& rows,
-                                            int32_t all_heads, int32_t query) {
+                                            int64_t row) {
   const AttentionArgs& a = args.attention;
-  const int32_t batch_idx = all_heads / a.heads_q, head = all_heads - batch_idx * a.heads_q;
-  const T* out = row_at<T>(a.out, a.stride_out, batch_idx, head, query);
-  const T* d_out = row_at<T>(args.d_out, args.stride_d_out, batch_idx, head, query);
-  uint32_t bad = not_finite_in(row_at<T>(args.q, args.stride_q, batch_idx, head, query), a.dim_qk);
+  const RowPlace at = row_place(a, a.query_offsets, a.heads_q, a.len_q, row);
+  const Sequence& of = at.sequence;
+  const int32_t head = at.head, token = at.token;
+  if (token < of.first_query || token >= of.first_query + of.len_q) return false;
+  const T* out = row_at<T>(a.out, a.stride_out, of.query_batch, head, token);
+  const T* d_out = row_at<T>(args.d_out, args.stride_d_out, of.query_batch, head, token);
+  uint32_t bad =
+      not_finite_in(row_at<T>(args.q, args.stride_q, of.query_batch, head, token), a.dim_qk);
   float delta = 0;
   for (int32_t d = threadIdx.x % 32 * kLaneElements; d < a.dim_v; d += 32 * kLaneElements) {
     const uint2 x = load_four(d_out, d), y = load_four(out, d);
@@ -71,7 +105,6 @@ __device__ __forceinline__ bool prepare_row(const GradientArgs& args, const Back
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
-  const int64_t row = static_cast<int64_t>(all_heads) * a.len_q + query;
   const float log_sum_exp = a.log_sum_exp[row];
   const bool is_empty = log_sum_exp == kEmptyRowLogSumExp;
   if (threadIdx.x % 32 == 0) {
@@ -88,35 +121,34 @@ __device__ __forceinline__ bool prepare_row(const GradientArgs& args, const Back
 }
 
 template <typename T>
-__device__ __forceinline__ bool is_unusual_key(const GradientArgs& args, int32_t all_heads,
-                                               int32_t key) {
+__device__ __forceinline__ bool is_unusual_key(const GradientArgs& args, int64_t i) {
   const AttentionArgs& a = args.attention;
-  const int32_t batch_idx = all_heads / args.heads_kv;
-  const int32_t head = all_heads - batch_idx * args.heads_kv;
-  const Keys present = dense_keys(a, batch_idx);
-  if (key < present.begin || key >= present.end) return false;
-  const T* k = row_at<T>(args.k, args.stride_k, batch_idx, head, key);
-  const T* v = row_at<T>(a.v, a.stride_v, batch_idx, head, key);
+  const RowPlace at = row_place(a, a.key_offsets, args.heads_kv, a.len_k, i);
+  const Sequence& of = at.sequence;
+  const int32_t key = at.token - of.first_key;
+  if (key < of.present.begin || key >= of.present.end) return false;
+  const T* k = row_at<T>(args.k, args.stride_k, of.key_batch, at.head, at.token);
+  const T* v = row_at<T>(a.v, a.stride_v, of.key_batch, at.head, at.token);
   return (not_finite_in(k, a.dim_qk) | not_finite_in(v, a.dim_v)) != 0;
+}
+
+__device__ __forceinline__ int64_t tokens(const int32_t* offsets, int32_t total, int32_t batch,
+                                          int32_t length) {
+  return offsets != nullptr ? total : int64_t{batch} * length;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     prepare_gradients(const GradientArgs args, const BackwardRows rows, int32_t* is_unusual) {
   const AttentionArgs& a = args.attention;
-  const int64_t queries = static_cast<int64_t>(a.batch) * a.heads_q * a.len_q;
-  const int64_t keys = static_cast<int64_t>(a.batch) * args.heads_kv * a.len_k;
+  const int64_t queries = tokens(a.query_offsets, a.total_q, a.batch, a.len_q) * a.heads_q;
+  const int64_t keys = tokens(a.key_offsets, a.total_k, a.batch, a.len_k) * args.heads_kv;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
   bool found = false;
 #pragma unroll 1
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
        i < queries + keys; i += warps) {
-    const int64_t at = i < queries ? i : i - queries;
-    const int32_t length = i < queries ? a.len_q : a.len_k;
-    const auto all_heads = static_cast<int32_t>(at / length);
-    const auto index = static_cast<int32_t>(at - static_cast<int64_t>(all_heads) * length);
-    found |= i < queries ? prepare_row<T>(args, rows, all_heads, index)
-                         : is_unusual_key<T>(args, all_heads, index);
+    found |= i < queries ? prepare_row<T>(args, rows, i) : is_unusual_key<T>(args, i - queries);
   }
   if (found) *is_unusual = 1;  // every writer writes the same
 }

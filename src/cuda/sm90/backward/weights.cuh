@@ -46,10 +46,9 @@ struct GradientQueries {
 #pragma unroll
     for (int column = threadIdx.x % 32; column < kColumns; column += 32) {
       const int32_t query = tile * kColumns + column;
-      const bool exists = query < a.len_q;
-      const int64_t row =
-          (static_cast<int64_t>(item.batch_idx) * a.heads_q + head) * a.len_q + query;
-      const ScoreRow seen = score_row(a, item.sequence(a), head, min(query, a.len_q - 1));
+      const bool exists = query < item.sequence.len_q;
+      const int64_t row = row_number(a, item.sequence, head, query);
+      const ScoreRow seen = score_row(a, item.sequence, head, min(query, item.sequence.len_q - 1));
       shift()[column] = exists ? args.rows.shift[row] : INFINITY;
       delta()[column] = exists ? args.rows.delta[row] : 0.0f;
       first_key()[column] = seen.first_key;
@@ -86,12 +85,11 @@ struct GradientWeights {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int32_t query = own_row(r);
-        const bool exists = query < a.len_q;
-        const int64_t row =
-            (static_cast<int64_t>(item.batch_idx) * a.heads_q + item.head) * a.len_q + query;
+        const bool exists = query < item.sequence.len_q;
+        const int64_t row = row_number(a, item.sequence, item.head, query);
         shift[r] = exists ? block.args.rows.shift[row] : INFINITY;
         delta[r] = exists ? block.args.rows.delta[row] : 0.0f;
-        seen[r] = score_row(a, item.sequence(a), item.head, min(query, a.len_q - 1));
+        seen[r] = score_row(a, item.sequence, item.head, min(query, item.sequence.len_q - 1));
       }
     }
   }
@@ -201,12 +199,13 @@ struct GradientWeights {
   __device__ __forceinline__ void store(const float (&sums)[kCount], float scale, void* data,
                                         const int64_t (&stride)[4], int32_t dim,
                                         int32_t first_column = 0) const {
-    const int32_t end = kIsKeys ? block.attention().len_k : block.attention().len_q;
+    const SideRows of =
+        block.item.rows_of(block.attention(), kIsKeys ? Side::kKeys : Side::kQueries);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      T* row = static_cast<T*>(data) + block.item.batch_idx * stride[0] +
-               block.item.head * stride[1] + own_row(r) * stride[2] + first_column;
-      store_sums(sums, r, row, own_row(r) < end ? dim - first_column : 0, scale);
+      T* row = static_cast<T*>(data) + of.batch_idx * stride[0] + block.item.head * stride[1] +
+               (of.first + own_row(r)) * stride[2] + first_column;
+      store_sums(sums, r, row, own_row(r) < of.length ? dim - first_column : 0, scale);
     }
   }
 };

@@ -6,6 +6,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/backward/absent_rows.cuh"
 #include "cuda/sm90/backward/weights.cuh"
 #include "cuda/sm90/backward_wide/kernel.h"
 #include "cuda/sm90/common/query_rows.cuh"
@@ -135,25 +136,14 @@ struct WideGradientBlock {
     return {place.head + 1, item.begin};
   }
 
-  // Whether the tile has keys that are there in memory but absent: a NaN must not meet their
-  // gradients of 0. What lies past the tensor TMA has made 0.
-  __device__ __forceinline__ bool has_absent_keys(int32_t tile) const {
-    if constexpr (kIsKeys) return false;
-    const int32_t first = tile * kColumns;
-    return first < item.present.begin ||
-           min(first + kColumns, attention().len_k) > item.present.end;
+  __device__ __forceinline__ bool brings_others(int32_t tile) const {
+    return item.brings_others(attention(), side_of(kOf), tile * kColumns, kColumns);
   }
-  template <int kCleaned>
-  __device__ __forceinline__ void clear_absent_keys(int slot, int32_t tile) const {
-    auto* chunks =
-        reinterpret_cast<uint4*>(s_memory + kMemory.ring_offset + slot * kWideGradientSlotBytes);
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; i < kWideGradientSlotBytes / 16; i += 128) {
-      const int32_t key = tile * kColumns + i / 8;
-      if (key < item.present.begin || key >= item.present.end) chunks[i] = make_uint4(0, 0, 0, 0);
-    }
-    ptx::async_proxy_fence();
-    ptx::named_sync(kCleaned, 128);
+  // Of a slot, by the consumer whose ring it is in.
+  __device__ __forceinline__ void clear_others(int slot, int32_t tile, int cleaned) const {
+    clear_absent_rows<kColumns, 128>(s_memory + kMemory.ring_offset + slot * kWideGradientSlotBytes,
+                                     kWideGradientSlotBytes, tile * kColumns,
+                                     item.met_rows(side_of(kOf)), cleaned);
   }
 };
 

@@ -78,7 +78,7 @@ struct WideConsumer {
                                                             slot_descriptor());
   }
   __device__ __forceinline__ void sum(uint32_t (&factors)[kColumns / 4], int32_t tile) {
-    if (block.has_absent_keys(tile)) {
+    if (block.brings_others(tile)) {
       sum_panels<true>(factors, tile);
     } else {
       sum_panels<false>(factors, tile);
@@ -91,7 +91,7 @@ struct WideConsumer {
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
       wait_slot();
-      if constexpr (kCleans) block.template clear_absent_keys<kCleaned>(ring.slot, tile);
+      if constexpr (kCleans) block.clear_others(ring.slot, tile, kCleaned);
       issue_sum(i, factors);
       if (i > 0) {
         ptx::wgmma_wait<1>();
@@ -191,7 +191,7 @@ struct WideLeft : WideLeftBase<Block> {
   __device__ __forceinline__ void next_tile(int32_t tile, int32_t last) {
     float s[kColumns / 2];
     if constexpr (Block::kIsDv) {
-      next_weights<kHides>(s, tile);
+      next_weights<kHides>(s, tile, last);
       ptx::named_sync(Block::kWeightsFree, Block::kConsumerThreads);
       hand_over(s);
     } else {
@@ -204,7 +204,8 @@ struct WideLeft : WideLeftBase<Block> {
   }
   // Weights of a tile while those of the one before are multiplied.
   template <bool kHides>
-  __device__ __forceinline__ void next_weights(float (&s)[kColumns / 2], int32_t tile) {
+  __device__ __forceinline__ void next_weights(float (&s)[kColumns / 2], int32_t tile,
+                                               int32_t last) {
     uint32_t used[kColumns / 4];
 #pragma unroll
     for (int i = 0; i < kColumns / 4; ++i) used[i] = factors[i];
@@ -212,9 +213,11 @@ struct WideLeft : WideLeftBase<Block> {
     this->keep_sums();
     ptx::keep(used);
     int held[Block::kLeftPanels];
+    const bool cleans = block.brings_others(last);
 #pragma unroll
     for (int i = 0; i < Block::kLeftPanels; ++i) {
       this->wait_slot();
+      if (cleans) block.clear_others(ring.slot, last, Block::kLeftCleaned);
       this->issue_sum(i, used);
       held[i] = ring.slot;
       ring.next();

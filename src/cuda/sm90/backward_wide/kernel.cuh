@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     block.init_barriers();
   }
   __syncthreads();
+  if (item->rows <= 0) return;  // of the cluster: both blocks
   ptx::cluster_sync();
   // Shuffled, so that the compiler knows it to be the same for the warp.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);

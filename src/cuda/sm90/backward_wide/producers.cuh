@@ -14,15 +14,17 @@ struct WideFeeder {
 
   __device__ __forceinline__ void load(const CUtensorMap& map, int first_panel, int panels,
                                        typename Block::Place place) {
+    const SideRows past =
+        block.item.rows_of(block.attention(), Block::kIsKeys ? Side::kQueries : Side::kKeys);
+    const int32_t row = past.first + place.tile * Block::kColumns;
 #pragma unroll 1
     for (int i = first_panel; i < first_panel + panels; ++i) {
       const uint32_t full = block.barrier(Block::kSlotFull + ring.slot);
       ptx::mbarrier_wait(block.barrier(Block::kSlotFree + ring.slot), ring.parity ^ 1);
       ptx::mbarrier_expect(full, kWideGradientSlotBytes);
       if (turn == block.rank) {
-        ptx::tma_multicast_4d(block.s_slot(ring.slot), &map, full, i * kPanelColumns,
-                              place.tile * Block::kColumns, place.head, block.item.batch_idx,
-                              Block::kBothBlocks);
+        ptx::tma_multicast_4d(block.s_slot(ring.slot), &map, full, i * kPanelColumns, row,
+                              place.head, past.batch_idx, Block::kBothBlocks);
       }
       turn ^= 1;
       ring.next();
@@ -33,10 +35,12 @@ struct WideFeeder {
 template <int kPanels, typename Block>
 __device__ __forceinline__ void load_own_panels(const Block& block, const CUtensorMap& map,
                                                 uint32_t to) {
+  const SideRows own = block.item.rows_of(block.attention(), side_of(Block::kOf));
 #pragma unroll 1
   for (int i = 0; i < kPanels; ++i) {
     ptx::tma_load_4d(to + i * panel_bytes(Block::kRows), &map, block.barrier(Block::kOwnFull),
-                     i * kPanelColumns, block.item.first, block.item.head, block.item.batch_idx);
+                     i * kPanelColumns, own.first + block.item.first, block.item.head,
+                     own.batch_idx);
   }
 }
 template <typename Block>
