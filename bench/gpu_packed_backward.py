@@ -108,6 +108,12 @@ def varlen(batch: Batch) -> Call:
     return lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
 
 
+def reason(name: str, error: Exception) -> str:
+    """Of a message that names every kernel, this one's line."""
+    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+    return next((line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")), lines[0])[:200]
+
+
 def measure(lengths: list[int], heads: tuple[int, int], dim: int) -> dict[str, Any]:
     batch = Batch(lengths, heads, dim)
     dense = padded(batch)
@@ -122,7 +128,7 @@ def measure(lengths: list[int], heads: tuple[int, int], dim: int) -> dict[str, A
             have = call()
             torch.cuda.synchronize()
         except (RuntimeError, ValueError, NotImplementedError, ImportError, TypeError) as error:
-            refused[name] = (str(error).splitlines() or [repr(error)])[-1].strip()[:200]
+            refused[name] = reason(name, error)
             continue
         if name == "padded":
             have = batch.packed_again(list(have))

@@ -27,7 +27,7 @@ LEAST_CHECKED = {"sm90_prefill": 800, "sm90_prefill_wide": 1000, "sm90_decode": 
 LEAST_CHECKED_IN_ALL = 5000
 # Of the ragged ones: all that each takes.
 LEAST_RAGGED = {"sm90_prefill": 18, "sm90_prefill_wide": 24, "sm90_decode": 24, "cuda_portable": 24}
-LEAST_GRADIENTS = {"sm90_backward": 500, "sm90_backward_wide": 600, "cuda_portable_backward": 2000}
+LEAST_GRADIENTS = {"sm90_backward": 800, "sm90_backward_wide": 900, "cuda_portable_backward": 2000}
 SUITES = ("chunked", "square", "decode-sweep", "full-sweep", "routing-boundary")
 # Median and worst regret, median and worst error of the estimates.
 ROUTING_GOALS = {"median_regret": 1.01, "worst_regret": 1.10, "median_error": 0.15,
