@@ -36,10 +36,10 @@ struct TensorRow {
   int64_t offset, stride, dim;
 
   // Answers with the largest |value|.
-  float fill(RowRandom random, float mean) const {
+  float fill(RowRandom random, float mean, float times = 1) const {
     float largest = 0;
     for (int64_t d = 0; d < dim; ++d) {
-      const float value = mean + random.normal();
+      const float value = times * (mean + random.normal());
       largest = std::max(largest, std::fabs(value));
       put(data, dtype, offset + d * stride, value);
     }
@@ -112,6 +112,13 @@ bool has_extreme_biases(const Input& input) {
   const MaskKind kind = input.problem.mask;
   return input.mask_pattern == MaskPattern::kExtremes &&
          (kind == MaskKind::kAdditiveF32 || kind == MaskKind::kAdditiveQ);
+}
+
+void fill_extreme_query(const TensorRow& to, RowRandom random, RowIndex row) {
+  constexpr float kSizes[] = {0x1p-40f, 1, 0x1p40f};
+  to.fill(random, 0, kSizes[(row.idx + row.head) % 3]);
+  const float odd = row.idx % 16 == 5 ? kInfinity : row.idx % 16 == 11 ? kNan : 0;
+  if (odd != 0) put(to.data, to.dtype, to.offset + row.idx % to.dim * to.stride, odd);
 }
 
 int64_t misalignment(const Input& input) { return input.is_hostile ? 16 : 0; }
@@ -411,7 +418,9 @@ HostTensors::HostTensors(const Input& input)
     const int64_t offset = offset_of(p.stride_q, row.batch_idx, row.head, row.idx, 0);
     const TensorRow to{q.data(), p.dtype_q, offset, p.stride_q[3], p.dim_qk};
     if (has_extreme_biases(input) && !masks_as_programs_do(row.idx)) return to.fill(0);
-    to.fill({input.seed, kOfQ, offset}, 0);
+    const RowRandom random(input.seed, kOfQ, offset);
+    if (input.has_extreme_queries) return fill_extreme_query(to, random, row);
+    to.fill(random, 0);
   });
   fill_mask(input, *this);
   fill_kv(input, *this);

@@ -22,6 +22,8 @@ struct Input {
   std::vector<int32_t> query_offsets, key_offsets, page_table, page_offsets;  // as the layout asks
   MaskPattern mask_pattern = MaskPattern::kRandom;
   bool has_extreme_sinks = false;  // of the sizes of kExtremes
+  // Rows of q are times 2^-40, 1 and 2^40, side by side; some hold an infinity or NaN.
+  bool has_extreme_queries = false;
   float mean_v = 0;
   bool has_visible_nan = false;  // some K and V that rows do see hold NaN
   bool v_is_k = false;           // as Problem::values_in_keys, but the problem does not say so

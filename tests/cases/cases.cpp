@@ -296,6 +296,24 @@ std::vector<Case> corner_cases(Device device) {
       }
     }
   }
+  // Beyond f16, whichever type the products are of. In the second scale the smallest queries tell
+  // keys apart.
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+    for (const int64_t dim : {int64_t{64}, int64_t{128}, int64_t{256}}) {
+      for (const float scale : {1.0f, 0x1p40f}) {
+        Problem p = dense(device, dtype, 6, 2, 70, 300, dim);
+        p.scale = scale / std::sqrt(static_cast<float>(dim));
+        p.quantised_k = Quantised::kE4m3;
+        p.quantised_v = Quantised::kInt8;
+        p.scales_k = Scales::kHead;
+        p.scales_v = dim == 128 ? Scales::kTokenHead : Scales::kTensor;
+        p.wants_log_sum_exp = true;
+        set_dense(p);
+        add(fmt::format("queries of every size over codes, dim {}, scale {}", dim, scale), p)
+            .has_extreme_queries = true;
+      }
+    }
+  }
   // Refused by every CUDA kernel, and taken by the CPU's.
   Problem mixed = dense(device, Dtype::kF32, 4, 2, 40, 200, 64);
   mixed.dtype_kv = Dtype::kF16;

@@ -114,11 +114,12 @@ struct OnlineSoftmax {
     raise(s, tops, scale_log2);
   }
 
-  // Turns the scores that were raised into unnormalised weights.
-  template <int kCount>
+  // Turns the scores that were raised into unnormalised weights, times 2^kLift.
+  template <int kLift = 0, int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      if constexpr (kLift != 0) shift_[r] -= kLift;
       float added = 0;
 #pragma unroll
       for (int i = 0; i < kCount / 4; ++i) {

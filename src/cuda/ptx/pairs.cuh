@@ -25,6 +25,26 @@ __device__ __forceinline__ uint32_t subtract_pairs<__half>(uint32_t a, uint32_t 
   return difference;
 }
 
+// Of pairs of bf16. |pair|, where a number that is not finite becomes NaN, which max_pairs() passes
+// over.
+__device__ __forceinline__ uint32_t finite_magnitudes(uint32_t pair) {
+  uint32_t magnitudes;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(magnitudes)
+      : "r"(pair), "r"(0u), "r"(pair & 0x7fff7fffu));
+  return magnitudes;
+}
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // Four e4m3, the first in the lowest byte, as two pairs of f16. From halves of a register: taken
 // apart in C++ each second pair cost a shift.
 __device__ __forceinline__ uint2 e4m3_to_pairs(uint32_t word) {

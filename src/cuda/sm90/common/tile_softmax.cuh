@@ -38,10 +38,10 @@ struct TileSoftmax {
     online.raise(s, scale_log2);
   }
 
-  // The second half: the weights.
-  template <int kCount>
+  // The second half: the weights, times 2^kLift.
+  template <int kLift = 0, int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount]) {
-    online.weigh(s, scale_log2);
+    online.weigh<kLift>(s, scale_log2);
   }
   template <int kCount>
   static __device__ __forceinline__ void pack(const float (&s)[kCount], uint32_t (&p)[kCount / 2]) {
@@ -55,6 +55,14 @@ struct TileSoftmax {
     if (!online.corrects()) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) o[i] *= online.correction[i / 2 % 2];
+  }
+
+  // Takes 2^kLift out of the sums of weights again. Those of V keep it.
+  template <int kLift>
+  __device__ __forceinline__ void lower() {
+    if constexpr (kLift == 0) return;
+#pragma unroll
+    for (float& sum : online.sum) sum *= 1.0f / (1 << kLift);
   }
 
   // Row r's weight with its sink; norm(r) then normalises its sums.

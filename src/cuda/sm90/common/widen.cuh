@@ -63,72 +63,67 @@ __device__ __forceinline__ float widened_code(const KvTensor& stored, const KvPl
   return value * stored.scale(at, column);
 }
 
-// What a warp widens of a tile, one block of 8 rows and 128 codes after another: panels of codes
-// have as many columns, those of T 64, and the rows of both are 128 bytes in the same swizzle. A
-// lane takes 16 codes of a row in each half of the panel, so that eight lanes, whose accesses are
-// one of the memory's, have a row each and all of its banks. The blocks of a tile are dealt in
-// turn, and the next tile's go on where these end: a warp that has one more of one tile has one
-// less of another.
+// What a warp widens of a tile, one group of 8 rows after another, all columns of them: panels of
+// codes have 128 columns, those of T 64, and the rows of both are 128 bytes in the same swizzle. A
+// lane takes 16 codes of a row at a time, so that eight lanes, whose accesses are one of the
+// memory's, have a row each and all of its banks. From column to column addresses differ by
+// constants: a lone warp has nobody to hide arithmetic on them behind. The groups of a tile are
+// dealt in turn, and the next tile's go on where these end: a warp that has one more of one tile
+// has one less of another.
 template <typename T, int kRows, int kDim, int kWarps>
 struct WidenedTile {
-  static constexpr int kPanels = (kDim + 2 * kPanelColumns - 1) / (2 * kPanelColumns);
-  static constexpr int kRowBlocks = kRows / 8;
-  static constexpr int kBlocks = kPanels * kRowBlocks;
-  static constexpr int kBlockBytes = panel_bytes(8);
+  static constexpr int kGroups = kRows / 8;
+  static constexpr int kGroupBytes = panel_bytes(8);
+  static constexpr int kPanels = kDim / kPanelColumns;  // of T
   static_assert(kRows % 8 == 0 && kDim % kPanelColumns == 0);
 
-  int first;  // block, of this warp
+  int first;  // group, of this warp
   const unsigned char* codes;
   unsigned char* wide;
 
   static constexpr int next_first(int first) {
-    const int next = first - kBlocks % kWarps;
+    const int next = first - kGroups % kWarps;
     return next < 0 ? next + kWarps : next;
   }
 
-  // Whether the panel of `block` has columns 64 to 127.
-  static __device__ __forceinline__ bool has_second_half(int block) {
-    return kDim % (2 * kPanelColumns) == 0 || block < (kPanels - 1) * kRowBlocks;
+  // Where this lane's 16 codes of an even panel of T begin, and their first and second halves once
+  // widened, of group 0.
+  struct Lane {
+    uint32_t codes, wide[2];
+  };
+  static __device__ __forceinline__ Lane lane() {
+    const uint32_t row = threadIdx.x % 8, chunk = threadIdx.x % 32 / 8;
+    const auto at = [&](uint32_t chunk) { return row * kPanelRowBytes + (chunk ^ row) * 16; };
+    return {at(chunk), {at(2 * chunk), at(2 * chunk + 1)}};
   }
-  __device__ __forceinline__ const uint4* from(int block, int half) const {
-    const int row = threadIdx.x % 8, chunk = threadIdx.x % 32 / 8 + 4 * half;
-    return reinterpret_cast<const uint4*>(codes + block * kBlockBytes +
-                                          chunk_offset(row, chunk, 8));
-  }
-  __device__ __forceinline__ uint4* to(int block, int half, int chunk_of_two) const {
-    const int row = threadIdx.x % 8, chunk = threadIdx.x % 32 / 8 * 2 + chunk_of_two;
-    const int wide_block = block + (block / kRowBlocks + half) * kRowBlocks;
-    return reinterpret_cast<uint4*>(wide + wide_block * kBlockBytes + chunk_offset(row, chunk, 8));
+  // The codes of an odd panel of T are the second half of a row.
+  static __device__ __forceinline__ uint32_t codes_offset(uint32_t even, int panel) {
+    return (panel % 2 == 0 ? even : even ^ kPanelRowBytes / 2) + panel / 2 * panel_bytes(kRows);
   }
 
   template <Quantised kFormat>
   __device__ __forceinline__ void widen() const {
-    constexpr int kHalves = kDim > kPanelColumns ? 2 : 1;
-    constexpr int kBatch = 4 / kHalves;  // four loads under way
+    constexpr int kAtOnce = kPanels < 4 ? kPanels : 4;  // loads under way
+    const Lane at = lane();
 #pragma unroll 1
-    for (int block = first; block < kBlocks; block += kBatch * kWarps) {
-      uint4 words[kBatch][kHalves];
+    for (int group = first; group < kGroups; group += kWarps) {
+      const unsigned char* from = codes + group * kGroupBytes;
+      unsigned char* to = wide + group * kGroupBytes;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int at = block + i * kWarps;
-        if (at >= kBlocks) break;
+      for (int begin = 0; begin < kPanels; begin += kAtOnce) {
+        uint4 words[kAtOnce];
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          if (half == 0 || has_second_half(at)) words[i][half] = *from(at, half);
+        for (int i = 0; i < kAtOnce && begin + i < kPanels; ++i) {
+          words[i] = *reinterpret_cast<const uint4*>(from + codes_offset(at.codes, begin + i));
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int at = block + i * kWarps;
-        if (at >= kBlocks) break;
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          if (half == 1 && !has_second_half(at)) break;
-          const uint4 word = words[i][half];
+        for (int i = 0; i < kAtOnce && begin + i < kPanels; ++i) {
+          const uint4 word = words[i];
           const uint2 a = widen_four<kFormat, T>(word.x), b = widen_four<kFormat, T>(word.y);
           const uint2 c = widen_four<kFormat, T>(word.z), d = widen_four<kFormat, T>(word.w);
-          *to(at, half, 0) = make_uint4(a.x, a.y, b.x, b.y);
-          *to(at, half, 1) = make_uint4(c.x, c.y, d.x, d.y);
+          unsigned char* panel = to + (begin + i) * panel_bytes(kRows);
+          *reinterpret_cast<uint4*>(panel + at.wide[0]) = make_uint4(a.x, a.y, b.x, b.y);
+          *reinterpret_cast<uint4*>(panel + at.wide[1]) = make_uint4(c.x, c.y, d.x, d.y);
         }
       }
     }
@@ -143,15 +138,17 @@ struct WidenedTile {
 
   // clean_values() of what this thread has widened.
   __device__ __forceinline__ bool clean(Keys present, int32_t tile_key) const {
+    const Lane at = lane();
     bool dropped = false;
 #pragma unroll 1
-    for (int block = first; block < kBlocks; block += kWarps) {
-      const int32_t key = tile_key + block % kRowBlocks * 8 + static_cast<int32_t>(threadIdx.x % 8);
+    for (int group = first; group < kGroups; group += kWarps) {
+      const int32_t key = tile_key + group * 8 + static_cast<int32_t>(threadIdx.x % 8);
       const bool exists = key >= present.begin && key < present.end;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i >= 2 && !has_second_half(block)) break;
-        dropped |= clean_chunk<T>(to(block, i / 2, i % 2), exists);
+      for (int i = 0; i < 2 * kPanels; ++i) {
+        unsigned char* chunk =
+            wide + group * kGroupBytes + i / 2 * panel_bytes(kRows) + at.wide[i % 2];
+        dropped |= clean_chunk<T>(reinterpret_cast<uint4*>(chunk), exists);
       }
     }
     return dropped;

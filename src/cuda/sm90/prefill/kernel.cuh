@@ -14,7 +14,8 @@
 // outside are not loaded, tiles inside are not masked.
 //
 // Codes: warps beside the producer, three or seven, widen tiles of 8 bits, which TMA brings into
-// slots of their own, into those that consumers read, and clean V. Scales that all keys of a
+// slots of their own, into those that consumers read, of f16, and clean V; bf16 queries become f16
+// too, times a power of two for each row. Scales that all keys of a
 // head share are folded into the exponent (K) and into the stored rows (V); those of tokens are
 // multiplied into scores, and into weights before they are rounded.
 //
@@ -62,6 +63,19 @@ struct PrefillBlock {
   // to 1.5 % (dims 128 to 256).
   static constexpr bool kTakesTurns = kWarpgroups > 2;
   static constexpr bool kIsMasked = kScores == Scores::kMasked;
+  // Of codes the products are of f16 whatever the type of q: f16 holds all codes, and a warp widens
+  // them to it in a quarter of the instructions that bf16 takes (e4m3). bf16 queries are scaled on
+  // their way (convert_queries()), which scores that are transformed would have to know. Weights by
+  // scales of tokens need the range of bf16, and so do the values beside them.
+  static constexpr bool kConvertsQueries =
+      kWidens && kScores == Scores::kPlain && !std::is_same_v<T, __half>;
+  using Key = std::conditional_t<kConvertsQueries, __half, T>;
+  using Value = std::conditional_t<kWidens, __half, T>;
+  // Weights of f16 are counted times 2^7, to 2^15 at most: below 2^-24 f16 loses them, and of a
+  // million keys beside a heavy one those would be a sixteenth.
+  static constexpr int kLift = kWidens ? 7 : 0;
+  template <typename V>
+  static constexpr int kLiftOf = std::is_same_v<V, Value> ? kLift : 0;
   // Of a panel that TMA brings.
   static constexpr int kStoredColumns = kWidens ? 2 * kPanelColumns : kPanelColumns;
   static constexpr int kStoredPanelsQk = (kDimQk + kStoredColumns - 1) / kStoredColumns;
@@ -89,13 +103,15 @@ struct PrefillBlock {
 
   // Named barriers; 0 is __syncthreads().
   static constexpr int kCleanersBarrier = 1;
-  static constexpr int kTurnBarrier = 2;  // one a consumer
+  static constexpr int kTurnBarrier = 2;     // one a consumer
+  static constexpr int kQueriesBarrier = 5;  // the same
 
   // What a warp that widens need not keep in registers of where it is.
   struct WidenerNotes {
-    int32_t batch_idx, key_batch, first_key;
+    // Scales of the sequence's first key, where keys are in pages those of the first page's.
+    const float *first_k, *first_v;
+    int32_t batch_idx;
     int32_t present_begin, present_end;
-    int32_t head_kv;
   };
 
   // Words that the producer warpgroup hands to the consumers.
@@ -371,10 +387,10 @@ struct PrefillBlock {
     // Counted, and not as rings: registers are few here.
     uint32_t tiles;      // widened, of K and V
     uint32_t key_tiles;  // whose scales were asked for
-    int first;           // block of this warp of the next tile (WidenedTile)
+    int first;           // group of rows of this warp of the next tile (WidenedTile)
 
-    template <int kDim>
-    using Tile = WidenedTile<T, kTileK, kDim, kTile.widening_warps()>;
+    template <typename Wide, int kDim>
+    using Tile = WidenedTile<Wide, kTileK, kDim, kTile.widening_warps()>;
 
     __device__ __forceinline__ explicit Widener(const PrefillBlock& block)
         : block(block), tiles(0), key_tiles(0), first(threadIdx.x / 32 - 1) {}
@@ -404,8 +420,7 @@ struct PrefillBlock {
           if (has_k) wait();
           const uint32_t ready = key_tiles - 1;
           if (n >= w.keys.begin) {
-            if (scales_k) request_scales(n, block.stored->k, scale_offset(key_tiles, false));
-            if (scales_v) request_scales(n, block.stored->v, scale_offset(key_tiles, true));
+            request_scales(n, scales_k, scales_v);
             ptx::cp_async_commit();
             ++key_tiles;
           }
@@ -414,35 +429,48 @@ struct PrefillBlock {
             if (scales_v && !w.keys.is_clean(n + 1) && clean_scales(ready)) {
               block.dropped(number) = number + 1;
             }
-            next_tile<kDimQk>().widen(block.stored->k.format);
+            next_tile<Key, kDimQk>().widen(block.stored->k.format);
             publish();
           }
           if (n + 2 < w.keys.end) {
             wait();
-            const auto tile = next_tile<kDimV>();
-            tile.widen(block.stored->v.format);
-            if (!w.keys.is_clean(n + 2) && tile.clean(present_keys(), (n + 2) * kTileK)) {
-              block.dropped(number) = number + 1;
-            }
+            const bool is_clean = w.keys.is_clean(n + 2);
+            const bool has_dropped =
+                scales_v ? widen_values<T>(n + 2, is_clean) : widen_values<Value>(n + 2, is_clean);
+            if (has_dropped) block.dropped(number) = number + 1;
             publish();
           }
         }
       }
     }
 
+    // Returns what WidenedTile::clean() does.
+    template <typename Wide>
+    __device__ __forceinline__ bool widen_values(int32_t n, bool is_clean) {
+      const auto tile = next_tile<Wide, kDimV>();
+      tile.widen(block.stored->v.format);
+      return !is_clean && tile.clean(present_keys(), n * kTileK);
+    }
+
     __device__ __forceinline__ volatile WidenerNotes& notes() const {
       return block.mailbox()->widener_notes[threadIdx.x / 32 - 1];
+    }
+    __device__ __forceinline__ const float* first_scale(const Work& w, const KvTensor& of) const {
+      const int32_t head_kv = w.at.first_head / block.args.group;
+      const bool is_paged = w.key_rows(block.args).pages != nullptr && has_token_scales(of);
+      return of.scales_data +
+             of.scale_offset({is_paged ? 0 : w.sequence.key_batch, head_kv,
+                              is_paged ? 0 : w.sequence.first_key, w.sequence.batch_idx});
     }
     __device__ __forceinline__ void note(const Work& w) const {
       __syncwarp();
       if (is_first_lane()) {
         volatile WidenerNotes& to = notes();
+        to.first_k = first_scale(w, block.stored->k);
+        to.first_v = first_scale(w, block.stored->v);
         to.batch_idx = w.sequence.batch_idx;
-        to.key_batch = w.sequence.key_batch;
-        to.first_key = w.sequence.first_key;
         to.present_begin = w.sequence.present.begin;
         to.present_end = w.sequence.present.end;
-        to.head_kv = w.at.first_head / block.args.group;
       }
       __syncwarp();
     }
@@ -458,30 +486,33 @@ struct PrefillBlock {
         ptx::cp_async_wait<0>();
       }
     }
-    // The scales of a tile of keys come while the tile before is widened. Those of keys that do not
-    // exist are not read, and are 0.
-    __device__ __forceinline__ void request_scales(int32_t n, const KvTensor& tensor,
-                                                   int offset) const {
-      const volatile WidenerNotes& at = notes();
-      Work w{};
-      w.sequence.batch_idx = at.batch_idx;
-      w.sequence.key_batch = at.key_batch;
-      w.sequence.first_key = at.first_key;
-      const KeyRows rows = w.key_rows(block.args);
-      const int32_t head_kv = at.head_kv;
+    // The scales of a tile of keys come while the tile before is widened, one a thread of K and of
+    // V. Those of keys that do not exist are not read, and are 0.
+    static_assert(kTileK <= 32 * kTile.widening_warps() || !kWidens);
+    __device__ __forceinline__ void request_scales(int32_t n, bool of_k, bool of_v) const {
+      const int i = threadIdx.x - 32;
+      if (i >= kTileK) return;
+      const int32_t key = n * kTileK + i;
       const Keys present = present_keys();
-#pragma unroll 1
-      for (int i = threadIdx.x - 32; i < kTileK; i += 32 * kTile.widening_warps()) {
-        const int32_t key = n * kTileK + i;
-        const bool exists = key >= present.begin && key < present.end;
-        int64_t from = 0;
-        if (exists) {
-          const auto place = rows.place(key);
-          from = tensor.scale_offset(
-              {place.batch_idx, head_kv, place.token_idx, w.sequence.batch_idx});
-        }
-        ptx::cp_async<4>(block.s_q + offset + 4 * i, tensor.scales_data + from, exists ? 4 : 0);
+      const bool exists = key >= present.begin && key < present.end;
+      if (of_k) {
+        const float* from = scale_address(block.stored->k, notes().first_k, key, exists);
+        ptx::cp_async<4>(block.s_q + scale_offset(key_tiles, false) + 4 * i, from, exists ? 4 : 0);
       }
+      if (of_v) {
+        const float* from = scale_address(block.stored->v, notes().first_v, key, exists);
+        ptx::cp_async<4>(block.s_q + scale_offset(key_tiles, true) + 4 * i, from, exists ? 4 : 0);
+      }
+    }
+    // From that of the first key, which others than those of tokens are.
+    __device__ __forceinline__ const float* scale_address(const KvTensor& of, const float* first,
+                                                          int32_t key, bool exists) const {
+      if (!exists || !has_token_scales(of)) return first;
+      Work w{};
+      w.sequence.batch_idx = notes().batch_idx;
+      const KeyRows rows = w.key_rows(block.args);
+      if (rows.pages == nullptr) return first + key * of.stride_scales[2];
+      return first + rows.offset(of.stride_scales[0], of.stride_scales[2], key);
     }
     // A weight of 0 does not hide a scale that is no number, either.
     __device__ __forceinline__ bool clean_scales(uint32_t key_tile) const {
@@ -500,11 +531,11 @@ struct PrefillBlock {
       ptx::mbarrier_wait(block.barrier(kKFree + slot()), tiles / kStages % 2 ^ 1);
       ptx::mbarrier_wait(block.barrier(kLoadsFull + load_slot()), tiles / kLoadSlots % 2);
     }
-    template <int kDim>
-    __device__ __forceinline__ Tile<kDim> next_tile() {
-      const Tile<kDim> tile{first,
-                            block.s_memory + kMemory.load_offset + load_slot() * kMemory.load_bytes,
-                            block.s_memory + kMemory.k_offset + slot() * kMemory.k_bytes};
+    template <typename Wide, int kDim>
+    __device__ __forceinline__ Tile<Wide, kDim> next_tile() {
+      const Tile<Wide, kDim> tile{
+          first, block.s_memory + kMemory.load_offset + load_slot() * kMemory.load_bytes,
+          block.s_memory + kMemory.k_offset + slot() * kMemory.k_bytes};
       first = tile.next_first(first);
       return tile;
     }
@@ -528,9 +559,11 @@ struct PrefillBlock {
     TileSoftmax<T> softmax;
     float r_o[kDimV / 2];      // [64 rows, kDimV] of the warpgroup, unnormalised
     uint32_t r_p[kTileK / 4];  // [64 rows, kTileK], rounded to T
-    // Of codes, twice the key tiles that were multiplied, and 1 where scores are to be multiplied
-    // by scales. One register: there is no other.
+    // Of codes, in one register, there is no other: in the last byte the key tiles that were
+    // multiplied; whether scores are to be multiplied by scales of the keys, and by powers of this
+    // thread's two rows, whose exponents (convert_queries()) are the bytes between.
     uint32_t key_tiles;
+    static constexpr uint32_t kScalesKeys = 1, kScalesRows = 2, kOneKeyTile = 1u << 24;
 
     __device__ __forceinline__ Consumer(const PrefillBlock& block, int warpgroup)
         : block(block), warpgroup(warpgroup), softmax(block.args, kScores) {
@@ -555,13 +588,14 @@ struct PrefillBlock {
       const uint64_t q = ptx::panel_descriptor(block.s_q + panel_bytes(warpgroup * 64));
       const uint64_t k = ptx::panel_descriptor(block.s_k(stage));
       ptx::keep(s);
-      issue_scores<T, kTileK, kTileQ, kDimQk / kStepColumns>(s, q, k);
+      issue_scores<Key, kTileK, kTileQ, kDimQk / kStepColumns>(s, q, k);
     }
+    template <typename V>
     __device__ __forceinline__ void begin_values(int stage) {
       const uint64_t v = ptx::panel_descriptor(block.s_v(stage), panel_bytes(kTileK));
       ptx::keep(r_o);
       ptx::keep(r_p);
-      issue_values<T, kDimV, kTileK / kStepColumns>(r_o, r_p, v);
+      issue_values<V, kDimV, kTileK / kStepColumns>(r_o, r_p, v);
     }
 
     // All consumers of a block take as many turns: they work on the same keys.
@@ -576,6 +610,7 @@ struct PrefillBlock {
       if (is_first_lane()) ptx::mbarrier_arrive(block.barrier(which));
     }
 
+    template <typename V>
     __device__ __forceinline__ void first_tile(int32_t tile) {
       float s[kTileK / 2];
       const int k_stage = ring.slot;
@@ -587,13 +622,13 @@ struct PrefillBlock {
       if constexpr (kWidens) ring.next();
       scale_scores(s);
       softmax.raise(s, tile * kTileK, true);
-      softmax.weigh(s);
-      scale_weights(s);
-      softmax.pack(s, r_p);
+      softmax.template weigh<kLiftOf<V>>(s);
+      scale_weights<V>(s);
+      TileSoftmax<V>::pack(s, r_p);
     }
 
     // Scores of `tile` beside the values of the tile before.
-    template <bool kHides>
+    template <bool kHides, typename V>
     __device__ __forceinline__ void next_tile(int32_t tile) {
       const int first_stage = ring.slot;
       const uint32_t first_parity = ring.parity;
@@ -611,7 +646,7 @@ struct PrefillBlock {
       begin_scores(s, k_stage);
       softmax.correct(r_o);
       if (waits()) wait_values(v_stage, v_parity);
-      begin_values(v_stage);
+      begin_values<V>(v_stage);
       pass_turn_to((warpgroup + 1) % kWarpgroups);
       ptx::wgmma_wait<1>();
       ptx::keep(s);
@@ -624,24 +659,35 @@ struct PrefillBlock {
       // row's exponentials in front of the wait gave nothing at dim 128 and cost 1 to 5 %
       // elsewhere.
       if constexpr (!kIsMasked) finish_values(v_stage);
-      softmax.weigh(s);
-      scale_weights(s);
-      softmax.pack(s, r_p);
+      softmax.template weigh<kLiftOf<V>>(s);
+      scale_weights<V>(s);
+      TileSoftmax<V>::pack(s, r_p);
     }
 
     // Scores, and weights, of codes by the scales of the keys.
     __device__ __forceinline__ void scale_scores(float (&s)[kTileK / 2]) const {
       if constexpr (!kWidens) return;
-      if (key_tiles % 2 != 0) multiply_by_scales(s, false);
+      if (key_tiles & (kScalesKeys | kScalesRows)) {
+        if (kConvertsQueries && (key_tiles & kScalesRows)) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float power = power_below(key_tiles >> (8 + 8 * r) & 0xff);
+#pragma unroll
+            for (int i = 0; i < kTileK / 4; ++i) s[4 * (i / 2) + 2 * r + i % 2] *= power;
+          }
+        }
+        if (key_tiles & kScalesKeys) multiply_by_scales(s, false);
+      }
     }
+    template <typename V>
     __device__ __forceinline__ void scale_weights(float (&s)[kTileK / 2]) {
       if constexpr (!kWidens) return;
-      if (has_token_scales(block.stored->v)) multiply_by_scales(s, true);
-      key_tiles += 2;
+      if constexpr (!std::is_same_v<V, Value>) multiply_by_scales(s, true);
+      key_tiles += kOneKeyTile;
     }
     __device__ __forceinline__ void multiply_by_scales(float (&s)[kTileK / 2], bool is_v) const {
-      const auto* of_keys =
-          reinterpret_cast<const float2*>(block.s_memory + scale_offset(key_tiles / 2, is_v));
+      const auto* of_keys = reinterpret_cast<const float2*>(
+          block.s_memory + scale_offset(key_tiles / kOneKeyTile, is_v));
 #pragma unroll
       for (int i = 0; i < kTileK / 8; ++i) {
         const float2 pair = of_keys[4 * i + threadIdx.x % 4];
@@ -653,32 +699,120 @@ struct PrefillBlock {
     }
     __device__ __forceinline__ void note_key_scale(const Work& w) {
       softmax.scale_log2 = block.scale_log2();
-      key_tiles &= ~1u;
+      key_tiles &= ~(kOneKeyTile - 1);
       if (block.multiplies_scores(w)) {
-        ++key_tiles;
+        key_tiles |= kScalesKeys;
       } else if constexpr (kScores == Scores::kPlain) {
         softmax.scale_log2 *= block.stored->k.scale(block.head_of(w), 0);
       }
     }
+    // bf16 queries become f16, in place, each warp those of its own rows: times a power of two that
+    // brings the largest of a row to [2^15, 2^16). Where all rows of the warp may share one, the
+    // exponent's scale takes it out again, else scores are multiplied (scale_scores()): a tiny row
+    // beside a huge one would be left with no bits. What f16 rounds, elements below 2^-29 of the
+    // largest of their row, it rounds by at most 2^-40 of that; where rows share a power, by 2^-32.
+    // Rows that are 0 or were not loaded do not count, nor do NaN and infinity, which stay what
+    // they are.
+    __device__ __forceinline__ void convert_queries() {
+      const int lane = threadIdx.x % 32;
+      const int first_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
+      const int loaded = block.order.packed_heads * block.order.tile_queries;
+      // Of rows lane / 8 + 4 i.
+      unsigned char* from = block.s_memory + panel_bytes(first_row) + lane * 16;
+      const auto chunk = [&](int panel, int i) {
+        return reinterpret_cast<uint4*>(from + panel * panel_bytes(kTileQ) + i * panel_bytes(4));
+      };
+      uint32_t tops[4] = {};
+#pragma unroll 1
+      for (int panel = 0; panel < kMemory.panels_qk; ++panel) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint4 of = *chunk(panel, i);
+          const uint32_t more = ptx::max_pairs(
+              ptx::max_pairs(ptx::finite_magnitudes(of.x), ptx::finite_magnitudes(of.y)),
+              ptx::max_pairs(ptx::finite_magnitudes(of.z), ptx::finite_magnitudes(of.w)));
+          tops[i] = ptx::max_pairs(tops[i], more);
+        }
+      }
+      // Exponents of the largest as f32 has them. Below 16 the power would leave bf16, and what is
+      // so small has few bits.
+      uint32_t exponents[4], most = 0, least = ~0u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t top = max(tops[i] & 0x7fff, tops[i] >> 16 & 0x7fff);
+        if (first_row + lane / 8 + 4 * i >= loaded) top = 0;
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) top = max(top, __shfl_xor_sync(~0u, top, step));
+        exponents[i] = max(top >> 7, 16u);
+        if (top == 0) continue;
+        most = max(most, exponents[i]);
+        least = min(least, exponents[i]);
+      }
+      most = __reduce_max_sync(~0u, most);
+      least = __reduce_min_sync(~0u, least);
+      if (most == 0) most = least = 127;
+      const float shared_scale = softmax.scale_log2 * power_below(most);
+      if (most - least <= 8 && shared_scale >= 0x1p-126f && shared_scale < INFINITY) {
+        softmax.scale_log2 = shared_scale;
+#pragma unroll
+        for (uint32_t& exponent : exponents) exponent = most;
+      } else {
+        uint32_t of_rows[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          of_rows[i] = __shfl_sync(~0u, exponents[i], lane / 4 % 4 * 8);
+        }
+        const bool is_upper = lane >= 16;
+        key_tiles |= kScalesRows | (is_upper ? of_rows[1] : of_rows[0]) << 8 |
+                     (is_upper ? of_rows[3] : of_rows[2]) << 16;
+      }
+#pragma unroll 1
+      for (int panel = 0; panel < kMemory.panels_qk; ++panel) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t factor = (kQueryExponents - exponents[i]) * 0x00800080u;
+          const auto convert = [&](uint32_t pair) {
+            pair = ptx::multiply_pairs(pair, factor);
+            return ptx::pack<__half>(__uint_as_float(pair << 16),
+                                     __uint_as_float(pair & 0xffff0000u));
+          };
+          const uint4 of = *chunk(panel, i);
+          *chunk(panel, i) = make_uint4(convert(of.x), convert(of.y), convert(of.z), convert(of.w));
+        }
+      }
+      ptx::async_proxy_fence();
+      ptx::named_sync(kQueriesBarrier + warpgroup, 128);
+    }
+    // Of a number of that exponent and the factor that brings it to [2^15, 2^16), as f32 has them.
+    static constexpr uint32_t kQueryExponents = 127 + 127 + 15;
+    // What such a factor took out of a row: one over it.
+    static __device__ __forceinline__ float power_below(uint32_t exponent) {
+      return __uint_as_float((exponent - 15) << 23);
+    }
     // The sums, normalised first, by the scales of V that all keys share.
     __device__ __forceinline__ void scale_sums(const float (&norm)[2], const KvPlace& head) {
       const KvTensor& v = block.stored->v;
-      const float of_all = v.scales == Scales::kChannel ? 1 : v.scale(head, 0);
+      if (v.scales != Scales::kChannel) {
+        const float scale = v.scale(head, 0);
 #pragma unroll
-      for (int i = 0; i < kDimV / 8; ++i) {
+        for (int i = 0; i < kDimV / 2; ++i) r_o[i] = r_o[i] * norm[i / 2 % 2] * scale;
+        return;
+      }
+      const float* of_head = v.scales_data + v.scale_offset(head);
+#pragma unroll
+      for (int i = 0; i < kDimV / 2; i += 4) {
+        int column = 2 * i + threadIdx.x % 4 * 2;
+        // Opaque, as the sums below: they are multiplied before more scales are loaded, there are
+        // no registers for all of them.
+        asm volatile("" : "+r"(column));
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int column = 8 * i + threadIdx.x % 4 * 2 + e;
-          float scale = of_all;
-          if (v.scales == Scales::kChannel && column < block.args.dim_v) {
-            scale = v.scale(head, column);
-          }
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            float& sum = r_o[4 * i + 2 * r + e];
-            sum = sum * norm[r] * scale;
-          }
+          const float scale =
+              column + e < block.args.dim_v ? of_head[(column + e) * v.stride_scales[3]] : 1;
+          r_o[i + e] = r_o[i + e] * norm[0] * scale;
+          r_o[i + 2 + e] = r_o[i + 2 + e] * norm[1] * scale;
         }
+        ptx::keep(reinterpret_cast<float(&)[4]>(r_o[i]));
       }
     }
 
@@ -688,11 +822,13 @@ struct PrefillBlock {
       release(kVFree + stage);
     }
 
+    template <typename V>
     __device__ __forceinline__ void last_values() {
       softmax.correct(r_o);
       wait_values(ring.slot, ring.parity);
-      begin_values(ring.slot);
+      begin_values<V>(ring.slot);
       finish_values(ring.slot);
+      softmax.template lower<kLiftOf<V>>();
       ring.next();
     }
 
@@ -724,7 +860,8 @@ struct PrefillBlock {
         if constexpr (!kWidens) query_rows.store(r_o, r, place, softmax.norm(r), 0);
       }
       if constexpr (kWidens) {
-        float norm[2] = {softmax.norm(0), softmax.norm(1)};
+        const float lowers = multiplies_weights() ? 1 : 1.0f / (1 << kLift);
+        float norm[2] = {softmax.norm(0) * lowers, softmax.norm(1) * lowers};
         const Scales scales_v = block.stored->v.scales;
         if (scales_v != Scales::kNone && scales_v != Scales::kTokenHead) {
           scale_sums(norm, block.head_of(query_rows.tile));
@@ -754,6 +891,28 @@ struct PrefillBlock {
       }
     }
 
+    // Scales of tokens: where q is of bf16 alone.
+    __device__ __forceinline__ bool multiplies_weights() const {
+      if constexpr (std::is_same_v<T, Value>) {
+        return false;
+      } else {
+        return has_token_scales(block.stored->v);
+      }
+    }
+
+    // Weights and values of type V.
+    template <typename V>
+    __device__ __forceinline__ void walk(const KeyTiles& keys) {
+      int32_t n = keys.end - 1;
+      first_tile<V>(n--);
+      walk_keys<kIsMasked>(
+          keys, n, [&](int32_t tile) { next_tile<true, V>(tile); },
+          [&](int32_t tile) { next_tile<false, V>(tile); });
+      __syncwarp();
+      release(kQFree);
+      last_values<V>();
+    }
+
     __device__ __forceinline__ void run() {
       if (warpgroup == kWarpgroups - 1) pass_turn_to(0);
       for (uint32_t number = 0;; ++number) {
@@ -761,18 +920,18 @@ struct PrefillBlock {
         const int32_t index = block.mailbox()->tile;
         if (index < 0) return;
         const KeyTiles keys = enter(block.work(index));
+        if constexpr (kConvertsQueries) {
+          if (keys.end > keys.begin) convert_queries();
+        }
         softmax.online = OnlineSoftmax{};
 #pragma unroll
         for (int i = 0; i < kDimV / 2; ++i) r_o[i] = 0;
-        int32_t n = keys.end - 1;
-        if (n >= keys.begin) {
-          first_tile(n--);
-          walk_keys<kIsMasked>(
-              keys, n, [&](int32_t tile) { next_tile<true>(tile); },
-              [&](int32_t tile) { next_tile<false>(tile); });
-          __syncwarp();
-          release(kQFree);
-          last_values();
+        if (keys.end > keys.begin) {
+          if (multiplies_weights()) {
+            walk<T>(keys);
+          } else {
+            walk<Value>(keys);
+          }
         } else {
           __syncwarp();
           release(kQFree);

@@ -86,7 +86,7 @@ struct PrefillMemory {
     scales_offset = load_offset + tile.load_slots * load_bytes;
     barrier_offset = scales_offset + 2 * kCodeScaleSlots * scale_bytes;
     bytes =
-        barrier_offset + 16 * (tile.stages + tile.load_slots) + 104 + 24 * tile.widening_warps();
+        barrier_offset + 16 * (tile.stages + tile.load_slots) + 104 + 32 * tile.widening_warps();
   }
 };
 
@@ -113,11 +113,11 @@ constexpr PrefillTile prefill_code_tile(HeadDims dims, Scores scores, Layouts la
   } else {
     tile.tile_k = !is_plain ? 80 : is_dense ? 128 : 96;
   }
-  // Three warps widen a tile in twice the time that consumers take; seven are enough where those
-  // leave registers for them: a product of 256 columns has more than 512 threads may have each.
+  // Three warps widen a tile in more time than consumers take; seven are enough where those leave
+  // registers for them: a product of 256 columns has more than 512 threads may have each.
   tile.supply_warpgroups = is_narrow || is_wide ? 1 : 2;
-  tile.producer_registers = is_narrow ? 80 : is_wide || !is_dense ? 72 : 64;
-  tile.consumer_registers = is_narrow ? 144 : is_wide ? 216 : is_dense ? 192 : 184;
+  tile.producer_registers = is_narrow ? 56 : is_wide || !is_dense ? 72 : 64;
+  tile.consumer_registers = is_narrow ? 152 : is_wide ? 216 : is_dense ? 192 : 184;
   tile.stages = is_wide ? 3 : 4;
   tile.load_slots = 4;
   while (PrefillMemory(dims, tile).bytes > most_shared_bytes()) --tile.load_slots;
