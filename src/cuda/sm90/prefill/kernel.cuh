@@ -15,9 +15,9 @@
 //
 // Codes: warps beside the producer, three or seven, widen tiles of 8 bits, which TMA brings into
 // slots of their own, into those that consumers read, of f16, and clean V; bf16 queries become f16
-// too, times a power of two for each row. Scales that all keys of a
-// head share are folded into the exponent (K) and into the stored rows (V); those of tokens are
-// multiplied into scores, and into weights before they are rounded.
+// too, times a power of two for each row. Scales that all keys of a head share are folded into the
+// exponent (K) and into the stored rows (V); those of tokens are multiplied into scores, and into
+// weights before they are rounded.
 //
 // Roofline: tensor cores, 4096 flops a clock and SM. 128 rows read a K and V tile from L2 once: 128
 // flops a byte, 5.1 TB/s at 650 TFLOP/s, just inside what L2 gives (64 rows would not be). Softmax
@@ -71,8 +71,8 @@ struct PrefillBlock {
       kWidens && kScores == Scores::kPlain && !std::is_same_v<T, __half>;
   using Key = std::conditional_t<kConvertsQueries, __half, T>;
   using Value = std::conditional_t<kWidens, __half, T>;
-  // Weights of f16 are counted times 2^7, to 2^15 at most: below 2^-24 f16 loses them, and of a
-  // million keys beside a heavy one those would be a sixteenth.
+  // Weights of f16 are counted times 2^7, to 2^15 at most: below 2^-25 f16 drops them, and those of
+  // a million keys beside a heavy one may be a thirtieth of a row.
   static constexpr int kLift = kWidens ? 7 : 0;
   template <typename V>
   static constexpr int kLiftOf = std::is_same_v<V, Value> ? kLift : 0;
@@ -709,8 +709,8 @@ struct PrefillBlock {
     // bf16 queries become f16, in place, each warp those of its own rows: times a power of two that
     // brings the largest of a row to [2^15, 2^16). Where all rows of the warp may share one, the
     // exponent's scale takes it out again, else scores are multiplied (scale_scores()): a tiny row
-    // beside a huge one would be left with no bits. What f16 rounds, elements below 2^-29 of the
-    // largest of their row, it rounds by at most 2^-40 of that; where rows share a power, by 2^-32.
+    // beside a huge one would be left with no bits. f16 rounds what is below 2^-32 of the largest
+    // of its row, by at most 2^-40 of that; where rows share a power, below 2^-24, by 2^-32.
     // Rows that are 0 or were not loaded do not count, nor do NaN and infinity, which stay what
     // they are.
     __device__ __forceinline__ void convert_queries() {
