@@ -290,5 +290,16 @@ TEST(CApi, WithoutQueriesNothingIsReadKeyLengthsAndStartsIncluded) {
   EXPECT_TRUE(call.out_is_untouched());
 }
 
+TEST(CApi, WithoutSequencesPackedTokensStayAsTheyAreAndNoOffsetIsRead) {
+  Call call;
+  call.problem.batch = 0;
+  call.problem.query_layout = WH_QUERIES_PACKED;
+  call.problem.total_q = call.problem.len_q;
+  ASSERT_EQ(wh_problem_set_dense(&call.problem), WH_OK);
+  call.tensors.query_offsets = nullptr;
+  EXPECT_EQ(call.run(), WH_OK) << wh_last_error();
+  EXPECT_TRUE(call.out_is_untouched());
+}
+
 }  // namespace
 }  // namespace wh

@@ -75,8 +75,8 @@ Status run_portable_backward(const Launch& launch) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   WH_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(rows.dropped, 0, sizeof(*rows.dropped), stream),
                                  "cudaMemsetAsync"));
-  // Without queries or keys nothing else is written.
-  if (blocks.all() == 0 && p.has_sinks) {
+  // Without sequences, queries or keys nothing else is written.
+  if ((p.batch == 0 || blocks.all() == 0) && p.has_sinks) {
     return launch_sink_gradients(args.gradients, rows.d_sink, stream);
   }
   return run_in_steps(launch, blocks.all(), [&](int64_t first, int64_t end) -> Status {

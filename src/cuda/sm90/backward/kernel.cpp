@@ -117,8 +117,8 @@ Status run_gradients(const Launch& launch, const BackwardBlocks& blocks,
   careful_args.only_if = workspace.is_unusual;
   const GradientArgs& gradients = careful_args.gradients;
   const BackwardBlocks again = careful->blocks(p);
-  // Without queries or keys nothing else is written.
-  if (blocks.all() == 0 && p.has_sinks) {
+  // Without sequences, queries or keys nothing else is written.
+  if ((p.batch == 0 || blocks.all() == 0) && p.has_sinks) {
     return launch_sink_gradients(gradients, workspace.rows.d_sink, stream);
   }
   const GradientBlockArgs args{gradients, workspace.rows, 0, 0};
