@@ -93,12 +93,13 @@ TEST(CudaInstances, TheNarrowestThatIsThereIsTaken) {
   }
 }
 
-void expect_functions(const TileVariant& variant, const Instance& instance) {
+void expect_functions(const TileVariant& variant, const Instance& instance, bool takes_masks) {
   for (const Layouts layouts : {Layouts::kDense, Layouts::kAll}) {
     for (const Scores scores : {Scores::kPlain, Scores::kTransformed, Scores::kMasked}) {
       const auto function =
           variant.functions[static_cast<size_t>(layouts)][static_cast<size_t>(scores)];
-      const bool is_taken = layouts == Layouts::kDense || scores != Scores::kMasked;
+      const bool is_taken =
+          scores != Scores::kMasked || (takes_masks && layouts == Layouts::kDense);
       EXPECT_EQ(function != nullptr, is_taken && instance.is_compiled);
     }
   }
@@ -107,10 +108,10 @@ void expect_functions(const TileVariant& variant, const Instance& instance) {
 TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
   Config config;
   const auto next_tile_variant = [&](const auto& variant_of, const Instance& instance,
-                                     bool reads_codes) {
+                                     bool reads_codes, bool takes_masks = true) {
     const TileVariant& variant = variant_of(config);
     EXPECT_EQ(variant.reads_codes, reads_codes);
-    expect_functions(variant, instance);
+    expect_functions(variant, instance, takes_masks);
     ++config.instance;
   };
   for (const Instance& instance : kPrefillInstances) {
@@ -121,6 +122,9 @@ TEST(CudaInstances, WhatIsCompiledHasItsFunctionAndNothingElseHas) {
   }
   config = {};
   for (const Instance& instance : kWideInstances) next_tile_variant(wide_variant, instance, false);
+  for (const Instance& instance : kWideCodeInstances) {
+    next_tile_variant(wide_variant, instance, true, false);
+  }
   config = {};
   const auto next_decode_variant = [&](const Instance& instance, bool reads_codes) {
     const DecodeVariant& variant = decode_variant(config);

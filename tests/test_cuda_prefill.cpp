@@ -16,6 +16,7 @@
 #include "cuda/portable/config.h"
 #include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/prefill/tiles.h"
+#include "cuda/sm90/prefill_wide/config.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
 #include "support/cards.h"
 #include "support/code_refusals.h"
@@ -175,6 +176,18 @@ TEST(CudaTiles, FitSharedMemoryAndRegisters) {
         EXPECT_LE(WideMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
         EXPECT_LE(tile.producer_registers + tile.left_registers + tile.right_registers, 3 * 168);
       }
+      for (const Instance& instance : kWideCodeInstances) {
+        const HeadDims dims = instance.dims;
+        const WideTile tile = wide_code_tile(dims, scores, layouts);
+        EXPECT_LE(WideMemory(dims, tile).bytes, kSharedBytes) << dims.dim_qk;
+        EXPECT_GE(tile.load_slots, 2) << dims.dim_qk;
+        // K and a slot of V: with more, those who widen would ask for scales of keys while the slot
+        // that these take might still be read.
+        EXPECT_LE(tile.left_slots, 2 * tile.tile_k * dims.dim_qk / kWideSlotBytes + 1);
+        EXPECT_LE(tile.supply_warpgroups * tile.producer_registers + tile.left_registers +
+                      tile.right_registers,
+                  4 * 128);
+      }
     }
   }
 }
@@ -244,6 +257,64 @@ TEST(Sm90Prefill, SaysWhichCodesItDoesNotRead) {
   expect_code_refusals(refusal);
   EXPECT_EQ(refusal([](Problem& p) { p.dim_qk = 320; }),
             "holds heads up to 256 wide in registers, not 320/256");
+}
+
+TEST(Sm90PrefillWide, WidensCodesOfAByte) {
+  const CudaFacts cuda = h200();
+  const Limits limits;
+  for (const int64_t dim : {264, 320, 512}) {
+    for (const Quantised format : {Quantised::kE4m3, Quantised::kInt8}) {
+      for (const Scales scales :
+           {Scales::kNone, Scales::kTensor, Scales::kHead, Scales::kTokenHead}) {
+        SCOPED_TRACE(
+            fmt::format("{} {} {}", dim, static_cast<int>(format), static_cast<int>(scales)));
+        Problem p = code_problem(dim, format, scales);
+        for (Strides* stride : {&p.stride_k, &p.stride_v}) {
+          // In rows of a multiple of 16.
+          for (size_t i = 0; i < 3; ++i) (*stride)[i] = (*stride)[i] / dim * 512;
+        }
+        const Query query{p, limits, cuda};
+        ASSERT_EQ(kSm90PrefillWide.refusal(query).value_or(""), "");
+        const Config config = kSm90PrefillWide.configure(query);
+        EXPECT_TRUE(wide_variant(config).reads_codes);
+        EXPECT_EQ(kSm90PrefillWide.variant(query, config),
+                  "bf16 wgmma, 512/512, codes widened in shared memory");
+        Problem elements = p;
+        elements.quantised_k = elements.quantised_v = Quantised::kNone;
+        elements.scales_k = elements.scales_v = Scales::kNone;
+        const Query other{elements, limits, cuda};
+        const Config of_elements = kSm90PrefillWide.configure(other);
+        EXPECT_FALSE(wide_variant(of_elements).reads_codes);
+        // A block is a worker, not a cluster.
+        EXPECT_EQ(config.workers, 2 * of_elements.workers);
+        EXPECT_LE(kSm90PrefillWide.workspace_bytes(p, config),
+                  kSm90PrefillWide.workspace_bytes(elements, of_elements));
+        EXPECT_GT(kSm90PrefillWide.estimate_us(query, config),
+                  kSm90PrefillWide.estimate_us(other, of_elements));
+        ASSERT_EQ(kPortable.refusal(query).value_or(""), "");
+        EXPECT_LT(kSm90PrefillWide.estimate_us(query, config),
+                  kPortable.estimate_us(query, kPortable.configure(query)));
+      }
+    }
+  }
+}
+
+TEST(Sm90PrefillWide, SaysWhichCodesItDoesNotRead) {
+  const CudaFacts cuda = h200();
+  const Limits limits;
+  const auto refusal = [&](auto change) {
+    Problem p = code_problem(512, Quantised::kE4m3, Scales::kTokenHead);
+    change(p);
+    return kSm90PrefillWide.refusal({p, limits, cuda}).value_or("");
+  };
+  expect_code_refusals(refusal);
+  EXPECT_EQ(refusal([](Problem& p) { p.dim_qk = 576; }),
+            "widens codes of heads up to 512 wide, not 576/512");
+  EXPECT_EQ(refusal([](Problem& p) {
+              p.mask = MaskKind::kBoolean;
+              p.stride_mask = {0, 0, p.len_k, 1};
+            }),
+            "takes no array masks over codes: their addresses need registers that widening has");
 }
 
 }  // namespace

@@ -32,10 +32,10 @@ KNOWN = (
           "another tile's"),
     Known("sm90_prefill", "dropped(number) = number + 1", "dropped(number) = number + 1",
           "cleaners write the same number"),
-    *(Known("sm90_prefill", "*to(at, half, ", other,
+    *(Known("sm90_prefill", "*reinterpret_cast<uint4*>(panel + at.wide[", other,
             "a widened tile, in a slot in which others had widened one: they wait for kKFree, which "
             "consumers give behind all reads of the one before")
-      for other in ("*to(at, half, ", "*chunk = ")),
+      for other in ("*reinterpret_cast<uint4*>(panel + at.wide[", "*chunk = ")),
     Known("sm90_prefill", '"r"(valid_bytes)', "of_keys[4 * i + threadIdx.x % 4]",
           "scales of tokens: who asked for them waits for them and arrives at kKFull, for which "
           "consumers have waited; the slot's next ones are asked for behind kKFree of a later tile"),
@@ -45,12 +45,20 @@ KNOWN = (
     Known("sm90_prefill_wide", '"r"(rank), "r"(value)', "ld.shared.b32",
           "the next tile: readers wait for mbarrier kTileFull behind the write, the next write for "
           "kTileFree behind all reads"),
-    Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
-          "mailbox()->dropped[number % 2][half] != number + 1",
+    Known("sm90_prefill_wide", "mailbox()->tile[word] = is_last", "mailbox()->tile[number % kToldTiles]",
+          "the same over codes, in a word for each of two tiles, with a pair of those mbarriers each"),
+    Known("sm90_prefill_wide", "dropped(number, ", "dropped(number, half) != number + 1",
           "what cleaning lost: a consumer has waited for mbarrier kSlotFull of every slot that was "
-          "cleaned"),
-    Known("sm90_prefill_wide", "mailbox()->dropped[number % 2][half] = number + 1",
-          "mailbox()->dropped[number % 2][half] = number + 1", "cleaners write the same number"),
+          "cleaned; the word of the tile after next, over codes of the fourth, is another tile's"),
+    Known("sm90_prefill_wide", "dropped(number, ", "dropped(number, ",
+          "cleaners write the same number"),
+    *(Known("sm90_prefill_wide", "*to(at, half, ", other,
+            "a widened slot, in which others had widened one: they wait for kSlotFree, which "
+            "consumers give behind all reads of the one before")
+      for other in ("*to(at, half, ", "*chunk = ")),
+    Known("sm90_prefill_wide", '"r"(valid_bytes)', "pairs[4 * i + threadIdx.x % 4]",
+          "scales of tokens: who asked for them waits for them and arrives at kSlotFull, for which "
+          "consumers have waited; the slot's next ones are asked for behind kSlotFree of later slots"),
     Known("sm90_prefill_wide", "block.s_factors()[accumulator_row(r)] = softmax.online.correction[r]",
           "block.s_factors()[accumulator_row(",
           "corrections: the left warpgroup arrives at kWeightsFull behind the write, where the right "
@@ -80,11 +88,11 @@ KNOWN = (
 
 # What racecheck names is the function on the line: mostly a member of one of these, or what one
 # kernel alone calls.
-KERNEL_OF = {"Prefill": "sm90_prefill", "WidenedTile": "sm90_prefill", "decode": "sm90_decode",
+KERNEL_OF = {"Prefill": "sm90_prefill", "WidenedTile": "sm90_prefill", "WidenedSlot": "sm90_prefill_wide", "decode": "sm90_decode",
              "Wide": "sm90_prefill_wide", "store_at": "sm90_prefill_wide",
              "load_word": "sm90_prefill_wide", "Gradient": "sm90_backward",
              "WideGradient": "sm90_backward_wide"}
-PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(decode|Prefill|WidenedTile|Wide|Gradient|WideGradient|store_at|load_word)(?:Block|Consumer|Left|Right|Queries|Numbers|Weights)?\b")
+PART_OF = re.compile(r"wh::cuda::(?:ptx::)?(decode|Prefill|WidenedTile|WidenedSlot|Wide|Gradient|WideGradient|store_at|load_word)(?:Code)?(?:Block|Consumer|Left|Right|Queries|Numbers|Weights)?\b")
 ACCESS = re.compile(r"(?P<kind>Read|Write|Atomic)\b.*? access at (?P<where>.+)$")
 PLACE = re.compile(r"(?P<file>[\w./+-]+\.(?:cuh|cu|h)):(?P<line>\d+)")
 

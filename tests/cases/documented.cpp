@@ -74,7 +74,8 @@ bool Documented::takes(const std::string& kernel) const {
   const bool reads_codes =
       kernel == "cpu_prefill" || kernel == "cpu_decode" || kernel == "cpu_reference" ||
       (kernel == "cuda_portable" && portable_reads_codes()) ||
-      ((kernel == "sm90_decode" || kernel == "sm90_prefill") && sm90_reads_codes());
+      ((kernel == "sm90_decode" || kernel == "sm90_prefill" || kernel == "sm90_prefill_wide") &&
+       sm90_reads_codes());
   if (is_quantised(p) && !reads_codes) return false;
   if (kernel == "cpu_prefill" || kernel == "cpu_unfused" || kernel == "cpu_reference") {
     return is_cpu;
@@ -89,8 +90,12 @@ bool Documented::takes(const std::string& kernel) const {
   if (!writes_type_of_q && kernel != "sm90_decode" && kernel != "cuda_portable") return false;
   const bool is_sm90_prefill = kernel == "sm90_prefill" || kernel == "sm90_prefill_wide";
   if (is_sm90_prefill && !p.is_dense() && p.mask != MaskKind::kNone) return false;
+  // Nor over codes where heads are wide.
+  if (kernel == "sm90_prefill_wide" && is_quantised(p) && p.mask != MaskKind::kNone) return false;
   if (kernel == "sm90_prefill") return is_sm90(is_quantised(p) ? 256 : 320, 256);
-  if (kernel == "sm90_decode" && is_quantised(p)) return is_sm90(512, 512);
+  if ((kernel == "sm90_prefill_wide" || kernel == "sm90_decode") && is_quantised(p)) {
+    return is_sm90(512, 512);
+  }
   if (kernel == "sm90_prefill_wide" || kernel == "sm90_decode") return is_sm90(576, 512);
   if (kernel == "sm90_backward" || kernel == "sm90_backward_wide") {
     const int64_t widest = kernel == "sm90_backward" ? 256 : 512;

@@ -25,21 +25,37 @@ __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2], uint64_t q, 
   ptx::wgmma_commit();
 }
 
-// O += P V over kSteps steps of 16 keys, P in registers.
-template <typename T, int kColumns, int kSteps>
+// kCount of the sums, which a product adds to.
+template <int kCount, int kAll>
+__device__ __forceinline__ float (&sums_from(float (&o)[kAll], int first))[kCount] {
+  return reinterpret_cast<float(&)[kCount]>(o[first]);
+}
+// Where the step's keys are in the columns from `first` on of a tile of V with kRows keys.
+template <int kRows>
+constexpr uint64_t value_offset(int step, int first) {
+  return ptx::descriptor_offset(panel_bytes(first / kPanelColumns * kRows + step * kStepColumns));
+}
+
+// O += P V over kSteps steps of 16 keys, all of V's tile, P in registers. kProduct: columns of a
+// product.
+template <typename T, int kColumns, int kSteps, int kProduct = kColumns>
 __device__ __forceinline__ void issue_values(float (&o)[kColumns / 2], const uint32_t* p,
                                              uint64_t v) {
   constexpr int kKeysAreSummed = static_cast<int>(ptx::OperandB::kRowsAreK);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    ptx::Wgmma<kColumns, T>::template rs<kKeysAreSummed>(
-        o, p + 4 * step, v + ptx::descriptor_offset(panel_bytes(step * kStepColumns)), 1);
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kProduct) {
+      ptx::Wgmma<kProduct, T>::template rs<kKeysAreSummed>(
+          sums_from<kProduct / 2>(o, first / 2), p + 4 * step,
+          v + value_offset<kSteps * kStepColumns>(step, first), 1);
+    }
   }
   ptx::wgmma_commit();
 }
 // The same with P in panels of 64 rows in shared memory; `first_step` is of the tile's keys.
-template <typename T, int kColumns, int kSteps>
+template <typename T, int kColumns, int kSteps, int kProduct = kColumns>
 __device__ __forceinline__ void issue_values(float (&o)[kColumns / 2], uint64_t p, int first_step,
                                              uint64_t v) {
   constexpr int kKeysAreSummed = static_cast<int>(ptx::OperandB::kRowsAreK);
@@ -47,11 +63,14 @@ __device__ __forceinline__ void issue_values(float (&o)[kColumns / 2], uint64_t 
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int step = first_step + i;
-    ptx::Wgmma<kColumns, T>::template ss<kKeysAreSummed>(
-        o,
-        p + ptx::descriptor_offset(step / kPanelSteps * panel_bytes(64) +
-                                   step % kPanelSteps * kStepColumns * 2),
-        v + ptx::descriptor_offset(panel_bytes(i * kStepColumns)), 1);
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kProduct) {
+      ptx::Wgmma<kProduct, T>::template ss<kKeysAreSummed>(
+          sums_from<kProduct / 2>(o, first / 2),
+          p + ptx::descriptor_offset(step / kPanelSteps * panel_bytes(64) +
+                                     step % kPanelSteps * kStepColumns * 2),
+          v + value_offset<kSteps * kStepColumns>(i, first), 1);
+    }
   }
   ptx::wgmma_commit();
 }

@@ -23,11 +23,13 @@ struct WideBlock {
   using T = Element<kDtype>;
   static constexpr HeadDims kDims{kDimQk, kDimV};
   static constexpr Scores kScoresOf = kScores;
+  static constexpr bool kWidens = false;
   static constexpr WideTile kTile = wide_tile(kDims, kScores, kLayouts);
   static constexpr WideMemory kMemory{kDims, kTile};
   static constexpr int kTileK = kTile.tile_k;
   static constexpr int kSlots = kTile.left_slots + kTile.right_slots;
   static constexpr int kHalf = 256;  // columns of V that a warpgroup owns
+  static constexpr int kProductColumns = kHalf;
   static constexpr int kVRows = kWideValueRows;
   static constexpr int kPanelsOfKSlot = wide_panels_of_slot(kTile);
   static constexpr int kKSlotBytes = kPanelsOfKSlot * panel_bytes(kTileK);
@@ -133,6 +135,22 @@ struct WideBlock {
   __device__ __forceinline__ int32_t read_tile(uint32_t number) const {
     ptx::mbarrier_acquire(barrier(kTileFull), number % 2);
     return ptx::load_word(s_tile());
+  }
+  // By one lane, once its warp has.
+  __device__ __forceinline__ void release_tile(uint32_t) const {
+    ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
+  }
+  // By a warp, to both blocks: either loads the next half of the slot for both.
+  __device__ __forceinline__ void release_slot(int slot) const {
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane < kWideCluster) ptx::mbarrier_arrive_at(barrier(kSlotFree + slot), lane);
+  }
+  __device__ __forceinline__ void release_queries() const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier(kQFree));
+  }
+  // Of half a tile of queries.
+  __device__ __forceinline__ volatile uint32_t& dropped(uint32_t number, int half) const {
+    return mailbox()->dropped[number % 2][half];
   }
 
   // --- producer: one thread, of pages and packed tensors one warp ---
@@ -266,17 +284,17 @@ struct WideBlock {
     for (uint32_t number = 0;; ++number) {
       const int32_t index = read_tile(number);
       ptx::named_sync(kCleanersBarrier, kCleaners);  // all have read the tile
-      if (is_first) ptx::mbarrier_arrive_at(barrier(kTileFree), 0);
+      if (is_first) release_tile(number);
       if (index < 0) return;
       const Work w = work(index);
       const auto clean_slot = [&](int slot, int half, int32_t key) {
         ptx::mbarrier_wait(barrier(kSlotLoaded + slot), loaded_parity >> slot & 1);
         loaded_parity ^= 1u << slot;
-        const bool dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
+        const bool has_dropped = clean_values<T, kHalf / kPanelColumns, kVRows, kCleaners>(
             s_memory + kMemory.ring_offset + slot * kWideSlotBytes, w.sequence.present, key,
             threadIdx.x - 32);
         // Before the slot is full, so that whoever has waited for it knows.
-        if (dropped) mailbox()->dropped[number % 2][half] = number + 1;
+        if (has_dropped) dropped(number, half) = number + 1;
         ptx::async_proxy_fence();
         ptx::named_sync(kCleanersBarrier, kCleaners);
         if (is_first) ptx::mbarrier_arrive(barrier(kSlotFull + slot));

@@ -7,6 +7,8 @@
 #include "cuda/sm90/common/query_rows.cuh"
 #include "cuda/sm90/common/tile_softmax.cuh"
 #include "cuda/sm90/prefill_wide/block.cuh"
+#include "cuda/sm90/prefill_wide/code_block.cuh"
+#include "cuda/sm90/prefill_wide/code_scales.cuh"
 
 namespace wh::cuda {
 
@@ -18,6 +20,8 @@ struct WideConsumer {
   static constexpr int kHalf = Block::kHalf, kTileK = Block::kTileK, kVRows = Block::kVRows;
   static constexpr int kVSlots = Block::kVSlots;
   static constexpr int kVSteps = kVRows / kStepColumns;  // of a slot
+  static constexpr int kProduct = Block::kProductColumns;
+  static constexpr bool kWidens = Block::kWidens;
 
   const Block& block;
   RingOfHalf ring;
@@ -30,17 +34,12 @@ struct WideConsumer {
   __device__ __forceinline__ int32_t next_tile_index(uint32_t number) {
     const int32_t index = block.read_tile(number);
     __syncwarp();
-    if (is_first_lane()) ptx::mbarrier_arrive_at(block.barrier(Block::kTileFree), 0);
+    if (is_first_lane()) block.release_tile(number);
     return index;
   }
 
   __device__ __forceinline__ void wait_slot() {
     ptx::mbarrier_wait(block.barrier(Block::kSlotFull + ring.slot), ring.parity);
-  }
-  // To both blocks: either loads the next half of the slot for both.
-  __device__ __forceinline__ void release(int slot) {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane < kWideCluster) ptx::mbarrier_arrive_at(block.barrier(Block::kSlotFree + slot), lane);
   }
   __device__ __forceinline__ uint64_t value_descriptor() const {
     return ptx::panel_descriptor(block.s_slot(ring.slot), panel_bytes(kVRows));
@@ -57,8 +56,37 @@ struct WideConsumer {
 
   __device__ __forceinline__ void restore(const Work& w, uint32_t number, int half,
                                           const float (&norm)[2]) {
-    if (block.mailbox()->dropped[number % 2][half] != number + 1) return;
-    query_rows(w).restore(kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
+    if (block.dropped(number, half) != number + 1) return;
+    if constexpr (kWidens) {
+      query_rows(w).restore(kTileK, 0, norm, half * kHalf, (half + 1) * kHalf,
+                            widened_values(block.args, block.stored.v, w));
+    } else {
+      query_rows(w).restore(kTileK, 0, norm, half * kHalf, (half + 1) * kHalf);
+    }
+  }
+
+  // Of this thread. Of codes opaque, as the tile is (walked_tile): two registers.
+  __device__ __forceinline__ int32_t stored_row(int r) const {
+    int32_t row = accumulator_row(r);
+    if constexpr (kWidens) asm volatile("" : "+r"(row));
+    return row;
+  }
+  // That half of the columns of the rows, whose norms these are.
+  template <int kHalfIndex>
+  __device__ __forceinline__ void store_half(const QueryRows<T, Work>& query_rows,
+                                             const float (&norm)[2]) {
+    float factor[2] = {norm[0], norm[1]};
+    if constexpr (kWidens) {
+      if (scales_sums(block.stored.v)) {
+        scale_sums<kHalfIndex * kHalf>(r_o, norm, block.args, block.stored.v,
+                                       head_of(block.args, query_rows.tile));
+        for (float& f : factor) f = f == 0 ? 0 : 1;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      query_rows.store(r_o, r, query_rows.place(stored_row(r)), factor[r], kHalfIndex * kHalf);
+    }
   }
 };
 
@@ -67,7 +95,7 @@ template <typename Block>
 struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
   using Base = WideConsumer<Block, typename Block::LeftRing>;
   using Base::block, Base::r_o, Base::ring;
-  using Base::kHalf, Base::kTileK, Base::kVSlots, Base::kVSteps;
+  using Base::kHalf, Base::kProduct, Base::kTileK, Base::kVSlots, Base::kVSteps, Base::kWidens;
   using typename Base::T;
   using typename Base::Work;
   static constexpr int kKSlots = Block::kKSlots;
@@ -78,6 +106,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
   uint32_t r_p[kTileK / 4];  // [64 rows, kTileK], rounded to T
   int last_slot;             // of K, not yet released
   int v_slot;                // the first of the values under way
+  ScaledTiles scaled;        // of codes
 
   __device__ __forceinline__ explicit WideLeft(const Block& block)
       : Base(block), softmax(block.args, Block::kScoresOf) {}
@@ -99,7 +128,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
       issue_scores<T, kTileK, kWideTileQ, kSteps>(s, q, k, kSlot > 0);
       if constexpr (kSlot > 0) {
         ptx::wgmma_wait<1>();
-        this->release(last_slot);
+        block.release_slot(last_slot);
       }
       last_slot = ring.slot;
       ring.next();
@@ -114,7 +143,8 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
 #pragma unroll
     for (int slot = 0; slot < kVSlots; ++slot) {
       this->wait_slot();
-      issue_values<T, kHalf, kVSteps>(r_o, r_p + 4 * slot * kVSteps, this->value_descriptor());
+      issue_values<T, kHalf, kVSteps, kProduct>(r_o, r_p + 4 * slot * kVSteps,
+                                                this->value_descriptor());
       ring.next();
     }
   }
@@ -124,7 +154,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
     ptx::keep(r_o);
 #pragma unroll
     for (int i = 0; i < kVSlots; ++i) {
-      this->release(v_slot);
+      block.release_slot(v_slot);
       v_slot = ring.after(v_slot);
     }
   }
@@ -154,9 +184,11 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
     begin_scores(s);
     ptx::wgmma_wait<0>();
     ptx::keep(s);
-    this->release(last_slot);
+    block.release_slot(last_slot);
+    scale_scores(s);
     softmax.raise(s, tile * kTileK, true);
     softmax.weigh(s);
+    scale_weights(s);
     softmax.pack(s, r_p);
     hand_over();
   }
@@ -170,14 +202,31 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
     begin_values();
     ptx::wgmma_wait<kVSlots>();
     ptx::keep(s);
-    this->release(last_slot);
+    block.release_slot(last_slot);
     // The addresses of an array mask need the registers of the weights under way.
     if constexpr (kIsMasked) finish_values();
+    scale_scores(s);
     softmax.raise(s, tile * kTileK, kHides);
     softmax.weigh(s);
+    scale_weights(s);
     if constexpr (!kIsMasked) finish_values();
     softmax.pack(s, r_p);
     hand_over();
+  }
+
+  // Scores, and weights, of codes by the scales of the keys.
+  __device__ __forceinline__ void scale_scores(float (&s)[kTileK / 2]) const {
+    if constexpr (kWidens) {
+      if (scaled.multiplies_scores()) multiply_by_scales(s, block.scales(scaled.count(), false));
+    }
+  }
+  __device__ __forceinline__ void scale_weights(float (&s)[kTileK / 2]) {
+    if constexpr (kWidens) {
+      if (has_token_scales(block.stored.v)) {
+        multiply_by_scales(s, block.scales(scaled.count(), true));
+      }
+      scaled.next();
+    }
   }
 
   __device__ __forceinline__ void last_values() {
@@ -189,7 +238,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
   __device__ __forceinline__ void store(const QueryRows<T, Work>& query_rows) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const auto place = query_rows.place(accumulator_row(r));
+      const auto place = query_rows.place(this->stored_row(r));
       query_rows.store_log_sum_exp(place, softmax.finish(r, query_rows.sink(place)));
     }
     ptx::named_sync(Block::kNormFree, 256);
@@ -200,10 +249,7 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
       }
     }
     ptx::named_arrive(Block::kNormFull, 256);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      query_rows.store(r_o, r, query_rows.place(accumulator_row(r)), softmax.norm(r), 0);
-    }
+    this->template store_half<0>(query_rows, softmax.online.correction);
   }
 
   // Notes which keys this thread's rows see; returns which tiles the cluster works on.
@@ -212,6 +258,9 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       softmax.rows[r] = query_rows.scores(accumulator_row(r));
+    }
+    if constexpr (kWidens) {
+      softmax.scale_log2 = scaled.template enter<Block::kScoresOf>(block.args, block.stored.k, w);
     }
     return w.keys;
   }
@@ -230,10 +279,10 @@ struct WideLeft : WideConsumer<Block, typename Block::LeftRing> {
         walk_keys<kIsMasked>(
             keys, n, [&](int32_t tile) { next_tile<true>(tile); },
             [&](int32_t tile) { next_tile<false>(tile); });
-        if (this->is_first_lane()) ptx::mbarrier_arrive(block.barrier(Block::kQFree));
+        block.release_queries();
         last_values();
       } else {
-        if (this->is_first_lane()) ptx::mbarrier_arrive(block.barrier(Block::kQFree));
+        block.release_queries();
       }
       const Work w = block.work(index);
       store(this->query_rows(w));
@@ -247,7 +296,7 @@ template <typename Block>
 struct WideRight : WideConsumer<Block, typename Block::RightRing> {
   using Base = WideConsumer<Block, typename Block::RightRing>;
   using Base::block, Base::r_o, Base::ring;
-  using Base::kHalf, Base::kVSlots, Base::kVSteps;
+  using Base::kHalf, Base::kProduct, Base::kVSlots, Base::kVSteps;
   using typename Base::T;
   using typename Base::Work;
 
@@ -267,17 +316,17 @@ struct WideRight : WideConsumer<Block, typename Block::RightRing> {
 #pragma unroll
     for (int slot = 0; slot < kVSlots; ++slot) {
       this->wait_slot();
-      issue_values<T, kHalf, kVSteps>(r_o, p, slot * kVSteps, this->value_descriptor());
+      issue_values<T, kHalf, kVSteps, kProduct>(r_o, p, slot * kVSteps, this->value_descriptor());
       if (slot > 0) {
         ptx::wgmma_wait<1>();
-        this->release(last_slot);
+        block.release_slot(last_slot);
       }
       last_slot = ring.slot;
       ring.next();
     }
     ptx::wgmma_wait<0>();
     ptx::keep(r_o);
-    this->release(last_slot);
+    block.release_slot(last_slot);
     ptx::named_arrive(Block::kWeightsFree, 256);
   }
 
@@ -295,11 +344,7 @@ struct WideRight : WideConsumer<Block, typename Block::RightRing> {
       const float norm[2] = {block.s_factors()[Block::kNorms + accumulator_row(0)],
                              block.s_factors()[Block::kNorms + accumulator_row(1)]};
       ptx::named_arrive(Block::kNormFree, 256);
-      const QueryRows<T, Work> query_rows = this->query_rows(w);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        query_rows.store(r_o, r, query_rows.place(accumulator_row(r)), norm[r], kHalf);
-      }
+      this->template store_half<1>(this->query_rows(w), norm);
       this->restore(w, number, 1, norm);
     }
   }

@@ -8,17 +8,17 @@ Status run_prefill_wide(const Launch& launch) {
   const Problem& p = launch.problem;
   const TileVariant& variant = wide_variant(launch.config);
   const HeadDims dims = variant.instance.dims;
-  const WideTile tile = wide_tile(dims, scores_of(p), layouts_of(p));
-  const TileOrder order = wide_order(p);
+  const WideTile tile = wide_tile_of(p, variant);
+  const TileOrder order = wide_order(p, tile);
   return run_tiles(launch, {.order = order,
                             .workers = launch.config.workers,
-                            .block_queries = order.tile_queries / kWideCluster,
-                            .box_keys = tile.tile_k * wide_panels_of_slot(tile) / kWideCluster,
+                            .block_queries = order.tile_queries / tile.cluster,
+                            .box_keys = wide_box_keys(tile),
                             .box_values = kWideValueRows,
                             .function = variant.function(p),
-                            .threads = kWideThreads,
+                            .threads = tile.threads(),
                             .shared_bytes = WideMemory(dims, tile).bytes,
-                            .cluster = kWideCluster});
+                            .cluster = tile.cluster});
 }
 
 }  // namespace wh::cuda

@@ -6,9 +6,12 @@
 
 namespace wh::cuda {
 
-// The kernel compiled for these dimensions; instance.cu.in instantiates it.
+// The kernel compiled for these dimensions, over elements and over codes; instance.cu.in and
+// code_instance.cu.in instantiate it.
 template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
 const void* wide_instance();
+template <int kDimQk, int kDimV, Dtype kDtype, Scores kScores, Layouts kLayouts>
+const void* wide_code_instance();
 
 Status run_prefill_wide(const Launch& launch);
 
