@@ -36,7 +36,7 @@ KNOWN = (
             "a widened tile, in a slot in which others had widened one: they wait for kKFree, which "
             "consumers give behind all reads of the one before")
       for other in ("*reinterpret_cast<uint4*>(panel + at.wide[", "*chunk = ")),
-    Known("sm90_prefill", '"r"(valid_bytes)', "of_keys[4 * i + threadIdx.x % 4]",
+    Known("sm90_prefill", '"r"(valid_bytes)', "pairs[4 * i + threadIdx.x % 4]",
           "scales of tokens: who asked for them waits for them and arrives at kKFull, for which "
           "consumers have waited; the slot's next ones are asked for behind kKFree of a later tile"),
     Known("sm90_decode", "[thread_] = scale", "scales[4 * i]",

@@ -33,6 +33,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/common/code_scales.cuh"
 #include "cuda/sm90/common/key_boxes.cuh"
 #include "cuda/sm90/common/products.cuh"
 #include "cuda/sm90/common/query_rows.cuh"
@@ -361,22 +362,6 @@ struct PrefillBlock {
 
   // --- of codes, the warps beside the producer's widen, three or seven ---
 
-  __device__ __forceinline__ KvPlace head_of(const Work& w) const {
-    return {0, w.at.first_head / args.group, 0, w.sequence.batch_idx};
-  }
-  // Of scores in the exponent, before any scale of K.
-  __device__ __forceinline__ float scale_log2() const {
-    return (kScores == Scores::kPlain ? args.scale : 1) * kLog2E;
-  }
-  // Whether scores are multiplied by scales of keys. What all keys share goes into the exponent's,
-  // where that stays a positive number which f32 holds with room to spare.
-  __device__ __forceinline__ bool multiplies_scores(const Work& w) const {
-    if (has_token_scales(stored->k)) return true;
-    if (stored->k.scales == Scales::kNone) return false;
-    if (kScores != Scores::kPlain) return true;
-    const float folded = scale_log2() * stored->k.scale(head_of(w), 0);
-    return !(folded > 0x1p-60f && folded < 0x1p60f);
-  }
   __device__ __forceinline__ static int scale_offset(uint32_t key_tile, bool is_v) {
     const uint32_t slot = key_tile % kCodeScaleSlots;
     return kMemory.scales_offset + (2 * slot + (is_v ? 1 : 0)) * kMemory.scale_bytes;
@@ -409,7 +394,7 @@ struct PrefillBlock {
         const Work w = block.work(index);
         if (w.keys.end <= w.keys.begin) continue;
         note(w);
-        const bool scales_k = block.multiplies_scores(w);
+        const bool scales_k = multiplies_scores<kScores>(block.args, block.stored->k, w);
         const bool scales_v = has_token_scales(block.stored->v);
         // A step: the scales of one tile of keys are asked for, K of the one before it and V of the
         // one before that are widened. The slot that these scales take is that of four tiles ago,
@@ -676,34 +661,25 @@ struct PrefillBlock {
             for (int i = 0; i < kTileK / 4; ++i) s[4 * (i / 2) + 2 * r + i % 2] *= power;
           }
         }
-        if (key_tiles & kScalesKeys) multiply_by_scales(s, false);
+        if (key_tiles & kScalesKeys) multiply_by_scales(s, scales(false));
       }
     }
     template <typename V>
     __device__ __forceinline__ void scale_weights(float (&s)[kTileK / 2]) {
       if constexpr (!kWidens) return;
-      if constexpr (!std::is_same_v<V, Value>) multiply_by_scales(s, true);
+      if constexpr (!std::is_same_v<V, Value>) multiply_by_scales(s, scales(true));
       key_tiles += kOneKeyTile;
     }
-    __device__ __forceinline__ void multiply_by_scales(float (&s)[kTileK / 2], bool is_v) const {
-      const auto* of_keys = reinterpret_cast<const float2*>(
-          block.s_memory + scale_offset(key_tiles / kOneKeyTile, is_v));
-#pragma unroll
-      for (int i = 0; i < kTileK / 8; ++i) {
-        const float2 pair = of_keys[4 * i + threadIdx.x % 4];
-        s[4 * i] *= pair.x;
-        s[4 * i + 1] *= pair.y;
-        s[4 * i + 2] *= pair.x;
-        s[4 * i + 3] *= pair.y;
-      }
+    __device__ __forceinline__ const void* scales(bool is_v) const {
+      return block.s_memory + scale_offset(key_tiles / kOneKeyTile, is_v);
     }
     __device__ __forceinline__ void note_key_scale(const Work& w) {
-      softmax.scale_log2 = block.scale_log2();
+      softmax.scale_log2 = scale_log2_of<kScores>(block.args);
       key_tiles &= ~(kOneKeyTile - 1);
-      if (block.multiplies_scores(w)) {
+      if (multiplies_scores<kScores>(block.args, block.stored->k, w)) {
         key_tiles |= kScalesKeys;
       } else if constexpr (kScores == Scores::kPlain) {
-        softmax.scale_log2 *= block.stored->k.scale(block.head_of(w), 0);
+        softmax.scale_log2 *= block.stored->k.scale(head_of(block.args, w), 0);
       }
     }
     // bf16 queries become f16, in place, each warp those of its own rows: times a power of two that
@@ -864,7 +840,7 @@ struct PrefillBlock {
         float norm[2] = {softmax.norm(0) * lowers, softmax.norm(1) * lowers};
         const Scales scales_v = block.stored->v.scales;
         if (scales_v != Scales::kNone && scales_v != Scales::kTokenHead) {
-          scale_sums(norm, block.head_of(query_rows.tile));
+          scale_sums(norm, head_of(block.args, query_rows.tile));
           for (float& factor : norm) factor = factor == 0 ? 0 : 1;
         }
 #pragma unroll

@@ -13,7 +13,7 @@
 #include "cuda/sm90/common/ring.cuh"
 #include "cuda/sm90/common/tile_walk.cuh"
 #include "cuda/sm90/common/widen.cuh"
-#include "cuda/sm90/prefill_wide/code_scales.cuh"
+#include "cuda/sm90/prefill_wide/code_slots.cuh"
 #include "cuda/sm90/prefill_wide/kernel.h"
 #include "cuda/sm90/prefill_wide/tiles.h"
 

@@ -8,7 +8,7 @@
 #include "cuda/sm90/common/tile_softmax.cuh"
 #include "cuda/sm90/prefill_wide/block.cuh"
 #include "cuda/sm90/prefill_wide/code_block.cuh"
-#include "cuda/sm90/prefill_wide/code_scales.cuh"
+#include "cuda/sm90/prefill_wide/code_slots.cuh"
 
 namespace wh::cuda {
 
