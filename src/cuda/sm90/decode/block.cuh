@@ -2,13 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/packed_rows.h"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/pairs.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/common/panels.h"
+#include "cuda/sm90/common/widen.cuh"
 #include "cuda/sm90/decode/kernel.h"
 
 namespace wh::cuda::decode {
@@ -24,20 +28,34 @@ __device__ __forceinline__ void meet_block() {
   ptx::launch_dependents();
 }
 
+// A unit as f32 has it, where there are no scales of tokens: 1.
+constexpr uint32_t kNoUnit = 127u << 23;
+
 // Where things are in shared memory, as 32-bit addresses. Consumers read `ring`, TMA fills `loads`,
 // which is the same unless somebody widens between them.
 template <typename Tile>
 struct Shared {
   static constexpr int kWideBytes = Tile::kSlots * Tile::kSlotBytes;
-  static constexpr int kScalesOffset = Tile::kQueryBytes + Tile::kRingBytes;
 
   uint32_t q, ring, full, empty;
   uint32_t loads, loads_full, loads_empty;
 
+  // Of codes, from the beginning on.
+  static constexpr int scales_offset(int slot) {
+    return Tile::kQueryBytes + Tile::kRingBytes + slot * Tile::kScaleBytes;
+  }
+  static constexpr int load_scales_offset(int slot) {
+    return scales_offset(Tile::kSlots) + slot * Tile::kLoadScaleBytes;
+  }
+  static constexpr int row_factors_offset() { return load_scales_offset(Tile::kLoadSlots); }
+  // Of the last tile's ValueUnit.
+  static constexpr int unit_offset() { return row_factors_offset() + Tile::kTileQ * 4; }
+  static constexpr int halves_offset() { return row_factors_offset() + Tile::kRowBytes; }
+
   __device__ __forceinline__ explicit Shared(const void* base)
       : q(ptx::shared_address(base)), ring(q + Tile::kQueryBytes) {
     full = ring + Tile::kRingBytes;
-    if constexpr (Tile::kWidens) full += Tile::kSlots * Tile::kScaleBytes;
+    if constexpr (Tile::kWidens) full = q + halves_offset() + Tile::kHalvesBytes;
     empty = full + 8 * Tile::kSlots;
     loads = Tile::kWidens ? ring + kWideBytes : ring;
     loads_full = Tile::kWidens ? empty + 8 * Tile::kSlots : full;
@@ -106,8 +124,34 @@ struct TileLoader {
     return item.tile_begin + (args.values == Values::kInKeys ? n : n / 2);
   }
 
+  // The scales of a tile's keys, where tokens have them, `page` as BoxPages says it. Those of keys
+  // that nobody sees may not be there, and are 0. Warps that widen asked for them themselves, and
+  // looked them up by their pages: a fifth of their instructions.
+  __device__ __forceinline__ void request_scales(int n, int slot, int32_t page) const {
+    const KvTensor& of = n % 2 == 1 ? args.stored_v : args.stored_k;
+    if (has_token_scales(of)) {
+      const float* head = of.scales_data + item.head_kv * of.stride_scales[1];
+#pragma unroll
+      for (int i = threadIdx.x % 32; i < Tile::kTileK; i += 32) {
+        const int32_t key = tile(n) * Tile::kTileK + i;
+        const bool exists = key >= item.seen.begin && key < item.seen.end;
+        int32_t batch_idx = item.sequence.key_batch, token = item.sequence.first_key + key;
+        if (item.pages != nullptr) {
+          batch_idx = __shfl_sync(~0u, page, i >> args.box_keys_log2);
+          token = key % args.attention.page_size;
+        }
+        const float* from =
+            exists ? head + batch_idx * of.stride_scales[0] + token * of.stride_scales[2] : head;
+        ptx::cp_async<4>(shared.q + Shared<Tile>::load_scales_offset(slot) + 4 * i, from,
+                         exists ? 4 : 0);
+      }
+    }
+    ptx::cp_async_arrive(shared.loads_full + 8 * slot);
+  }
+
   // Keys that lie side by side.
   __device__ __forceinline__ void load(int n, int slot) const {
+    if constexpr (Tile::kWidens) request_scales(n, slot, 0);
     if (!is_leader) return;
     const bool is_v = args.values == Values::kOwn && n % 2 == 1;
     const CUtensorMap* map = is_v ? &maps.v : &maps.k;
@@ -140,7 +184,9 @@ struct TileLoader {
     const int box_keys = 1 << args.box_keys_log2;
     const int box_bytes = panel_bytes(box_keys);
     const int boxes = (end - begin + box_keys - 1) >> args.box_keys_log2;
-    const int page = pages.of_tile(begin) * use.batch_step;  // and all have seen the slot empty
+    int page = pages.of_tile(begin);  // and all have seen the slot empty
+    if constexpr (Tile::kWidens) request_scales(n, slot, page);
+    page *= use.batch_step;
     if (is_leader) {
       ptx::mbarrier_expect(
           full, boxes * ((is_v ? Tile::kDimV : Tile::kDimQk) / Tile::kStoredColumns) * box_bytes);
@@ -207,12 +253,94 @@ struct QueryLoader {
     ptx::cp_async_wait<0>();
     ptx::async_proxy_fence();
   }
+
+  // The same where wgmma takes f16, as codes become: of bf16 each thread converts what it has
+  // copied. Rows are multiplied by powers of two, each by its own: a tiny row beside a huge one
+  // would be left with no bits. Of every eighth power that which brings the largest element to
+  // [2^8, 2^16): rows of much the same size then share one (Consumer::note_row_factors()), and
+  // those between 2^-4 and 2^4 do. `factors` takes what scores of each row are to be multiplied by:
+  // `scale`, which all keys share, over that power. What f16 rounds, elements below 2^-14, it
+  // rounds by at most 2^-33 of the row's largest. NaN and infinity do not count, and stay what they
+  // are.
+  __device__ __forceinline__ void wait_widened(unsigned char* q, float* factors,
+                                               float scale) const {
+    // Of rows that do not exist too.
+    if (threadIdx.x % 32 < kWarpRows) {
+      factors[threadIdx.x / 32 * kWarpRows + threadIdx.x % 32] = scale;
+    }
+    if constexpr (std::is_same_v<T, __half>) {
+      wait();
+      return;
+    }
+    __syncwarp();
+    constexpr int kLanes = kChunks < 32 ? kChunks : 32;  // of a row
+    constexpr int kRowLoads = kChunks / kLanes;
+    constexpr int kAtOnce = 4;  // rows: their steps hide each other
+    static_assert(kLanes * kRowLoads == kChunks && kLoads % (kAtOnce * kRowLoads) == 0);
+    ptx::cp_async_wait<0>();
+#pragma unroll 1
+    for (int first = 0; first < kLoads; first += kAtOnce * kRowLoads) {
+      if (threadIdx.x / 32 * kWarpRows + 32 * first / kChunks >= rows) break;
+      const auto place = [&](int i) {
+        return reinterpret_cast<uint4*>(
+            q + chunk_offset(row(first + i), chunk(first + i), Tile::kTileQ));
+      };
+      uint4 chunks[kAtOnce * kRowLoads];
+      uint32_t tops[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kRowLoads; ++i) {
+        const uint4 of = chunks[i] = *place(i);
+        for (const uint32_t pair : {of.x, of.y, of.z, of.w}) {
+          uint32_t& top = tops[i / kRowLoads];
+          top = ptx::max_pairs(top, ptx::finite_magnitudes(pair));
+        }
+      }
+#pragma unroll
+      for (uint32_t& top : tops) top = max(top & 0x7fff, top >> 16 & 0x7fff);
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2) {
+#pragma unroll
+        for (uint32_t& top : tops) top = max(top, __shfl_xor_sync(~0u, top, step));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int power = power_of(tops[i]);
+        const uint32_t factor = (127 + power) * 0x00800080u;
+        const auto convert = [&](uint32_t pair) {
+          pair = ptx::multiply_pairs(pair, factor);
+          return ptx::pack<__half>(__uint_as_float(pair << 16),
+                                   __uint_as_float(pair & 0xffff0000u));
+        };
+#pragma unroll
+        for (int j = i * kRowLoads; j < (i + 1) * kRowLoads; ++j) {
+          const uint4 of = chunks[j];
+          *place(j) = make_uint4(convert(of.x), convert(of.y), convert(of.z), convert(of.w));
+        }
+        if (chunk(first + i * kRowLoads) == 0) {
+          factors[row(first + i * kRowLoads)] = scale * __uint_as_float((127 - power) << 23);
+        }
+      }
+    }
+    __syncwarp();
+    ptx::async_proxy_fence();
+  }
+
+ private:
+  // Of a row whose largest element is `top`, as bf16 has it.
+  static __device__ __forceinline__ int power_of(uint32_t top) {
+    if (top == 0) return 12;  // as of most rows
+    const int exponent = static_cast<int>(top >> 7) - 127;
+    return min(((11 - exponent) & ~7) + 4, 124);  // 2^128 bf16 does not hold
+  }
 };
 
 // Zeroes the V rows of keys that no row of the block sees.
 template <typename Tile>
 __device__ __forceinline__ void clear_unseen(unsigned char* s_v, Keys seen, int32_t tile_key) {
   constexpr int kPanels = Tile::kDimV / kPanelColumns;
+  // Unrolled, it keeps registers through the loop over tiles that codes have no more of.
+  constexpr int kAtOnce = Tile::kWidens ? 1 : 4;
+#pragma unroll kAtOnce
   for (int i = threadIdx.x; i < kPanels * Tile::kTileK * 8; i += Tile::kConsumers) {
     const int32_t key = tile_key + i / 8 % Tile::kTileK;
     if (key >= seen.begin && key < seen.end) continue;

@@ -81,6 +81,9 @@ class DecodeCost {
     if (variant.reads_codes) {
       block_rate_ = 2 * code_rate(variant.instance.dims);
       if (p.key_layout == KeyLayout::kPaged) block_rate_ *= kPagedCodes;
+      if (p.scales_k != Scales::kTokenHead && p.scales_v != Scales::kTokenHead) {
+        block_rate_ *= kNoTokenScales;
+      }
     }
     share_bytes_ = static_cast<double>(all_query_rows(p) * p.dim_v * 4);
   }
@@ -143,13 +146,15 @@ class DecodeCost {
   static constexpr double kCombineRate = 1.25e6;  // bytes a microsecond
   static constexpr double kBlockRate = 34e3;      // of work, counted as if V were read too
 
-  // Codes a microsecond that a lone block widens and multiplies, by an H200: widening bounds 128
-  // and 512, where three warps do it.
+  // Codes a microsecond, with scales of tokens, that a lone block widens and multiplies, by an
+  // H200: the steps of its consumers, one after another, bound it.
   static constexpr double code_rate(HeadDims dims) {
-    return dims.dim_v > 256 ? 11.4e3 : dims.dim_v > 128 ? 18.7e3 : 14e3;
+    return dims.dim_v > 256 ? 17.2e3 : dims.dim_v > 128 ? 18.7e3 : 17.1e3;
   }
-  // Of that rate, between 0.82 at 128 and 1 at 512: scales of tokens are looked up by their page.
-  static constexpr double kPagedCodes = 0.9;
+  // Of that rate, beside what elements lose over pages too: 0.87 at 128, 0.89 at 512, 0.9 at 256.
+  static constexpr double kPagedCodes = 0.88;
+  // Between 1.08 at 512 and 1.16 at 128: weights need neither products with scales nor their unit.
+  static constexpr double kNoTokenScales = 1.13;
 
   // What two blocks of a multiprocessor do at once, to what one does. An assumption: where it
   // counts, many rows against few keys, the kernels for prefill are the faster ones anyway.

@@ -51,6 +51,10 @@ __device__ __forceinline__ float2 load_pair(const void* from) {
   }
 }
 
+// Weights of codes are counted times 2^7, to 2^15 at most: below 2^-24 f16 loses them, and of a
+// million keys beside a heavy one those would be a sixteenth.
+constexpr int kLift = 7;
+
 // Two columns of K or V as they are stored, where speed does not matter.
 template <typename T>
 __device__ __forceinline__ float2 stored_pair(const KvTensor&, const T* at) {
@@ -67,8 +71,10 @@ __device__ __forceinline__ float2 stored_pair(const KvTensor& stored, const uint
 template <typename Tile, typename T>
 __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const DecodeArgs& args,
                                           const PackedItem& item, const TileSoftmax<T>& softmax,
+                                          const float* row_factors, float unit,
                                           const unsigned char* s_q, int first_row,
                                           int first_column) {
+  using Key = std::conditional_t<Tile::kWidens, __half, T>;
   const AttentionArgs& a = args.attention;
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -89,14 +95,17 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
 #pragma unroll 1
       for (int d = column; d < a.dim_qk; d += 8) {
         const float2 x =
-            load_pair<T>(s_q + chunk_offset(first_row + 8 * r, d / 8, Tile::kTileQ) + d % 8 * 2);
+            load_pair<Key>(s_q + chunk_offset(first_row + 8 * r, d / 8, Tile::kTileQ) + d % 8 * 2);
         const float2 y = stored_pair(args.stored_k, k + d);
         dot[0] = fmaf(x.x, y.x, fmaf(x.y, y.y, dot[0]));
       }
       dot[0] += __shfl_xor_sync(~0u, dot[0], 1);
       dot[0] += __shfl_xor_sync(~0u, dot[0], 2);
       if constexpr (Tile::kWidens) {
-        dot[0] *= args.stored_k.scale(place_of_key(rows, item, key), 0);
+        if (row_factors != nullptr) dot[0] *= row_factors[first_row + 8 * r];
+        if (has_token_scales(args.stored_k)) {
+          dot[0] *= args.stored_k.scale(place_of_key(rows, item, key), 0);
+        }
       }
       if (static_cast<uint32_t>(key - softmax.rows[r].first_key) >= softmax.rows[r].key_count)
         continue;
@@ -105,7 +114,9 @@ __device__ __forceinline__ void redo_sums(float (&o)[Tile::kColumns / 2], const 
       if (args.scores != Scores::kPlain) transform_scores(dot, a);
       float p = softmax.online.weight(dot[0] + bias, r, softmax.scale_log2);
       if constexpr (Tile::kWidens) {
+        p *= 1 << kLift;
         if (has_token_scales(args.stored_v)) {
+          p *= unit;
           p *= args.stored_v.scale(place_of_key(rows, item, key), 0);
         }
       }
@@ -154,15 +165,17 @@ class Consumer {
   __device__ __forceinline__ void run() {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) o_[i] = 0;
+    if constexpr (Tile::kWidens) note_row_factors();
     Ring<Tile::kSlots> ring;
     const int32_t kept = keep_item();
 #pragma unroll 1
     for (int32_t tile = item_.tile_begin; tile < tile_end(kept); ++tile) work_on(tile, ring, kept);
     recall_item(kept);
     if (item_.is_mixed && any_not_finite(o_)) {
-      redo_sums<Tile, T>(o_, args_, item_, softmax_, smem_, first_row_, first_column_);
+      redo_sums<Tile, T>(o_, args_, item_, softmax_, row_factors(), __uint_as_float(last_unit()),
+                         smem_, first_row_, first_column_);
     }
-    if constexpr (Tile::kWidens) scale_values();
+    if constexpr (Tile::kWidens) softmax_.template lower<kLift>();
     if (args_.partials.splits > 1) {
       store_share();
     } else {
@@ -173,6 +186,9 @@ class Consumer {
  private:
   static constexpr bool kIsDense = kLayouts == Layouts::kDense;
   static constexpr int kTileK = Tile::kTileK, kColumns = Tile::kColumns;
+  // Of both products, of codes whatever the type of q.
+  using Key = std::conditional_t<Tile::kWidens, __half, T>;
+  static constexpr int kWeightLift = Tile::kWidens ? kLift : 0;
 
   // Of layouts, the item lies in one register through the loop, of which each lane has its own.
   // Where tensors are dense, it follows from the block's index.
@@ -231,15 +247,25 @@ class Consumer {
     uint32_t p[kTileK / 4];
     ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
     {
-      const uint64_t q = ptx::panel_descriptor(shared_.q);
-      const uint64_t k = ptx::panel_descriptor(shared_.slot(ring.slot));
+      constexpr int kParts = Tile::kHalvesScores ? 2 : 1;
+      constexpr int kPartPanels = Tile::kDimQk / kPanelColumns / kParts;
+      const int panel = Tile::kHalvesScores ? threadIdx.x / 128 * kPartPanels : 0;
+      const uint64_t q = ptx::panel_descriptor(shared_.q + panel * panel_bytes(Tile::kTileQ));
+      const uint64_t k =
+          ptx::panel_descriptor(shared_.slot(ring.slot) + panel * panel_bytes(kTileK));
       ptx::keep(s);
-      issue_scores<T, kTileK, Tile::kTileQ, Tile::kDimQk / kStepColumns>(s, q, k);
+      issue_scores<Key, kTileK, Tile::kTileQ, kPartPanels * kPanelSteps>(s, q, k);
       ptx::wgmma_wait<0>();
       ptx::keep(s);
     }
+    if constexpr (Tile::kHalvesScores) add_other_half(s);
     if constexpr (Tile::kWidens) {
-      multiply_by_scales(s, ring.slot);
+      if (multiplies_rows_) {
+        const float factors[2] = {row_factor(0), row_factor(1)};
+#pragma unroll
+        for (int i = 0; i < kTileK / 2; ++i) s[i] *= factors[i / 2 % 2];
+      }
+      if (has_token_scales(args_.stored_k)) multiply_by_scales(s, ring.slot);
       __syncwarp();  // one lane gives the slot back for all
     }
     if (args_.values == Values::kOwn) {
@@ -248,12 +274,20 @@ class Consumer {
     }
     recall_bounds(kept);
     softmax_.raise(s, tile_key, !item_.tiles.is_full(tile));
-    softmax_.weigh(s);
+    softmax_.template weigh<kWeightLift>(s);
+    bool in_bf16 = std::is_same_v<Key, __nv_bfloat16>;  // weights and values
     if constexpr (Tile::kWidens) {
       ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
-      if (has_token_scales(args_.stored_v)) multiply_by_scales(s, ring.slot);
+      if (has_token_scales(args_.stored_v)) {
+        multiply_by_scales(s, ring.slot);
+        in_bf16 = follow_unit(ring.slot);
+      }
     }
-    softmax_.pack(s, p);
+    if (in_bf16) {
+      TileSoftmax<__nv_bfloat16>::pack(s, p);
+    } else {
+      TileSoftmax<__half>::pack(s, p);
+    }
     softmax_.correct(o_);
     if (!Tile::kWidens && args_.values == Values::kOwn) {
       ptx::mbarrier_wait(shared_.full + 8 * ring.slot, ring.parity);
@@ -272,50 +306,151 @@ class Consumer {
       constexpr int kPanelBytes = panel_bytes(kTileK);
       const uint64_t v = ptx::panel_descriptor(
           shared_.slot(ring.slot) + first_column_ / kPanelColumns * kPanelBytes, kPanelBytes);
-      ptx::keep(o_);
-      ptx::keep(p);
-      issue_values<T, kColumns, kTileK / kStepColumns>(o_, p, v);
-      ptx::wgmma_wait<0>();
-      ptx::keep(o_);
+      if (in_bf16) {
+        add_values<__nv_bfloat16>(p, v);
+      } else {
+        add_values<__half>(p, v);
+      }
     }
     release(ring.slot);
     ring.next();
   }
 
-  // Scores, or weights, by the scales of the keys of the tile in a slot.
-  __device__ __forceinline__ void multiply_by_scales(float (&s)[kTileK / 2], int slot) const {
-    const auto* scales = reinterpret_cast<const float2*>(smem_ + Shared<Tile>::kScalesOffset +
-                                                         slot * Tile::kScaleBytes) +
-                         threadIdx.x % 4;
+  // The other warpgroup's scores, of the other columns, to this one's.
+  __device__ __forceinline__ void add_other_half(float (&s)[kTileK / 2]) const {
+    auto* halves = reinterpret_cast<float4*>(smem_ + Shared<Tile>::halves_offset());
+    const auto at = [&](int i, int half) -> float4& {
+      return halves[(half * (kTileK / 8) + i) * 128 + threadIdx.x % 128];
+    };
+    const int own = threadIdx.x / 128;
+    ptx::named_sync(kConsumersMeet, Tile::kConsumers);  // those of the last tile are read
 #pragma unroll
     for (int i = 0; i < kTileK / 8; ++i) {
-      const float2 pair = scales[4 * i];
-      s[4 * i] *= pair.x;
-      s[4 * i + 1] *= pair.y;
-      s[4 * i + 2] *= pair.x;
-      s[4 * i + 3] *= pair.y;
+      at(i, own) = make_float4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
+    }
+    ptx::named_sync(kConsumersMeet, Tile::kConsumers);
+#pragma unroll
+    for (int i = 0; i < kTileK / 8; ++i) {
+      const float4 other = at(i, 1 - own);
+      s[4 * i] += other.x;
+      s[4 * i + 1] += other.y;
+      s[4 * i + 2] += other.z;
+      s[4 * i + 3] += other.w;
+    }
+    __syncwarp();
+  }
+
+  // Adds the products of a tile's weights and values, both of type V.
+  template <typename V>
+  __device__ __forceinline__ void add_values(uint32_t (&p)[kTileK / 4], uint64_t v) {
+    ptx::keep(o_);
+    ptx::keep(p);
+    issue_values<V, kColumns, kTileK / kStepColumns>(o_, p, v);
+    ptx::wgmma_wait<0>();
+    ptx::keep(o_);
+  }
+
+  // What scores of codes are multiplied by (QueryLoader::wait_widened()); none where it is part of
+  // the exponent's scale.
+  __device__ __forceinline__ const float* row_factors() const {
+    if constexpr (Tile::kWidens) {
+      if (multiplies_rows_) {
+        return reinterpret_cast<const float*>(smem_ + Shared<Tile>::row_factors_offset());
+      }
+    }
+    return nullptr;
+  }
+  // That of row r of this thread. Kept, they would be two registers that layouts do not leave.
+  __device__ __forceinline__ float row_factor(int r) const {
+    return row_factors()[first_row_ + 8 * r];
+  }
+  // The exponent's scale takes a factor that all rows of the warp share, where it stays a positive
+  // number of all bits, and scores are not transformed in front of it.
+  __device__ __forceinline__ void note_row_factors() {
+    multiplies_rows_ = true;
+    const float first = __shfl_sync(~0u, row_factor(0), 0);
+    const float shared_scale = softmax_.scale_log2 * first;
+    bool is_shared = shared_scale >= 0x1p-126f && shared_scale < INFINITY;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      is_shared = is_shared && (first_row_ + 8 * r >= item_.rows || row_factor(r) == first);
+    }
+    if (args_.scores != Scores::kPlain || !__all_sync(~0u, is_shared)) return;
+    multiplies_rows_ = false;
+    softmax_.scale_log2 = shared_scale;
+  }
+
+  // Scores, or weights, by the scales of the keys of the tile in a slot.
+  __device__ __forceinline__ void multiply_by_scales(float (&s)[kTileK / 2], int slot) const {
+    const auto* scales =
+        reinterpret_cast<const float4*>(smem_ + Shared<Tile>::scales_offset(slot)) +
+        threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kTileK / 16; ++i) {
+      const float4 of = scales[4 * i];
+      const float of_pairs[2][2] = {{of.x, of.y}, {of.z, of.w}};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) s[8 * i + j] *= of_pairs[j / 4][j % 2];
     }
   }
-  // The sums of codes by the scales of V that all keys share.
-  __device__ __forceinline__ void scale_values() {
-    const KvTensor& v = args_.stored_v;
-    if (v.scales == Scales::kNone || has_token_scales(v)) return;
-    const KvPlace at{0, item_.head_kv, 0, item_.sequence.batch_idx};
-    if (v.scales != Scales::kChannel) {  // asked for of each column, one scale took 7 us
-      const float scale = v.scale(at, 0);
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) o_[i] *= scale;
-      return;
+  // Brings the sums of before to the unit of a tile of V with scales of tokens. Returns whether
+  // that tile is of bf16.
+  __device__ __forceinline__ bool follow_unit(int slot) {
+    const auto unit = *reinterpret_cast<const ValueUnit*>(
+        smem_ + Shared<Tile>::scales_offset(slot) + Tile::kLoadScaleBytes);
+    softmax_.online.correction[0] *= unit.change;
+    softmax_.online.correction[1] *= unit.change;
+    return unit.in_bf16 != 0;
+  }
+  // What scales of V's tokens were multiplied by, once all tiles are.
+  __device__ __forceinline__ uint32_t last_unit() const {
+    if constexpr (Tile::kWidens) {
+      return *reinterpret_cast<const uint32_t*>(smem_ + Shared<Tile>::unit_offset());
+    } else {
+      return kNoUnit;
     }
+  }
+
+  // What the sums of row r are still to be multiplied by. Those of codes are normalised here, and
+  // then multiplied by the scales of V that all keys share, or brought out of the unit of those of
+  // tokens: the other way around they might leave f32.
+  __device__ __forceinline__ float factor_of(int r) {
+    const float norm = softmax_.norm(r) * (1.0f / (1 << kWeightLift));
+    if constexpr (!Tile::kWidens) return norm;
+    const KvTensor& v = args_.stored_v;
+    const KvPlace head{0, item_.head_kv, 0, item_.sequence.batch_idx};
+    // Apart: asked of each column whether it has a scale, sums of 256 took 20 us, nearly all of it
+    // for instructions that lie far from each other.
+    if (v.scales == Scales::kChannel) {
+      multiply_by_channels(r, norm, v.scales_data + v.scale_offset(head));
+      return 1;
+    }
+    const float scale =
+        has_token_scales(v) ? __uint_as_float((254u << 23) - last_unit()) : v.scale(head, 0);
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = first_column_ + 8 * i + threadIdx.x % 4 * 2 + e;
-        const float scale = column < args_.attention.dim_v ? v.scale(at, column) : 1;
-        o_[4 * i + e] *= scale;
-        o_[4 * i + 2 + e] *= scale;
+        float& sum = o_[4 * i + 2 * r + e];
+        sum = sum * norm * scale;
       }
+    }
+    return 1;
+  }
+  __device__ __forceinline__ void multiply_by_channels(int r, float norm, const float* scales) {
+    const int64_t stride = args_.stored_v.stride_scales[3];
+    const int thread_column = first_column_ + threadIdx.x % 4 * 2;
+    const int columns = args_.attention.dim_v - thread_column;  // from this thread's first one on
+    const float* at = scales + thread_column * stride;
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& sum = o_[4 * i + 2 * r + e];
+        sum = sum * norm * (8 * i + e < columns ? at[e * stride] : 1);
+      }
+      at += 8 * stride;
+      asm volatile("" : "+l"(at));  // not counted anew for each column
     }
   }
 
@@ -333,7 +468,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       weights[r] = softmax_.finish(r, -INFINITY);
-      const float factor = softmax_.norm(r);
+      const float factor = factor_of(r);
       auto* row = reinterpret_cast<float2*>(smem_ + warp_offset + (lane / 4 + 8 * r) * kPitch);
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
@@ -380,9 +515,9 @@ class Consumer {
       const PackedRow at(args_.attention, args_.rows, item_, first_row_ + 8 * r);
       const float sink = exists ? sink_of(a, at.head) : -INFINITY;
       const RowWeight weight = softmax_.finish(r, sink);
-      const float factor = softmax_.norm(r);
+      const float factor = factor_of(r);
       if (!exists) continue;
-      if (factor == 0) {  // a row without weight: its sums may be 0 * NaN
+      if (softmax_.norm(r) == 0) {  // a row without weight: its sums may be 0 * NaN
 #pragma unroll
         for (int i = 0; i < kColumns / 8; ++i) o_[4 * i + 2 * r] = o_[4 * i + 2 * r + 1] = 0;
       }
@@ -406,6 +541,7 @@ class Consumer {
   int first_row_;     // of the thread's two, 8 apart
   int first_column_;  // of the warpgroup's
   TileSoftmax<T> softmax_;
+  bool multiplies_rows_;  // of codes, scores by row_factors()
   float o_[kColumns / 2];
 };
 
@@ -456,7 +592,7 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const BlockItem&
                                         const Shared<Tile>& shared, unsigned char* smem) {
   // Where a lone warpgroup of consumers stands beside two of others, its registers do not suffice
   // for what comes first either.
-  if constexpr (Tile::kWidens) ptx::registers_take<Tile::kConsumerRegisters>();
+  if constexpr (Tile::kWidens) ptx::registers_take<Tile::consumer_registers(kLayouts)>();
   Consumer<Tile, T, kLayouts> consumer(args, block.item, shared, smem);
   {
     QueryLoader<Tile, T> queries(args, block.item);
@@ -464,7 +600,14 @@ __device__ __forceinline__ void consume(const DecodeArgs& args, const BlockItem&
     queries.request(shared.q);
     __syncwarp();
     ptx::named_arrive(kQueriesRequested, Tile::kConsumers + 32);
-    queries.wait();
+    if constexpr (Tile::kWidens) {
+      auto* factors = reinterpret_cast<float*>(smem + Shared<Tile>::row_factors_offset());
+      const KvTensor& k = args.stored_k;
+      const KvPlace head{0, block.item.head_kv, 0, block.item.sequence.batch_idx};
+      queries.wait_widened(smem, factors, has_token_scales(k) ? 1 : k.scale(head, 0));
+    } else {
+      queries.wait();
+    }
   }
   meet_block<Tile>();
   if constexpr (kLayouts == Layouts::kAll) weigh_missing<Tile::kConsumers>(args, block);
@@ -489,9 +632,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     }
     if constexpr (Tile::kWidens) {
       for (int i = 0; i < Tile::kLoadSlots; ++i) {
-        ptx::mbarrier_init(shared.loads_full + 8 * i, 1);
+        ptx::mbarrier_init(shared.loads_full + 8 * i, 1 + 32);  // and who asks for scales
         ptx::mbarrier_init(shared.loads_empty + 8 * i, widening_warps<Tile>());
       }
+    }
+    if constexpr (Tile::kWidens) {
+      *reinterpret_cast<uint32_t*>(smem + Shared<Tile>::unit_offset()) = kNoUnit;
     }
     ptx::mbarrier_init_fence();
     if (args.attention.len_k > 0) {
@@ -525,7 +671,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     return;
   }
   if constexpr (Tile::kWidens) {
-    ptx::registers_give<Tile::kSupplyRegisters>();
+    ptx::registers_give<Tile::supply_registers(kLayouts)>();
   } else if constexpr (Tile::kWarpgroups == 2) {
     ptx::registers_give<Registers::kProducer>();
   }
@@ -533,7 +679,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     produce<Tile, kLayouts>({maps, args, item, shared, threadIdx.x == Tile::kConsumers});
   } else if constexpr (Tile::kWidens) {
     meet_block<Tile>();
-    Widener<Tile, T>(args, item, shared, smem).run();
+    Widener<Tile>(args, item, shared, smem).run();
   } else {
     meet_block<Tile>();
   }

@@ -33,6 +33,9 @@ struct DecodeTile {
   static constexpr int kQueryBytes = kTileQ * kDimQk * 2;
   static constexpr int kSlotBytes = kTileK * (kDimQk > kDimV ? kDimQk : kDimV) * 2;
   static constexpr int kBarrierBytes = 16;  // of a slot
+  // Whether warpgroups compute half of the columns of the scores each, and exchange them, in place
+  // of all of them.
+  static constexpr bool kHalvesScores = false;
   // The slots that TMA fills, and the columns of their panels. Those of codes are others.
   static constexpr bool kWidens = false;
   static constexpr int kStoredColumns = kPanelColumns;
@@ -48,14 +51,13 @@ struct DecodeTile {
 };
 
 // One over codes of a byte each. TMA fills a ring of tiles of codes; warps beside the producer
-// widen them into a short ring of tiles of 16 bits, which consumers read as they read any other,
-// and leave the scale of each key beside it.
+// widen them to f16 into a short ring of tiles, which consumers read as they read any other, and
+// pass on what scales tokens have.
 //
 // Bound: shared memory, 128 bytes a clock. A code of K is written by TMA, read, written as two
 // bytes and read as two by wgmma, which reads as many of Q where a tile has 64 keys: 8 bytes, and 6
 // of V. At 512 both warpgroups read K, and Q twice for 32 keys: 16 and 6. That is 18 codes a clock
-// up to 256 and 11 at 512, where an H200's memory hands an SM some 19. Widening is 2.3 instructions
-// for each lane's code, which leaves a lone warp some 4 codes a clock.
+// up to 256 and 11 at 512, where an H200's memory hands an SM some 19.
 template <int kDimQk_, int kDimV_>
 struct DecodeCodeTile : DecodeTile<kDimQk_, kDimV_> {
   using Base = DecodeTile<kDimQk_, kDimV_>;
@@ -66,31 +68,42 @@ struct DecodeCodeTile : DecodeTile<kDimQk_, kDimV_> {
       Base::kBlocksPerSm == 1 && Base::kWarpgroups == 1 ? 7 * 32 : 3 * 32;
   static constexpr int kThreads = Base::kConsumers + 32 + kWideners;
 
+  // Two warpgroups that both computed all scores read K twice and Q twice for 32 keys, half of what
+  // passes shared memory. Their halves take 4 bytes a score and warpgroup, written and read.
+  static constexpr bool kHalvesScores = Base::kWarpgroups == 2;
+  static constexpr int kHalvesBytes = kHalvesScores ? Base::kConsumers * Base::kTileK / 2 * 4 : 0;
   // Widened: some are read, some are ready, one is written.
   static constexpr int kSlots = Base::kWarpgroups == 1 ? 4 : 3;
-  static constexpr int kScaleBytes = Base::kTileK * 4;
+  // Scales of tokens: of a slot of codes as they come, of a widened one with their ValueUnit.
+  static constexpr int kLoadScaleBytes = Base::kTileK * 4;
+  static constexpr int kScaleBytes = kLoadScaleBytes + 16;
+  static constexpr int kRowBytes = Base::kTileQ * 4 + 16;  // factors of rows, and the unit of sums
   static constexpr int kLoadBytes = Base::kSlotBytes / 2;
   static constexpr int kFittingSlots =
-      (most_shared_bytes(Base::kBlocksPerSm) - Base::kQueryBytes -
+      (most_shared_bytes(Base::kBlocksPerSm) - Base::kQueryBytes - kRowBytes - kHalvesBytes -
        kSlots * (Base::kSlotBytes + kScaleBytes + Base::kBarrierBytes)) /
-      (kLoadBytes + Base::kBarrierBytes);
+      (kLoadBytes + kLoadScaleBytes + Base::kBarrierBytes);
   static constexpr int kLoadSlots = kFittingSlots < 12 ? kFittingSlots : 12;
   static constexpr int kRingBytes = kSlots * Base::kSlotBytes + kLoadSlots * kLoadBytes;
   static constexpr int kSharedBytes = Base::kQueryBytes + kRingBytes + kSlots * kScaleBytes +
+                                      kLoadSlots * kLoadScaleBytes + kRowBytes + kHalvesBytes +
                                       (kSlots + kLoadSlots) * Base::kBarrierBytes;
 
   // Registers of a thread of producer and wideners, and of a consumer, out of what the launch has
-  // for all of them.
-  static constexpr int kSupplyRegisters = Base::kBlocksPerSm == 2  ? 80
-                                          : Base::kWarpgroups == 2 ? 72
-                                                                   : 128;
-  static constexpr int kConsumerRegisters = Base::kBlocksPerSm == 2  ? 176
-                                            : Base::kWarpgroups == 2 ? 216
-                                                                     : 240;
-  static constexpr int kPiecesAtOnce = Base::kWarpgroups == 2 ? 3 : 6;  // CodePieces
+  // for all of them. Page tables take some of the producer.
+  static constexpr int supply_registers(Layouts layouts) {
+    if (Base::kBlocksPerSm == 2) return 72;
+    if (Base::kWarpgroups == 1) return 128;
+    return layouts == Layouts::kDense ? 72 : 80;
+  }
+  static constexpr int consumer_registers(Layouts layouts) {
+    if (Base::kBlocksPerSm == 2) return 184;
+    if (Base::kWarpgroups == 1) return 248;
+    return layouts == Layouts::kDense ? 216 : 208;
+  }
 
   static_assert(kDimQk_ % kStoredColumns == 0 && kDimV_ % kStoredColumns == 0);
-  static_assert(kLoadSlots >= 3 && Base::kTileK <= kWideners);
+  static_assert(kLoadSlots >= 3);
 };
 
 // Of a thread, where there are two warpgroups of consumers and one of producers. Page tables take

@@ -27,70 +27,40 @@ __device__ __forceinline__ KvPlace place_of_key(const KeyRows& rows, const Packe
   return {at.batch_idx, item.head_kv, at.token_idx, item.sequence.batch_idx};
 }
 
-// Some of a tile of codes in panels of 128 columns, on their way to one in panels of 64. A warp
-// takes 8 rows and 64 columns at a time, a lane 16 codes of a row: the chunks of eight lanes lie in
-// as many banks, and where they go is a step of 1,024 bytes from piece to piece. As many loads of a
-// warp are under way at once as registers hold: a lone warp has nobody to hide its steps behind.
-template <typename Tile, int kDim, int kFirst>
-class CodePieces {
-  static constexpr int kWarps = Tile::kWideners / 32;
-  static constexpr int kRowGroups = Tile::kTileK / 8;
-  static constexpr int kPieces = kRowGroups * (kDim / kPanelColumns);
-  static constexpr int kMost = (kPieces + kWarps - 1) / kWarps;  // of a warp
-  static constexpr int kAtOnce = Tile::kPiecesAtOnce;
-  static constexpr int kCount = kMost - kFirst < kAtOnce ? kMost - kFirst : kAtOnce;
-  // Of codes, and of each half of what they become.
-  static constexpr int kPieceBytes = 8 * kPanelRowBytes;
+// In what unit a tile's weights by scales of V's tokens, and all sums from there on, are counted:
+// beside the scales.
+struct ValueUnit {
+  float change;      // from the unit before, what sums are multiplied by
+  uint32_t in_bf16;  // whether the values are of bf16, not f16
+};
 
+// Scales of V's tokens as far as they were seen: which power of two keeps weights by scales, of up
+// to 2^15, within f16, and whether that leaves enough bits for those of small scales. What is below
+// 2^-25 f16 loses, and of a row some weight is 2^7: under the least scale, 2^-8 of the largest,
+// 2^16 keys that are lost beside it are 2^-8 of it.
+class ScaleRange {
  public:
-  static constexpr int kNext = kFirst + kCount;
-  static constexpr bool kIsLast = kNext == kMost;
-
-  __device__ __forceinline__ CodePieces(const unsigned char* codes, int thread)
-      : warp_(thread / 32), lane_(thread % 32) {
-    // Places of pieces are counted anew for each tile: kept, they are a register each.
-    asm volatile("" : "+r"(warp_));
-    const uint32_t row = lane_ % 8, chunk = lane_ / 8;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (!exists(i)) break;
-      const uint32_t piece = warp_ + (kFirst + i) * kWarps;
-      const uint32_t half = piece / kRowGroups % 2;  // of a row's 128 codes
-      const uint32_t at =
-          (piece / (2 * kRowGroups) * kRowGroups + piece % kRowGroups) * kPieceBytes +
-          row * kPanelRowBytes + ((4 * half + chunk) ^ row) * 16;
-      words_[i] = *reinterpret_cast<const uint4*>(codes + at);
-    }
+  // Of a warp's keys; a lane's is |scale|.
+  __device__ __forceinline__ void add(uint32_t magnitude, bool is_seen) {
+    const bool is_finite = magnitude < 0x7f800000u;
+    most_ = max(most_, __reduce_max_sync(~0u, is_seen && is_finite ? magnitude : 0u));
+    least_ = min(least_, __reduce_min_sync(~0u, !is_seen ? least_ : is_finite ? magnitude : 0u));
   }
-
-  template <Quantised kFormat, typename T>
-  __device__ __forceinline__ void store(unsigned char* wide) const {
-    const uint32_t row = lane_ % 8;
-    unsigned char* even = wide + (warp_ + kFirst * kWarps) * kPieceBytes + row * kPanelRowBytes;
-    unsigned char* odd = even + ((lane_ / 8 * 2 + 1) ^ row) * 16;
-    even += (lane_ / 8 * 2 ^ row) * 16;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (!exists(i)) break;
-      const uint2 a = widen_four<kFormat, T>(words_[i].x), b = widen_four<kFormat, T>(words_[i].y);
-      const uint2 c = widen_four<kFormat, T>(words_[i].z), d = widen_four<kFormat, T>(words_[i].w);
-      constexpr int kStep = kWarps * kPieceBytes;
-      *reinterpret_cast<uint4*>(even + i * kStep) = make_uint4(a.x, a.y, b.x, b.y);
-      *reinterpret_cast<uint4*>(odd + i * kStep) = make_uint4(c.x, c.y, d.x, d.y);
-    }
+  // What scales are multiplied by, as f32 has it: they then are below 1.
+  __device__ __forceinline__ uint32_t factor() const {
+    return static_cast<uint32_t>(max(exponent(), 1)) << 23;
+  }
+  __device__ __forceinline__ bool fits() const {
+    return exponent() > 0 && __uint_as_float(least_) * 256 >= __uint_as_float(most_);
   }
 
  private:
-  __device__ __forceinline__ bool exists(int i) const {
-    const int first = (kFirst + i) * kWarps;
-    return first + kWarps <= kPieces || first + warp_ < kPieces;
-  }
+  __device__ __forceinline__ int exponent() const { return 253 - static_cast<int>(most_ >> 23); }
 
-  uint32_t warp_, lane_;
-  uint4 words_[kCount];
+  uint32_t most_ = 0, least_ = 0x7f800000u;
 };
 
-template <typename Tile, typename T>
+template <typename Tile>
 class Widener {
  public:
   __device__ __forceinline__ Widener(const DecodeArgs& args, const PackedItem& item,
@@ -99,91 +69,104 @@ class Widener {
         item_(item),
         shared_(shared),
         smem_(smem),
-        thread_(threadIdx.x - Tile::kConsumers - 32) {}
+        warp_((threadIdx.x - Tile::kConsumers - 32) / 32),
+        first_(warp_) {}
 
-  __device__ __forceinline__ void run() const {
-    ptx::wait_for_dependency();  // scales
-    const KvPlace all{0, item_.head_kv, 0, item_.sequence.batch_idx};
-    const float scale_k = has_token_scales(args_.stored_k) ? 0 : args_.stored_k.scale(all, 0);
-    const float* const first_k = first_scale(args_.stored_k);
-    const float* const first_v = first_scale(args_.stored_v);
-    Ring<Tile::kLoadSlots> loads;
-    Ring<Tile::kSlots> ring;
-    const int count = 2 * (item_.tile_end - item_.tile_begin);
-    // A tile ahead: nobody waits for scales where their codes are there.
-    float scale = first_k == nullptr ? scale_k : scale_of(args_.stored_k, first_k, 0);
+  __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-      float next_scale = scale_k;
-      if (n % 2 == 0) {
-        if (first_v != nullptr) next_scale = scale_of(args_.stored_v, first_v, n / 2);
+    for (int32_t tile = item_.tile_begin; tile < item_.tile_end; ++tile) {
+      begin();
+      if (has_token_scales(args_.stored_k) && warp_ == 0) pass_scales(1);
+      widen<__half, Tile::kDimQk>(args_.stored_k.format);
+      finish();
+      begin();
+      bool in_bf16 = false;
+      if (has_token_scales(args_.stored_v)) {
+        const uint32_t before = range_.factor();
+        add_scales(tile * Tile::kTileK);
+        in_bf16 = !range_.fits();
+        if (warp_ == 1) pass_values_scales(before, in_bf16);
+      }
+      if (in_bf16) {
+        widen<__nv_bfloat16, Tile::kDimV>(args_.stored_v.format);
       } else {
-        if (first_k != nullptr) next_scale = scale_of(args_.stored_k, first_k, n / 2 + 1);
+        widen<__half, Tile::kDimV>(args_.stored_v.format);
       }
-      ptx::mbarrier_wait(shared_.loads_full + 8 * loads.slot, loads.parity);
-      const uint32_t empty = n < Tile::kSlots ? 0 : shared_.empty + 8 * ring.slot;
-      if (n % 2 == 0) {
-        widen<Tile::kDimQk>(args_.stored_k.format, loads.slot, ring, empty);
-      } else {
-        widen<Tile::kDimV>(args_.stored_v.format, loads.slot, ring, empty);
-      }
-      if (thread_ < Tile::kTileK) {
-        reinterpret_cast<float*>(smem_ + Shared<Tile>::kScalesOffset +
-                                 ring.slot * Tile::kScaleBytes)[thread_] = scale;
-      }
-      scale = next_scale;
-      ptx::async_proxy_fence();
-      __syncwarp();
-      if (thread_ % 32 == 0) {
-        ptx::mbarrier_arrive(shared_.loads_empty + 8 * loads.slot);
-        ptx::mbarrier_arrive(shared_.full + 8 * ring.slot);
-      }
-      loads.next();
-      ring.next();
+      finish();
     }
   }
 
  private:
-  // Of the sequence's first key where keys lie side by side; null: tokens have none.
-  __device__ __forceinline__ const float* first_scale(const KvTensor& stored) const {
-    if (!has_token_scales(stored)) return nullptr;
-    const auto rows = item_.key_rows(args_.attention);
-    return stored.scales_data + stored.scale_offset({rows.key_batch, item_.head_kv, rows.first_key,
-                                                     item_.sequence.batch_idx});
+  // Once the next tile of codes is there, and a slot for what it becomes.
+  __device__ __forceinline__ void begin() const {
+    ptx::mbarrier_wait(shared_.empty + 8 * ring_.slot, ring_.parity ^ 1);
+    ptx::mbarrier_wait(shared_.loads_full + 8 * loads_.slot, loads_.parity);
   }
-  // That of the thread's key of the block's `tile`-th tile. Of keys that nobody sees none may be
-  // there.
-  __device__ __forceinline__ float scale_of(const KvTensor& stored, const float* first,
-                                            int32_t tile) const {
-    const int32_t key = (item_.tile_begin + tile) * Tile::kTileK + thread_;
-    if (thread_ >= Tile::kTileK || key < item_.seen.begin || key >= item_.seen.end) return 1;
-    if (item_.pages == nullptr) return first[key * stored.stride_scales[2]];
-    return stored.scale(place_of_key(item_.key_rows(args_.attention), item_, key), 0);
+  __device__ __forceinline__ void finish() {
+    ptx::async_proxy_fence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      ptx::mbarrier_arrive(shared_.loads_empty + 8 * loads_.slot);
+      ptx::mbarrier_arrive(shared_.full + 8 * ring_.slot);
+    }
+    loads_.next();
+    ring_.next();
   }
 
-  // Into the slot that `ring` is at, as soon as it is empty; 0: it is.
-  template <int kDim, int kFirst = 0>
-  __device__ __forceinline__ void widen(Quantised format, int load_slot,
-                                        const Ring<Tile::kSlots>& ring, uint32_t empty) const {
-    using Pieces = CodePieces<Tile, kDim, kFirst>;
-    const Pieces pieces(
-        smem_ + Tile::kQueryBytes + Shared<Tile>::kWideBytes + load_slot * Tile::kLoadBytes,
-        thread_);
-    unsigned char* wide = smem_ + Tile::kQueryBytes + ring.slot * Tile::kSlotBytes;
-    if (empty != 0) ptx::mbarrier_wait(empty, ring.parity ^ 1);
-    if (format == Quantised::kE4m3) {
-      pieces.template store<Quantised::kE4m3, T>(wide);
-    } else {
-      pieces.template store<Quantised::kInt8, T>(wide);
+  // That of row lane + 32 i of the tile.
+  __device__ __forceinline__ float scale(int i) const {
+    return reinterpret_cast<const float*>(
+        smem_ + Shared<Tile>::load_scales_offset(loads_.slot))[threadIdx.x % 32 + 32 * i];
+  }
+  // In the order in which a consumer's thread asks for them: 4 at once, of columns 16 i + 2 c +
+  // {0, 1, 8, 9}.
+  __device__ __forceinline__ void pass_scales(float factor) const {
+    const int lane = threadIdx.x % 32;
+    const int at = lane / 16 * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2;
+#pragma unroll
+    for (int i = 0; i < Tile::kTileK / 32; ++i) {
+      reinterpret_cast<float*>(smem_ + Shared<Tile>::scales_offset(ring_.slot))[at + 32 * i] =
+          scale(i) * factor;
     }
-    if constexpr (!Pieces::kIsLast) widen<kDim, Pieces::kNext>(format, load_slot, ring, 0);
+  }
+  __device__ __forceinline__ void pass_values_scales(uint32_t before, bool in_bf16) const {
+    const uint32_t factor = range_.factor();
+    pass_scales(__uint_as_float(factor));
+    // Sums more than 2^126 below the unit are 0.
+    const int exponent = 127 + static_cast<int>(factor >> 23) - static_cast<int>(before >> 23);
+    *reinterpret_cast<ValueUnit*>(smem_ + Shared<Tile>::scales_offset(ring_.slot) +
+                                  Tile::kLoadScaleBytes) = {
+        exponent > 0 ? __uint_as_float(exponent << 23) : 0.0f, in_bf16 ? 1u : 0u};
+    *reinterpret_cast<uint32_t*>(smem_ + Shared<Tile>::unit_offset()) = factor;
+  }
+  __device__ __forceinline__ void add_scales(int32_t tile_key) {
+#pragma unroll
+    for (int i = 0; i < Tile::kTileK / 32; ++i) {
+      const int32_t key = tile_key + static_cast<int32_t>(threadIdx.x % 32) + 32 * i;
+      range_.add(__float_as_uint(scale(i)) & 0x7fffffffu,
+                 key >= item_.seen.begin && key < item_.seen.end);
+    }
+  }
+
+  template <typename Wide, int kDim>
+  __device__ __forceinline__ void widen(Quantised format) {
+    const WidenedTile<Wide, Tile::kTileK, kDim, Tile::kWideners / 32> tile{
+        first_,
+        smem_ + Tile::kQueryBytes + Shared<Tile>::kWideBytes + loads_.slot * Tile::kLoadBytes,
+        smem_ + Tile::kQueryBytes + ring_.slot * Tile::kSlotBytes};
+    tile.widen(format);
+    first_ = tile.next_first(first_);
   }
 
   const DecodeArgs& args_;
   const PackedItem& item_;
   const Shared<Tile>& shared_;
   unsigned char* smem_;
-  int thread_;
+  int warp_;
+  int first_;  // group of rows of the next tile that is this warp's
+  Ring<Tile::kLoadSlots> loads_;
+  Ring<Tile::kSlots> ring_;
+  ScaleRange range_;
 };
 
 }  // namespace wh::cuda::decode
