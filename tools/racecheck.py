@@ -39,7 +39,7 @@ KNOWN = (
     Known("sm90_prefill", '"r"(valid_bytes)', "pairs[4 * i + threadIdx.x % 4]",
           "scales of tokens: who asked for them waits for them and arrives at kKFull, for which "
           "consumers have waited; the slot's next ones are asked for behind kKFree of a later tile"),
-    Known("sm90_decode", "[thread_] = scale", "scales[4 * i]",
+    Known("sm90_decode", "[at + 32 * i] =", "scales[4 * i]",
           "scales of tokens: written in front of the arrival at `full`, for which consumers have "
           "waited, and again behind `empty`"),
     Known("sm90_prefill_wide", '"r"(rank), "r"(value)', "ld.shared.b32",
