@@ -184,6 +184,7 @@ struct PrefillBlock {
   // --- producer: one thread, of pages and packed tensors one warp ---
 
   using Boxes = KeyBoxes<kLayouts>;
+  using BoxPlace = typename Boxes::Place;
   using Producer = Producers<kLayouts>;
 
   __device__ __forceinline__ void produce() const {
@@ -215,14 +216,17 @@ struct PrefillBlock {
       }
       Producer::meet();
       const Boxes boxes(args, maps.box_keys_log2, w.sequence);
+      BoxPlace place = boxes.find((w.keys.end - 1) * kTileK);
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= notes.begin; --n) {
-        const TileAt at{n * kTileK, head_kv};
+        const TileAt at{n * kTileK, head_kv, place};
+        const BoxPlace ahead = boxes.find((n - 1) * kTileK);
         load<kMemory.panels_qk>(maps.k, boxes, at, s_k(ring.slot), ring.parity,
                                 barrier(kKFree + ring.slot), barrier(kKFull + ring.slot));
         const int full = is_clean(notes, n) ? kVFull : kVLoaded;
         load<kMemory.panels_v>(maps.v, boxes, at, s_v(ring.slot), ring.parity,
                                barrier(kVFree + ring.slot), barrier(full + ring.slot));
+        place = ahead;
         ring.next();
       }
       Producer::meet();
@@ -247,6 +251,7 @@ struct PrefillBlock {
 
   struct TileAt {
     int32_t key, head_kv;
+    BoxPlace place;
   };
   template <int kPanels>
   __device__ __forceinline__ void load(const CUtensorMap& map, const Boxes& boxes, const TileAt& at,
@@ -256,8 +261,8 @@ struct PrefillBlock {
     const int32_t rows = boxes.template count<kTileK>(at.key);
     Producer::meet();
     if (Producer::is_leader()) ptx::mbarrier_expect(full, kPanels * panel_bytes(rows));
-    boxes.template copy_each<kTileK>(
-        at.key, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
+    boxes.template copy_rows<kTileK>(
+        at.place, at.key, 0, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
           for (int i = 0; i < kPanels; ++i) {
             ptx::tma_load_4d(to + i * panel_bytes(kTileK) + panel_bytes(row), &map, full,
@@ -298,7 +303,10 @@ struct PrefillBlock {
       if (Producer::is_leader()) note_keys(notes, w.keys);
       Producer::meet();
       int32_t n = w.keys.end - 1;
-      if (n >= notes.begin) load_codes<kStoredPanelsQk>(maps.k, boxes, {n * kTileK, head_kv}, ring);
+      BoxPlace place = boxes.find(n * kTileK), next = boxes.find((n - 1) * kTileK);
+      if (n >= notes.begin) {
+        load_codes<kStoredPanelsQk>(maps.k, boxes, {n * kTileK, head_kv, place}, ring);
+      }
       if (Producer::is_leader()) {
         ptx::mbarrier_wait(barrier(kQFree), notes.q_parity);
         notes.q_parity = notes.q_parity ^ 1;
@@ -308,10 +316,13 @@ struct PrefillBlock {
       Producer::meet();
 #pragma unroll 1
       for (; n >= notes.begin; --n) {
+        const BoxPlace ahead = boxes.find((n - 2) * kTileK);
         if (n > notes.begin) {
-          load_codes<kStoredPanelsQk>(maps.k, boxes, {(n - 1) * kTileK, head_kv}, ring);
+          load_codes<kStoredPanelsQk>(maps.k, boxes, {(n - 1) * kTileK, head_kv, next}, ring);
         }
-        load_codes<kStoredPanelsV>(maps.v, boxes, {n * kTileK, head_kv}, ring);
+        load_codes<kStoredPanelsV>(maps.v, boxes, {n * kTileK, head_kv, place}, ring);
+        place = next;
+        next = ahead;
       }
       Producer::meet();
       if (Producer::is_leader()) {

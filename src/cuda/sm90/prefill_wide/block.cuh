@@ -156,6 +156,7 @@ struct WideBlock {
   // --- producer: one thread, of pages and packed tensors one warp ---
 
   using Boxes = KeyBoxes<kLayouts>;
+  using BoxPlace = typename Boxes::Place;
   using Producer = Producers<kLayouts>;
 
   __device__ __forceinline__ void produce() const {
@@ -200,25 +201,34 @@ struct WideBlock {
       }
       Producer::meet();
       const Boxes boxes(args, maps.box_keys_log2, w.sequence);
+      BoxPlace next = boxes.find((w.keys.end - 1) * kTileK), place = next;
 #pragma unroll 1
       for (int32_t n = w.keys.end - 1; n >= notes.begin; --n) {
-        load_keys(left, boxes, n * kTileK, head_kv);
+        const BoxPlace ahead = boxes.find((n - 1) * kTileK);
+        load_keys(left, boxes, {n * kTileK, head_kv, next});
         if (n + 1 < w.keys.end) {
-          load_values(left, right, boxes, (n + 1) * kTileK, head_kv, is_clean(notes, n + 1));
+          load_values(left, right, boxes, {(n + 1) * kTileK, head_kv, place},
+                      is_clean(notes, n + 1));
         }
+        place = next;
+        next = ahead;
       }
       if (w.keys.end > notes.begin) {
-        load_values(left, right, boxes, notes.begin * kTileK, head_kv,
+        load_values(left, right, boxes, {notes.begin * kTileK, head_kv, place},
                     is_clean(notes, notes.begin));
       }
     }
   }
 
+  struct TileAt {
+    int32_t key, head_kv;
+    BoxPlace place;
+  };
   // A slot is two boxes: halves of the rows of one panel, or two panels. This block's is number
   // `rank`.
-  __device__ __forceinline__ void load_keys(LeftRing& ring, const Boxes& boxes, int32_t key,
-                                            int32_t head_kv) const {
-    const int32_t tile_rows = boxes.template count<kTileK>(key);
+  __device__ __forceinline__ void load_keys(LeftRing& ring, const Boxes& boxes,
+                                            const TileAt& at) const {
+    const int32_t tile_rows = boxes.template count<kTileK>(at.key);
 #pragma unroll 1
     for (int i = 0; i < kKSlots; ++i) {
       ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
@@ -231,46 +241,48 @@ struct WideBlock {
       // The other block's rows, of one panel, end where this one's begin.
       const int32_t first_row = kPanelsOfKSlot == 1 ? rank * (kTileK / 2) : 0;
       constexpr int kRows = kPanelsOfKSlot == 1 ? kTileK / 2 : kTileK;
-      const int32_t rows = clamp_to(tile_rows - first_row, 0, kRows);
-      boxes.template copy_each<kRows>(
-          key + first_row, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
+      boxes.template copy_rows<kRows>(
+          at.place, at.key + first_row, first_row,
+          [&](int32_t row, int32_t token, int32_t batch_idx) {
             ptx::tma_multicast_4d(s_slot(ring.slot) + rank * (kKSlotBytes / 2) + panel_bytes(row),
                                   &maps.k, barrier(kSlotFull + ring.slot), panel * kPanelColumns,
-                                  token, head_kv, batch_idx, kBothBlocks);
+                                  token, at.head_kv, batch_idx, kBothBlocks);
           });
       ring.next();
     }
   }
 
   __device__ __forceinline__ void load_values(LeftRing& left, RightRing& right, const Boxes& boxes,
-                                              int32_t key, int32_t head_kv, bool is_clean) const {
+                                              const TileAt& at, bool is_clean) const {
 #pragma unroll 1
     for (int i = 0; i < kVSlots; ++i) {
-      load_value_slot(left, boxes, key + i * kVRows, 0, head_kv, is_clean);
-      load_value_slot(right, boxes, key + i * kVRows, kHalf, head_kv, is_clean);
+      const TileAt slot{at.key + i * kVRows, at.head_kv, at.place};
+      load_value_slot(left, boxes, slot, i * kVRows, 0, is_clean);
+      load_value_slot(right, boxes, slot, i * kVRows, kHalf, is_clean);
     }
   }
 
-  // A slot is four panels of 32 rows; this block loads two.
+  // A slot is four panels of 32 rows, of its tile from `first_row` on; this block loads two.
   template <typename RingOfHalf>
-  __device__ __forceinline__ void load_value_slot(RingOfHalf& ring, const Boxes& boxes, int32_t key,
-                                                  int32_t first_column, int32_t head_kv,
-                                                  bool is_clean) const {
+  __device__ __forceinline__ void load_value_slot(RingOfHalf& ring, const Boxes& boxes,
+                                                  const TileAt& at, int32_t first_row,
+                                                  int32_t first_column, bool is_clean) const {
     const uint32_t full = barrier((is_clean ? kSlotFull : kSlotLoaded) + ring.slot);
-    const int32_t rows = boxes.template count<kVRows>(key);
+    const int32_t rows = boxes.template count<kVRows>(at.key);
     ptx::mbarrier_wait(barrier(kSlotFree + ring.slot), ring.parity ^ 1);
     Producer::meet();
     if (Producer::is_leader()) {
       ptx::mbarrier_expect(full, kHalf / kPanelColumns * panel_bytes(rows));
     }
-    boxes.template copy_each<kVRows>(key, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
+    boxes.template copy_rows<kVRows>(
+        at.place, at.key, first_row, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
-      for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
-        ptx::tma_multicast_4d(s_slot(ring.slot) + panel * panel_bytes(kVRows) + panel_bytes(row),
-                              &maps.v, full, first_column + panel * kPanelColumns, token, head_kv,
-                              batch_idx, kBothBlocks);
-      }
-    });
+          for (uint32_t panel = 2 * rank; panel < 2 * rank + 2; ++panel) {
+            ptx::tma_multicast_4d(
+                s_slot(ring.slot) + panel * panel_bytes(kVRows) + panel_bytes(row), &maps.v, full,
+                first_column + panel * kPanelColumns, token, at.head_kv, batch_idx, kBothBlocks);
+          }
+        });
     ring.next();
   }
 

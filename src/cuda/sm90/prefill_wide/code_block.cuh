@@ -161,6 +161,7 @@ struct WideCodeBlock {
   // --- producer: one thread, of pages and packed tensors one warp ---
 
   using Boxes = KeyBoxes<kLayouts>;
+  using BoxPlace = typename Boxes::Place;
   using Producer = Producers<kLayouts>;
 
   // The first keys are asked for while the consumers still have the Q of the tile before, and are
@@ -189,7 +190,8 @@ struct WideCodeBlock {
       if (Producer::is_leader()) note_keys(notes, w.keys);
       Producer::meet();
       int32_t n = w.keys.end - 1;
-      if (n >= notes.begin) load_keys(ring, boxes, n * kTileK, head_kv);
+      BoxPlace place = boxes.find(n * kTileK), next = boxes.find((n - 1) * kTileK);
+      if (n >= notes.begin) load_keys(ring, boxes, n * kTileK, head_kv, place);
       if (Producer::is_leader()) {
         ptx::mbarrier_wait(barrier(kQFree), (number + 1) % 2);
         load_queries(work(index));
@@ -197,8 +199,11 @@ struct WideCodeBlock {
       Producer::meet();
 #pragma unroll 1
       for (; n >= notes.begin; --n) {
-        if (n > notes.begin) load_keys(ring, boxes, (n - 1) * kTileK, head_kv);
-        load_values(ring, boxes, n * kTileK, head_kv);
+        const BoxPlace ahead = boxes.find((n - 2) * kTileK);
+        if (n > notes.begin) load_keys(ring, boxes, (n - 1) * kTileK, head_kv, next);
+        load_values(ring, boxes, n * kTileK, head_kv, place);
+        place = next;
+        next = ahead;
       }
       Producer::meet();
       if (Producer::is_leader()) {
@@ -222,23 +227,26 @@ struct WideCodeBlock {
   }
 
   __device__ __forceinline__ void load_keys(LoadRing& ring, const Boxes& boxes, int32_t key,
-                                            int32_t head_kv) const {
+                                            int32_t head_kv, const BoxPlace& place) const {
 #pragma unroll 1
     for (int i = 0; i < kKSlots; ++i) {
-      load<kTileK, 1>(ring, maps.k, boxes, {key, head_kv, i * kStoredColumns});
+      load<kTileK, 1>(ring, maps.k, boxes, {key, head_kv, i * kStoredColumns, 0, place});
     }
   }
   __device__ __forceinline__ void load_values(LoadRing& ring, const Boxes& boxes, int32_t key,
-                                              int32_t head_kv) const {
+                                              int32_t head_kv, const BoxPlace& place) const {
 #pragma unroll 1
     for (int i = 0; i < 2 * kVSlots; ++i) {
-      load<kVRows, kStoredPanelsV>(ring, maps.v, boxes,
-                                   {key + i / 2 * kVRows, head_kv, i % 2 * kHalf});
+      load<kVRows, kStoredPanelsV>(
+          ring, maps.v, boxes,
+          {key + i / 2 * kVRows, head_kv, i % 2 * kHalf, i / 2 * kVRows, place});
     }
   }
 
   struct CodesFrom {
     int32_t key, head_kv, column;
+    int32_t row;  // of its tile
+    BoxPlace place;
   };
   // A slot: kRows rows in panels of 128 codes.
   template <int kRows, int kPanels>
@@ -250,8 +258,8 @@ struct WideCodeBlock {
     const int32_t rows = boxes.template count<kRows>(from.key);
     Producer::meet();
     if (Producer::is_leader()) ptx::mbarrier_expect(full, kPanels * panel_bytes(rows));
-    boxes.template copy_each<kRows>(
-        from.key, rows, [&](int32_t row, int32_t token, int32_t batch_idx) {
+    boxes.template copy_rows<kRows>(
+        from.place, from.key, from.row, [&](int32_t row, int32_t token, int32_t batch_idx) {
 #pragma unroll 1
           for (int i = 0; i < kPanels; ++i) {
             ptx::tma_load_4d(
