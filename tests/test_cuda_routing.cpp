@@ -316,7 +316,7 @@ TEST(CudaServing, TheShippedProfileEstimatesTheRecordedLayouts) {
 
 TEST(CudaCodes, TheShippedProfileEstimatesTheRecordedRows) {
   std::vector<Measured> rows;
-  for (const char* of : {"30-decode", "29-prefill", "30-prefill-wide"}) {
+  for (const char* of : {"30-decode", "30-prefill", "30-prefill-wide"}) {
     for (Measured& row :
          described_rows(read(fmt::format("nvidia-h200-2026-11-{}-codes.json", of)))) {
       // What bf16 took beside them is not of every kernel.
