@@ -208,9 +208,37 @@ Problem code_problem(int64_t dim, Quantised format, Scales scales) {
   return p;
 }
 
-TEST(Sm90Prefill, WidensCodesOfAByte) {
+Problem over_elements(Problem p) {
+  p.quantised_k = p.quantised_v = Quantised::kNone;
+  p.scales_k = p.scales_v = Scales::kNone;
+  return p;
+}
+
+// Over codes the kernel reads them, in an instance of its own, in no more workspace than over
+// elements and in more time, but less than cuda_portable.
+template <typename VariantOf>
+void expect_widens(const Kernel& kernel, const Problem& p, const std::string& dims,
+                   VariantOf variant_of) {
   const CudaFacts cuda = h200();
   const Limits limits;
+  const Query query{p, limits, cuda};
+  ASSERT_EQ(kernel.refusal(query).value_or(""), "");
+  const Config config = kernel.configure(query);
+  EXPECT_TRUE(variant_of(config).reads_codes);
+  EXPECT_EQ(kernel.variant(query, config),
+            fmt::format("bf16 wgmma, {}, codes widened in shared memory", dims));
+  const Problem elements = over_elements(p);
+  const Query other{elements, limits, cuda};
+  const Config of_elements = kernel.configure(other);
+  EXPECT_FALSE(variant_of(of_elements).reads_codes);
+  EXPECT_LE(kernel.workspace_bytes(p, config), kernel.workspace_bytes(elements, of_elements));
+  EXPECT_GT(kernel.estimate_us(query, config), kernel.estimate_us(other, of_elements));
+  ASSERT_EQ(kPortable.refusal(query).value_or(""), "");
+  EXPECT_LT(kernel.estimate_us(query, config),
+            kPortable.estimate_us(query, kPortable.configure(query)));
+}
+
+TEST(Sm90Prefill, WidensCodesOfAByte) {
   for (const auto& [dim, text] : {std::pair<int64_t, const char*>{64, "64/64"},
                                   {112, "128/128"},
                                   {128, "128/128"},
@@ -222,25 +250,7 @@ TEST(Sm90Prefill, WidensCodesOfAByte) {
         SCOPED_TRACE(
             fmt::format("{} {} {}", dim, static_cast<int>(format), static_cast<int>(scales)));
         const Problem p = code_problem(dim, format, scales);
-        const Query query{p, limits, cuda};
-        ASSERT_EQ(kSm90Prefill.refusal(query).value_or(""), "");
-        const Config config = kSm90Prefill.configure(query);
-        EXPECT_TRUE(prefill_variant(config).reads_codes);
-        EXPECT_EQ(kSm90Prefill.variant(query, config),
-                  fmt::format("bf16 wgmma, {}, codes widened in shared memory", text));
-        Problem elements = p;
-        elements.quantised_k = elements.quantised_v = Quantised::kNone;
-        elements.scales_k = elements.scales_v = Scales::kNone;
-        const Query other{elements, limits, cuda};
-        const Config of_elements = kSm90Prefill.configure(other);
-        EXPECT_FALSE(prefill_variant(of_elements).reads_codes);
-        EXPECT_LE(kSm90Prefill.workspace_bytes(p, config),
-                  kSm90Prefill.workspace_bytes(elements, of_elements));
-        EXPECT_GT(kSm90Prefill.estimate_us(query, config),
-                  kSm90Prefill.estimate_us(other, of_elements));
-        ASSERT_EQ(kPortable.refusal(query).value_or(""), "");
-        EXPECT_LT(kSm90Prefill.estimate_us(query, config),
-                  kPortable.estimate_us(query, kPortable.configure(query)));
+        expect_widens(kSm90Prefill, p, text, prefill_variant);
       }
     }
   }
@@ -260,8 +270,6 @@ TEST(Sm90Prefill, SaysWhichCodesItDoesNotRead) {
 }
 
 TEST(Sm90PrefillWide, WidensCodesOfAByte) {
-  const CudaFacts cuda = h200();
-  const Limits limits;
   for (const int64_t dim : {264, 320, 512}) {
     for (const Quantised format : {Quantised::kE4m3, Quantised::kInt8}) {
       for (const Scales scales :
@@ -273,27 +281,14 @@ TEST(Sm90PrefillWide, WidensCodesOfAByte) {
           // In rows of a multiple of 16.
           for (size_t i = 0; i < 3; ++i) (*stride)[i] = (*stride)[i] / dim * 512;
         }
-        const Query query{p, limits, cuda};
-        ASSERT_EQ(kSm90PrefillWide.refusal(query).value_or(""), "");
-        const Config config = kSm90PrefillWide.configure(query);
-        EXPECT_TRUE(wide_variant(config).reads_codes);
-        EXPECT_EQ(kSm90PrefillWide.variant(query, config),
-                  "bf16 wgmma, 512/512, codes widened in shared memory");
-        Problem elements = p;
-        elements.quantised_k = elements.quantised_v = Quantised::kNone;
-        elements.scales_k = elements.scales_v = Scales::kNone;
-        const Query other{elements, limits, cuda};
-        const Config of_elements = kSm90PrefillWide.configure(other);
-        EXPECT_FALSE(wide_variant(of_elements).reads_codes);
+        expect_widens(kSm90PrefillWide, p, "512/512", wide_variant);
         // A block is a worker, not a cluster.
-        EXPECT_EQ(config.workers, 2 * of_elements.workers);
-        EXPECT_LE(kSm90PrefillWide.workspace_bytes(p, config),
-                  kSm90PrefillWide.workspace_bytes(elements, of_elements));
-        EXPECT_GT(kSm90PrefillWide.estimate_us(query, config),
-                  kSm90PrefillWide.estimate_us(other, of_elements));
-        ASSERT_EQ(kPortable.refusal(query).value_or(""), "");
-        EXPECT_LT(kSm90PrefillWide.estimate_us(query, config),
-                  kPortable.estimate_us(query, kPortable.configure(query)));
+        const auto workers = [](const Problem& of) {
+          const CudaFacts cuda = h200();
+          const Limits limits;
+          return kSm90PrefillWide.configure({of, limits, cuda}).workers;
+        };
+        EXPECT_EQ(workers(p), 2 * workers(over_elements(p)));
       }
     }
   }
